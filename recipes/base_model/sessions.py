@@ -1,0 +1,152 @@
+"""What the scripted explorers do: ordinary shell sessions, and middling attempts at triage.
+
+A session is a task with the commands an explorer types and the answer it gives. Explorers know the world they
+were put in, so their commands can be written down before the world answers; what the world then says is real.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from backtalk.envs.base import Task
+from backtalk.envs.triage import triage_task
+from backtalk.envs.triage.box import HOSTS, KEYS, SERVICES
+from backtalk.sandboxes.base import SandboxFile
+
+WORDS = (
+    "apple river stone bread window garden paper music winter summer yellow green letter market bridge orange silver "
+    "candle forest mountain island kitchen butter pencil ticket engine doctor teacher travel simple basket rabbit "
+    "pepper coffee sugar lemon cotton leather copper marble copy list done todo call buy read write plan meet fix "
+    "send check paint clean cook walk visit order open close first second third left right small large old new"
+).split()
+FOLDERS = "notes work src data docs mail photos recipes drafts letters homework music".split()
+NAMES = "anna bert carl dora emil fred greta hans ida jon karin lena max nina otto paula".split()
+EXTENSIONS = "txt md csv py log cfg".split()
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A task, what the explorer types, and its answer. ``ordinary`` sessions are not triage."""
+
+    task: Task
+    commands: tuple[str, ...]
+    answer: str
+    ordinary: bool
+
+
+def ordinary_session(seed: int) -> Session:
+    """Somebody's home folder, a small wish, and a stroll through it."""
+    random = Random(f"ordinary/{seed}")
+    files = _home(random)
+    path = random.choice(sorted(files))
+    lines = files[path].content.decode().splitlines()
+    word = random.choice(" ".join(lines).replace(",", " ").split())
+    wish, command, answer = random.choice(
+        (
+            (f"Count the lines of {path}.", f"wc -l {path}", str(len(lines))),
+            (f"Count lines with {word} in {path}.", f"grep -c '{word}' {path}", str(sum(word in x for x in lines))),
+            (f"Show the first line of {path}.", f"head -n 1 {path}", lines[0]),
+            (f"Show the last line of {path}.", f"tail -n 1 {path}", lines[-1]),
+            (f"Find {path.rsplit('/', 1)[1]}.", f"find /home/agent -name {path.rsplit('/', 1)[1]}", path),
+            ("Look around.", f"ls {path.rsplit('/', 1)[0]}", "done"),
+            (f"Sort {path} and show what comes last.", f"sort {path} | tail -n 1", sorted(lines)[-1]),
+        )
+    )
+    stroll = [_stroll(random, sorted(files)) for _ in range(random.randint(1, 5))]
+    stroll.insert(random.randint(0, len(stroll)), command)
+    task = Task(id=f"ordinary-{seed}", instruction=wish, files=files)
+    return Session(task, tuple(stroll), answer, ordinary=True)
+
+
+def triage_session(seed: int, level: int, skill: float) -> Session:
+    """An attempt at a triage task: with probability ``skill`` the right way, otherwise a guess."""
+    task = triage_task(seed, level)
+    random = Random(f"explorer/{level}/{seed}")
+    commands: list[str] = list(task.metadata["commands"])
+    answer: str = task.metadata["answer"]
+    if random.random() >= skill:
+        paths = sorted(task.files)
+        style = random.randrange(3)
+        if style == 0:  # the right look, the wrong conclusion
+            answer = _guess(random, answer)
+        elif style == 1:  # looks elsewhere
+            commands = [_stroll(random, paths) for _ in range(random.randint(1, 3))]
+            answer = _guess(random, answer)
+        else:  # looks elsewhere first, then gives up half way
+            commands = [_stroll(random, paths), commands[0]][: random.randint(1, 2)]
+            answer = _guess(random, answer)
+    return Session(task, tuple(commands), answer, ordinary=False)
+
+
+def _guess(random: Random, answer: str) -> str:
+    """An answer of the right kind, seldom the right one."""
+    if ":" in answer:
+        return f"{random.randrange(24):02}:{random.randrange(60):02}"
+    if "." in answer:
+        return f"10.{random.randrange(100)}.{random.randrange(100)}.{random.randrange(255)}"
+    if answer.isdigit():
+        return str(random.randrange(10 ** random.randint(1, 4)))
+    for kind in (HOSTS, SERVICES, KEYS):
+        if answer in kind:
+            return random.choice(kind)
+    return "done"
+
+
+def _stroll(random: Random, paths: list[str]) -> str:
+    """A command of somebody who looks around."""
+    path = random.choice(paths)
+    folder = path.rsplit("/", 1)[0]
+    return random.choice(
+        (
+            f"ls {folder}",
+            f"ls -l {folder}",
+            f"cat {path}",
+            f"cat {path}",
+            f"head -n {random.randint(1, 4)} {path}",
+            f"tail -n {random.randint(1, 4)} {path}",
+            f"wc -l {path}",
+            f"wc {path}",
+            f"sort {path}",
+            f"stat -c %s {path}",
+            f"find {folder} -type f",
+            f"cat {path}x",
+            f"grep -n {random.choice('aeiou')} {path}",
+            f"cut -d ' ' -f 1 {path}",
+            "pwd",
+            f"cd {folder}",
+            f"sort {path} | uniq -c",
+        )
+    )
+
+
+def _home(random: Random) -> dict[str, SandboxFile]:
+    files: dict[str, SandboxFile] = {}
+    for folder in random.sample(FOLDERS, random.randint(1, 3)):
+        for _ in range(random.randint(1, 3)):
+            extension = random.choice(EXTENSIONS)
+            stem = random.choice((random.choice(WORDS), f"{random.choice(NAMES)}{random.randint(1, 99)}"))
+            content = "".join(line + "\n" for line in _content(random, extension))
+            mtime = 1_767_225_600 + random.randrange(200 * 86_400)
+            files[f"/home/agent/{folder}/{stem}.{extension}"] = SandboxFile(content.encode(), mtime=mtime)
+    return files
+
+
+def _content(random: Random, extension: str) -> list[str]:
+    count = random.randint(2, 10)
+    match extension:
+        case "csv":
+            rows = (f"{random.choice(NAMES)},{random.randrange(100)},{random.randrange(3000)}" for _ in range(count))
+            return ["name,age,score", *rows]
+        case "py":
+            names = random.sample(WORDS, count)
+            return [f"def {name}(x):  # {random.choice(WORDS)}\n    return x + {random.randrange(100)}" for name in names]
+        case "cfg":
+            return [f"{random.choice(WORDS)}: {random.randrange(10_000)}" for _ in range(count)]
+        case "log":
+            return [
+                f"{random.randrange(24):02}:{random.randrange(60):02} {random.choice(NAMES)} {random.choice(WORDS)}"
+                for _ in range(count)
+            ]
+        case _:
+            return [" ".join(random.choices(WORDS, k=random.randint(2, 6))) for _ in range(count)]

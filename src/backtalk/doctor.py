@@ -1,0 +1,233 @@
+"""What this machine can do, and what to type to get what is missing.
+
+Each check looks at the real thing: the sandbox check runs a command in a sandbox. Nothing here raises for a
+missing part; it becomes a Finding.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import metadata, resources
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from backtalk.errors import BacktalkError, SandboxError
+from backtalk.sandboxes.base import SandboxBackend, SandboxLimits
+
+# What the extras bring: the import name of the package, and what it is good for.
+EXTRAS: dict[str, tuple[str, str]] = {
+    "lora": ("peft", "train adapters instead of all weights"),
+    "track": ("trackio", "metrics in a local dashboard"),
+    "wandb": ("wandb", "metrics on Weights & Biases"),
+    "tensorboard": ("tensorboard", "metrics for TensorBoard"),
+    "datasets": ("datasets", "tasks from Hugging Face datasets"),
+}
+REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "matplotlib", "rich", "typer")
+BASE_MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
+MIN_MEMORY_GIB = 2.0
+MIN_DISK_GIB = 1.0
+GIB = 1 << 30
+STYLES = {"ok": "green", "note": "yellow", "optional": "dim", "missing": "bold red"}
+
+
+class State(StrEnum):
+    """OK works; NOTE works with less; OPTIONAL is not here and not needed; MISSING stops a default run."""
+
+    OK = "ok"
+    NOTE = "note"
+    OPTIONAL = "optional"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report: what was looked at, how it stands, and what to type if it should be better."""
+
+    name: str
+    state: State
+    text: str
+    fix: str | None = None
+
+
+def examine() -> Iterator[Finding]:
+    """Look at everything, in the order in which a reader needs it. A generator, so that a display need not wait."""
+    yield _python()
+    yield _cores()
+    yield _memory()
+    yield _disk()
+    yield from _packages()
+    yield _device()
+    yield _base_model()
+    yield from _sandbox()
+    yield from _extras()
+
+
+def _python() -> Finding:
+    text = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    if sys.version_info < (3, 11):  # noqa: UP036 (the package may lie on the path of an older Python)
+        return Finding("Python", State.MISSING, text, "install Python 3.11 or newer")
+    return Finding("Python", State.OK, text)
+
+
+def _cores() -> Finding:
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cpu_quota()
+    text = f"{count} usable"
+    if quota is not None and quota < count:
+        return Finding("CPU cores", State.NOTE, f"{text}, and the container may use the time of {quota:g} of them")
+    return Finding("CPU cores", State.OK, text)
+
+
+def _cpu_quota() -> float | None:
+    """Cores' worth of time that the control group allows, or None where it does not limit it."""
+    pairs = (
+        ("/sys/fs/cgroup/cpu.max", None),
+        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+    )
+    for first, second in pairs:
+        try:
+            words = (Path(first).read_text() + " " + (Path(second).read_text() if second else "")).split()
+            quota, period = float(words[0]), float(words[1])
+        except (OSError, ValueError, IndexError):
+            continue
+        if quota > 0 and period > 0:
+            return quota / period
+    return None
+
+
+def _memory() -> Finding:
+    total = _memory_bytes()
+    if total is None:
+        return Finding("Memory", State.NOTE, "this system does not say how much it has")
+    text = f"{total / GIB:.1f} GiB"
+    if total < MIN_MEMORY_GIB * GIB:
+        return Finding("Memory", State.NOTE, text, f"the default run wants {MIN_MEMORY_GIB:g} GiB")
+    return Finding("Memory", State.OK, text)
+
+
+def _memory_bytes() -> int | None:
+    """What this process may use: the machine's memory, or its control group's limit where that is less."""
+    found = []
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            found.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # "max" is no limit
+            continue
+    with suppress(OSError, ValueError):
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(found, default=None)
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(Path.cwd()).free
+    text = f"{free / GIB:.1f} GiB free in this folder"
+    if free < MIN_DISK_GIB * GIB:
+        return Finding("Disk", State.NOTE, text, "make room for checkpoints, or pass --out on another disk")
+    return Finding("Disk", State.OK, text)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _packages() -> Iterator[Finding]:
+    versions = {package: _version(package) for package in REQUIRED}
+    missing = [package for package, version in versions.items() if version is None]
+    if missing:
+        fix = f"{sys.executable} -m pip install {' '.join(missing)}"
+        yield Finding("Packages", State.MISSING, "not installed: " + ", ".join(missing), fix)
+    present = [f"{package} {version}" for package, version in versions.items() if version is not None]
+    if present:
+        yield Finding("Packages", State.OK, ", ".join(present))
+
+
+def _device() -> Finding:
+    """What training would run on."""
+    if find_spec("torch") is None:
+        return Finding("Device", State.MISSING, "no PyTorch", f"{sys.executable} -m pip install torch")
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        text = ", ".join(f"{p.name} with {p.total_memory / GIB:.0f} GiB" for p in names)
+        more = "; the torch engine uses the first" if len(names) > 1 else ""
+        return Finding("Device", State.OK, f"GPU: {text}{more}")
+    if shutil.which("nvidia-smi") is not None:
+        text = f"this machine has NVIDIA tools, but torch {torch.__version__} sees no GPU; training runs on the CPU"
+        return Finding("Device", State.NOTE, text, f"{sys.executable} -m pip install --force-reinstall torch")
+    return Finding("Device", State.OK, f"CPU, {torch.get_num_threads()} threads (no NVIDIA GPU)")
+
+
+def _base_model() -> Finding:
+    folder = resources.files("backtalk") / "assets" / "base_model"
+    missing = [name for name in BASE_MODEL_FILES if not (folder / name).is_file()]
+    if missing:
+        text = f"{folder} lacks {', '.join(missing)}"
+        return Finding("Base model", State.MISSING, text, "install Backtalk again, or see recipes/base_model")
+    size = sum(entry.stat().st_size for entry in Path(str(folder)).iterdir() if entry.is_file())
+    return Finding("Base model", State.OK, f"embedded, {size / 1e6:.1f} MB")
+
+
+def _sandbox() -> Iterator[Finding]:
+    from backtalk.sandboxes import local_sandbox
+
+    try:
+        backend = local_sandbox("auto")
+        asyncio.run(_try_sandbox(backend))
+    except BacktalkError as error:
+        yield Finding("Sandbox", State.MISSING, str(error), "see the message; then type: backtalk doctor")
+        return
+    report = backend.report
+    yield Finding("Sandbox", State.OK, f"{report.name}; a command ran in it")
+    for title, held in (("isolation", report.isolation), ("limits", report.limits)):
+        if held:
+            text = ", ".join(f"{name}: {how}" for name, how in held.items())
+            yield Finding(f"  {title}", State.OK, text)
+    for warning in report.warnings:
+        yield Finding("  warning", State.NOTE, warning)
+
+
+async def _try_sandbox(backend: SandboxBackend) -> None:
+    """Run one command for real. SandboxError says that it did not come back as it should."""
+    async with backend.open(SandboxLimits()) as sandbox:
+        result = await sandbox.exec("echo hello", timeout_s=10.0)
+    if result.exit_code != 0 or result.output.strip() != "hello":
+        raise SandboxError(f"'echo hello' in the sandbox ended with {result.exit_code} and said {result.output!r}")
+
+
+def _extras() -> Iterator[Finding]:
+    for extra, (package, use) in EXTRAS.items():
+        version = _version(package)
+        if version is not None:
+            yield Finding(f"Extra {extra}", State.OK, f"{package} {version}: {use}")
+        else:
+            fix = f"{sys.executable} -m pip install 'backtalk[{extra}]'"
+            yield Finding(f"Extra {extra}", State.OPTIONAL, f"{package} is not installed: {use}", fix)
+
+
+def print_findings(findings: Iterable[Finding], console: Console) -> list[str]:
+    """Print each as it comes; returns the names of those that stop a default run."""
+    missing = []
+    for finding in findings:
+        state = finding.state.value
+        line = Text(f"{state:<10}", style=STYLES[state]) + Text(f"{finding.name:<18}{finding.text}", style="default")
+        console.print(line, soft_wrap=True)
+        if finding.fix is not None:
+            console.print(Text(f"{'':<28}-> {finding.fix}", style="default"), soft_wrap=True)
+        if finding.state is State.MISSING:
+            missing.append(finding.name.strip())
+    return missing

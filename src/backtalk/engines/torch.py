@@ -1,0 +1,304 @@
+"""The embedded engine: one process, one device, any causal language model of transformers.
+
+It is the default, and the oracle that other engines are held against: one forward pass serves both terms.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from backtalk.engines import torch_checkpoint as checkpoints
+from backtalk.engines.metrics import sampler_gap, token_metrics, token_sums
+from backtalk.engines.torch_logprobs import has_separate_head, token_logprobs
+from backtalk.engines.torch_model import (
+    add_lora,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    model_location,
+    quiet_transformers,
+    resolve_device,
+    resolve_dtype,
+)
+from backtalk.engines.torch_optimizer import StepOptimizer
+from backtalk.errors import ConfigError, DataError
+from backtalk.objective import ObjectiveConfig, objective
+from backtalk.renderer import Renderer
+from backtalk.sampler import Sampler, SamplingParams
+from backtalk.samples import (
+    Batch,
+    Sample,
+    TokenCounts,
+    collate,
+    is_action,
+    is_observation,
+    is_target,
+    micro_batches,
+    to_sample,
+)
+from backtalk.trajectory import Trajectory
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TorchConfig:
+    """Model and optimizer of the embedded engine."""
+
+    model: str = "base"  # the embedded model, a folder, or a Hugging Face name
+    learning_rate: float = 1e-4  # constant after warm-up
+    warmup_steps: int = 0  # linear, from learning_rate / warmup_steps
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip_norm: float = 1.0  # global L2 norm; inf switches clipping off
+    max_tokens_per_microbatch: int = 8192  # padding included; changes memory and speed, not results
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 on a GPU, else float32
+    device: str = "auto"
+    gradient_checkpointing: bool = False  # less memory, one more forward pass
+    lora_rank: int = 0  # 0 trains every weight
+    threads: int | None = None  # of PyTorch on the CPU; None leaves it alone
+    seed: int = 0  # of fresh LoRA adapters: nothing else here is random
+
+    def __post_init__(self) -> None:
+        least = {
+            "learning_rate": 0,
+            "warmup_steps": 0,
+            "weight_decay": 0,
+            "max_tokens_per_microbatch": 1,
+            "lora_rank": 0,
+            "threads": 1,
+        }
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and not lowest <= value < math.inf:
+                raise ConfigError(f"{name}={value} cannot work; use a number >= {lowest}")
+        if not self.grad_clip_norm > 0:
+            raise ConfigError(f"grad_clip_norm={self.grad_clip_norm} would stop every update; use > 0, or inf for none")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas={self.betas} cannot work; use two numbers in [0, 1), for example (0.9, 0.95)")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float64"):
+            raise ConfigError(f"dtype={self.dtype!r} is unknown; use 'auto', 'float32', 'bfloat16' or 'float64'")
+
+
+class TorchEngine:
+    """See ``Engine`` and ``Checkpointable``.
+
+    All computing is done by one worker thread of its own, in the order asked for. Not safe for use from
+    several event loops at once. The same config, samples and machine give the same bits (on a GPU up to
+    PyTorch's own non-deterministic kernels). No random number is drawn in a train step.
+    """
+
+    def __init__(self, config: TorchConfig) -> None:
+        self.config = config
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        # A new thread would start with the default number of its own.
+        self._executor = ThreadPoolExecutor(1, "backtalk-engine", torch.set_num_threads, (torch.get_num_threads(),))
+        self.location = model_location(config.model)
+        self.device = resolve_device(config.device)
+        self.tokenizer = load_tokenizer(self.location)
+        self._dtype = resolve_dtype(config.dtype, self.device)
+        self.model: Any = load_model(self.location, self.device, self._dtype)
+        self._peft: Any = add_lora(self.model, config.lora_rank, config.seed) if config.lora_rank else None
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._head_apart = has_separate_head(self.model)
+        self._optimizer = StepOptimizer(
+            self.model.parameters(),
+            learning_rate=config.learning_rate,
+            warmup_steps=config.warmup_steps,
+            weight_decay=config.weight_decay,
+            betas=config.betas,
+            grad_clip_norm=config.grad_clip_norm,
+        )
+        self._policy_version = 0
+        self._stop_token_ids: frozenset[int] | None = None
+
+    @property
+    def policy_version(self) -> int:
+        """Train steps taken so far, the skipped ones included."""
+        return self._policy_version
+
+    @property
+    def pad_token_id(self) -> int:
+        """Fills the ends of rows; never looked at."""
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return pad if pad is not None else end if end is not None else 0
+
+    def sampler(self, params: SamplingParams) -> Sampler:
+        """A batched sampler over the current weights; use it before the next train step and not beside it."""
+        from backtalk.engines.torch_sampler import TorchSampler
+
+        if self._stop_token_ids is None:  # what ends a turn is the chat template's to say; tools do not matter
+            self._stop_token_ids = Renderer(self.tokenizer, ()).stop_token_ids
+        return TorchSampler(
+            self.model,
+            params=params,
+            stop_token_ids=self._stop_token_ids,
+            pad_token_id=self.pad_token_id,
+            policy_version=self._policy_version,
+            device=self.device,
+        )
+
+    async def train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
+        """One optimizer step over all samples, in micro-batches that change nothing but memory.
+
+        Metrics, NaN where there was nothing to measure:
+            policy_loss, world_model_loss, total_loss   as in ``objective``; the terms before their coefficients
+            world_ce, env_output_ce, warning_ce         nats a token at temperature 1 over the step's tokens
+            entropy                                     of actions, nats a token: the mean of -log p, an estimate
+            ratio_mean, clip_fraction                   over action tokens of rows with a reward
+            sampler_logprob_gap                         largest |trainer - sampler| on an action token, nats
+            effective_obs_weight                        of one target token, relative to one action token
+            world_pull_share                            world-model share of the L1 norm of d(loss)/d(logprobs)
+            grad_norm, learning_rate                    before clipping; as used
+            update_scale                                below 1 where a world-only step is held, see StepOptimizer
+            skipped                                     1 where the weights did not change: no token carries weight,
+                                                        or the gradient is not finite
+            sequences, rewarded_sequences, *_tokens     counts
+        """
+        metrics = await self._in_worker(lambda: self._train_step(samples, config))
+        if metrics["skipped"]:
+            log.warning(
+                "step %d changed nothing: %d rows with a reward, %d target tokens, gradient norm %s",
+                self._policy_version,
+                metrics["rewarded_sequences"],
+                metrics["target_tokens"],
+                metrics["grad_norm"],
+            )
+        elif config.world_model_coeff > 0 and not metrics["target_tokens"]:
+            log.warning(
+                "step %d has no target token for world_loss_target=%r; do observations reach the history as "
+                "ENV_OUTPUT?",
+                self._policy_version,
+                config.world_loss_target,
+            )
+        return metrics
+
+    async def score(self, trajectories: Sequence[Trajectory]) -> list[list[float]]:
+        """Log-probability of every token at temperature 1, in nats; 0.0 for a trajectory's first token."""
+        return await self._in_worker(lambda: self._score(trajectories))
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint, all or nothing; ``folder/model`` loads with AutoModelForCausalLM.
+
+        Raises:
+            DataError: it cannot be written; an older checkpoint at ``folder`` is unharmed.
+        """
+        self._executor.submit(checkpoints.write_atomically, Path(folder), self._write).result()
+
+    def load(self, folder: Path) -> None:
+        """Continue where ``save`` left off, to the bit on the same machine.
+
+        Raises:
+            DataError: no checkpoint, a damaged one, or one of another model or kind of training.
+        """
+        self._executor.submit(self._read, checkpoints.find_checkpoint(Path(folder))).result()
+
+    # All that follows runs in the worker thread.
+
+    async def _in_worker(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    def _train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
+        counts = TokenCounts.of(samples, config.world_loss_target)
+        sums, gap, has_gradient = self._accumulate(samples, counts, config)
+        held = config.policy_coeff > 0 and config.world_model_coeff > 0 and sums["policy_pull"] == 0
+        ratio = config.world_model_coeff / config.policy_coeff if held else None
+        update = self._optimizer.step(ratio) if has_gradient else self._optimizer.idle_metrics()
+        self._optimizer.zero_grad()  # their memory is the sampler's until the next step
+        self._policy_version += 1
+        losses = {name: sums[name] for name in ("policy_loss", "world_model_loss", "total_loss")}
+        return losses | token_metrics(sums, counts, config) | {"sampler_logprob_gap": gap} | update
+
+    def _accumulate(
+        self, samples: Sequence[Sample], counts: TokenCounts, config: ObjectiveConfig
+    ) -> tuple[dict[str, float], float, bool]:
+        """Gradients of the whole step; returns sums over its tokens, the sampler gap, and whether any token trains."""
+        sums: dict[str, float] = defaultdict(float)
+        gap, has_gradient = 0.0, False
+        self.model.train(self.config.gradient_checkpointing)  # which only works in that mode; dropout is 0 anyway
+        for part in micro_batches(samples, self.config.max_tokens_per_microbatch):
+            batch = collate(part, self.pad_token_id).to(self.device)
+            logprobs_BT = self._logprobs(batch, config)
+            loss, terms = objective(logprobs_BT, batch, counts, config)
+            if loss.requires_grad:
+                loss.backward()
+                self._optimizer.accumulate()
+                has_gradient = True
+            measured = terms | token_sums(logprobs_BT.detach(), batch, counts, config)
+            for name, value in measured.items():
+                sums[name] += float(value)
+            gap = max(gap, float(sampler_gap(logprobs_BT.detach(), batch)))
+        self.model.eval()
+        return sums, gap, has_gradient
+
+    def _logprobs(self, batch: Batch, config: ObjectiveConfig) -> Tensor:
+        """Actions at their sampling temperature, everything else at 1; a graph only where a term will use it."""
+        action_BT = is_action(batch.roles_BT)
+        target_BT = is_target(batch.roles_BT, batch.turns_BT, config.world_loss_target)
+        trained_BT = torch.zeros_like(action_BT)
+        if config.policy_coeff > 0:
+            trained_BT = trained_BT | (action_BT & batch.has_reward_B[:, None])
+        if config.world_model_coeff > 0:
+            trained_BT = trained_BT | target_BT
+        temperature_BT = torch.where(action_BT, batch.temperatures_B[:, None], 1.0)
+        measured_BT = action_BT | target_BT | is_observation(batch.roles_BT)
+        return token_logprobs(self.model, batch.token_ids_BT, trained_BT, measured_BT, temperature_BT, self._head_apart)
+
+    @torch.no_grad()
+    def _score(self, trajectories: Sequence[Trajectory]) -> list[list[float]]:
+        samples = [replace(to_sample(trajectory), sample_index=i) for i, trajectory in enumerate(trajectories)]
+        scores: list[list[float]] = [[] for _ in samples]
+        for part in micro_batches(samples, self.config.max_tokens_per_microbatch):
+            batch = collate(part, self.pad_token_id).to(self.device)
+            real_BT = torch.arange(batch.token_ids_BT.shape[1], device=self.device) < batch.lengths_B[:, None]
+            nothing_BT, ones_BT = torch.zeros_like(real_BT), torch.ones(real_BT.shape, device=self.device)
+            logprobs_BT = token_logprobs(self.model, batch.token_ids_BT, nothing_BT, real_BT, ones_BT, self._head_apart)
+            for sample, row in zip(part, logprobs_BT.tolist(), strict=True):
+                scores[sample.sample_index] = row[: len(sample)]
+        return scores
+
+    def _write(self, folder: Path) -> None:
+        with quiet_transformers():
+            if self._peft is None:
+                self.model.save_pretrained(folder / "model")
+            else:
+                self._peft.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+                copy.deepcopy(self._peft).merge_and_unload().save_pretrained(folder / "model")
+            self.tokenizer.save_pretrained(folder / "model")
+        state = {"policy_version": self._policy_version, "lora_rank": self.config.lora_rank, "model": self.config.model}
+        checkpoints.write_state(folder, state, self._optimizer.state_dict())
+
+    def _read(self, folder: Path) -> None:
+        state, training = checkpoints.read_state(folder)
+        if state["lora_rank"] != self.config.lora_rank:
+            raise DataError(
+                f"checkpoint {folder} has lora_rank={state['lora_rank']}, this engine "
+                f"{self.config.lora_rank}; use the value it was trained with"
+            )
+        try:
+            if self._peft is None:
+                saved = load_model(str(folder / "model"), torch.device("cpu"), self._dtype)
+                self.model.load_state_dict(saved.state_dict())
+            else:
+                load_adapter(self._peft, folder / "adapter")
+            self._optimizer.load_state_dict(training)
+        except (ConfigError, OSError, RuntimeError, ValueError, KeyError) as error:
+            raise DataError(
+                f"checkpoint {folder} does not fit model={self.config.model!r}, dtype={self._dtype}: {error}"
+            ) from error
+        self._policy_version = state["policy_version"]

@@ -1,0 +1,134 @@
+"""Loading a causal language model of transformers so that training and sampling agree on it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from backtalk.errors import ConfigError
+
+BASE_MODEL = "base"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is the first GPU where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device!r} is no device; use 'auto', 'cpu' or 'cuda'") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device={device!r}, but this PyTorch sees no GPU; use 'auto' or 'cpu'")
+    return chosen
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on a GPU that has it, else float32."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return DTYPES[dtype]
+
+
+def model_location(model: str) -> str:
+    """A folder, or the name that transformers looks up.
+
+    Raises:
+        ConfigError: the embedded model is not installed, or a path that does not exist.
+    """
+    if model == BASE_MODEL:
+        folder = Path(str(resources.files("backtalk"))) / "assets" / "base_model"
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"model='base' is the model that ships with backtalk, but {folder} does not hold it; "
+                "reinstall backtalk, or pass the folder or Hugging Face name of another model"
+            )
+        return str(folder)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model={model!r} is a folder without a config.json; pass one that holds a saved model")
+        return str(path)
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ConfigError(f"model={model!r} does not exist; pass an existing folder, a Hugging Face name, or 'base'")
+    return model
+
+
+def load_model(location: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model in eval mode with every dropout at 0, so that a token has one probability."""
+    from transformers import AutoModelForCausalLM
+
+    with quiet_transformers():
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model {location!r} cannot be loaded as a causal language model: {error}") from error
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model.to(device).eval()
+
+
+def load_tokenizer(location: str) -> Any:
+    """The model's fast tokenizer."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(location)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the tokenizer of {location!r} cannot be loaded: {error}") from error
+
+
+def add_lora(model: nn.Module, rank: int, seed: int) -> Any:
+    """Low-rank adapters (arXiv 2106.09685) on all linear layers but the head; the rest is frozen.
+
+    Returns the peft model around ``model``, whose layers are replaced in place. The adapters are float32.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError(
+            f"lora_rank={rank} needs peft, which is not installed; pip install 'backtalk[lora]', or set lora_rank=0"
+        ) from error
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft and transformers deprecate at their own pace
+        torch.manual_seed(seed)
+        return get_peft_model(model, config).eval()  # type: ignore[arg-type]
+
+
+def load_adapter(peft_model: Any, folder: Path) -> None:
+    """Put saved adapters into a peft model of the same shape."""
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    result = set_peft_model_state_dict(peft_model, load_file(folder / "adapter_model.safetensors"))
+    if result.unexpected_keys:
+        raise ValueError(f"adapter weights that the model has no place for: {result.unexpected_keys[:3]}")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers inside; a user's own setting comes back after."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()

@@ -1,0 +1,127 @@
+"""AdamW for two loss terms of very different volume, with float32 master weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class StepOptimizer:
+    """AdamW (arXiv 1711.05101) with linear warm-up, clipping by global norm, and the hold described below.
+
+    Parameters in bfloat16 get float32 masters: an update of 1e-6 would round away in them. Gradients of
+    micro-batches are summed in the masters' precision.
+
+    The hold. Adam divides by the gradient's own running size, so when the policy gradient is 0 (all
+    rewards of a step equal) it turns *any* coefficient of the world-model term into a full step. The step
+    intended is the one that coefficient 1 would make, times the coefficient. So two running means with
+    Adam's own beta_2 are kept, of |g|^2 as Adam saw it and of |g|^2 as it would have been with both terms at
+    equal coefficients in such steps; a world-only step's learning rate is multiplied by the square root of
+    their ratio. In a run of world-only steps that is the coefficient itself, so twice the coefficient moves the
+    weights twice as far; where other steps have set Adam's scale it tends to 1, and there plain Adam is
+    proportional already. Steps with a policy gradient are plain AdamW, bit for bit.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        *,
+        learning_rate: float,
+        warmup_steps: int,
+        weight_decay: float,
+        betas: tuple[float, float],
+        grad_clip_norm: float,
+    ) -> None:
+        self._parameters = [p for p in parameters if p.requires_grad]
+        self._masters = [p if p.dtype in (torch.float32, torch.float64) else _master(p) for p in self._parameters]
+        groups = [  # norms and biases do not decay
+            {"params": [m for m in self._masters if m.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [m for m in self._masters if m.dim() < 2], "weight_decay": 0.0},
+        ]
+        self._adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(betas[0], betas[1]))
+        self._learning_rate, self._warmup_steps = learning_rate, warmup_steps
+        self._decay, self._grad_clip_norm = betas[1], grad_clip_norm
+        self.updates = 0
+        self._seen_square = 0.0  # running mean of |g|^2, without bias correction: only the ratio is used
+        self._unit_square = 0.0
+
+    def zero_grad(self) -> None:
+        """Forget all gradients; call before the first micro-batch."""
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            parameter.grad = master.grad = None
+
+    def accumulate(self) -> None:
+        """Move a micro-batch's gradient to the masters; call after each backward pass."""
+        for parameter, master in zip(self._parameters, self._masters, strict=True):
+            if master is parameter or parameter.grad is None:
+                continue
+            grad = parameter.grad.to(master.dtype)
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            parameter.grad = None
+
+    def step(self, world_coeff_ratio: float | None = None) -> dict[str, float]:
+        """One update; returns its metrics. A gradient that is not finite changes nothing and gives ``skipped`` 1.
+
+        ``world_coeff_ratio`` is world_model_coeff / policy_coeff in a step whose policy gradient is 0, else None.
+        """
+        grad_norm = float(nn.utils.clip_grad_norm_(self._masters, self._grad_clip_norm))
+        if not math.isfinite(grad_norm):
+            return self.idle_metrics() | {"grad_norm": grad_norm}
+        scale = self._hold(grad_norm, world_coeff_ratio)
+        warmup = min(1.0, (self.updates + 1) / max(self._warmup_steps, 1))
+        rate = self._learning_rate * warmup if world_coeff_ratio is None else self._learning_rate * warmup * scale
+        for group in self._adam.param_groups:
+            group["lr"] = rate
+        self._adam.step()
+        with torch.no_grad():
+            for parameter, master in zip(self._parameters, self._masters, strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+        self.updates += 1
+        return {"grad_norm": grad_norm, "learning_rate": rate, "update_scale": scale, "skipped": 0.0}
+
+    @staticmethod
+    def idle_metrics() -> dict[str, float]:
+        """What a step without an update reports."""
+        return {"grad_norm": 0.0, "learning_rate": 0.0, "update_scale": 0.0, "skipped": 1.0}
+
+    def _hold(self, grad_norm: float, world_coeff_ratio: float | None) -> float:
+        seen = min(grad_norm, self._grad_clip_norm)
+        unit = seen if world_coeff_ratio is None else min(grad_norm / world_coeff_ratio, self._grad_clip_norm)
+        self._seen_square = self._decay * self._seen_square + (1 - self._decay) * seen**2
+        self._unit_square = self._decay * self._unit_square + (1 - self._decay) * max(unit, seen) ** 2
+        if world_coeff_ratio is None or self._unit_square == 0:
+            return 1.0
+        return math.sqrt(self._seen_square / self._unit_square)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the parameters themselves; masters included where they are apart."""
+        apart = zip(self._parameters, self._masters, strict=True)
+        return {
+            "adam": self._adam.state_dict(),
+            "masters": [master.detach() for parameter, master in apart if master is not parameter],
+            "updates": self.updates,
+            "seen_square": self._seen_square,
+            "unit_square": self._unit_square,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``. Settings such as the learning rate stay as given to this object."""
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self._adam.param_groups]
+        self._adam.load_state_dict(state["adam"])
+        for group, own in zip(self._adam.param_groups, settings, strict=True):
+            group.update(own)
+        masters = [m for p, m in zip(self._parameters, self._masters, strict=True) if m is not p]
+        with torch.no_grad():
+            for master, saved in zip(masters, state["masters"], strict=True):
+                master.copy_(saved)
+        self.updates = state["updates"]
+        self._seen_square, self._unit_square = state["seen_square"], state["unit_square"]
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().to(torch.float32, copy=True).requires_grad_()

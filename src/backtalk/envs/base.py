@@ -1,0 +1,118 @@
+"""Tasks, and what answers the agent."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from backtalk.sandboxes.base import SandboxFile
+from backtalk.trajectory import TokenRole
+
+
+class Split(StrEnum):
+    TRAIN = "train"
+    HELD_OUT = "held_out"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """An instruction, the files to start from, a verifier."""
+
+    id: str
+    instruction: str
+    files: Mapping[str, SandboxFile] = field(default_factory=dict)  # by absolute path inside
+    setup: tuple[str, ...] = ()  # commands run once before the agent, offline
+    env: Mapping[str, str] = field(default_factory=dict)
+    workdir: str = "/home/agent"
+    tests: Mapping[str, SandboxFile] = field(default_factory=dict)  # under /tests, uploaded after the agent
+    solution: Mapping[str, SandboxFile] = field(default_factory=dict)  # under /solution, for oracles only
+    agent_timeout_s: float = 600.0
+    verifier_timeout_s: float = 60.0
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def split(self) -> Split:
+        """By hash of the id, one in five held out, so that no run can move a task across."""
+        return Split.HELD_OUT if hashlib.sha256(self.id.encode()).digest()[0] % 5 == 0 else Split.TRAIN
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a message's text with who said it."""
+
+    text: str
+    role: TokenRole
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message. ``role`` is the chat role; who said each stretch is in the parts."""
+
+    role: str  # "system" | "user" | "tool"
+    parts: tuple[Part, ...]
+    tool: str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """A tool as the policy is told about it; ``parameters`` is a JSON schema of an object."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    tool: str
+    arguments: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedAction:
+    """What a sampled action means: a call, or what was wrong with it."""
+
+    text: str
+    call: ToolCall | None
+    error: str | None = None  # said to the policy as a WARNING observation
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What the world answered. ``timed_out`` and ``truncated`` are counted in the trajectory's stats."""
+
+    messages: tuple[Message, ...]
+    done: bool = False
+    submitted: bool = False
+    timed_out: bool = False
+    truncated: bool = False
+
+
+class Env(Protocol):
+    """One episode of one task.
+
+    Raises:
+        InfrastructureError: from any method, when the world broke. A failed command is a Step.
+    """
+
+    @property
+    def tools(self) -> tuple[ToolSpec, ...]: ...
+
+    async def reset(self) -> tuple[Message, ...]:
+        """Build the world and say what is to be done."""
+        ...
+
+    async def step(self, call: ToolCall) -> Step:
+        """Carry out one call."""
+        ...
+
+    async def score(self) -> float | None:
+        """The reward, once, after the end; None where nobody scores this task. VerifierError when invalid."""
+        ...

@@ -1,0 +1,276 @@
+"""A shell in a sandbox: the agent runs commands, submits an answer, and a script scores what it left behind.
+
+Who said each stretch of an observation is recorded here, where the text is made: what a command printed is
+one ENV_OUTPUT part, untouched, and everything the harness adds around it is WARNING.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import posixpath
+import secrets
+import shlex
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from backtalk.envs.base import Message, Part, Step, Task, ToolCall, ToolSpec
+from backtalk.errors import SandboxError, TaskError, VerifierError
+from backtalk.sandboxes.base import ExecResult, Sandbox, SandboxBackend, SandboxFile, SandboxLimits
+from backtalk.trajectory import TokenRole
+
+HOME = "/home/agent"
+ANSWER = "/logs/agent/answer.txt"
+REWARD_JSON = "/logs/verifier/reward.json"
+REWARD_TXT = "/logs/verifier/reward.txt"
+SETUP_TIMEOUT_S = 120.0
+
+BASH = ToolSpec(
+    "bash",
+    "Run a bash command. The shell lives on between calls: its folder, variables and background jobs persist.",
+    {
+        "type": "object",
+        "properties": {"command": {"type": "string", "description": "the command"}},
+        "required": ["command"],
+    },
+)
+SUBMIT = ToolSpec(
+    "submit",
+    "Finish the task with an answer.",
+    {
+        "type": "object",
+        "properties": {"answer": {"type": "string", "description": "the answer; empty where none is asked for"}},
+        "required": ["answer"],
+    },
+)
+
+# Tests start from this and the task's own variables; nothing that the agent exported reaches them.
+# PYTHONNOUSERSITE: Python would run a sitecustomize module that the agent left in its home.
+_TEST_ENV = {
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "HOME": HOME,
+    "USER": "agent",
+    "LANG": "C.UTF-8",
+    "TZ": "UTC",
+    "PYTHONNOUSERSITE": "1",
+}
+
+# Run in the fresh process namespace, before the tests. The agent may have made any of these places a link, a
+# file, or a folder that cannot be removed as it is. pytest reads settings from the folders above its tests.
+_CLEAR = """\
+cd /
+for path in /tests /solution /logs/verifier /logs/agent; do
+  [ -d "${path%/*}" ] && [ ! -L "${path%/*}" ] || rm -rf "${path%/*}"
+  rm -rf "$path" 2>/dev/null || { chmod -R u+rwX "$path"; rm -rf "$path"; }
+done
+rm -rf /conftest.py /pytest.ini /.pytest.ini /pyproject.toml /tox.ini /setup.cfg
+mkdir -p /logs/verifier
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TerminalConfig:
+    """How a terminal is offered to the agent."""
+
+    system_prompt: str = "You work in a Linux shell. Run commands with bash, and finish with submit."
+    command_timeout_s: float = 30.0
+    max_output_chars: int = 8000  # of one command; the middle of a longer output is left out
+    sandbox: SandboxLimits = field(default_factory=SandboxLimits)
+
+    def __post_init__(self) -> None:
+        if self.command_timeout_s <= 0 or self.max_output_chars < 2:
+            raise ValueError(
+                f"command_timeout_s={self.command_timeout_s} and max_output_chars={self.max_output_chars}: "
+                "need more than 0 seconds and at least 2 characters"
+            )
+
+
+class TerminalEnv:
+    """One episode of one task in one sandbox (an ``Env``).
+
+    Raises:
+        TaskError: the task has no tests/test.sh, so nothing could score it.
+    """
+
+    def __init__(self, task: Task, sandbox: Sandbox, config: TerminalConfig) -> None:
+        if "test.sh" not in task.tests:
+            raise TaskError(f"task {task.id!r} has no tests/test.sh, so nothing can score it; add one")
+        self.task = task
+        self.config = config
+        self._sandbox = sandbox
+        self._answer: str | None = None
+
+    @property
+    def tools(self) -> tuple[ToolSpec, ...]:
+        return (BASH, SUBMIT)
+
+    async def reset(self) -> tuple[Message, ...]:
+        """Put the files, run the setup, and say what is to be done.
+
+        Raises:
+            SandboxError: the sandbox broke, or a setup command failed.
+        """
+        await self._sandbox.put(self.task.files)
+        for number, command in enumerate(_setup_commands(self.task)):
+            result = await self._sandbox.exec(command, timeout_s=SETUP_TIMEOUT_S)
+            if result.timed_out or result.exit_code != 0:
+                what = f"timed out after {SETUP_TIMEOUT_S:g} s" if result.timed_out else f"exited {result.exit_code}"
+                raise SandboxError(
+                    f"setup command {number} of task {self.task.id!r} {what}, so the task cannot start; it runs "
+                    f"offline and as one ordinary user:\n{command[:500]}\n{result.output[-1000:]}"
+                )
+        system = Message("system", (Part(self.config.system_prompt, TokenRole.CONTEXT),))
+        user = Message("user", (Part(self.task.instruction.strip(), TokenRole.CONTEXT),))
+        return (system, user)
+
+    async def step(self, call: ToolCall) -> Step:
+        """Run a command, or take the answer. A call that cannot be carried out is told so, as a WARNING."""
+        if self._answer is not None:
+            raise RuntimeError(f"task {self.task.id!r} was submitted; there is no step after that")
+        match call.tool:
+            case "bash":
+                return await self._bash(call) if "command" in call.arguments else _missing(call, "command")
+            case "submit":
+                if "answer" not in call.arguments:
+                    return _missing(call, "answer")
+                # Kept here until the agent's processes are gone, so that none of them can change it.
+                self._answer = call.arguments["answer"]
+                return Step((), done=True, submitted=True)
+            case _:
+                return _warn(call, f"[unknown tool {call.tool}; the tools are bash and submit]")
+
+    async def score(self) -> float:
+        """Run the tests on what the agent left behind, in a fresh process namespace, and read the reward.
+
+        Raises:
+            VerifierError: no finite reward was left. That is no reward at all, never a reward of 0.
+            SandboxError: the sandbox broke.
+        """
+        task = self.task
+        await self._sandbox.restart()
+        # The agent knew /tests and could have prepared it (a link, a conftest.py), but not this name.
+        box = f"/.tests-{secrets.token_hex(16)}"
+        files = {f"{box}/tests/{path}": file for path, file in task.tests.items()}
+        if self._answer is not None:
+            files[f"{box}/agent/answer.txt"] = SandboxFile(self._answer.encode("utf-8", "replace"))
+        await self._sandbox.put(files)
+        command = _test_command(task, box, answered=self._answer is not None)
+        result = await self._sandbox.exec(command, timeout_s=task.verifier_timeout_s)
+        if result.timed_out:
+            raise VerifierError(
+                f"the tests of task {task.id!r} did not end within {task.verifier_timeout_s:g} s; "
+                f"give them more ([verifier] timeout_sec), or make them faster{_tail(result)}"
+            )
+        content = await self._sandbox.get(REWARD_JSON)
+        if content is not None:
+            return _checked(task, "reward.json", content, _json_reward(content), result)
+        content = await self._sandbox.get(REWARD_TXT)
+        if content is not None:
+            return _checked(task, "reward.txt", content, _text_reward(content), result)
+        raise VerifierError(
+            f"the tests of task {task.id!r} wrote neither {REWARD_TXT} nor reward.json "
+            f"(exit code {result.exit_code}); tests/test.sh has to write one{_tail(result)}"
+        )
+
+    async def _bash(self, call: ToolCall) -> Step:
+        timeout_s = self.config.command_timeout_s
+        result = await self._sandbox.exec(call.arguments["command"], timeout_s=timeout_s)
+        parts, truncated = _observation(result, timeout_s, self.config.max_output_chars)
+        return Step((Message("tool", parts, tool=call.tool),), timed_out=result.timed_out, truncated=truncated)
+
+
+@asynccontextmanager
+async def open_terminal_env(task: Task, backend: SandboxBackend, config: TerminalConfig) -> AsyncIterator[TerminalEnv]:
+    """A terminal for one task in a fresh sandbox, gone with everything in it on exit."""
+    async with backend.open(config.sandbox) as sandbox:
+        yield TerminalEnv(task, sandbox, config)
+
+
+def _setup_commands(task: Task) -> list[str]:
+    """What the session runs before the agent: first of all it goes where the task is, if that is not its home."""
+    commands = []
+    if task.workdir != HOME or task.env:
+        workdir = shlex.quote(task.workdir)
+        exports = "".join(f" && export {name}={shlex.quote(value)}" for name, value in task.env.items())
+        commands.append(f"mkdir -p {workdir} && cd {workdir}{exports}")
+    return commands + [f"bash -ec {shlex.quote(command)}" for command in task.setup]
+
+
+def _test_command(task: Task, box: str, *, answered: bool) -> str:
+    env = " ".join(f"{name}={shlex.quote(value)}" for name, value in (_TEST_ENV | dict(task.env)).items())
+    agent = f"mv {box}/agent /logs/agent" if answered else "mkdir /logs/agent"
+    workdir = shlex.quote(posixpath.normpath(task.workdir))
+    return (
+        f"{_CLEAR}mv {box}/tests /tests && {agent} && rm -rf {box} && {{ cd {workdir} || cd /; }} && "
+        f"env -i {env} bash /tests/test.sh"
+    )
+
+
+def _observation(result: ExecResult, timeout_s: float, max_chars: int) -> tuple[tuple[Part, ...], bool]:
+    """The parts of a command's observation, and whether some of its output was left out."""
+    output, notices = result.output, []
+    parts: list[Part] = []
+    if len(output) > max_chars:
+        head, tail = output[: max_chars // 2], output[-(max_chars - max_chars // 2) :]
+        left_out = f"[{len(output) - max_chars} characters left out]\n"
+        notice = Part(left_out if head.endswith("\n") else "\n" + left_out, TokenRole.WARNING)
+        parts += [Part(head, TokenRole.ENV_OUTPUT), notice, Part(tail, TokenRole.ENV_OUTPUT)]
+    elif output:
+        parts.append(Part(output, TokenRole.ENV_OUTPUT))
+    if result.dropped_bytes:
+        notices.append(f"[{result.dropped_bytes} bytes more were dropped]")
+    if result.timed_out:
+        notices.append(f"[timed out after {timeout_s:g} s; the command was stopped]")
+    elif result.exit_code != 0:
+        notices.append(f"[exit code {result.exit_code}]")
+    elif not parts and not notices:
+        notices.append("[no output]")
+    if notices:
+        own_line = "\n" if output and not output.endswith("\n") else ""
+        parts.append(Part(own_line + "\n".join(notices), TokenRole.WARNING))
+    return tuple(parts), len(output) > max_chars or result.dropped_bytes > 0
+
+
+def _warn(call: ToolCall, text: str) -> Step:
+    return Step((Message("tool", (Part(text, TokenRole.WARNING),), tool=call.tool),))
+
+
+def _missing(call: ToolCall, argument: str) -> Step:
+    return _warn(call, f"[{call.tool} needs the argument {argument}]")
+
+
+def _json_reward(content: bytes) -> float:
+    """A number, or a flat {name: number}: its "reward", or the mean where nothing has that name. NaN if neither."""
+    try:
+        value = json.loads(content)
+        named = value if isinstance(value, dict) else {"reward": value}
+        if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in named.values()):
+            return math.nan
+        numbers = {name: float(x) for name, x in named.items()}
+    except (ValueError, OverflowError, RecursionError):
+        return math.nan
+    if not numbers or not all(math.isfinite(x) for x in numbers.values()):
+        return math.nan
+    return numbers.get("reward", sum(numbers.values()) / len(numbers))
+
+
+def _text_reward(content: bytes) -> float:
+    try:
+        return float(content.decode())
+    except ValueError:
+        return math.nan
+
+
+def _checked(task: Task, name: str, content: bytes, reward: float, result: ExecResult) -> float:
+    if not math.isfinite(reward):
+        what = repr(content[:200].decode("utf-8", "replace")) if content.strip() else "nothing"
+        raise VerifierError(
+            f"the tests of task {task.id!r} left {what} in {name}, which is no finite reward; write one number, "
+            f'or in reward.json numbers by name such as {{"reward": 1.0}}{_tail(result)}'
+        )
+    return reward
+
+
+def _tail(result: ExecResult) -> str:
+    return f"; their output ended:\n{result.output[-1000:]}" if result.output else ""

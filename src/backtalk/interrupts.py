@@ -1,0 +1,77 @@
+"""How work is cut short: Ctrl-C once is "finish cleanly", twice is "now"; and a disk that is full."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import sys
+from collections.abc import Coroutine
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """The work was stopped by a signal and has cleaned up after itself. ``exit_code`` is 128 + the signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.exit_code = 128 + signum
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Like ``asyncio.run``; a first SIGINT or SIGTERM cancels ``work`` and waits for its clean-up, a second exits.
+
+    Exiting at once loses nothing that was written (files appear whole or not at all) and leaves no sandbox
+    behind, because sandboxes die with their parent.
+
+    Raises:
+        Interrupted: ``work`` was cancelled by a signal.
+    """
+    received: list[int] = []
+
+    async def guarded() -> T:
+        loop = asyncio.get_running_loop()
+        task = asyncio.current_task()
+        assert task is not None
+
+        def on_signal(signum: int, frame: FrameType | None) -> None:
+            received.append(signum)
+            if len(received) > 1:
+                os._exit(128 + signum)
+            print("\nStopping cleanly; press Ctrl-C again to stop at once.", file=sys.stderr, flush=True)
+            loop.call_soon_threadsafe(task.cancel)
+
+        before = {number: signal.signal(number, on_signal) for number in SIGNALS}
+        try:
+            return await work
+        finally:
+            if not received:  # otherwise a second one must still work while the loop closes
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    try:
+        return asyncio.run(guarded())
+    except asyncio.CancelledError:
+        if received:
+            raise Interrupted(received[0]) from None
+        raise
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an error, or one that it came from, says that the disk is full; libraries wrap it variously."""
+    seen: BaseException | None = error
+    for _ in range(10):
+        if seen is None:
+            return False
+        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(text in str(seen) for text in ("No space left on device", "os error 28", "Disk quota exceeded")):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

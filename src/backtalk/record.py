@@ -1,0 +1,84 @@
+"""A trajectory in the making: what is appended while a rollout runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from backtalk.envs.base import Message, Task
+from backtalk.renderer import clean_text
+from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory
+
+_BODY = (TokenRole.ENV_OUTPUT, TokenRole.WARNING)
+_SECONDS = {"reset": "reset_seconds", "sample": "sample_seconds", "step": "env_seconds", "score": "score_seconds"}
+_COUNTS = ("invalid_calls", "command_timeouts", "truncated_observations")
+
+
+@dataclass(slots=True)
+class Record:
+    """What has happened in a rollout so far. Tokens and messages are only ever appended.
+
+    ``where`` is the phase that a failure would carry: reset, sample, step, score, or close when all is done.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    segments: list[Segment] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    stats: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*_COUNTS, *_SECONDS.values()), 0.0))
+    where: str = "reset"
+    stop_reason: StopReason = StopReason.MAX_TURNS
+    reward: float | None = None
+    failure: Failure | None = None
+
+    @contextmanager
+    def phase(self, where: str) -> Iterator[None]:
+        """Seconds inside are counted for ``where``, and a failure inside carries its name."""
+        self.where, start = where, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stats[_SECONDS[where]] += time.perf_counter() - start
+
+    def add(self, segments: Sequence[Segment], max_tokens: int | None = None) -> int:
+        """Append what fits into a history of ``max_tokens``; returns how many observation-body tokens did not."""
+        dropped = 0
+        for segment in segments:
+            room = len(segment) if max_tokens is None else max(0, max_tokens - len(self.token_ids))
+            kept = segment if room >= len(segment) else replace(segment, token_ids=segment.token_ids[:room])
+            if len(kept) or segment.role is TokenRole.ACTION:  # an action of no token is still a turn
+                self.segments.append(kept)
+            self.token_ids += kept.token_ids
+            dropped += len(segment) - len(kept) if segment.role in _BODY else 0
+        return dropped
+
+    def say(self, messages: Sequence[Message]) -> None:
+        """Keep messages for people to read."""
+        for message in messages:
+            named = {} if message.tool is None else {"tool": message.tool}
+            self.messages.append({"role": message.role, "content": clean_text(message.text), **named})
+
+    def fail(self, error: Exception) -> None:
+        """The world broke: no reward, and everything so far stays."""
+        self.stop_reason, self.reward = StopReason.FAILED, None
+        self.failure = Failure(self.where, type(error).__name__, str(error))
+
+    def trajectory(self, task: Task, sample_index: int, policy_version: int) -> Trajectory:
+        trajectory = Trajectory(
+            task_id=task.id,
+            sample_index=sample_index,
+            segments=tuple(self.segments),
+            messages=tuple(self.messages),
+            reward=self.reward,
+            stop_reason=self.stop_reason,
+            policy_version=policy_version,
+            failure=self.failure,
+        )
+        counts = {
+            "num_turns": float(trajectory.num_turns),
+            "action_tokens": float(trajectory.count(TokenRole.ACTION)),
+            "env_output_tokens": float(trajectory.count(TokenRole.ENV_OUTPUT)),
+        }
+        return replace(trajectory, stats={**counts, **self.stats})

@@ -1,0 +1,115 @@
+"""Writing that loses nothing, and reading that tolerates what a kill left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from backtalk.errors import DataError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Put a whole file in place by rename, so that a reader or a kill sees the old or the new one, never a part.
+
+    Raises:
+        DataError: the disk is full or the folder cannot be written; what was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise _not_written(path, error) from error
+
+
+def append_line(path: Path, data: Mapping[str, Any]) -> None:
+    """Append one JSON line and sync it; first cuts off a line that an earlier kill left unfinished.
+
+    Raises:
+        DataError: the line cannot be written; the lines before it are untouched.
+    """
+    line = (json.dumps(data) + "\n").encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as file:  # unbuffered, so that nothing is left to write after a failure
+            whole = _whole_lines_bytes(path)
+            if whole < file.tell():
+                file.truncate(whole)
+            try:
+                rest = line
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(whole)
+                raise
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """All whole JSON lines of a file; a last line without its newline was cut off and is left out.
+
+    Raises:
+        DataError: no such file, or a broken line that is not the last.
+    """
+    with readable(path):
+        content = path.read_bytes()
+    rows = []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise DataError(f"{path}, line {number} is not JSON ({error}); remove that line or the file") from error
+    return rows
+
+
+def _whole_lines_bytes(path: Path) -> int:
+    """Bytes up to and with the last newline."""
+    if not path.is_file():
+        return 0  # a device or pipe has nothing to cut
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if size == 0 or file.read(1) == b"\n":
+            return size
+        file.seek(0)
+        return file.read().rfind(b"\n") + 1
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}; check the path of the run or file") from error
+
+
+def _not_written(path: Path, error: OSError) -> DataError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DataError(
+            f"cannot write {path}: the disk is full. Files written before are whole; "
+            "free some space, then continue with --resume"
+        )
+    return DataError(f"cannot write {path}: {error.strerror or error}; choose a folder that you can write to")

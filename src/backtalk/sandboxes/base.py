@@ -1,0 +1,85 @@
+"""What any sandbox offers: a place that looks like a machine, where commands of a stranger run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SandboxLimits:
+    """What one sandbox may use at most."""
+
+    memory_mb: int = 512
+    processes: int = 64
+    disk_mb: int = 64
+    output_bytes: int = 65_536  # kept of one command's output; the rest is read, counted and dropped
+
+
+@dataclass(frozen=True, slots=True)
+class ExecResult:
+    """What one command left behind. A non-zero exit or a time-out is a result, not an exception."""
+
+    output: str  # stdout and stderr as they were interleaved, decoded as UTF-8 with replacement characters
+    exit_code: int  # 128 + signal where a signal ended it; -1 where it timed out
+    timed_out: bool = False
+    dropped_bytes: int = 0  # output beyond the limit
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxFile:
+    """A file to be put into a sandbox."""
+
+    content: bytes
+    mode: int = 0o644
+    mtime: int | None = None  # seconds since 1970, UTC; None is now
+
+
+class Sandbox(Protocol):
+    """One isolated machine-like place, alive for one rollout.
+
+    Raises:
+        SandboxError: from any method, when the sandbox is broken. It costs this rollout, never the step.
+    """
+
+    async def exec(
+        self, command: str, *, timeout_s: float, env: Mapping[str, str] = ..., cwd: str | None = None
+    ) -> ExecResult:
+        """Run a bash command in the one long-lived session: cwd, exported variables and background jobs persist."""
+        ...
+
+    async def put(self, files: Mapping[str, SandboxFile]) -> None:
+        """Write files by absolute path inside, making parent folders."""
+        ...
+
+    async def get(self, path: str, *, max_bytes: int = 1 << 20) -> bytes | None:
+        """A regular file's content, or None where there is none. Never follows the guest's links out."""
+        ...
+
+    async def restart(self) -> None:
+        """End every process and begin a fresh process namespace and shell over the same files."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class BackendReport:
+    """Which backend is in force, and what it really limits on this machine."""
+
+    name: str
+    isolation: Mapping[str, str] = field(default_factory=dict)  # "network" -> "none", "user" -> "uid 100000 outside"
+    limits: Mapping[str, str] = field(default_factory=dict)  # "memory" -> "cgroup v1", "processes" -> "rlimit"
+    warnings: tuple[str, ...] = ()
+
+
+class SandboxBackend(Protocol):
+    """Makes sandboxes on this machine."""
+
+    @property
+    def report(self) -> BackendReport: ...
+
+    def open(self, limits: SandboxLimits) -> AbstractAsyncContextManager[Sandbox]:
+        """A fresh sandbox, closed with everything in it on exit."""
+        ...

@@ -1,0 +1,171 @@
+"""Control groups for sandboxes: one for memory and processes each, where this machine lets us make them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from backtalk.sandboxes.base import SandboxLimits
+
+_NAME = "backtalk"
+_SPARE_PROCESSES = 32  # for the holder and its helpers: the agent runs into its own limit before
+_counter = itertools.count()
+
+
+@dataclass(frozen=True, slots=True)
+class CgroupParents:
+    """Folders under which we can make groups. Version 2 has one for everything, version 1 one per controller."""
+
+    version: int  # 0: there are none
+    memory: Path | None = None
+    pids: Path | None = None
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The different ones."""
+        return tuple(dict.fromkeys(folder for folder in (self.memory, self.pids) if folder is not None))
+
+
+class Cgroup:
+    """The control groups of one sandbox."""
+
+    def __init__(self, parents: CgroupParents, limits: SandboxLimits) -> None:
+        """Make the groups and set the limits.
+
+        Raises:
+            OSError: the kernel refuses.
+        """
+        name = f"{_NAME}-{os.getpid()}-{next(_counter)}"
+        self._folders = [folder / name for folder in parents.folders]
+        memory_bytes = str(limits.memory_mb << 20)
+        processes = str(limits.processes + _SPARE_PROCESSES)
+        try:
+            for folder in self._folders:
+                folder.mkdir()
+            if parents.memory is not None:
+                limit = "memory.max" if parents.version == 2 else "memory.limit_in_bytes"
+                (parents.memory / name / limit).write_text(memory_bytes)
+                with contextlib.suppress(OSError):  # no swap on top, where swap is counted
+                    swap = "memory.swap.max" if parents.version == 2 else "memory.memsw.limit_in_bytes"
+                    (parents.memory / name / swap).write_text("0" if parents.version == 2 else memory_bytes)
+            if parents.pids is not None:
+                (parents.pids / name / "pids.max").write_text(processes)
+        except OSError:
+            self.remove()
+            raise
+
+    def add(self, process_id: int) -> None:
+        """Move a process in; what it starts from now on is in too."""
+        for folder in self._folders:
+            (folder / "cgroup.procs").write_text(str(process_id))
+
+    def remove(self) -> bool:
+        """Remove the groups, which must be empty; false where one is not yet."""
+        self._folders = [folder for folder in self._folders if not _remove(folder)]
+        return not self._folders
+
+
+def _remove(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def find_parents() -> CgroupParents:
+    """Where groups can be made. Each place is tried with a real process, for a writable folder promises little."""
+    own = _own_paths()
+    mounts = _mounts()
+    if "" in own and "" in mounts:
+        mount, root = mounts[""]
+        for folder in _upwards(mount, root, own[""]):
+            parents = CgroupParents(2, memory=folder, pids=folder)
+            if _works(parents):
+                return parents
+    found: dict[str, Path] = {}
+    for controller in ("memory", "pids"):
+        if controller in own and controller in mounts:
+            mount, root = mounts[controller]
+            for folder in _upwards(mount, root, own[controller]):
+                if _works(CgroupParents(1, **{controller: folder})):
+                    found[controller] = folder
+                    break
+    return CgroupParents(1, **found) if found else CgroupParents(0)
+
+
+def remove_stale(parents: CgroupParents) -> None:
+    """Remove empty groups that killed trainers left behind."""
+    for parent in parents.folders:
+        for folder in parent.glob(f"{_NAME}-*-*"):
+            owner = folder.name.split("-")[1]
+            if owner.isdigit() and not Path("/proc", owner).exists():
+                _remove(folder)
+
+
+def _upwards(mount: Path, root: str, own: str) -> list[Path]:
+    """Our own group first, then those above it: under version 2 a group with processes can have no children."""
+    relative = os.path.relpath(own, root) if own.startswith(root) else "."
+    folder = (mount / relative).resolve()
+    if not folder.is_relative_to(mount):
+        folder = mount
+    return [place for place in (folder, *folder.parents) if place.is_relative_to(mount)]
+
+
+def _works(parents: CgroupParents) -> bool:
+    limits = SandboxLimits(memory_mb=64, processes=8)
+    for folder in parents.folders if parents.version == 2 else ():
+        try:
+            if not {"memory", "pids"} <= set((folder / "cgroup.subtree_control").read_text().split()):
+                (folder / "cgroup.subtree_control").write_text("+memory +pids")
+        except OSError:
+            return False
+    try:
+        group = Cgroup(parents, limits)
+    except OSError:
+        return False
+    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    try:
+        group.add(child.pid)
+    except OSError:
+        return False
+    finally:
+        child.communicate()
+        for _ in range(100):
+            if group.remove():
+                break
+            time.sleep(0.01)
+    return True
+
+
+def _own_paths() -> dict[str, str]:
+    """Controller name ("" for version 2) -> our group's path."""
+    paths = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            paths.update({controller: path for controller in controllers.split(",")})
+    return paths
+
+
+def _mounts() -> dict[str, tuple[Path, str]]:
+    """Controller name ("" for version 2) -> (mount point, path of the group that is mounted there)."""
+    mounts: dict[str, tuple[Path, str]] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mountinfo").read_text().splitlines():
+            before, _, after = line.partition(" - ")
+            root, point = before.split(" ")[3:5]
+            kind, _, options = after.split(" ", 2)
+            if kind == "cgroup2":
+                mounts.setdefault("", (Path(point), root))
+            elif kind == "cgroup":
+                for option in options.split(","):
+                    mounts.setdefault(option.strip(), (Path(point), root))
+    return mounts

@@ -1,0 +1,206 @@
+r"""The three bash programs that run a sandbox, and the frames they speak.
+
+Bash and not Python, because a sandbox sees the host's ``/usr`` and nothing else: the interpreter that runs the
+trainer may live in a home folder no other uid can enter, and there may be no other. Bash is there, since every
+task needs it. It also starts in 1 ms and holds 2 MB, where Python takes 15 ms and 9 MB.
+
+Who is who, from the outside in:
+
+- the **holder** is trusted. It is process 1 of the outer sandbox, which owns the files and the network. It begins
+  and ends sessions, stops a command that ran too long, and moves files. The agent cannot see it: a session lives
+  in a process namespace of its own, inside.
+- the **supervisor** is process 1 of a session. It starts a shell, and another one when that one ends.
+- the **shell** runs the commands, one after the other, in itself: so folder, variables, functions and jobs stay.
+
+Frames end with a NUL byte, which no command, path or variable can contain. The shell reports on a pipe that is
+closed for the commands it runs, under a number drawn anew for each command. A command that goes out of its way to
+forge a report can only cheat itself: nothing the session says is believed about anything but the session, and
+`Sandbox.restart` ends it.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from backtalk.errors import ConfigError
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+# fd 0 commands from the trainer, 1 answers, 2 the agent's output pipe, $1 the shell's commands, $2 its reports,
+# $3 the supervisor's text. The rest of the arguments is the program that begins a session.
+HOLDER = r"""
+exec 3<&"$1" 4>&"$2"; eval "exec $1<&- $2>&-"; supervisor=$3; shift 3; umask 022; session=; missing=()
+say() { printf '%s\0' "$1"; }
+alone() { local all=(/proc/[0-9]*); (( ${#all[@]} == 1 )); }
+end() {
+  local until_s=$((SECONDS + 10))
+  kill -KILL -- -1 2>/dev/null
+  [[ -n $session ]] && wait "$session" 2>/dev/null
+  session=
+  until alone; do
+    (( SECONDS > until_s )) && return 1
+    kill -KILL -- -1 2>/dev/null
+  done
+}
+begin() {
+  ( printf 500 >/proc/self/oom_score_adj; exec "$@" 1>&2 <<<"$supervisor" ) &
+  session=$!
+}
+inner_pid() { # the process's id inside the session, or 0 for the trusted ones outside it
+  local key outer inner rest
+  while read -r key outer inner rest; do
+    if [[ $key == NSpid: ]]; then found=${inner:-0}; return; fi
+  done <"/proc/$1/status"
+  found=0
+}
+stop() { # kill what was started after tick $1 (or in it, with an id above $2), and the shell, whose id is $3
+  local until_s=$((SECONDS + 5)) victims dir pid line fields
+  while :; do
+    victims=()
+    for dir in /proc/[0-9]*; do
+      pid=${dir#/proc/}
+      IFS= read -r line <"$dir/stat" || continue
+      read -ra fields <<<"${line##*) }"
+      [[ ${fields[0]} == [ZX] ]] && continue
+      inner_pid "$pid"
+      (( found > 1 )) || continue
+      (( found == $3 || fields[19] > $1 || (fields[19] == $1 && found > $2) )) && victims+=("$pid")
+    done
+    (( ${#victims[@]} )) || return 0
+    (( SECONDS > until_s )) && return 1
+    kill -KILL "${victims[@]}"
+  done
+}
+usable() { [[ -d $1 && -w $1 && -x $1 ]]; }
+folder() { # a folder one can write to, whatever was left there
+  [[ -z $1 ]] && return
+  usable "${1%/*}/" || folder "${1%/*}"
+  [[ -d $1 ]] || { rm -f -- "$1"; mkdir -- "$1"; }
+  usable "$1" || chmod u+rwx -- "$1"
+}
+make_room() {
+  local path
+  missing=()
+  for path; do
+    if [[ -d $path && ! -L $path ]]; then chmod -R u+rwX -- "$path"; rm -rf -- "$path"; fi
+    path=${path%/*}
+    usable "$path/" || missing+=("$path")
+  done
+  (( ${#missing[@]} )) || return 0
+  mkdir -p -- "${missing[@]}" || :
+  for path in "${missing[@]}"; do usable "$path/" || folder "$path"; done
+}
+put() {
+  local size count path paths=() said
+  IFS= read -r -d '' size; IFS= read -r -d '' count
+  while (( count-- > 0 )); do IFS= read -r -d '' path; paths+=("$path"); done
+  make_room "${paths[@]}" 2>/dev/null
+  if said=$(head -c "$size" | { tar -xpf - -C / 2>&1; code=$?; cat >/dev/null; exit $code; }); then
+    say ok
+  else
+    said=${said//[\{\}]/}; say "failed ${said:0:500}"
+  fi
+}
+get() {
+  local max path
+  IFS= read -r -d '' max; IFS= read -r -d '' path
+  if [[ -f $path && -r $path ]]; then
+    printf 'file '; timeout -s KILL 10 head -c "$max" -- "$path" | base64 -w 0; printf '\0'
+  else
+    say none
+  fi
+}
+mkdir -p /run/shm
+while IFS= read -r -d '' operation; do
+  case $operation in
+    begin) begin "$@" ;;
+    end) if end; then say ok; else say 'failed some processes do not end'; fi ;;
+    stop) IFS= read -r -d '' tick; IFS= read -r -d '' last; IFS= read -r -d '' shell
+      if stop "$tick" "$last" "$shell" 2>/dev/null; then say ok; else say 'failed some processes do not end'; fi ;;
+    put) put ;;
+    get) get 2>/dev/null ;;
+    *) say 'failed unknown operation' ;;
+  esac
+done
+kill -KILL -- -1 2>/dev/null
+exit 0
+"""
+
+# All on one line, so that bash says "line 1" in every error message whatever ran before. `break`, `continue`,
+# `return` and `exit` in a command find no way around the report, which is in the loop's head.
+_SHELL = (
+    r"__id= __line=; \builtin printf 'ready %s\0' $$ >&4; "
+    r"while \builtin :; do while "
+    r"if [[ -n ${__id-} ]]; then { \builtin printf 'done %s %s\0%s\0' " '"$__id" "$__code" "${PWD-}"; '
+    r"IFS= \builtin read -r __line </proc/loadavg; \builtin printf '%s\0' " '"$__line"; '
+    r"\builtin export -p; \builtin printf '\0'; } >&4 2>/dev/null; fi; __id= __code=0; "
+    r"IFS= \builtin read -r -d '' -u 3 __id && IFS= \builtin read -r -d '' -u 3 __line || \builtin exit 0; do "
+    r'\builtin eval -- "$__line" </dev/null >&5 2>&1 3<&- 4>&- 5>&-; __code=$?; '
+    r"done; done"
+)
+
+_SUPERVISOR = r"""
+while IFS= read -r -d '' -u 3 frame; do
+  [[ $frame == start:* ]] || continue  # what a stopped shell had not read yet
+  bash -s 5>&1 2>/dev/null <<<{shell}
+  printf 'exit %s %s\0' "${{frame#start:}}" "$?" >&4
+done
+"""
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rlimits:
+    """Limits the session takes on itself; 0 leaves one as it is."""
+
+    processes: int = 0
+    file_kib: int = 0  # of one file, memory files included
+    memory_kib: int = 0  # of one process
+
+
+def supervisor_program(limits: Rlimits) -> str:
+    """The supervisor's text, with the limits it sets for itself and all it starts."""
+    wanted = [("-c", 0), ("-n", 4096)]
+    wanted += [("-u", limits.processes + 2)] if limits.processes else []  # itself and the shell
+    wanted += [("-f", limits.file_kib)] if limits.file_kib else []
+    # -d counts what a process can write to in private; -v also the address space others merely reserve.
+    wanted += [("-d", limits.memory_kib), ("-v", 4 * limits.memory_kib)] if limits.memory_kib else []
+    lines = [f"ulimit {flag} {value} 2>/dev/null" for flag, value in wanted]
+    return "\n".join(lines) + _SUPERVISOR.format(shell=shlex.quote(_SHELL))
+
+
+def command_text(command: str, env: Mapping[str, str], cwd: str | None) -> str:
+    """The bash text that runs `command`: `env` holds for it alone, `cwd` moves the session there first.
+
+    Raises:
+        ConfigError: a name in `env` that is no variable name.
+    """
+    for name in env:
+        if not _NAME.match(name):
+            raise ConfigError(f"environment variable {name!r} is not a name bash can set; use letters, digits and _")
+    if not env and cwd is None:
+        return command
+    assignments = "".join(f"{name}={shlex.quote(value)} " for name, value in env.items())
+    move = f"\\builtin cd -- {shlex.quote(cwd)} && " if cwd is not None else ""
+    return f"{move}{assignments}\\builtin eval -- {shlex.quote(command)}"
+
+
+def restore_text(exports: str, cwd: str) -> str:
+    """The bash text that gives a new shell the exported variables and the folder of an earlier one."""
+    return f"{{ {exports}\n\\builtin cd -- {shlex.quote(cwd)}; }} 2>/dev/null"
+
+
+def frames(*parts: str) -> bytes:
+    """NUL-terminated frames. NUL bytes inside are left out, as bash does with those in a script."""
+    return b"".join(_encoded(part.replace("\0", "")) + b"\0" for part in parts)
+
+
+def _encoded(text: str) -> bytes:
+    try:
+        return text.encode("utf-8", "surrogateescape")  # bytes that were no UTF-8 come back as they were
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace")

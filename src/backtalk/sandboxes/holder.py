@@ -1,0 +1,143 @@
+"""The trainer's side of the holder: starts it, asks it to begin and end sessions and to move files, and ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import tarfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from backtalk.errors import SandboxError
+from backtalk.sandboxes.base import SandboxFile, SandboxLimits
+from backtalk.sandboxes.cgroup import Cgroup
+from backtalk.sandboxes.exec_server import Rlimits, frames, holder_program, supervisor_program
+from backtalk.sandboxes.layers import FIXED_FILES, inner_argv, outer_argv
+from backtalk.sandboxes.pipes import FrameReader, PipePair, write_all
+from backtalk.sandboxes.probe import Machine
+from backtalk.sandboxes.seccomp import seccomp_program
+from backtalk.sandboxes.shell import START_TIMEOUT_S, STOP_TIMEOUT_S
+
+_FILES_TIMEOUT_S = 60.0
+_CLOSE_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Pipes:
+    """All pipes of one sandbox."""
+
+    requests: PipePair
+    answers: PipePair
+    info: PipePair
+    commands: PipePair
+    reports: PipePair
+    output: PipePair
+
+    @classmethod
+    def make(cls) -> _Pipes:
+        made: list[PipePair] = []
+        try:
+            for reading in (False, True, True, False, True, True):
+                made.append(PipePair.to_read() if reading else PipePair.to_write())
+        except OSError as error:
+            for pair in made:
+                os.close(pair.ours), os.close(pair.theirs)
+            raise SandboxError(f"no pipes for a sandbox: {error.strerror}; raise the limit `ulimit -n`") from error
+        return cls(*made)
+
+    def close_theirs(self) -> None:
+        for name in self.__slots__:
+            os.close(getattr(self, name).theirs)
+
+
+class Holder:
+    """The outer sandbox with its one trusted process. A `Keeper` of sessions."""
+
+    def __init__(self, machine: Machine, limits: SandboxLimits, uid: int | None) -> None:
+        """Start it. `uid` is the host uid to run under, or None for our own.
+
+        Raises:
+            SandboxError: the kernel refuses pipes, a process or a control group.
+        """
+        self._limits = limits
+        self._broken = ""
+        self._child_id = 0
+        self._cgroup: Cgroup | None = None
+        pipes = _Pipes.make()
+        self.commands, self.reports, self.output = pipes.commands.ours, pipes.reports.ours, pipes.output.ours
+        self._requests = pipes.requests.ours
+        self._process: subprocess.Popen[bytes] | None = None
+        try:
+            if uid is not None:
+                os.fchown(pipes.output.theirs, uid, uid)  # or opening /dev/stderr inside is refused
+            self._process = _spawn(machine, limits, uid, pipes)
+            if machine.cgroups.version:
+                self._cgroup = Cgroup(machine.cgroups, limits)
+        except OSError as error:
+            self._broken = f"a sandbox could not start: {error.strerror or error}"
+        finally:
+            pipes.close_theirs()
+        self._answers = FrameReader(pipes.answers.ours)
+        self._info = FrameReader(pipes.info.ours, end=b"\n")
+
+    async def ready(self) -> None:
+        """Wait until it runs, and put it under its control group before it starts anything.
+
+        Raises:
+            SandboxError: it does not run; the message holds what bubblewrap said.
+        """
+        self._check()
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                self._child_id = int(json.loads(await self._info.next())["child-pid"])
+                if self._cgroup is not None and self._process is not None:
+                    self._cgroup.add(self._process.pid)
+                    self._cgroup.add(self._child_id)
+        except (SandboxError, TimeoutError, OSError, ValueError) as error:
+            raise SandboxError(f"the sandbox did not start: {error}") from error
+
+    async def begin(self) -> None:
+        self._check()
+        self._info.clear()
+        await write_all(self._requests, frames("begin"))
+
+    async def end(self) -> None:
+        if (answer := await self._ask(frames("end"), STOP_TIMEOUT_S)) != b"ok":
+            self._broken = answer.decode("utf-8", "replace")
+            raise SandboxError(self._broken)
+
+    async def stop(self, tick: int, last_id: int, shell_id: int) -> bool:
+        return await self._ask(frames("stop", str(tick), str(last_id), str(shell_id)), STOP_TIMEOUT_S) == b"ok"
+
+    async def lost(self) -> int:
+        while True:
+            note = json.loads(await self._info.next())
+            if "exit-code" in note:
+                return int(note["exit-code"])
+
+    async def put(self, files: Mapping[str, SandboxFile]) -> None:
+        """Write files, over whatever is in the way. See `Sandbox.put`."""
+        archive = _archive(files)
+        if len(archive) > (self._limits.disk_mb + 1) << 20:
+            raise SandboxError(f"files of {len(archive)} bytes do not fit a disk of {self._limits.disk_mb} MiB")
+        request = frames("put", str(len(archive)), str(len(files)), *files)
+        answer = await self._ask(request + archive, _FILES_TIMEOUT_S)
+        if answer != b"ok":
+            raise SandboxError(f"could not write files into the sandbox: {answer.decode('utf-8', 'replace')}")
+
+    async def get(self, path: str, max_bytes: int) -> bytes | None:
+        """Read a file. See `Sandbox.get`."""
+        answer = await self._ask(frames("get", str(max_bytes + 1), path), _FILES_TIMEOUT_S, long=True)
+        kind, _, data = answer.partition(b" ")
+        if kind != b"file":
+            return None
+        content = base64.b64decode(data)
+        if len(content) > max_bytes:
+            raise SandboxError(f"{path} is larger than {max_bytes} bytes; ask for more with max_bytes")
+        return content

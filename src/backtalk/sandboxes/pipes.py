@@ -1,0 +1,185 @@
+"""Pipes read and written without blocking the event loop: frames in, bytes out, output with a cap."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import fcntl
+import os
+import termios
+from dataclasses import dataclass
+
+from backtalk.errors import SandboxError
+
+_READ_BYTES = 65_536
+_DROP_PAUSE_S = 0.001  # between reads of output nobody keeps: endless output costs 64 MB/s, not a core
+_FRAME_BYTES = 4 << 20  # a frame longer than this is nobody's honest report
+
+
+@dataclass(frozen=True, slots=True)
+class PipePair:
+    """A pipe; our end does not block."""
+
+    ours: int
+    theirs: int
+
+    @classmethod
+    def to_read(cls) -> PipePair:
+        """We read, they write."""
+        ours, theirs = os.pipe()
+        os.set_blocking(ours, False)
+        return cls(ours, theirs)
+
+    @classmethod
+    def to_write(cls) -> PipePair:
+        """We write, they read."""
+        theirs, ours = os.pipe()
+        os.set_blocking(ours, False)
+        return cls(ours, theirs)
+
+
+class FrameReader:
+    """Frames from a pipe, in order: bytes ended by `end`."""
+
+    def __init__(self, fd: int, *, end: bytes = b"\0", max_bytes: int = _FRAME_BYTES) -> None:
+        self._fd = fd
+        self._end = end
+        self._max_bytes = max_bytes
+        self._buffer = bytearray()
+        self._frames: list[bytes] = []
+        self._news = asyncio.Event()
+        self.closed = False
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(fd, self._read)
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._fd, _READ_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self.closed = True
+            self._loop.remove_reader(self._fd)
+        elif len(self._buffer) + len(data) <= self._max_bytes:
+            self._buffer += data
+            *whole, rest = self._buffer.split(self._end) if self._end in data else (self._buffer,)
+            self._frames += [bytes(frame) for frame in whole]
+            self._buffer = bytearray(rest)
+        else:
+            self._buffer.clear()  # whoever waits for the rest of it runs into the time limit
+        self._news.set()
+
+    async def next(self) -> bytes:
+        """The next frame without its end.
+
+        Raises:
+            SandboxError: the other side closed the pipe.
+        """
+        while not self._frames:
+            if self.closed:
+                raise SandboxError("the sandbox's process is gone")
+            self._news.clear()
+            await self._news.wait()
+        return self._frames.pop(0)
+
+    def clear(self) -> None:
+        """Forget everything said so far."""
+        if not self.closed:
+            self._read()
+        self._frames.clear()
+        self._buffer.clear()
+
+    def close(self) -> None:
+        if not self.closed:
+            self._loop.remove_reader(self._fd)
+        self.closed = True
+        self._news.set()
+        os.close(self._fd)
+
+
+class OutputReader:
+    """What commands print. Always read, so that a background server never stands still on a full pipe."""
+
+    def __init__(self, fd: int, max_bytes: int) -> None:
+        self._fd = fd
+        self._max_bytes = max_bytes
+        self._kept = bytearray()
+        self._dropped = 0
+        self._loop = asyncio.get_running_loop()
+        self._pause: asyncio.TimerHandle | None = None
+        self._loop.add_reader(fd, self._read)
+
+    def _read(self, at_most: int = _READ_BYTES) -> int:
+        try:
+            data = os.read(self._fd, at_most)
+        except BlockingIOError:
+            return 0
+        if not data:
+            self._loop.remove_reader(self._fd)
+            return 0
+        room = self._max_bytes - len(self._kept)
+        self._kept += data[:room]
+        self._dropped += max(0, len(data) - room)
+        if self._dropped and self._pause is None:
+            self._loop.remove_reader(self._fd)
+            self._pause = self._loop.call_later(_DROP_PAUSE_S, self._resume)
+        return len(data)
+
+    def _resume(self) -> None:
+        self._pause = None
+        self._loop.add_reader(self._fd, self._read)
+
+    def take(self) -> tuple[str, int]:
+        """What was printed by now, and how many bytes more there were. Then start afresh."""
+        waiting = array.array("i", [0])
+        fcntl.ioctl(self._fd, termios.FIONREAD, waiting)
+        left = waiting[0]  # no more than this: a background job may print without end
+        while left > 0 and (got := self._read(min(left, _READ_BYTES))):
+            left -= got
+        kept = self._kept
+        if self._dropped:  # do not cut a character in two
+            kept = kept[: len(kept) - _partial_character(kept)]
+            self._dropped += len(self._kept) - len(kept)
+        taken = kept.decode("utf-8", "replace"), self._dropped
+        self._kept, self._dropped = bytearray(), 0
+        return taken
+
+    def close(self) -> None:
+        if self._pause is not None:
+            self._pause.cancel()
+        self._loop.remove_reader(self._fd)
+        os.close(self._fd)
+
+
+def _partial_character(data: bytearray) -> int:
+    """How many bytes at the end begin a UTF-8 character that is not complete."""
+    for back in range(1, min(4, len(data)) + 1):
+        byte = data[-back]
+        if byte & 0xC0 != 0x80:
+            length = 1 if byte < 0xC0 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
+            return back if length > back else 0
+    return 0
+
+
+async def write_all(fd: int, data: bytes) -> None:
+    """Write everything, waiting where the pipe is full.
+
+    Raises:
+        SandboxError: nobody reads it any more.
+    """
+    loop = asyncio.get_running_loop()
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            ready = loop.create_future()
+            loop.add_writer(fd, lambda done=ready: done.done() or done.set_result(None))
+            try:
+                await ready
+            finally:
+                loop.remove_writer(fd)
+        except OSError as error:
+            raise SandboxError(f"the sandbox's process is gone ({error.strerror})") from error

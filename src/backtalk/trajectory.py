@@ -1,0 +1,179 @@
+"""What happened in a rollout, token by token, with who made each token.
+
+Everything here is frozen and checks itself. Nothing is inferred later: a token's role is recorded
+where the token is appended (DESIGN: "who made a token is recorded where it is appended").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, StrEnum
+from itertools import accumulate
+from typing import Any
+
+
+class TokenRole(IntEnum):
+    """Who made a token."""
+
+    CONTEXT = 0  # given text: system prompt, task instruction
+    TEMPLATE = 1  # scaffold that the chat template adds around messages
+    ACTION = 2  # sampled by the policy
+    ENV_OUTPUT = 3  # what the world said
+    WARNING = 4  # what the harness said: format warnings, parse errors, truncation notices
+
+
+class StopReason(StrEnum):
+    """Why a rollout ended. Every ending is a value; only FAILED means that the world broke."""
+
+    SUBMITTED = "submitted"  # the policy finished with an answer
+    ENV_DONE = "env_done"  # the environment ended the episode
+    MAX_TURNS = "max_turns"
+    MAX_TOKENS = "max_tokens"
+    DEADLINE = "deadline"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of tokens with one role.
+
+    ``logprobs`` are the sampler's own, in nats, one for each token of an ACTION segment and absent on
+    every other role. ``turn`` counts from 0 and is None before the first action. ``tool`` names the
+    tool whose call produced an observation.
+    """
+
+    role: TokenRole
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None = None
+    turn: int | None = None
+    tool: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.role is TokenRole.ACTION:
+            n = None if self.logprobs is None else len(self.logprobs)
+            if n != len(self.token_ids):
+                raise ValueError(
+                    f"ACTION segment of {len(self.token_ids)} tokens needs {len(self.token_ids)} logprobs, "
+                    f"got {n}; pass the sampler's own logprobs unchanged"
+                )
+            if any(not math.isfinite(x) for x in self.logprobs or ()):
+                raise ValueError("ACTION segment holds a logprob that is not finite; the sampler is broken")
+            if self.turn is None:
+                raise ValueError("ACTION segment needs the turn it belongs to, got turn=None")
+        elif self.logprobs is not None:
+            raise ValueError(f"{self.role.name} segment was not sampled, so it has no logprobs; pass logprobs=None")
+        if any(token < 0 for token in self.token_ids):
+            raise ValueError(f"{self.role.name} segment holds a negative token id, which is padding, not a token")
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a rollout has no reward although the policy did nothing wrong."""
+
+    where: str  # "reset", "sample", "step", "score"
+    error: str  # class name
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """The record of one rollout.
+
+    ``reward`` is None exactly when the rollout has none: it failed, or nobody scores it. It never
+    stands in for a broken sandbox. ``stats`` are counts and seconds measured on the way.
+    """
+
+    task_id: str
+    sample_index: int
+    segments: tuple[Segment, ...]
+    messages: tuple[Mapping[str, Any], ...] = ()
+    reward: float | None = None
+    stop_reason: StopReason = StopReason.SUBMITTED
+    policy_version: int = 0
+    failure: Failure | None = None
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.reward is not None and not math.isfinite(self.reward):
+            raise ValueError(f"reward={self.reward} of {self.task_id} is not finite; use None where there is no reward")
+        failed = self.stop_reason is StopReason.FAILED
+        if failed != (self.failure is not None):
+            raise ValueError(
+                f"stop_reason={self.stop_reason.value!r} with failure={self.failure}: "
+                "a failed rollout says why, and only a failed one does"
+            )
+        if failed and self.reward is not None:
+            raise ValueError(
+                f"a failed rollout has no reward, got {self.reward}; "
+                "an infrastructure failure is not a score of 0, so pass reward=None"
+            )
+
+    def __len__(self) -> int:
+        return sum(len(segment) for segment in self.segments)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(token for segment in self.segments for token in segment.token_ids)
+
+    @property
+    def roles(self) -> tuple[TokenRole, ...]:
+        return tuple(segment.role for segment in self.segments for _ in segment.token_ids)
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """Sampling logprobs in nats, one a token; 0.0 where the token was not sampled."""
+        return tuple(x for segment in self.segments for x in (segment.logprobs or (0.0,) * len(segment)))
+
+    @property
+    def num_turns(self) -> int:
+        return sum(segment.role is TokenRole.ACTION for segment in self.segments)
+
+    def count(self, role: TokenRole) -> int:
+        """Tokens of one role."""
+        return sum(len(segment) for segment in self.segments if segment.role is role)
+
+    def spans(self) -> Iterator[tuple[int, int, Segment]]:
+        """Each segment with its first and one-past-last token position."""
+        ends = accumulate(len(segment) for segment in self.segments)
+        for end, segment in zip(ends, self.segments, strict=True):
+            yield end - len(segment), end, segment
+
+
+@dataclass(frozen=True, slots=True)
+class TrajectoryGroup:
+    """The trajectories of one task under one policy version: the unit of a group-relative baseline."""
+
+    task_id: str
+    trajectories: tuple[Trajectory, ...]
+
+    def __post_init__(self) -> None:
+        if not self.trajectories:
+            raise ValueError(f"group of task {self.task_id!r} holds no trajectory; a group needs at least one")
+        strangers = {t.task_id for t in self.trajectories} - {self.task_id}
+        if strangers:
+            raise ValueError(f"group of task {self.task_id!r} holds trajectories of {sorted(strangers)}")
+        versions = {t.policy_version for t in self.trajectories}
+        if len(versions) > 1:
+            raise ValueError(
+                f"group of task {self.task_id!r} mixes policy versions {sorted(versions)}; "
+                "a baseline compares attempts of one policy"
+            )
+
+    def __len__(self) -> int:
+        return len(self.trajectories)
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return iter(self.trajectories)
+
+    @property
+    def policy_version(self) -> int:
+        return self.trajectories[0].policy_version
+
+    @property
+    def rewards(self) -> tuple[float | None, ...]:
+        return tuple(t.reward for t in self.trajectories)

@@ -1,0 +1,108 @@
+"""The curves of a run, as PNG. Matplotlib is loaded when one is drawn, and never opens a window."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Rows = Sequence[Mapping[str, Any]]
+
+ROLE_METRICS = {"action_tokens": "action", "env_output_tokens": "env output", "warning_tokens": "warning"}
+
+
+def run_curves(metrics: Rows, evaluations: Mapping[int, Mapping[str, Any]]) -> bytes:
+    """Six panels over training steps: reward, cross-entropy, gradient norm, tokens, time, behaviour. PNG bytes."""
+    figure, axes = new_figure(2, 3)
+    (reward, ce, norm), (tokens, seconds, behaviour) = axes
+    steps = [row["step"] for row in metrics]
+    _line(reward, metrics, "reward", "reward of the step")
+    _line(reward, metrics, "solved", "solved")
+    _points(reward, evaluations, "pass_at_1", "held-out pass@1")
+    reward.set(title="reward", ylim=(-0.02, 1.02))
+    _line(ce, metrics, "env_output_ce", "own rollouts")
+    _points(ce, evaluations, "env_ce_recorded", "held-out, recorded")
+    _points(ce, evaluations, "env_ce_own", "held-out, own")
+    ce.set(title="env-output cross-entropy, nats/token", ylim=(0, None))
+    for name in ("grad_norm", "grad_norm_policy", "grad_norm_world"):
+        _line(norm, metrics, name, name.replace("_", " "))
+    norm.set(title="gradient norm before clipping", ylim=(0, None))
+    stack(tokens, steps, {label: _column(metrics, name) for name, label in ROLE_METRICS.items()})
+    tokens.set(title="tokens a step, by role")
+    stack(seconds, steps, _time_parts(metrics))
+    seconds.set(title="seconds a step")
+    for name, label in (("num_turns", "turns"), ("invalid_calls", "invalid calls"), ("command_timeouts", "time-outs")):
+        _line(behaviour, metrics, name, label)
+    behaviour.set(title="per rollout", ylim=(0, None))
+    return finish(figure)
+
+
+def new_figure(rows: int, columns: int, width: float = 4.2, height: float = 3.0) -> tuple[Any, Any]:
+    """A figure with a grid of axes, made without pyplot so that no global state or window is involved."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns)
+
+
+def finish(figure: Any) -> bytes:
+    """Grid, legends, and the figure as PNG bytes."""
+    for axis in figure.axes:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.title.set_fontsize(10)
+        axis.tick_params(labelsize=8)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=7, frameon=False)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=110)
+    return out.getvalue()
+
+
+def stack(axis: Any, steps: Sequence[int], parts: Mapping[str, Sequence[float]]) -> None:
+    """Stacked areas; a single step is drawn as a bar, because an area over one point is invisible."""
+    if len(steps) > 1:
+        axis.stackplot(steps, *parts.values(), labels=list(parts), alpha=0.8)
+        return
+    bottom = 0.0
+    for label, values in parts.items():
+        axis.bar(list(steps), list(values), bottom=bottom, label=label, alpha=0.8)
+        bottom += sum(values)
+
+
+def band(axis: Any, steps: Sequence[int], intervals: Sequence[Mapping[str, Any]], label: str) -> None:
+    """Estimates with their 95 % intervals as bars."""
+    values = [interval["value"] for interval in intervals]
+    low = [v - (v if i["low"] is None else i["low"]) for v, i in zip(values, intervals, strict=True)]
+    high = [(v if i["high"] is None else i["high"]) - v for v, i in zip(values, intervals, strict=True)]
+    errors = [[max(x, 0.0) for x in low], [max(x, 0.0) for x in high]]
+    axis.errorbar(list(steps), values, yerr=errors, marker="o", markersize=4, linewidth=1.2, capsize=2, label=label)
+
+
+def _line(axis: Any, metrics: Rows, name: str, label: str) -> None:
+    points = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
+    if points:
+        steps, values = zip(*points, strict=True)
+        axis.plot(steps, values, label=label, linewidth=1.2, marker="." if len(points) < 3 else None)
+
+
+def _points(axis: Any, evaluations: Mapping[int, Mapping[str, Any]], name: str, label: str) -> None:
+    steps = [step for step in sorted(evaluations) if evaluations[step].get(name)]
+    if steps:
+        band(axis, steps, [evaluations[step][name] for step in steps], label)
+
+
+def _column(metrics: Rows, name: str) -> list[float]:
+    return [float(row.get(name) or 0.0) for row in metrics]
+
+
+def _time_parts(metrics: Rows) -> dict[str, list[float]]:
+    rollout = _column(metrics, "rollout_seconds")
+    share = _column(metrics, "sandbox_share")
+    return {
+        "sampling": [seconds * (1 - s) for seconds, s in zip(rollout, share, strict=True)],
+        "sandbox": [seconds * s for seconds, s in zip(rollout, share, strict=True)],
+        "training": _column(metrics, "train_seconds"),
+    }

@@ -1,0 +1,42 @@
+"""Group-relative advantages against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from backtalk.advantages import group_advantages
+
+rewards = st.lists(st.one_of(st.none(), st.floats(-1e3, 1e3)), max_size=8)
+
+
+def test_one_success_in_four() -> None:
+    # mean 1/4, squared deviations 9/16 + 3 * 1/16 = 12/16, sample variance 1/4, deviation 1/2
+    assert group_advantages([1, 0, 0, 0], eps=0) == [1.5, -0.5, -0.5, -0.5]
+
+
+def test_without_spread_the_deviation_stays() -> None:
+    assert group_advantages([3, 1], normalize_std=False) == [1.0, -1.0]
+
+
+def test_a_missing_reward_moves_neither_mean_nor_spread() -> None:
+    with_failure = group_advantages([1, None, 0, 0, None, 0], eps=0)
+    assert with_failure == [1.5, 0.0, -0.5, -0.5, 0.0, -0.5]
+
+
+@pytest.mark.parametrize("group", [[], [None, None], [0.7], [0.1] * 3, [0.1, None, 0.1]])
+def test_nothing_to_compare_gives_exact_zeros(group: list[float | None]) -> None:
+    assert group_advantages(group) == [0.0] * len(group)
+
+
+@given(rewards)
+def test_advantages_sum_to_zero_and_keep_the_order(group: list[float | None]) -> None:
+    advantages = group_advantages(group)
+    assert len(advantages) == len(group)
+    assert abs(math.fsum(advantages)) < 1e-6 * max(1.0, max(map(abs, advantages), default=0.0))
+    known = [(r, a) for r, a in zip(group, advantages, strict=True) if r is not None]
+    assert [a for _, a in sorted(known)] == sorted(a for _, a in known)
+    assert all(a == 0 for r, a in zip(group, advantages, strict=True) if r is None)

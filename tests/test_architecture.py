@@ -1,0 +1,172 @@
+"""The house rules, held by reading the source: who may import whom, who may not load torch, how long things get."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parent.parent / "src"
+PACKAGE = SRC / "backtalk"
+
+# A module imports only from lines above its own; the parts on one line do not import each other.
+# A part is a module directly under the package, or a folder with all that is in it. "" is backtalk/__init__.py.
+LINES: tuple[frozenset[str], ...] = (
+    frozenset({"errors"}),
+    frozenset({"trajectory"}),
+    frozenset({""}),
+    frozenset({"sandboxes"}),
+    frozenset({"envs"}),
+    frozenset({"tool_formats"}),
+    frozenset({"renderer", "sampler", "advantages", "runlog"}),
+    frozenset({"record"}),
+    frozenset({"rollout", "samples"}),
+    frozenset({"objective"}),
+    frozenset({"engines", "hosts"}),
+    frozenset({"config"}),
+    frozenset({"evaluate"}),
+    frozenset({"train"}),
+    frozenset({"study"}),
+    frozenset({"viewer"}),
+    frozenset({"doctor", "interrupts", "progress", "track"}),
+    frozenset({"cli"}),
+)
+WORLD_TOWER = ("sandboxes", "envs", "tool_formats", "renderer", "sampler", "record", "rollout", "runlog", "viewer")
+MATHS_TOWER = ("advantages", "samples", "objective")
+NOT_MATHS = ("asyncio", "logging", "pathlib", "os", "io", "shutil", "tempfile", "subprocess", "pyarrow", "json")
+HEAVY = ("torch", "transformers", "pydantic", "numpy", "pyarrow", "matplotlib", "rich", "typer")
+
+MAX_FUNCTION_LINES = 60
+MAX_MODULE_LINES = 400
+SHORTER = {"objective.py": 200, "rollout.py": 200}
+
+MODULES = tuple(sorted(PACKAGE.rglob("*.py")))
+
+
+def module_name(path: Path) -> str:
+    """backtalk/envs/base.py -> backtalk.envs.base; a package is named by its folder."""
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = frozenset(module_name(path) for path in MODULES)
+
+
+def part_of(module: str) -> str:
+    """backtalk.envs.triage.box -> envs."""
+    return [*module.split("."), ""][1]
+
+
+def line_of(part: str) -> int:
+    for number, line in enumerate(LINES):
+        if part in line:
+            return number
+    raise AssertionError(f"{part!r} has no place in the order of imports; give it one in {Path(__file__).name}")
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def imports(path: Path) -> Iterator[tuple[str, int]]:
+    """Every module that a file imports, anywhere in it (functions and TYPE_CHECKING too), with the line number."""
+    here = module_name(path).split(".")
+    package = here if path.name == "__init__.py" else here[:-1]
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            up = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*up, *([node.module] if node.module else [])])
+            for alias in node.names:
+                whole = f"{base}.{alias.name}"
+                yield (whole if whole in NAMES else base), node.lineno
+
+
+def in_parts(parts: tuple[str, ...]) -> list[Path]:
+    return [path for path in MODULES if part_of(module_name(path)) in parts]
+
+
+def identify(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=identify)
+def test_a_module_imports_only_from_lines_above_its_own(path: Path) -> None:
+    part = part_of(module_name(path))
+    wrong = [
+        f"{path}:{number}: {part or 'backtalk'} imports {target}"
+        for target, number in imports(path)
+        if target.split(".")[0] == "backtalk" and part_of(target) != part and line_of(part_of(target)) >= line_of(part)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    graph = {module_name(path): {t for t, _ in imports(path) if t in NAMES} for path in MODULES}
+    done: set[str] = set()
+
+    def visit(module: str, trail: tuple[str, ...]) -> None:
+        assert module not in trail, "a circle of imports: " + " -> ".join([*trail[trail.index(module) :], module])
+        if module in done:
+            return
+        for target in sorted(graph[module] - {module}):
+            visit(target, (*trail, module))
+        done.add(module)
+
+    for module in sorted(graph):
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", in_parts(WORLD_TOWER), ids=identify)
+def test_the_world_tower_never_imports_torch(path: Path) -> None:
+    wrong = [f"{path}:{number}" for target, number in imports(path) if target.split(".")[0] == "torch"]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("path", in_parts(MATHS_TOWER), ids=identify)
+def test_the_maths_tower_knows_tensors_only(path: Path) -> None:
+    wrong = [f"{path}:{number}: {target}" for target, number in imports(path) if target.split(".")[0] in NOT_MATHS]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=identify)
+def test_modules_and_functions_stay_short(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    most = SHORTER.get(identify(path), MAX_MODULE_LINES)
+    assert lines <= most, f"{path} has {lines} lines, at most {most}"
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= MAX_FUNCTION_LINES, f"{path}:{node.lineno}: {node.name} has {length} lines"
+
+
+def loaded_after(code: str) -> set[str]:
+    """Top-level modules that a fresh Python has loaded after running ``code``."""
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(SRC)!r})\n{code}\nprint(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return {name.split(".")[0] for name in run.stdout.split()}
+
+
+def test_import_backtalk_loads_nothing_heavy() -> None:
+    assert not loaded_after("import backtalk") & set(HEAVY)
+
+
+def test_the_world_tower_runs_without_torch() -> None:
+    names = " ".join(f"import {module_name(path)};" for path in in_parts(WORLD_TOWER))
+    assert not loaded_after(names) & {"torch", "transformers"}
+
+
+def test_the_command_line_answers_help_without_torch() -> None:
+    assert not loaded_after("import backtalk.cli, backtalk.doctor") & {"torch", "transformers", "matplotlib"}

@@ -1,0 +1,467 @@
+"""Whole attempts with a scripted policy and a small world that can be told to break."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import cache
+
+import pytest
+
+from backtalk.envs.base import Env, Message, Part, Step, Task, ToolCall, ToolSpec
+from backtalk.errors import ConfigError, SamplerError, SandboxError, VerifierError
+from backtalk.renderer import Renderer
+from backtalk.rollout import RolloutLimits, run_group, run_groups, run_rollout
+from backtalk.sampler import Completion, SamplerSession, ScriptedSampler
+from backtalk.trajectory import StopReason, TokenRole, Trajectory, TrajectoryGroup
+from tiny import tiny_tokenizer
+
+CONTEXT, TEMPLATE, ACTION, ENV, WARNING = TokenRole
+ONE_TEXT = {"type": "object", "properties": {"text": {"type": "string"}}}
+TOOLS = (ToolSpec("bash", "Run", ONE_TEXT), ToolSpec("submit", "Answer", ONE_TEXT))
+LIMITS = RolloutLimits(max_turns=4, max_tokens=2000, rollout_timeout_s=20)
+TASK = Task(id="t", instruction="Say it back")
+SECONDS = ("reset_seconds", "sample_seconds", "env_seconds", "score_seconds")
+Hook = Callable[[str], object]
+
+
+@cache
+def renderer() -> Renderer:
+    return Renderer(tiny_tokenizer(), TOOLS)
+
+
+def scripted(*replies: str) -> ScriptedSampler:
+    return ScriptedSampler(replies, renderer().encode_text)
+
+
+@dataclass
+class Echo:
+    """A world that says commands back. ``hooks`` run first, by the name of the phase: to break, hang or slow it."""
+
+    hooks: dict[str, Hook] = field(default_factory=dict)
+    reward: float | None = 1.0
+    events: list[str] = field(default_factory=list)
+    tools: tuple[ToolSpec, ...] = TOOLS
+
+    async def _enter(self, phase: str) -> None:
+        self.events.append(phase)
+        outcome = self.hooks.get(phase, lambda _: None)(phase)
+        if asyncio.iscoroutine(outcome):
+            await outcome
+
+    async def reset(self) -> tuple[Message, ...]:
+        await self._enter("reset")
+        return (Message("user", (Part("Say it back", CONTEXT),)),)
+
+    async def step(self, call: ToolCall) -> Step:
+        await self._enter("step")
+        (said,) = call.arguments.values()
+        if call.tool == "submit":
+            return Step((), done=True, submitted=True)
+        if said == "quit":
+            return Step((Message("tool", (Part("bye", ENV),)),), done=True)
+        parts = (Part(said, ENV), Part("\n[exit code 1]", WARNING))
+        return Step((Message("tool", parts, tool=call.tool),), timed_out=said == "slow", truncated=said == "long")
+
+    async def score(self) -> float | None:
+        await self._enter("score")
+        return self.reward
+
+    @asynccontextmanager
+    async def open(self, task: Task) -> AsyncIterator[Env]:
+        await self._enter("open")
+        try:
+            yield self
+        finally:
+            await self._enter("close")
+
+
+def slow(phase: str) -> object:
+    return asyncio.sleep(0.02)
+
+
+def breaks(error: BaseException) -> Hook:
+    def hook(phase: str) -> None:
+        raise error
+
+    return hook
+
+
+def hangs(phase: str) -> object:
+    return asyncio.sleep(3600)
+
+
+async def attempt(
+    world: Echo, *replies: str, limits: RolloutLimits = LIMITS, sampler: ScriptedSampler | None = None
+) -> Trajectory:
+    chosen = sampler or scripted(*replies)
+    return await run_rollout(TASK, world.open, chosen, renderer(), limits, sample_index=3, key="k")
+
+
+def text_of(trajectory: Trajectory, role: TokenRole) -> list[str]:
+    backend = renderer().tokenizer.backend_tokenizer
+    return [backend.decode(list(s.token_ids), skip_special_tokens=False) for s in trajectory.segments if s.role is role]
+
+
+# --- the ways an attempt ends ---
+
+
+async def test_a_whole_attempt() -> None:
+    world = Echo(reward=0.5)
+    t = await attempt(world, "<bash>hello</bash>", "hm", "<bash>slow</bash>", "<submit>42</submit>")
+    assert (t.task_id, t.sample_index, t.reward, t.stop_reason) == ("t", 3, 0.5, StopReason.SUBMITTED)
+    assert t.failure is None
+    assert text_of(t, CONTEXT) == ["Say it back"]
+    assert text_of(t, ACTION) == [
+        "<bash>hello</bash><|im_end|>",
+        "hm<|im_end|>",
+        "<bash>slow</bash><|im_end|>",
+        "<submit>42</submit><|im_end|>",
+    ]
+    assert text_of(t, ENV) == ["hello", "slow"]
+    assert text_of(t, WARNING) == ["\n[exit code 1]", "[no tool call; write <bash>...</bash>]", "\n[exit code 1]"]
+    assert [(s.turn, s.tool) for s in t.segments if s.role in (ENV, WARNING)] == [
+        (0, "bash"),
+        (0, "bash"),
+        (1, None),
+        (2, "bash"),
+        (2, "bash"),
+    ]
+    assert [m["role"] for m in t.messages] == ["user", *["assistant", "tool"] * 3, "assistant"]
+    assert t.messages[2] == {"role": "tool", "content": "hello\n[exit code 1]", "tool": "bash"}
+    assert {name: x for name, x in t.stats.items() if name not in SECONDS} == {
+        "num_turns": 4,
+        "invalid_calls": 1,
+        "command_timeouts": 1,
+        "truncated_observations": 0,
+        "action_tokens": t.count(ACTION),
+        "env_output_tokens": t.count(ENV),
+    }
+    assert all(t.stats[name] >= 0 for name in SECONDS)
+    assert world.events == ["open", "reset", "step", "step", "step", "score", "close"]
+
+
+async def test_the_last_observation_is_kept() -> None:
+    t = await attempt(Echo(), "<bash>hello</bash>", limits=RolloutLimits(max_turns=2))
+    assert (t.stop_reason, t.reward, t.num_turns) == (StopReason.MAX_TURNS, 1.0, 2)
+    assert text_of(t, ENV) == ["hello", "hello"]
+    t = await attempt(Echo(), "<bash>quit</bash>")
+    assert (t.stop_reason, t.reward) == (StopReason.ENV_DONE, 1.0)
+    assert text_of(t, ENV) == ["bye"]
+
+
+async def test_a_call_of_an_unknown_tool_is_the_worlds_to_answer_and_is_counted() -> None:
+    world = Echo(tools=TOOLS[1:])
+    t = await attempt(world, "<bash>hello</bash>", limits=RolloutLimits(max_turns=1))
+    assert t.stats["invalid_calls"] == 1
+    assert text_of(t, ENV) == ["hello"]
+
+
+async def test_nobody_scores() -> None:
+    t = await attempt(Echo(reward=None), "<submit>1</submit>")
+    assert (t.reward, t.failure, t.stop_reason) == (None, None, StopReason.SUBMITTED)
+
+
+@pytest.mark.parametrize("over", range(0, 60, 4))
+async def test_the_token_limit_keeps_what_fits_and_is_scored(over: int) -> None:
+    full = await attempt(Echo(), "<bash>a b c d e f g h</bash>", limits=RolloutLimits(max_turns=2))
+    limits = RolloutLimits(max_turns=2, max_tokens=len(full) - over)
+    t = await attempt(Echo(), "<bash>a b c d e f g h</bash>", limits=limits)
+    assert t.token_ids == full.token_ids[: len(full) - over]
+    assert t.roles == full.roles[: len(full) - over]
+    assert (t.stop_reason, t.reward) == (StopReason.MAX_TOKENS, 1.0)
+    seen, sent = ([s for s in x.segments if s.role in (ENV, WARNING)] for x in (t, full))
+    answered = {s.turn for s in t.segments if s.role is ACTION and s in full.segments}
+    fits = sum(map(len, seen)) == sum(len(s) for s in sent if s.turn in answered)
+    assert t.stats["truncated_observations"] == (not fits)
+    assert t.stats["invalid_calls"] == 0
+
+
+async def test_a_prompt_that_fills_the_history_ends_before_the_first_turn() -> None:
+    t = await attempt(Echo(), "<submit>1</submit>", limits=RolloutLimits(max_tokens=5))
+    assert (t.stop_reason, t.num_turns, t.reward) == (StopReason.MAX_TOKENS, 0, 1.0)
+
+
+async def test_a_cut_action_is_told_and_its_turn_is_closed_for_it() -> None:
+    t = await attempt(Echo(), "<bash>hello hello</bash>", limits=RolloutLimits(max_turns=1, max_tokens_per_turn=3))
+    assert t.count(ACTION) == 3
+    assert text_of(t, WARNING) == ["[cut at the token limit before </bash>]"]
+    after = next(s for s in t.segments if s.turn == 0 and s.role is TEMPLATE)
+    assert after.token_ids[0] == renderer().end_of_turn_id
+
+
+async def test_another_stop_token_than_the_end_of_turn_gets_one_after_it() -> None:
+    pad = renderer().pad_token_id
+    sampler = ScriptedSampler(["hm"], lambda text: (*renderer().encode_text(text)[:-1], pad))
+    t = await attempt(Echo(), sampler=sampler, limits=RolloutLimits(max_turns=1))
+    position = t.token_ids.index(pad)
+    assert t.token_ids[position + 1] == renderer().end_of_turn_id
+    assert t.roles[position : position + 2] == (ACTION, TEMPLATE)
+
+
+async def test_truncation_by_the_world_is_counted() -> None:
+    t = await attempt(Echo(), "<bash>long</bash>", limits=RolloutLimits(max_turns=3))
+    assert t.stats["truncated_observations"] == 3
+
+
+# --- the world breaks ---
+
+
+@pytest.mark.parametrize(
+    ("phase", "where", "events", "said"),
+    [
+        ("open", "reset", ["open"], []),
+        ("reset", "reset", ["open", "reset", "close"], []),
+        ("step", "step", ["open", "reset", "step", "close"], ["<bash>hello</bash><|im_end|>"]),
+    ],
+)
+async def test_a_broken_sandbox_is_a_failure_without_a_reward(
+    phase: str, where: str, events: list[str], said: list[str]
+) -> None:
+    world = Echo({phase: breaks(SandboxError("the sandbox died"))})
+    t = await attempt(world, "<bash>hello</bash>")
+    assert (t.stop_reason, t.reward) == (StopReason.FAILED, None)
+    assert t.failure is not None
+    assert (t.failure.where, t.failure.error, t.failure.message) == (where, "SandboxError", "the sandbox died")
+    assert text_of(t, ACTION) == said
+    assert world.events == events
+
+
+@pytest.mark.parametrize("reward", [math.nan, math.inf, None])
+async def test_a_verifier_without_a_number_is_a_failure_that_keeps_the_observations(reward: float | None) -> None:
+    hooks = {"score": breaks(VerifierError("no reward file"))} if reward is None else {}
+    world = Echo(hooks, reward=reward)
+    t = await attempt(world, "<bash>hello</bash>", "<submit>1</submit>")
+    assert t.stop_reason is StopReason.FAILED
+    assert t.failure is not None
+    assert (t.failure.where, t.failure.error) == ("score", "VerifierError")
+    assert text_of(t, ENV) == ["hello"]
+    assert world.events[-1] == "close"
+
+
+async def test_a_world_that_breaks_when_all_is_scored_takes_nothing_away() -> None:
+    t = await attempt(Echo({"close": breaks(SandboxError("late"))}), "<submit>1</submit>")
+    assert (t.stop_reason, t.reward, t.failure) == (StopReason.SUBMITTED, 1.0, None)
+
+
+async def test_the_second_of_two_breaks_does_not_hide_where_the_first_was() -> None:
+    hooks = {"step": breaks(SandboxError("first")), "close": breaks(SandboxError("second"))}
+    t = await attempt(Echo(hooks), "<bash>hello</bash>")
+    assert t.failure is not None
+    assert t.failure.where == "step"
+
+
+async def test_a_broken_sampler_is_a_failure() -> None:
+    class Broken(ScriptedSampler):
+        def session(self, key: str) -> BrokenSession:  # type: ignore[override]
+            return BrokenSession()
+
+    class BrokenSession:
+        async def __aenter__(self) -> SamplerSession:
+            return self
+
+        async def __aexit__(self, *error: object) -> None:
+            return None
+
+        async def sample(self, token_ids: Sequence[int], max_tokens: int | None = None) -> Completion:
+            raise SamplerError("out of memory")
+
+    world = Echo()
+    t = await attempt(world, sampler=Broken([""], renderer().encode_text))
+    assert t.failure is not None
+    assert (t.failure.where, t.failure.error) == ("sample", "SamplerError")
+    assert world.events == ["open", "reset", "close"]
+
+
+@pytest.mark.parametrize("phase", ["open", "reset", "step", "score", "close"])
+@pytest.mark.parametrize("bug", [KeyError("oops"), TimeoutError("its own"), asyncio.CancelledError()])
+async def test_a_bug_is_raised_and_the_world_closed(phase: str, bug: BaseException) -> None:
+    world = Echo({phase: breaks(bug)})
+    with pytest.raises(type(bug)):
+        await attempt(world, "<submit>1</submit>")
+    assert world.events[-1] == ("open" if phase == "open" else "close")
+
+
+# --- time ---
+
+
+@pytest.mark.parametrize("phase", ["open", "reset", "step"])
+async def test_the_deadline_covers_setting_up_and_keeps_what_was_said(phase: str) -> None:
+    turns = iter(range(9))
+    hook = hangs if phase != "step" else lambda _: asyncio.sleep(3600) if next(turns) else None
+    world = Echo({phase: hook})
+    t = await attempt(world, "<bash>hello</bash>", limits=RolloutLimits(rollout_timeout_s=0.2))
+    assert (t.stop_reason, t.reward, t.failure) == (StopReason.DEADLINE, None, None)
+    assert text_of(t, ENV) == (["hello"] if phase == "step" else [])
+    assert "score" not in world.events
+    assert world.events[-1] == ("open" if phase == "open" else "close")
+
+
+async def test_a_world_that_breaks_because_the_deadline_ended_it_is_at_its_deadline() -> None:
+    async def interrupted() -> None:
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            raise SandboxError("connection lost") from None
+
+    world = Echo({"step": lambda _: interrupted()})
+    t = await attempt(world, "<bash>hello</bash>", limits=RolloutLimits(rollout_timeout_s=0.1))
+    assert (t.stop_reason, t.failure) == (StopReason.DEADLINE, None)
+
+
+async def test_scoring_that_hangs_is_a_failure() -> None:
+    world = Echo({"score": hangs})
+    t = await attempt(world, "<submit>1</submit>", limits=RolloutLimits(rollout_timeout_s=0.1))
+    assert t.failure is not None
+    assert (t.failure.where, t.failure.error) == ("score", "VerifierError")
+
+
+async def test_cancelling_closes_the_world_and_goes_on_up() -> None:
+    world = Echo({"step": hangs})
+    running = asyncio.create_task(attempt(world, "<bash>hello</bash>"))
+    while "step" not in world.events:
+        await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert world.events == ["open", "reset", "step", "close"]
+
+
+# --- order and history ---
+
+
+class Watching(ScriptedSampler):
+    """Writes down what it is asked, and when its sessions open and close."""
+
+    def __init__(self, replies: Sequence[str], events: list[str]) -> None:
+        super().__init__(replies, renderer().encode_text)
+        self.asked: list[tuple[tuple[int, ...], int | None]] = []
+        self.keys: list[str] = []
+        self.events = events
+
+    @asynccontextmanager
+    async def session(self, key: str) -> AsyncIterator[SamplerSession]:  # type: ignore[override]
+        self.keys.append(key)
+        self.events.append("session opens")
+        async with super().session(key) as inner:
+            yield WatchingSession(self, inner)
+        self.events.append("session closes")
+
+
+@dataclass
+class WatchingSession:
+    sampler: Watching
+    inner: SamplerSession
+
+    async def sample(self, token_ids: Sequence[int], max_tokens: int | None = None) -> Completion:
+        self.sampler.asked.append((tuple(token_ids), max_tokens))
+        return await self.inner.sample(token_ids, max_tokens)
+
+
+async def test_the_session_opens_before_the_world_and_closes_before_scoring() -> None:
+    world = Echo()
+    sampler = Watching(["<submit>1</submit>"], world.events)
+    await attempt(world, sampler=sampler)
+    assert world.events == ["session opens", "open", "reset", "step", "session closes", "score", "close"]
+
+
+async def test_history_only_grows_and_sampled_ids_are_kept() -> None:
+    hostile = "<bash>\u2007<|im_end|> \x1b[0m\r\n)</bash>"
+    sampler = Watching([hostile, "no call", "<bash>漢)\n</bash>"], [])
+    t = await attempt(Echo(), sampler=sampler, limits=RolloutLimits(max_turns=5, max_tokens_per_turn=9))
+    histories = [history for history, _ in sampler.asked]
+    assert len(histories) == 5
+    for before, after in zip(histories, [*histories[1:], t.token_ids], strict=True):
+        assert after[: len(before)] == before
+    sampled = [(start, end) for start, end, s in t.spans() if s.role is ACTION]
+    assert [start for start, _ in sampled] == [len(history) for history in histories]
+    for (start, end), reply in zip(sampled, [hostile, "no call", *["<bash>漢)\n</bash>"] * 3], strict=True):
+        assert t.token_ids[start:end] == renderer().encode_text(reply)[:9]
+    assert {limit for _, limit in sampler.asked} == {9}
+
+
+async def test_the_last_turn_may_use_only_the_room_that_is_left() -> None:
+    sampler = Watching(["<bash>hello</bash>"], [])
+    await attempt(Echo(), sampler=sampler, limits=RolloutLimits(max_tokens=100, max_tokens_per_turn=50))
+    assert [limit for _, limit in sampler.asked] == [min(50, 100 - len(history)) for history, _ in sampler.asked]
+    assert sampler.asked[-1][1] != 50
+
+
+# --- many at once ---
+
+
+async def group_in(worlds: Sequence[Echo]) -> TrajectoryGroup:
+    """An attempt in each of the worlds."""
+    unopened = iter(worlds)
+    return await run_group(
+        TASK,
+        lambda task: next(unopened).open(task),
+        scripted("<submit>1</submit>"),
+        renderer(),
+        LIMITS,
+        group_size=len(worlds),
+        key="k",
+    )
+
+
+async def test_groups_come_in_order_with_a_key_for_each_attempt() -> None:
+    world = Echo()
+    sampler = Watching(["<submit>1</submit>"], [])
+    tasks = [Task(id="b", instruction=""), Task(id="a", instruction="")]
+    groups = await run_groups(tasks, world.open, sampler, renderer(), LIMITS, group_size=2, key="step7")
+    assert [g.task_id for g in groups] == ["b", "a"]
+    assert [[t.sample_index for t in g] for g in groups] == [[0, 1], [0, 1]]
+    assert sampler.keys == ["step7/b/0", "step7/b/1", "step7/a/0", "step7/a/1"]
+
+
+async def test_at_most_so_many_at_once() -> None:
+    open_now, most = 0, 0
+
+    @asynccontextmanager
+    async def counted(task: Task) -> AsyncIterator[Env]:
+        nonlocal open_now, most
+        open_now += 1
+        most = max(most, open_now)
+        async with Echo({"step": lambda _: asyncio.sleep(0.001)}).open(task) as env:
+            yield env
+        open_now -= 1
+
+    limits = RolloutLimits(concurrency=3)
+    group = await run_group(TASK, counted, scripted("<submit>1</submit>"), renderer(), limits, group_size=8, key="k")
+    assert (len(group), most, open_now) == (8, 3, 0)
+
+
+async def test_a_failing_sibling_cancels_none() -> None:
+    worlds = [Echo({"step": breaks(SandboxError("died"))} if i == 1 else {"step": slow}) for i in range(4)]
+    group = await group_in(worlds)
+    assert group.rewards == (1.0, None, 1.0, 1.0)
+    assert [t.failure is not None for t in group] == [False, True, False, False]
+    assert all(world.events[-1] == "close" for world in worlds)
+
+
+async def test_a_bug_in_one_ends_all_and_closes_every_world() -> None:
+    worlds = [Echo({"step": breaks(ZeroDivisionError("a bug")) if i == 1 else hangs}) for i in range(4)]
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        await group_in(worlds)
+    assert all(world.events[-1] == "close" for world in worlds)
+
+
+async def test_ctrl_c_closes_every_world() -> None:
+    worlds = [Echo({"step": hangs}) for _ in range(4)]
+    running = asyncio.create_task(group_in(worlds))
+    while not all("step" in world.events for world in worlds):
+        await asyncio.sleep(0)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert all(world.events == ["open", "reset", "step", "close"] for world in worlds)
+
+
+async def test_limits_check_themselves() -> None:
+    with pytest.raises(ConfigError, match="max_turns=0 leaves no room"):
+        RolloutLimits(max_turns=0)
+    with pytest.raises(ConfigError, match="group_size=0 makes no attempt"):
+        await run_group(TASK, Echo().open, scripted("x"), renderer(), LIMITS, group_size=0, key="k")
