@@ -15,6 +15,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -25,7 +26,7 @@ from backtalk.sampler import SamplingParams
 STOP_IDS = range(160)  # of 2048: a random model stops with probability 1/13 at each token
 
 
-def build_model(args: argparse.Namespace) -> Qwen3ForCausalLM:
+def build_model(args: argparse.Namespace) -> Any:
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=2048,
@@ -37,7 +38,8 @@ def build_model(args: argparse.Namespace) -> Qwen3ForCausalLM:
         intermediate_size=args.width * 8 // 3,
         tie_word_embeddings=True,
     )
-    return Qwen3ForCausalLM(config).to(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32).eval()
+    model: Any = Qwen3ForCausalLM(config)
+    return model.to(args.device, torch.bfloat16 if args.device == "cuda" else torch.float32).eval()
 
 
 def prompt(rng: random.Random) -> list[int]:
@@ -48,7 +50,7 @@ def observation(rng: random.Random) -> list[int]:
     return [rng.randrange(200, 2048) for _ in range(rng.randrange(40, 121))]
 
 
-def play_sampler(model: Qwen3ForCausalLM, args: argparse.Namespace, persistent: bool, shared_prompts: bool) -> int:
+def play_sampler(model: Any, args: argparse.Namespace, persistent: bool, shared_prompts: bool) -> int:
     """Play one set of rollouts through the sampler. Returns the number of action tokens."""
     sampler = TorchSampler(
         model,
@@ -74,7 +76,7 @@ def play_sampler(model: Qwen3ForCausalLM, args: argparse.Namespace, persistent: 
 
 
 @torch.inference_mode()
-def play_generate(model: Qwen3ForCausalLM, args: argparse.Namespace) -> int:
+def play_generate(model: Any, args: argparse.Namespace) -> int:
     """The same with transformers' `generate` on left-padded whole histories; it returns no log-probabilities."""
     rngs = [random.Random(row) for row in range(args.rows)]
     histories = [prompt(rng) for rng in rngs]

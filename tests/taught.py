@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tiny import tiny_model_dir
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backtalk.envs import load_tasks
@@ -13,6 +12,7 @@ from backtalk.envs.base import Message, Part, Split, ToolCall
 from backtalk.envs.terminal import BASH, SUBMIT, TerminalConfig
 from backtalk.renderer import Renderer
 from backtalk.trajectory import TokenRole
+from tiny import tiny_model_dir
 
 CALLS = (
     ToolCall("bash", {"command": "ls"}),

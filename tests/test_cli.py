@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 from backtalk import __version__
 from backtalk.cli import explain, main
 from backtalk.errors import ConfigError, DataError
+from tiny import tiny_model_dir
 
 SRC = str(Path(__file__).parent.parent / "src")
 COMMANDS = ("train", "evaluate", "show", "report", "study", "doctor", "tasks")
@@ -116,7 +118,7 @@ def test_a_group_of_one_with_the_policy_term_is_refused(backtalk: Run) -> None:
 
 
 def test_a_missing_model_folder_is_refused(backtalk: Run) -> None:
-    message = refused(backtalk("train", "--preset", "triage", "--model", "./no-such-model"))
+    message = refused(backtalk("train", "--preset", "triage", "--model", "./no-such-model", "--set", "sandbox=unsafe"))
     assert "no-such-model" in message
 
 
@@ -157,6 +159,30 @@ def test_tasks_are_written_as_folders(backtalk: Run, tmp_path: Path) -> None:
     again = refused(backtalk("tasks", "write", "out", "--count", "2", "--level", "1"))
     assert "there already" in again
     assert "held_out" in refused(backtalk("tasks", "write", "other", "--split", "test"))
+
+
+def test_a_run_from_training_to_report(backtalk: Run, tmp_path: Path) -> None:
+    """The whole way with real parts: a tiny random model, real sandboxes, one step."""
+    tiny_model_dir(tmp_path / "tiny")
+    small = ["steps=1", "tasks_per_step=2", "group_size=2", "evaluation.tasks=2", "evaluation.samples_per_task=1"]
+    small += ["rollout.max_turns=2", "rollout.max_tokens=512", "rollout.max_tokens_per_turn=16"]
+    settings = [word for one in small for word in ("--set", one)]
+
+    trained = backtalk("train", "--preset", "triage", "--model", "./tiny", *settings, "--out", "runs/x")
+    assert trained.exit_code == 0, trained
+    assert "step 1/1" in trained.out and "finished after step 1: runs/x" in trained.out
+    assert (tmp_path / "runs" / "x" / "report.html").is_file()
+
+    assert "--resume" in refused(backtalk("train", "--preset", "triage", "--model", "./tiny", "--out", "runs/x"))
+    listed = backtalk("show", "runs/x", "--list").out
+    task = next(word for word in listed.split() if word.startswith("triage-"))
+    assert "ACTION" in backtalk("show", "runs/x", "--task", task, "--index", "1").out
+    assert "no task" in refused(backtalk("show", "runs/x", "--task", "other"))
+    assert "report.html" in backtalk("report", "runs/x").out
+
+    measured = backtalk("evaluate", "runs/x", "--tasks", "1", "--samples", "1", "--json", "found.json")
+    assert "pass@1" in measured.out
+    assert json.loads((tmp_path / "found.json").read_text())["step"] == 1
 
 
 def test_what_is_explained_and_what_is_left_to_a_traceback() -> None:

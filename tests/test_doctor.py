@@ -80,7 +80,7 @@ def test_no_safe_sandbox_is_missing_and_says_what_to_install(monkeypatch: pytest
     monkeypatch.setattr("backtalk.sandboxes.local_sandbox", refuse)
     (finding,) = doctor._sandbox()
     assert finding.state is State.MISSING
-    assert "apt-get install bubblewrap" in finding.text
+    assert finding.fix is not None and "apt-get install bubblewrap" in finding.fix
 
 
 def test_printing_names_what_stops_a_run() -> None:

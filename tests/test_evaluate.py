@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 
 import numpy as np
 import pytest
-from tiny import tiny_tokenizer
 
 from backtalk.envs.base import Message, Part, Step, Task, ToolCall
 from backtalk.envs.terminal import BASH, SUBMIT
@@ -29,6 +28,7 @@ from backtalk.rollout import RolloutLimits
 from backtalk.sampler import SamplingParams, ScriptedSampler
 from backtalk.samples import Sample
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
+from tiny import tiny_tokenizer
 
 # ---------------------------------------------------------------- estimates
 
@@ -138,7 +138,9 @@ def test_rollout_metrics_leave_rows_without_a_reward_out_of_the_mean() -> None:
 
 
 def test_time_metrics() -> None:
-    groups = [TrajectoryGroup("a", (rollout(1.0, sample_seconds=6.0, env_seconds=1.0, reset_seconds=0.5, score_seconds=0.5),))]
+    groups = [
+        TrajectoryGroup("a", (rollout(1.0, sample_seconds=6.0, env_seconds=1.0, reset_seconds=0.5, score_seconds=0.5),))
+    ]
     metrics = time_metrics(groups, rollout_seconds=4.0, train_seconds=1.0)
     assert metrics["sampling_share"] == 0.75
     assert metrics["sandbox_share"] == 0.25

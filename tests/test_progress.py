@@ -8,8 +8,18 @@ from pathlib import Path
 from rich.console import Console
 
 from backtalk.evaluate import Evaluation, Interval
-from backtalk.progress import RunDisplay, clock_text, evaluation_line, evaluation_table, interval_text, step_line
+from backtalk.progress import (
+    RunDisplay,
+    StudyDisplay,
+    clock_text,
+    comparison_table,
+    evaluation_line,
+    evaluation_table,
+    interval_text,
+    step_line,
+)
 from backtalk.sandboxes.base import BackendReport
+from backtalk.study import ArmResult, Comparison, StudyProgress, StudyRunDone, StudyStarted
 from backtalk.train import EvaluationDone, Notice, RolloutDone, RunDone, RunStarted, StepDone
 
 METRICS = {"reward": 0.25, "env_output_ce": 1.5, "tokens_per_second": 12_345.6, "failed": 0}
@@ -95,3 +105,55 @@ def test_an_evaluation_in_full() -> None:
     text = out.getvalue()
     for words in ("pass@1", "0.250 [0.125, 0.375]", "pass@4", "num turns per rollout", "3.50", "ended with max_turns"):
         assert words in text
+
+
+def test_a_study_is_a_line_for_every_tenth_of_a_run() -> None:
+    out = StringIO()
+    with StudyDisplay(Console(file=out, width=100)) as display:
+        display.show(StudyStarted(Path("runs/demo"), ("grpo_seed0", "echo_seed0"), ("grpo_seed0",), 2))
+        for step in range(1, 41):
+            display.show(StudyProgress("echo_seed0", step, 40, METRICS))
+        display.show(StudyRunDone("echo_seed0", 1))
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "study in runs/demo: 2 runs, 2 at a time"
+    assert lines[1] == "echo_seed0  step 4/40  reward 0.250  env CE 1.500 nats"
+    assert len(lines) == 1 + 10 + 1
+    assert lines[-1] == "echo_seed0  ended with exit code 1"
+
+
+def test_a_study_in_a_terminal_has_a_bar_for_each_run() -> None:
+    out = StringIO()
+    with StudyDisplay(Console(file=out, width=100, force_terminal=True)) as display:
+        display.show(StudyStarted(Path("runs/demo"), ("grpo_seed0", "echo_seed0"), ("grpo_seed0",), 2))
+        display.show(StudyProgress("echo_seed0", 1, 40, METRICS))
+        display._bars.refresh()
+    text = out.getvalue()
+    assert "done before" in text
+    assert "1/40" in text and "reward 0.250" in text
+
+
+def test_a_comparison_has_a_row_for_each_metric_of_each_arm() -> None:
+    results = tuple(
+        ArmResult(
+            arm=arm,
+            metric=metric,
+            before=Interval(0.25),
+            after=Interval(0.5, 0.375, 0.625),
+            change=Interval(0.25, 0.125, 0.375),
+            against_first=None if arm == "grpo" else Interval(0.0, -0.125, 0.125),
+        )
+        for metric in ("pass@1", "env CE")
+        for arm in ("grpo", "echo")
+    )
+    out = StringIO()
+    comparison = Comparison(study="demo", seeds=(0, 1), interval="seeds", results=results)
+    Console(file=out, width=80).print(comparison_table(comparison))
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert lines[0].split() == ["held", "out", "before", "after", "change", "after,", "minus", "grpo"]
+    assert lines[1] == "pass@1"
+    assert lines[2].split() == ["grpo", "0.250", "0.500", "0.250", "-"]
+    assert lines[3].strip() == "[0.375, 0.625] [0.125, 0.375]"
+    assert lines[4].split() == ["echo", "0.250", "0.500", "0.250", "0.000"]
+    assert lines[5].endswith("[-0.125, 0.125]")
+    assert lines[6] == "env CE"
+    assert lines[11].startswith("95 % intervals over seeds; seeds 0, 1")

@@ -63,7 +63,7 @@ PARTS = st.lists(st.tuples(HOSTILE_TEXT, st.sampled_from([ENV, WARNING])), max_s
 # A template of the kind that wraps what tools say in a user's turn and drops earlier thinking.
 WRAPPING_TEMPLATE = """
 {%- if tools %}{{ '<|im_start|>system\\n' }}{% if messages[0].role == 'system' %}{{ messages[0].content + '\\n\\n' }}
-{%- endif %}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ '<|im_end|>\\n' }}{% endif %}
+{%- endif %}{% for tool in tools %}{{ tool | tojson }}{% endfor %}{{ 'Write <tool_call>.<|im_end|>\\n' }}{% endif %}
 {%- for m in messages %}
 {%- if m.role == 'tool' %}
 {%- if messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
@@ -409,6 +409,24 @@ def test_tools_are_told_where_the_template_does_not() -> None:
         assert said.count('"name": "submit"') == 1
         assert said.count("Count the lines of a.txt") == 1
     assert '"name": "submit"' in text_of(renderer("hermes"), renderer("hermes").render_prompt(PROMPT), TEMPLATE)
+
+
+def test_a_template_that_teaches_another_format_is_not_let() -> None:
+    r = Renderer(
+        wrapping_tokenizer(WRAPPING_TEMPLATE.replace("Write <tool_call>", "Write JSON")), TOOLS, ToolFormat.HERMES
+    )
+    prompt = r.render_prompt(PROMPT)
+    assert "Write JSON" not in text_of(r, prompt)
+    assert text_of(r, prompt, CONTEXT).count('"name": "submit"') == 1
+
+
+def test_runs_of_spaces_stay_tokens_of_their_own() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(AddedToken("    ", special=False, normalized=False))
+    r = Renderer(tokenizer, TOOLS)
+    seen = r.render_observation((message("tool", ("a    b", ENV)),), turn=0, tool=None, closed=True)
+    assert tokenizer.backend_tokenizer.token_to_id("    ") in ids_of(seen)
+    assert text_of(r, seen, ENV) == "a    b"
 
 
 def test_options_reach_the_template() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from backtalk.envs.base import Message, Part, Task, ToolCall
-from backtalk.envs.terminal import TerminalConfig, TerminalEnv, open_terminal_env
+from backtalk.envs.terminal import TerminalConfig, TerminalEnv, _test_command, open_terminal_env
 from backtalk.envs.triage import triage_task
 from backtalk.errors import SandboxError, SandboxUnavailable, TaskError, VerifierError
 from backtalk.sandboxes import local_sandbox
@@ -110,10 +110,9 @@ async def test_a_time_out_is_told(backend: SandboxBackend) -> None:
         await env.reset()
         step = await env.step(bash("echo begun; sleep 60"))
         assert step.timed_out and not step.done
-        assert [(part.text, part.role) for part in step.messages[0].parts] == [
-            ("begun\n", OUT),
-            ("[timed out after 0.5 s; the command was stopped]", SAID),
-        ]
+        output, said = step.messages[0].parts
+        assert output.text.startswith("begun\n") and output.role is OUT
+        assert said == Part("[timed out after 0.5 s; the command was stopped]", SAID)
         assert (await parts_of(env, "echo on"))[0] == ("on\n", OUT)
 
 
@@ -270,8 +269,10 @@ gcc -shared -fPIC -o /tmp/x.so /tmp/x.c
         "ulimit -f 0; umask 777; set -e; exec > /dev/null",
         "exit 7",
         "kill -9 $$",
-        "chmod 000 ~ /home /srv /var; chmod 500 /",
+        "chmod 000 /srv /var /tests /logs",
+        ":(){ :|:& }; :",
     ],
+    ids=lambda attack: attack[-40:],
 )
 async def test_nothing_that_the_agent_prepares_makes_the_reward(backend: SandboxBackend, attack: str) -> None:
     async with open_terminal_env(task_of(RIGHT_ANSWER), backend, CONFIG) as env:
@@ -281,18 +282,16 @@ async def test_nothing_that_the_agent_prepares_makes_the_reward(backend: Sandbox
 
 
 async def test_python_tests_do_not_run_what_the_agent_left(backend: SandboxBackend) -> None:
-    test = "python3 -c 'print(0)' > /logs/verifier/reward.txt"
     plant = (
         "d=$(python3 -c 'import site; print(site.getusersitepackages())'); mkdir -p $d; "
-        'for f in sitecustomize usercustomize; do echo "print(1); import os; os._exit(0)" > $d/$f.py; done; '
-        "python3 -c 'print(0)'"
+        "for f in sitecustomize usercustomize; do echo 'import os; os.write(1, b\"1\"); os._exit(0)' > $d/$f.py; done"
     )
-    async with open_terminal_env(task_of(test), backend, CONFIG) as env:
+    task = task_of("python3 -c 'print(0)' > /logs/verifier/reward.txt")
+    async with open_terminal_env(task, backend, CONFIG) as env:
         await env.reset()
-        if await parts_of(env, plant) != [("1\n1\n", OUT)] and await parts_of(env, "python3 -c 'print(0)'") != [
-            ("1\n", OUT)
-        ]:
-            pytest.skip("Python does not run user customization here")
+        await parts_of(env, plant)
+        if await parts_of(env, "python3 -c 'print(0)'") != [("1", OUT)]:
+            pytest.skip("this Python runs nothing from a home folder")
         assert await env.score() == 0.0
 
 
@@ -300,9 +299,17 @@ async def test_tests_and_solution_are_not_there_before_scoring(backend: SandboxB
     task = task_of("ls /tests /solution > /tmp/seen 2>&1\n" + RIGHT_ANSWER, solution={"solve.sh": SandboxFile(b"")})
     async with open_terminal_env(task, backend, CONFIG) as env:
         await env.reset()
-        assert await parts_of(env, "ls -d /tests /solution /logs/verifier 2>/dev/null | wc -l") == [("0\n", OUT)]
+        assert await parts_of(env, "find /tests /solution /logs -type f 2>/dev/null | wc -l") == [("0\n", OUT)]
         await env.step(submit("2"))
         assert await env.score() == 1.0
+
+
+async def test_nothing_is_cleared_where_commands_see_another_tree(backend: SandboxBackend) -> None:
+    async with backend.open(CONFIG.sandbox) as sandbox:
+        await sandbox.put({"/tests/mine": SandboxFile(b"kept")})
+        result = await sandbox.exec(_test_command(task_of("true"), "/.not-there", answered=True), timeout_s=10.0)
+        assert "another tree" in result.output
+        assert await sandbox.get("/tests/mine") == b"kept"
 
 
 async def test_no_step_after_the_answer(env: TerminalEnv) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model_dir
 from torch import Tensor
 
 from backtalk.engines import torch_logprobs
@@ -24,8 +23,9 @@ from backtalk.engines.torch_logprobs import has_separate_head
 from backtalk.errors import ConfigError, DataError
 from backtalk.objective import ObjectiveConfig
 from backtalk.sampler import SamplingParams
-from backtalk.samples import Sample, TokenCounts, build_samples
-from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
+from backtalk.samples import Sample, TokenCounts, build_samples, to_sample
+from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
+from tiny import tiny_model_dir
 
 CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole
 PLAIN = ObjectiveConfig(world_model_coeff=0.0)
@@ -244,6 +244,26 @@ async def test_a_gradient_that_is_not_finite_changes_nothing(model_dir: Path) ->
     assert (await engine.train_step(build_samples(make_group(MIXED)), PLAIN))["skipped"] == 0.0
 
 
+def test_a_row_without_tokens_counts_and_costs_nothing(model_dir: Path) -> None:
+    samples = build_samples(make_group(MIXED))
+    empty = to_sample(
+        Trajectory(task_id="t", sample_index=9, segments=(), stop_reason=StopReason.FAILED,
+                   failure=Failure("reset", "SandboxError", "gone"))
+    )  # fmt: skip
+    loss, _ = gradients(make_engine(model_dir), samples, BOTH)
+    with_empty, _ = gradients(make_engine(model_dir), [*samples, empty], BOTH)
+    assert with_empty == pytest.approx(loss * 5 / 6, abs=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(model_dir: Path) -> None:
+    samples = build_samples(make_group(MIXED))
+    loss, grads = gradients(make_engine(model_dir), samples, BOTH)
+    again, same = gradients(make_engine(model_dir, gradient_checkpointing=True), samples, BOTH)
+    assert loss == again
+    for a, b in zip(grads, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+
+
 async def test_warm_up_is_linear(model_dir: Path) -> None:
     engine, samples = make_engine(model_dir, learning_rate=1.0e-3, warmup_steps=4), build_samples(make_group(MIXED))
     rates = [(await engine.train_step(samples, PLAIN))["learning_rate"] for _ in range(5)]
@@ -254,7 +274,7 @@ async def test_warm_up_is_linear(model_dir: Path) -> None:
 
 
 async def distance_moved(model_dir: Path, coeff: float, steps: int, *, policy_coeff: float = 1.0) -> float:
-    engine = make_engine(model_dir, learning_rate=1e-5, max_tokens_per_microbatch=4096)
+    engine = make_engine(model_dir, learning_rate=1e-5, grad_clip_norm=math.inf)
     before, samples = weights(engine), build_samples(make_group(EQUAL))
     for _ in range(steps):
         await engine.train_step(samples, ObjectiveConfig(policy_coeff=policy_coeff, world_model_coeff=coeff))
@@ -272,7 +292,7 @@ async def test_twice_the_coefficient_moves_world_only_steps_twice_as_far(model_d
 
 
 async def test_the_hold_lets_go_where_policy_steps_set_the_scale(model_dir: Path) -> None:
-    engine = make_engine(model_dir)
+    engine = make_engine(model_dir, learning_rate=1e-7)  # so slow that no ratio ever leaves the clip range
     mixed, equal = build_samples(make_group(MIXED)), build_samples(make_group(EQUAL))
     config = ObjectiveConfig(world_model_coeff=0.05)
     for _ in range(30):
@@ -398,7 +418,7 @@ def test_settings_that_cannot_work_are_refused(model_dir: Path, settings: dict[s
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="config.json"):
+    with pytest.raises(ConfigError, match="without a config"):
         TorchEngine(TorchConfig(model=str(tmp_path)))
 
 
@@ -417,3 +437,20 @@ async def test_lora_trains_adapters_only(model_dir: Path) -> None:
     last = await engine.train_step(build_samples(make_group(MIXED)), BOTH)
     assert last["total_loss"] < first["total_loss"]
     assert all(torch.equal(dict(engine.model.named_parameters())[n], p) for n, p in frozen.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+async def test_on_a_gpu_in_bfloat16(model_dir: Path, tmp_path: Path) -> None:
+    engine = TorchEngine(TorchConfig(model=str(model_dir)))
+    assert engine.device.type == "cuda" and next(engine.model.parameters()).dtype == torch.bfloat16
+    samples = build_samples(make_group(MIXED))
+    on_cpu = await make_engine(model_dir).train_step(samples, BOTH)
+    on_gpu = await engine.train_step(samples, BOTH)
+    assert on_gpu["total_loss"] == pytest.approx(on_cpu["total_loss"], abs=0.02)
+    assert on_gpu["grad_norm"] == pytest.approx(on_cpu["grad_norm"], rel=0.05)
+    engine.save(tmp_path / "checkpoint")
+    before = weights(engine)
+    await engine.train_step(samples, BOTH)
+    engine.load(tmp_path / "checkpoint")
+    assert torch.equal(weights(engine), before)

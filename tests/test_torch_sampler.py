@@ -7,19 +7,28 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_model_dir
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from backtalk.engines.torch_kv import History, PersistentRows, _row_groups
 from backtalk.engines.torch_sampler import TorchSampler, choose, uniforms
 from backtalk.errors import ConfigError, SamplerError
 from backtalk.sampler import Completion, SamplingParams
+from tiny import tiny_model_dir
 
 VOCAB = 96
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -33,7 +42,7 @@ UNIFORMS = [0.15340020673323762, 0.9534382869615645, 0.20250969742077318]
 Transcripts = dict[str, list[Completion]]
 
 
-def sharpen(model: torch.nn.Module) -> torch.nn.Module:
+def sharpen(model: Any) -> Any:
     """Larger weights: fresh ones give nearly the same distribution whatever the history, which would prove little."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -43,18 +52,18 @@ def sharpen(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder: Path = tiny_model_dir(tmp_path_factory.mktemp("models") / "tiny")
     return sharpen(AutoModelForCausalLM.from_pretrained(folder))
 
 
 @pytest.fixture(scope="module")
-def llama() -> torch.nn.Module:
+def llama() -> Any:
     torch.manual_seed(0)
     return sharpen(LlamaForCausalLM(LlamaConfig(**SMALL)))
 
 
-def sampler_of(model: torch.nn.Module, stop_token_ids: Sequence[int] = tuple(range(9)), **settings) -> TorchSampler:
+def sampler_of(model: Any, stop_token_ids: Sequence[int] = tuple(range(9)), **settings) -> TorchSampler:
     params = SamplingParams(
         max_tokens=settings.pop("max_tokens", 14),
         temperature=settings.pop("temperature", 1.0),
@@ -95,7 +104,7 @@ async def play(
     return {f"row{row}": done for row, done in enumerate(results)}
 
 
-def forced_logprobs(model: torch.nn.Module, history: list[int], count: int, temperature: float) -> torch.Tensor:
+def forced_logprobs(model: Any, history: list[int], count: int, temperature: float) -> torch.Tensor:
     """Log-probabilities of the last ``count`` tokens by one full forward pass without a cache."""
     with torch.no_grad():
         logits = model(torch.tensor([history])).logits[0, -count - 1 : -1]
@@ -131,13 +140,13 @@ async def test_logprobs_are_those_of_a_plain_forward_pass(
     assert (sampler.stats.kv.shared_tokens > 0) is persistent
 
 
-async def test_keeping_the_cache_changes_nothing(qwen: torch.nn.Module) -> None:
+async def test_keeping_the_cache_changes_nothing(qwen: Any) -> None:
     kept = await play(sampler_of(qwen, persistent_cache=True))
     anew = await play(sampler_of(qwen, persistent_cache=False))
     assert ids_of(kept) == ids_of(anew)
 
 
-async def test_arrival_order_and_neighbours_change_nothing(qwen: torch.nn.Module) -> None:
+async def test_arrival_order_and_neighbours_change_nothing(qwen: Any) -> None:
     together = await play(sampler_of(qwen))
     reversed_arrival = await play(sampler_of(qwen), delay_s=lambda row: 0.002 * (6 - row))
     assert reversed_arrival == together  # to the last bit: the same waves
@@ -147,7 +156,7 @@ async def test_arrival_order_and_neighbours_change_nothing(qwen: torch.nn.Module
     assert ids_of(hasty) == ids_of(together)
 
 
-async def test_greedy_is_generate(qwen: torch.nn.Module) -> None:
+async def test_greedy_is_generate(qwen: Any) -> None:
     sampler = sampler_of(qwen, temperature=0.0, max_tokens=20)
     rng = random.Random(5)
     async with sampler.session("a") as session:
@@ -169,7 +178,7 @@ async def test_greedy_is_generate(qwen: torch.nn.Module) -> None:
             history += tokens(rng, 5, 9)
 
 
-async def test_stop_token_is_kept_and_a_limit_cuts(qwen: torch.nn.Module) -> None:
+async def test_stop_token_is_kept_and_a_limit_cuts(qwen: Any) -> None:
     async with sampler_of(qwen, stop_token_ids=range(1000)).session("a") as session:
         stopped = await session.sample([1, 2, 3])
     async with sampler_of(qwen, stop_token_ids=[], max_tokens=6).session("a") as session:
@@ -184,7 +193,7 @@ async def test_stop_token_is_kept_and_a_limit_cuts(qwen: torch.nn.Module) -> Non
     ]
 
 
-async def test_key_seed_and_call_each_change_the_draw(qwen: torch.nn.Module) -> None:
+async def test_key_seed_and_call_each_change_the_draw(qwen: Any) -> None:
     draws = []
     for key, seed, calls in (("a", 0, 2), ("b", 0, 1), ("a", 1, 1)):
         async with sampler_of(qwen, stop_token_ids=[], seed=seed).session(key) as session:
@@ -224,7 +233,7 @@ def test_choose_over_a_grid_gives_the_exact_frequencies() -> None:
     assert ids.bincount(minlength=5).tolist() == [100, 0, 250, 50, 600]
 
 
-async def test_a_rewritten_history_is_run_again_and_counted(qwen: torch.nn.Module) -> None:
+async def test_a_rewritten_history_is_run_again_and_counted(qwen: Any) -> None:
     sampler = sampler_of(qwen)
     async with sampler.session("a") as session:
         first = await session.sample([5, 6, 7, 8, 9])
@@ -255,7 +264,7 @@ async def test_sliding_windows_fall_back_and_say_so_once(caplog: pytest.LogCaptu
     assert sampler.stats.kv.reused_tokens == 0
 
 
-def test_long_rows_are_run_in_parts(llama: torch.nn.Module) -> None:
+def test_long_rows_are_run_in_parts(llama: Any) -> None:
     rng = random.Random(3)
     histories = [History(row, tuple(tokens(rng, length, length))) for row, length in enumerate((150, 3, 40, 41))]
     rows = PersistentRows(llama, 0, torch.device("cpu"), max_tokens=64, max_padding=8)
@@ -278,8 +287,9 @@ def test_rows_are_grouped_with_little_padding() -> None:
     assert _row_groups([90, 1], max_tokens=20, max_padding=200) == [slice(0, 1), slice(1, 2)]
 
 
-async def test_bfloat16(llama: torch.nn.Module) -> None:
-    model = LlamaForCausalLM(llama.config).to(torch.bfloat16).eval()
+async def test_bfloat16(llama: Any) -> None:
+    model: Any = LlamaForCausalLM(llama.config)
+    model = model.to(torch.bfloat16).eval()
     for attention in ("sdpa", "eager"):
         model.set_attn_implementation(attention)
         for done in (await play(sampler_of(model))).values():
@@ -287,7 +297,7 @@ async def test_bfloat16(llama: torch.nn.Module) -> None:
     model.set_attn_implementation("sdpa")
 
 
-async def test_the_loop_stays_free_and_training_mode_comes_back(qwen: torch.nn.Module) -> None:
+async def test_the_loop_stays_free_and_training_mode_comes_back(qwen: Any) -> None:
     ticks = 0
 
     async def tick() -> None:
@@ -305,7 +315,7 @@ async def test_the_loop_stays_free_and_training_mode_comes_back(qwen: torch.nn.M
     assert ticks > 5
 
 
-async def test_a_closing_session_lets_the_others_go(qwen: torch.nn.Module) -> None:
+async def test_a_closing_session_lets_the_others_go(qwen: Any) -> None:
     sampler = sampler_of(qwen)
     async with asyncio.timeout(20), sampler.session("a") as first:
         async with sampler.session("b"):
@@ -316,7 +326,7 @@ async def test_a_closing_session_lets_the_others_go(qwen: torch.nn.Module) -> No
     assert sampler.stats.waves == 1
 
 
-async def test_cancelling_a_waiter_leaves_the_others_whole(qwen: torch.nn.Module) -> None:
+async def test_cancelling_a_waiter_leaves_the_others_whole(qwen: Any) -> None:
     sampler = sampler_of(qwen)
 
     async def ask(key: str) -> Completion:
@@ -334,7 +344,7 @@ async def test_cancelling_a_waiter_leaves_the_others_whole(qwen: torch.nn.Module
     assert (sampler.stats.waves, sampler.stats.calls) == (1, 3)
 
 
-async def test_cancelling_in_the_middle_of_a_wave(qwen: torch.nn.Module) -> None:
+async def test_cancelling_in_the_middle_of_a_wave(qwen: Any) -> None:
     sampler = sampler_of(qwen, stop_token_ids=[], max_tokens=200)
     async with asyncio.timeout(30), sampler.session("a") as a, sampler.session("b") as b:
         tasks = [asyncio.create_task(session.sample([1, 2, 3])) for session in (a, b)]
@@ -345,7 +355,7 @@ async def test_cancelling_in_the_middle_of_a_wave(qwen: torch.nn.Module) -> None
         assert [len(completion.token_ids) for completion in again] == [5, 5]
 
 
-async def test_max_wait_starts_without_stragglers_and_keeps_their_rows(qwen: torch.nn.Module) -> None:
+async def test_max_wait_starts_without_stragglers_and_keeps_their_rows(qwen: Any) -> None:
     sampler = sampler_of(qwen, max_wait_s=0.005)
     async with asyncio.timeout(20), sampler.session("a") as a, sampler.session("b") as b:
         first, _ = await asyncio.gather(a.sample([1, 2, 3]), b.sample([4, 5, 6, 7]))
@@ -358,7 +368,7 @@ async def test_max_wait_starts_without_stragglers_and_keeps_their_rows(qwen: tor
     torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
 
 
-async def test_a_failed_wave_fails_all_its_waiters_and_nothing_else(llama: torch.nn.Module) -> None:
+async def test_a_failed_wave_fails_all_its_waiters_and_nothing_else(llama: Any) -> None:
     sampler = sampler_of(llama)
 
     async def ask(key: str, token: int) -> list[Completion | BaseException]:
@@ -384,7 +394,13 @@ async def test_broken_weights_are_an_error_not_a_sample() -> None:
             await session.sample([1, 2])
 
 
-async def test_misuse_is_named(qwen: torch.nn.Module) -> None:
+def test_models_without_a_cache_of_keys_are_refused() -> None:
+    small = MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1)
+    with pytest.raises(ConfigError, match="MambaForCausalLM takes no past_key_values"):
+        sampler_of(MambaForCausalLM(small))
+
+
+async def test_misuse_is_named(qwen: Any) -> None:
     sampler = sampler_of(qwen)
     with pytest.raises(ConfigError, match="is not open"):
         await sampler.session("a").sample([1])
@@ -400,7 +416,7 @@ async def test_misuse_is_named(qwen: torch.nn.Module) -> None:
     assert isinstance(both[1], ConfigError)
 
 
-async def test_the_last_session_frees_the_cache(qwen: torch.nn.Module) -> None:
+async def test_the_last_session_frees_the_cache(qwen: Any) -> None:
     sampler = sampler_of(qwen)
     await play(sampler)
     await asyncio.sleep(0)

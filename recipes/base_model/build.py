@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import logging
 import shutil
@@ -24,7 +25,7 @@ from random import Random
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from backtalk.envs.base import Split
 from backtalk.envs.terminal import BASH, SUBMIT, TerminalConfig
@@ -48,11 +49,12 @@ class Recipe:
     held_out_sessions: int = 200
     skill: float = 0.3
     vocab_size: int = 1536
-    hidden_size: int = 160
+    hidden_size: int = 128
     layers: int = 4
+    drill_minutes: float = 8.0
     minutes: float = 20.0
     learning_rate: float = 3e-3
-    batch_tokens: int = 12_000
+    batch_tokens: int = 4_000
     seed: int = 0
 
 
@@ -82,9 +84,7 @@ def to_trajectory(session: dict, renderer: Renderer) -> Trajectory:
         if turn["messages"]:
             messages = [unpack(message) for message in turn["messages"]]
             segments += renderer.render_observation(messages, turn=number, tool=call.tool, closed=True)
-    return Trajectory(
-        task_id=session["id"], sample_index=0, segments=tuple(segments), stop_reason=StopReason.SUBMITTED
-    )
+    return Trajectory(task_id=session["id"], sample_index=0, segments=tuple(segments), stop_reason=StopReason.SUBMITTED)
 
 
 def texts(session: dict) -> Iterator[str]:
@@ -110,7 +110,7 @@ def examples(sessions: list[dict], renderer: Renderer) -> list[tuple[Tensor, Ten
 def batches(pairs: list[tuple[Tensor, Tensor]], tokens: int, random: Random) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless epochs of [B, T] batches of like length."""
     while True:
-        order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]) + random.randint(-20, 20)))
+        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + random.randint(-20, 20))
         starts, size = [], 0
         for position, i in enumerate(order):
             if not starts or size + len(pairs[i][0]) > tokens:
@@ -125,27 +125,40 @@ def batches(pairs: list[tuple[Tensor, Tensor]], tokens: int, random: Random) -> 
             yield ids, learned
 
 
-def train(model: Qwen3ForCausalLM, pairs: list[tuple[Tensor, Tensor]], recipe: Recipe) -> None:
-    """Muon for the matrices, AdamW for the rest; the rate falls to 0 over the minutes given."""
+def drill_batches(vocab_size: int, tokens: int, random: Random) -> Iterator[tuple[Tensor, Tensor]]:
+    """Random tokens, repeated; learned from the second time on. It grows the heads that copy, in minutes.
+
+    Short periods come first: with few places to look at, there is something to learn from at once.
+    """
+    length = 48
+    for step in itertools.count():
+        period = random.randint(2, min(24, 3 + step // 20))
+        once = torch.randint(0, vocab_size, (tokens // length, period))
+        ids = once.repeat(1, length // period + 1)[:, :length]
+        yield ids, (torch.arange(length) >= period).expand_as(ids)
+
+
+def train(
+    model: LlamaForCausalLM, data: Iterator[tuple[Tensor, Tensor]], minutes: float, rate: float, *, cool: bool
+) -> None:
+    """Muon for the matrices, AdamW for the rest. With ``cool`` the rate falls to 0 over the last part."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
         torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01, adjust_lr_fn="original"),
-        torch.optim.AdamW(others, lr=recipe.learning_rate, weight_decay=0.01, betas=(0.9, 0.95)),
+        torch.optim.AdamW(others, lr=rate, weight_decay=0.01, betas=(0.9, 0.95)),
     ]
-    rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    began = time.monotonic()
-    seen = 0
-    for step, (ids, learned) in enumerate(batches(pairs, recipe.batch_tokens, Random(recipe.seed))):
-        done = (time.monotonic() - began) / (60 * recipe.minutes)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    began, seen = time.monotonic(), 0
+    for step, (ids, learned) in enumerate(data):
+        done = (time.monotonic() - began) / (60 * minutes)
         if done >= 1:
             break
-        for optimizer, rate in zip(optimizers, rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * min((step + 1) / 50, 1.0, (1 - done) / 0.6)
+        for optimizer, full in zip(optimizers, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = full * min((step + 1) / 20, 1.0, (1 - done) / 0.6 if cool else 1.0)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(input_ids=ids).logits[:, :-1]
-        losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids[:, 1:], reduction="none")
-        loss = (losses * learned[:, 1:]).sum() / learned[:, 1:].sum()
+            logits = model.lm_head(model.model(input_ids=ids).last_hidden_state[:, :-1][learned[:, 1:]])
+        loss = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][learned[:, 1:]])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -153,10 +166,40 @@ def train(model: Qwen3ForCausalLM, pairs: list[tuple[Tensor, Tensor]], recipe: R
             optimizer.zero_grad(set_to_none=True)
         seen += ids.numel()
         if step % 50 == 0:
-            log.info("step %d  %.0f%%  loss %.3f  %.1f M tokens", step, 100 * done, loss.item(), seen / 1e6)
+            log.info("step %d  %.0f%%  loss %.3f  %.2f M tokens", step, 100 * done, loss.item(), seen / 1e6)
 
 
-def save(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, folder: Path) -> None:
+def new_model(recipe: Recipe, vocab_size: int, work: Path) -> LlamaForCausalLM:
+    """A small Llama that has been drilled in copying; kept in ``work`` between runs."""
+    torch.manual_seed(recipe.seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=recipe.hidden_size,
+            intermediate_size=recipe.hidden_size * 5 // 2,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.hidden_size // 32,
+            num_key_value_heads=1,
+            head_dim=32,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    )
+    log.info("%.2f M parameters, %d tokens in the vocabulary", model.num_parameters() / 1e6, vocab_size)
+    drilled = work / f"drilled_{vocab_size}_{recipe.hidden_size}_{recipe.layers}.pt"
+    if drilled.exists():
+        model.load_state_dict(torch.load(drilled))
+    else:
+        data = drill_batches(vocab_size, recipe.batch_tokens, Random(recipe.seed))
+        train(model, data, recipe.drill_minutes, recipe.learning_rate, cool=False)
+        torch.save(model.state_dict(), drilled)
+    return model
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -197,25 +240,10 @@ def main() -> None:
     renderer = Renderer(tokenizer, (BASH, SUBMIT))
     pairs = examples(sessions, renderer)
     log.info("%.2f M tokens in %d sessions", sum(len(ids) for ids, _ in pairs) / 1e6, len(pairs))
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=recipe.hidden_size,
-            intermediate_size=recipe.hidden_size * 5 // 2,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.hidden_size // 32,
-            num_key_value_heads=1,
-            head_dim=32,
-            max_position_embeddings=4096,
-            rope_theta=10_000.0,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    log.info("%.2f M parameters, %d tokens in the vocabulary", model.num_parameters() / 1e6, len(tokenizer))
-    train(model, pairs, recipe)
+    model = new_model(recipe, len(tokenizer), work)
+    data = batches(pairs, recipe.batch_tokens, Random(recipe.seed))
+    train(model, data, recipe.minutes, recipe.learning_rate, cool=True)
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     save(model, tokenizer, recipe, out / "base_model")
     held_out = [to_trajectory(session, renderer) for session in read(work / "held_out.jsonl")]
     (out / "recorded").mkdir(parents=True, exist_ok=True)

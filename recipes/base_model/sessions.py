@@ -6,6 +6,7 @@ were put in, so their commands can be written down before the world answers; wha
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from random import Random
 
@@ -55,7 +56,9 @@ def ordinary_session(seed: int) -> Session:
     )
     stroll = [_stroll(random, sorted(files)) for _ in range(random.randint(1, 5))]
     stroll.insert(random.randint(0, len(stroll)), command)
-    task = Task(id=f"ordinary-{seed}", instruction=wish, files=files)
+    check = f'[ "$(cat /logs/agent/answer.txt)" = {shlex.quote(answer)} ]; echo $((! $?)) > /logs/verifier/reward.txt\n'
+    tests = {"test.sh": SandboxFile(check.encode(), mode=0o755)}
+    task = Task(id=f"ordinary-{seed}", instruction=wish, files=files, tests=tests)
     return Session(task, tuple(stroll), answer, ordinary=True)
 
 
@@ -140,7 +143,9 @@ def _content(random: Random, extension: str) -> list[str]:
             return ["name,age,score", *rows]
         case "py":
             names = random.sample(WORDS, count)
-            return [f"def {name}(x):  # {random.choice(WORDS)}\n    return x + {random.randrange(100)}" for name in names]
+            return [
+                f"def {name}(x):  # {random.choice(WORDS)}\n    return x + {random.randrange(100)}" for name in names
+            ]
         case "cfg":
             return [f"{random.choice(WORDS)}: {random.randrange(10_000)}" for _ in range(count)]
         case "log":

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from backtalk.config import TrainConfig
-    from backtalk.train import Event
+    from backtalk.train import Event, OnEvent
     from backtalk.trajectory import TrajectoryGroup
 
 app = typer.Typer(
@@ -131,7 +131,7 @@ def train(
 
     folder = out or _new_folder(preset or Path(config or "run").stem)
     with ExitStack() as stack:
-        listeners = [stack.enter_context(RunDisplay(_console())).show]
+        listeners: list[OnEvent] = [stack.enter_context(RunDisplay(_console())).show]
         if track is not None:
             listeners.append(stack.enter_context(tracking(track, folder, config_to_dict(resolved))))
 
@@ -248,14 +248,17 @@ def _groups_of(folder: Path, step: int | None, evaluation: bool) -> Sequence[Tra
 
 @app.command()
 def report(folder: RunFolder) -> None:
-    """Write report.html and the curves of a run again, from its metrics and trajectories."""
+    """Write report.html and the curves of a run again, or those of a study."""
     _write_report(folder)
 
 
 def _write_report(folder: Path) -> None:
-    from backtalk.viewer.report import write_report
+    if (folder / "study.json").exists():
+        from backtalk.viewer.study import write_study_report as write
+    else:
+        from backtalk.viewer.report import write_report as write
 
-    typer.echo(f"Report: {write_report(folder)}")
+    typer.echo(f"Report: {write(folder)}")
 
 
 @app.command()
@@ -272,7 +275,6 @@ def study(
     """
     from backtalk.progress import StudyDisplay, comparison_table
     from backtalk.study import load_study, run_study
-    from backtalk.viewer.study import write_study_report
 
     plan = load_study(source, seeds=seeds, overrides=list(settings or []))
     folder = out or _new_folder(plan.name)
@@ -284,7 +286,8 @@ def study(
         typer.echo(f"Stopped. Continue with: backtalk study {source} --out {folder}", err=True)
         raise
     console.print(comparison_table(comparison))
-    typer.echo(f"Report: {write_study_report(folder)}")
+    _write_report(folder)
+    typer.echo(f"Picture: {folder / 'study.png'}")
 
 
 @app.command()

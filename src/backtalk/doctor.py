@@ -27,11 +27,10 @@ from backtalk.sandboxes.base import SandboxBackend, SandboxLimits
 
 # What the extras bring: the import name of the package, and what it is good for.
 EXTRAS: dict[str, tuple[str, str]] = {
-    "lora": ("peft", "train adapters instead of all weights"),
-    "track": ("trackio", "metrics in a local dashboard"),
-    "wandb": ("wandb", "metrics on Weights & Biases"),
-    "tensorboard": ("tensorboard", "metrics for TensorBoard"),
-    "datasets": ("datasets", "tasks from Hugging Face datasets"),
+    "lora": ("peft", "adapters instead of all weights: engine.lora_rank"),
+    "track": ("trackio", "metrics in a local dashboard: --track trackio"),
+    "wandb": ("wandb", "metrics on Weights & Biases: --track wandb"),
+    "tensorboard": ("tensorboard", "metrics in event files: --track tensorboard"),
 }
 REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "matplotlib", "rich", "typer")
 BASE_MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
@@ -189,16 +188,15 @@ def _sandbox() -> Iterator[Finding]:
         backend = local_sandbox("auto")
         asyncio.run(_try_sandbox(backend))
     except BacktalkError as error:
-        yield Finding("Sandbox", State.MISSING, str(error), "see the message; then type: backtalk doctor")
+        yield Finding("Sandbox", State.MISSING, "none that is safe works here", str(error))
         return
     report = backend.report
     yield Finding("Sandbox", State.OK, f"{report.name}; a command ran in it")
-    for title, held in (("isolation", report.isolation), ("limits", report.limits)):
-        if held:
-            text = ", ".join(f"{name}: {how}" for name, how in held.items())
-            yield Finding(f"  {title}", State.OK, text)
+    for title, held in (("isolated", report.isolation), ("limited", report.limits)):
+        for name, how in held.items():
+            yield Finding("", State.OK, f"{title} {name}: {how}")
     for warning in report.warnings:
-        yield Finding("  warning", State.NOTE, warning)
+        yield Finding("", State.NOTE, warning)
 
 
 async def _try_sandbox(backend: SandboxBackend) -> None:
@@ -213,10 +211,10 @@ def _extras() -> Iterator[Finding]:
     for extra, (package, use) in EXTRAS.items():
         version = _version(package)
         if version is not None:
-            yield Finding(f"Extra {extra}", State.OK, f"{package} {version}: {use}")
+            yield Finding(f"Extra {extra}", State.OK, f"{package} {version}, for {use}")
         else:
             fix = f"{sys.executable} -m pip install 'backtalk[{extra}]'"
-            yield Finding(f"Extra {extra}", State.OPTIONAL, f"{package} is not installed: {use}", fix)
+            yield Finding(f"Extra {extra}", State.OPTIONAL, f"{package} is not installed, for {use}", fix)
 
 
 def print_findings(findings: Iterable[Finding], console: Console) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 import signal
@@ -33,6 +32,8 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     Raises:
         Interrupted: ``work`` was cancelled by a signal.
     """
+    import asyncio  # slow to load, and help should be instant
+
     received: list[int] = []
 
     async def guarded() -> T:

@@ -161,25 +161,22 @@ class StudyDisplay:
 
 def comparison_table(comparison: Comparison) -> Table:
     """What a study found: a row for each metric of each arm, every estimate with its 95 % interval."""
-    table = Table("", "arm", "before", "after", "change", "against the first arm")
+    first = comparison.results[0].arm if comparison.results else "the first arm"
+    table = Table(
+        "held out", "before", "after", "change", f"after, minus {first}", box=None, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     metric = ""
     for result in comparison.results:
-        if metric and result.metric != metric:
-            table.add_section()
-        table.add_row(
-            "" if result.metric == metric else result.metric,
-            result.arm,
-            interval_text(result.before),
-            interval_text(result.after),
-            interval_text(result.change),
-            interval_text(result.against_first),
-        )
-        metric = result.metric
+        if result.metric != metric:
+            metric = result.metric
+            table.add_row(metric, style="bold")
+        found = (result.before, result.after, result.change, result.against_first)
+        table.add_row(f"  {result.arm}", *[interval_text(interval).replace(" ", "\n", 1) for interval in found])
     seeds = ", ".join(map(str, comparison.seeds))
     table.caption = (
-        f"held-out tasks; CE in nats per token of environment output; 95 % intervals over {comparison.interval}; "
-        f"seeds {seeds}"
+        f"95 % intervals over {comparison.interval}; seeds {seeds}; CE in nats per token of environment output"
     )
+    table.caption_justify = "left"
     return table
 
 

@@ -101,9 +101,9 @@ class Renderer:
         self._tags = {self._control_ids[str(tag)]: tag for tag in tags} if has_tags else {}
         self.tool_format = tool_format or (ToolFormat.TAGS if has_tags else ToolFormat.HERMES)
         self._arguments = tag_arguments(tools) if self.tool_format is ToolFormat.TAGS else {}
-        start = self._literals(["user"])  # of every reply, and what the template says before it
-        self._thinking = start[-1].rstrip().endswith(THINK_OPEN)
-        self._preamble = self._missing_instructions("".join(start))
+        self._schemas = [hermes_schema(tool) for tool in tools] if self.tool_format is ToolFormat.HERMES else []
+        self._preamble = self._missing_instructions()
+        self._thinking = self._literals(["user"])[-1].rstrip().endswith(THINK_OPEN)  # before every reply
         self._tool_role, self.end_of_turn_id = self._find_turn()
         eos, pad = (getattr(tokenizer, name, None) for name in ("eos_token_id", "pad_token_id"))
         self.stop_token_ids = frozenset({self.end_of_turn_id} | (self._control_id_set & {eos, pad}))
@@ -264,11 +264,10 @@ class Renderer:
         """What the template writes before, between and after the bodies of a conversation."""
         bodies = [f"\ue000{number}\ue001" for number in range(len(roles))]  # private-use characters: nobody trims them
         conversation = [{"role": role, "content": body} for role, body in zip(roles, bodies, strict=True)]
-        tools = [hermes_schema(tool) for tool in self.tools] if self.tool_format is ToolFormat.HERMES else []
         try:
             rest = self.tokenizer.apply_chat_template(
                 conversation,
-                tools=tools or None,
+                tools=self._schemas or None,
                 add_generation_prompt=generation_prompt,
                 tokenize=False,
                 **self._options,
@@ -342,10 +341,13 @@ class Renderer:
     def _chat_role(self, role: str) -> str:
         return self._tool_role if role == "tool" else role
 
-    def _missing_instructions(self, said: str) -> str:
-        """What the template fails to say about the tools; empty where it says it, or where tags do."""
-        told = self.tool_format is ToolFormat.TAGS or all(f'"{tool.name}"' in said for tool in self.tools)
-        return "" if told else hermes_instructions(self.tools)
+    def _missing_instructions(self) -> str:
+        """How to call the tools, where the template does not say it, or says it in another format. Tags say nothing."""
+        said = "".join(self._literals(["user"]))
+        if not self._schemas or (CALL_OPEN in said and all(f'"{tool.name}"' in said for tool in self.tools)):
+            return ""
+        self._schemas = []
+        return hermes_instructions(self.tools)
 
 
 def _without_control_tokens(backend: Any) -> tuple[Any, dict[str, int]]:
@@ -357,7 +359,7 @@ def _without_control_tokens(backend: Any) -> tuple[Any, dict[str, int]]:
     state = json.loads(backend.to_str())
     control: dict[str, int] = {}
     for token in state["added_tokens"]:
-        token["special"] = bool(token["content"].strip())
+        token["special"] = bool(token["content"].replace("\u2581", " ").strip())  # a way to write a space
         if token["special"]:
             control[token["content"]] = token["id"]
     state.update(post_processor=None, truncation=None, padding=None)  # no begin token, nothing cut, whole offsets

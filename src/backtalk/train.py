@@ -6,17 +6,19 @@ and resumed from its checkpoint goes on to the same numbers as one that was not.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from backtalk.config import TrainConfig, config_from_dict, config_to_dict, flatten, parse_overrides, set_dotted
 from backtalk.engines.torch import TorchEngine
+from backtalk.engines.torch_checkpoint import has_checkpoint
 from backtalk.envs import load_tasks
 from backtalk.envs.base import Env, Split, Task
 from backtalk.envs.terminal import BASH, SUBMIT, open_terminal_env
@@ -33,6 +35,7 @@ from backtalk.trajectory import Trajectory, TrajectoryGroup
 
 TOOLS = (BASH, SUBMIT)
 TRAIN_TASKS = 2000  # distinct ones, of a source that makes or has as many; each comes up once an epoch
+T = TypeVar("T")
 HELD_OUT_SEED = 0  # all runs are measured on the same held-out tasks, whatever their own seed
 EXTENDABLE = ("steps", "checkpoint_every", "evaluation.every")  # a resumed run may change these and nothing else
 
@@ -129,19 +132,11 @@ async def train(
             await run.evaluate_if_due(step, log)
             if stop is not None and stop.is_set():
                 break
-            groups, rollout_seconds = await run.rollouts(step)
+            groups, seconds = await run.rollouts(step)
             log.write_groups(step, groups)
-            samples = [s for group in groups for s in build_samples(group, temperature=config.temperature)]
-            started = time.monotonic()
-            learned = await run.engine.train_step(samples, config.objective)
-            seconds = time_metrics(groups, rollout_seconds, time.monotonic() - started)
-            metrics = rollout_metrics(groups) | learned | seconds
-            log.write_metrics(step, metrics)
-            run.checkpoint_if_due(step + 1, log)
+            metrics = await _unbroken(run.learn(step, groups, seconds, log))
             tell(StepDone(step, config.steps, metrics))
-    except (
-        BaseException
-    ):  # also a cancellation: leave a checkpoint, but never hide what went wrong behind another error
+    except BaseException:  # a cancellation too: leave a checkpoint, and never hide the cause behind a second error
         with suppress(Exception):
             run.checkpoint_if_consistent(log)
         raise
@@ -151,6 +146,16 @@ async def train(
         await run.evaluate_if_due(config.steps, log)
     tell(RunDone(log.folder, done, done >= config.steps))
     return log.folder
+
+
+async def _unbroken(work: Coroutine[Any, Any, T]) -> T:
+    """Finish ``work`` before obeying a cancellation: an update and its record belong together."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 async def evaluate_run(
@@ -174,7 +179,7 @@ async def evaluate_run(
     config = config_from_dict(tree)
     if config.evaluation.tasks == 0:
         raise ConfigError("evaluation.tasks=0 leaves nothing to measure; pass evaluation.tasks=64")
-    if not base and not log.checkpoint_path.exists():
+    if not base and not has_checkpoint(log.checkpoint_path):
         raise DataError(
             f"{log.folder} has no checkpoint yet; wait for one, or measure the model it began with (--base)"
         )
@@ -249,6 +254,20 @@ class Run:
             )
         return groups, time.monotonic() - started
 
+    async def learn(
+        self, step: int, groups: Sequence[TrajectoryGroup], rollout_seconds: float, log: RunLog
+    ) -> dict[str, float]:
+        """One optimizer step, its metrics on disk, and a checkpoint where one is due."""
+        config, started = self.config, time.monotonic()
+        samples = [s for group in groups for s in build_samples(group, temperature=config.temperature)]
+        learned = await self.engine.train_step(samples, config.objective)
+        seconds = time_metrics(groups, rollout_seconds, time.monotonic() - started)
+        metrics = rollout_metrics(groups) | learned | seconds
+        log.write_metrics(step, metrics)
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            self._checkpoint(log)
+        return metrics
+
     async def evaluate(self, step: int) -> tuple[Evaluation, list[TrajectoryGroup]]:
         """Measure the policy as it stands. The random numbers are the same at every step."""
         config = self.config.evaluation
@@ -276,18 +295,14 @@ class Run:
 
     def restore(self, log: RunLog) -> int:
         """Go back to the last checkpoint and forget what came after it; returns the step to begin with."""
-        if log.checkpoint_path.exists():
+        if has_checkpoint(log.checkpoint_path):
             self.engine.load(log.checkpoint_path)
         first = self.saved_step = self.engine.policy_version
         log.truncate_after(first - 1)
         return first
 
-    def checkpoint_if_due(self, done: int, log: RunLog) -> None:
-        if done % self.config.checkpoint_every == 0 or done == self.config.steps:
-            self._checkpoint(log)
-
     def checkpoint_if_consistent(self, log: RunLog) -> None:
-        """Keep where the run stands, unless a step was broken off between its update and its record."""
+        """Keep where the run stands, unless a step's update could not be recorded."""
         done = self.engine.policy_version
         if done > self.saved_step and log.last_step() == done - 1:
             self._checkpoint(log)

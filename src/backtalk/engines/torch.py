@@ -24,6 +24,7 @@ from backtalk.engines.metrics import sampler_gap, token_metrics, token_sums
 from backtalk.engines.torch_logprobs import has_separate_head, token_logprobs
 from backtalk.engines.torch_model import (
     add_lora,
+    enable_checkpointing,
     load_adapter,
     load_model,
     load_tokenizer,
@@ -114,7 +115,7 @@ class TorchEngine:
         self.model: Any = load_model(self.location, self.device, self._dtype)
         self._peft: Any = add_lora(self.model, config.lora_rank, config.seed) if config.lora_rank else None
         if config.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(self.model)
         self._head_apart = has_separate_head(self.model)
         self._optimizer = StepOptimizer(
             self.model.parameters(),

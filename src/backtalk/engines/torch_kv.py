@@ -51,8 +51,11 @@ class Rows(Protocol):
         """Run what is new; keep the rows of ``others``. Returns the history in each row and logits [N, V]."""
         ...
 
-    def step(self, ids_M: Tensor, alive_M: Tensor) -> Tensor:
-        """Append one token to each row that still decodes. Returns logits [M, V]."""
+    def step(self, ids_M: Tensor) -> Tensor:
+        """Append one token to each row that still decodes. Returns logits [M, V].
+
+        What is appended to a row that has finished is forgotten at ``end``.
+        """
         ...
 
     def keep(self, alive: Sequence[bool]) -> list[int]:
@@ -96,7 +99,8 @@ def why_not_persistent(model: nn.Module) -> str | None:
 
 
 def _parameters(model: nn.Module) -> set[str]:
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT wrapper hides them
+    wrapper: Any = model
+    inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT wrapper hides them
     return set(inspect.signature(inner.forward).parameters)
 
 
@@ -178,17 +182,18 @@ class PersistentRows:
         max_padding: int | None = None,  # tokens of padding worth bearing to save a pass
     ) -> None:
         self.stats = KVStats()
-        self._model, self._pad, self._device = model, pad_token_id, device
+        self._model: Any = model
+        self._pad, self._device = pad_token_id, device
         self._max_tokens = max_tokens or (2048 if device.type == "cpu" else 16_384)
         self._max_padding = max_padding or (64 if device.type == "cpu" else 4096)
         self._extra = _last_column_only(model)
-        self._additive_mask = getattr(model.config, "_attn_implementation", None) == "eager"
+        self._additive_mask = self._model.config._attn_implementation == "eager"
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.clear()
 
     def clear(self) -> None:
         self._layers = [_RowLayer() for _ in DynamicCache(config=self._model.config).layers]
-        self._cache = Cache(layers=self._layers)
+        self._cache = Cache(layers=[*self._layers])
         self._columns = 0
         self._owners: list[Hashable] = []  # of each row of the buffer
         self._held: dict[Hashable, tuple[int, ...]] = {}  # ids in each owner's row
@@ -205,7 +210,8 @@ class PersistentRows:
         new = [len(h.token_ids) - start for h, start in zip(histories, starts, strict=True)]
         order = sorted(range(len(histories)), key=lambda i: (twin[i] != i, -new[i], i))
         self._arrange([histories[i].owner for i in order] + list(others))
-        self._grow(max(len(h.token_ids) for h in histories) + 1)
+        self._top = max(len(h.token_ids) for h in histories)
+        self._grow(self._top + 1)  # the last column takes the padding; no token of this wave is there yet
         unique = sum(twin[i] == i for i in order)
         logits_NV = self._prefill([histories[i].token_ids for i in order[:unique]], [starts[i] for i in order[:unique]])
         if unique < len(order):
@@ -215,16 +221,15 @@ class PersistentRows:
                 grid[unique : len(order)] = grid[source[unique:]]
             logits_NV = logits_NV[source]
         self._next_M = torch.tensor([len(histories[i].token_ids) for i in order], device=self._device)
-        self._top = max(len(h.token_ids) for h in histories)
         self.stats.prefilled_tokens += sum(new[i] for i in order[:unique])
         self.stats.shared_tokens += sum(new[i] for i in order[unique:])
         self.stats.reused_tokens += sum(starts)
         return order, logits_NV
 
-    def step(self, ids_M: Tensor, alive_M: Tensor) -> Tensor:
+    def step(self, ids_M: Tensor) -> Tensor:
         self._grow(self._top + 1)
         logits_MV = self._forward(slice(0, len(ids_M)), ids_M[:, None], self._next_M[:, None], self._top + 1)
-        self._next_M = self._next_M + alive_M  # a finished row writes its last token over and over: harmless
+        self._next_M = self._next_M + 1
         self._top += 1
         return logits_MV
 
@@ -269,7 +274,6 @@ class PersistentRows:
         self._held = {owner: self._held[owner] for owner in owners if owner in self._held}
 
     def _grow(self, columns: int) -> None:
-        columns += 1  # the last column takes the padding, and nothing reads it
         if columns > self._columns:
             rounded = -(-columns // COLUMN_STEP) * COLUMN_STEP
             self._rebuild(len(self._owners), rounded, [(row, row) for row in range(len(self._owners))])
@@ -318,8 +322,8 @@ class PersistentRows:
             layer.window = window
         mask = (torch.arange(columns, device=self._device) <= positions[:, :, None])[:, None]  # [n, 1, Q, K]
         if self._additive_mask:
-            dtype = self._dtype
-            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+            lowest = torch.finfo(self._dtype).min
+            mask = torch.zeros_like(mask, dtype=self._dtype).masked_fill_(~mask, lowest)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions} | self._extra
         return self._model(past_key_values=self._cache, use_cache=True, **inputs).logits[:, -1]
 
@@ -346,7 +350,8 @@ class FreshRows:
 
     def __init__(self, model: nn.Module, pad_token_id: int, device: torch.device) -> None:
         self.stats = KVStats()
-        self._model, self._pad, self._device = model, pad_token_id, device
+        self._model: Any = model
+        self._pad, self._device = pad_token_id, device
         self._extra = _last_column_only(model)
         self._takes_positions = "position_ids" in _parameters(model)
         self.clear()
@@ -365,13 +370,13 @@ class FreshRows:
         self.stats.prefilled_tokens += sum(len(history.token_ids) for history in histories)
         return list(range(len(histories))), self._forward(torch.tensor(padded, device=self._device))
 
-    def step(self, ids_M: Tensor, alive_M: Tensor) -> Tensor:
+    def step(self, ids_M: Tensor) -> Tensor:
         self._mask_MK = torch.nn.functional.pad(self._mask_MK, (0, 1), value=1)
         return self._forward(ids_M[:, None])
 
     def keep(self, alive: Sequence[bool]) -> list[int]:
         order = [i for i, lives in enumerate(alive) if lives]
-        index = torch.tensor(order, device=self._device)
+        index: Any = torch.tensor(order, device=self._device)
         self._cache.reorder_cache(index)  # every kind of layer has this one; it may also drop rows
         self._mask_MK = self._mask_MK[index]
         return order

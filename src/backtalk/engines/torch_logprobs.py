@@ -33,7 +33,8 @@ def token_logprobs(
     trained_BT[:, 0] = False
     measured_BT = measured_BT & ~trained_BT
     measured_BT[:, 0] = False
-    with torch.set_grad_enabled(torch.is_grad_enabled() and bool(trained_BT.any())):
+    trains = torch.is_grad_enabled() and bool(trained_BT.any())
+    with torch.set_grad_enabled(trains):
         if head_apart:
             states = model.get_decoder()(input_ids=token_ids_BT, use_cache=False).last_hidden_state
         else:
@@ -53,7 +54,8 @@ def token_logprobs(
         zeros_BT = torch.zeros(token_ids_BT.shape, dtype=logprobs_N.dtype, device=logprobs_N.device)
         return zeros_BT.index_put((rows_N, columns_N), logprobs_N)
 
-    logprobs_BT = scattered(trained_BT)
+    with torch.set_grad_enabled(trains):
+        logprobs_BT = scattered(trained_BT)
     if measured_BT.any():
         with torch.no_grad():
             measured = scattered(measured_BT)

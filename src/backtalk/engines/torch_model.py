@@ -90,6 +90,14 @@ def load_tokenizer(location: str) -> Any:
         raise ConfigError(f"the tokenizer of {location!r} cannot be loaded: {error}") from error
 
 
+def enable_checkpointing(model: Any) -> None:
+    """Compute activations again in the backward pass instead of keeping them; works in training mode only."""
+    if hasattr(model, "activation_checkpointing_enable"):  # its name in newer versions of transformers
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def add_lora(model: nn.Module, rank: int, seed: int) -> Any:
     """Low-rank adapters (arXiv 2106.09685) on all linear layers but the head; the rest is frozen.
 

@@ -150,6 +150,8 @@ class TorchSampler:
 
     def _start_wave(self) -> None:
         self._stop_timer()
+        if not self._waiting:  # the last one was cancelled just before the timer fired
+            return
         self._wave = [self._waiting.pop(key) for key in sorted(self._waiting)]
         others = [self._open[key] for key in sorted(self._open.keys() - {r.session.key for r in self._wave})]
         loop = asyncio.get_running_loop()
@@ -255,12 +257,10 @@ class _Worker:
         stop_ids = torch.tensor(sorted(self._stop_ids), dtype=torch.long, device=self._device)
         active_M = torch.tensor(order, device=self._device)  # the request in each row
         alive_M = torch.ones_like(active_M, dtype=torch.bool)
-        ids_M = torch.zeros_like(active_M)
         lengths_N = torch.zeros_like(limits_N)
         steps: list[tuple[Tensor, Tensor, Tensor]] = []
         for t in range(width):
-            new_ids_M, logprobs_M = choose(logits_MV, uniforms_NL[active_M, t], self._params.temperature)
-            ids_M = torch.where(alive_M, new_ids_M, ids_M)
+            ids_M, logprobs_M = choose(logits_MV, uniforms_NL[active_M, t], self._params.temperature)
             steps.append((active_M, ids_M, logprobs_M))
             lengths_N[active_M] += alive_M
             alive_M = alive_M & (t + 1 < limits_N[active_M]) & (ids_M[:, None] != stop_ids).all(1)
@@ -270,7 +270,7 @@ class _Worker:
             if living < SHRINK_BELOW * len(alive_M):
                 kept = torch.tensor(self.rows.keep(alive_M.tolist()), device=self._device)
                 active_M, alive_M, ids_M = active_M[kept], alive_M[kept], ids_M[kept]
-            logits_MV = self.rows.step(ids_M, alive_M)
+            logits_MV = self.rows.step(ids_M)
             self.stats.decode_steps += 1
             self.stats.decode_rows += len(ids_M)
         return _gather(steps, lengths_N)

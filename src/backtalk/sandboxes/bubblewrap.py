@@ -16,27 +16,204 @@ these fork the trainer, which may hold many gigabytes.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
-import io
-import json
+import itertools
 import os
 import posixpath
-import shlex
-import signal
-import subprocess
-import tarfile
-import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+import threading
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from types import MappingProxyType
 
-from backtalk.errors import SandboxError, SandboxUnavailable
+from backtalk.errors import BacktalkError, ConfigError, SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, SandboxLimits
-from backtalk.sandboxes.cgroup import Cgroup, remove_stale
-from backtalk.sandboxes.exec_server import DEFAULT_PATH, HOLDER, Rlimits, frames, supervisor_program
-from backtalk.sandboxes.pipes import FrameReader, PipePair, write_all
+from backtalk.sandboxes.cgroup import remove_stale
+from backtalk.sandboxes.holder import Holder
+from backtalk.sandboxes.layers import has_disable_userns, has_size
 from backtalk.sandboxes.probe import Machine, advice, probe
 from backtalk.sandboxes.seccomp import seccomp_program
-from backtalk.sandboxes.shell import START_TIMEOUT_S, STOP_TIMEOUT_S, Session
+from backtalk.sandboxes.shell import Session
+
+_NO_ENV: Mapping[str, str] = MappingProxyType({})
+_MIN_VERSION = (0, 5)
+_TRIAL_TIMEOUT_S = 30.0
+
+
+class BubblewrapSandbox:
+    """One sandbox. Made by `BubblewrapBackend.open`.
+
+    Raises:
+        SandboxError: from any method, when it is broken.
+    """
+
+    def __init__(self, holder: Holder, limits: SandboxLimits) -> None:
+        self._holder = holder
+        self._session = Session(
+            holder, commands=holder.commands, reports=holder.reports, output=holder.output, limits=limits
+        )
+        self._lock = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Start the first session. Called once, by the backend."""
+        try:
+            await self._holder.ready()
+        except SandboxError as error:
+            raise SandboxError(f"{error}; {self._session.said() or 'bubblewrap said nothing'}") from error
+        await self._session.begin()
+
+    async def exec(
+        self, command: str, *, timeout_s: float, env: Mapping[str, str] = _NO_ENV, cwd: str | None = None
+    ) -> ExecResult:
+        """Run a bash command in the one long-lived shell. `env` is for this command; `cwd` moves the shell there.
+
+        Folder, variables, functions and background jobs stay for the next command; what a background job prints
+        later is part of a later command's output. Standard input is empty.
+
+        A command that runs longer than `timeout_s` is killed with all it started, and the shell with it. A new
+        shell goes on in the folder and with the exported variables of before that command; functions and other
+        variables are lost, older background jobs run on. The same after a command that ends the shell (`exit 3`).
+        """
+        async with self._lock:
+            return await self._session.exec(command, timeout_s, env, cwd)
+
+    async def put(self, files: Mapping[str, SandboxFile]) -> None:
+        """Write files by absolute path inside, making parent folders, over whatever is in the way."""
+        if files:
+            async with self._lock:
+                await self._holder.put({_inside(path): file for path, file in files.items()})
+
+    async def get(self, path: str, *, max_bytes: int = 1 << 20) -> bytes | None:
+        """A regular file's content; None where there is none that can be read. Links lead nowhere but inside.
+
+        Raises:
+            SandboxError: the file is larger than `max_bytes`; or the sandbox is broken.
+        """
+        async with self._lock:
+            return await self._holder.get(_inside(path), max_bytes)
+
+    async def restart(self) -> None:
+        """End every process and begin a fresh process namespace, shell and environment over the same files."""
+        async with self._lock:
+            await self._session.end()
+            await self._session.begin()
+
+    async def close(self) -> None:
+        """End it and everything in it."""
+        try:
+            await self._holder.close()
+        finally:
+            self._session.close()
+
+
+class BubblewrapBackend:
+    """Sandboxes by bubblewrap on this machine.
+
+    Raises:
+        SandboxUnavailable: a trial start failed; the message says what to install or to allow.
+    """
+
+    def __init__(self, *, use_cgroups: bool = True) -> None:
+        """Look at the machine and start one sandbox for trial. `use_cgroups` False limits by rlimits alone."""
+        self._machine = probe(use_cgroups=use_cgroups)
+        self._count = itertools.count(os.getpid())
+        self._refuse_if_missing()
+        remove_stale(self._machine.cgroups)
+        self._trial()
+        self._report = _report(self._machine)
+
+    @property
+    def report(self) -> BackendReport:
+        """What is in force."""
+        return self._report
+
+    def open(self, limits: SandboxLimits) -> AbstractAsyncContextManager[BubblewrapSandbox]:
+        """A fresh sandbox, closed with everything in it on exit.
+
+        Raises:
+            SandboxError: on entry, when it could not start.
+        """
+        return self._open(limits)
+
+    @asynccontextmanager
+    async def _open(self, limits: SandboxLimits) -> AsyncGenerator[BubblewrapSandbox]:
+        uids = self._machine.uid_range
+        uid = uids[next(self._count) % len(uids)] if uids else None
+        sandbox = BubblewrapSandbox(Holder(self._machine, limits, uid), limits)
+        try:
+            await sandbox.start()
+            yield sandbox
+        finally:
+            await sandbox.close()
+
+    def _refuse_if_missing(self) -> None:
+        machine = self._machine
+        if machine.bwrap is None or machine.bash is None or (machine.uid_range and machine.setpriv is None):
+            raise SandboxUnavailable(f"no safe sandbox on this machine: {advice(machine)}")
+        if machine.bwrap_version < _MIN_VERSION:
+            version = ".".join(map(str, machine.bwrap_version))
+            raise SandboxUnavailable(
+                f"{machine.bwrap} is version {version or 'unknown'}; install bubblewrap 0.8 or newer (0.5 at least)"
+            )
+
+    def _trial(self) -> None:
+        """Start one for real. In a thread, for the caller may be inside an event loop."""
+        failures: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                asyncio.run(self._try_one())
+            except (BacktalkError, OSError, TimeoutError) as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=run, name="sandbox-trial")
+        thread.start()
+        thread.join()
+        if failures:
+            raise SandboxUnavailable(
+                f"bubblewrap is installed but does not work here ({failures[0]}); {advice(self._machine)}"
+            ) from failures[0]
+
+    async def _try_one(self) -> None:
+        async with asyncio.timeout(_TRIAL_TIMEOUT_S), self.open(SandboxLimits()) as sandbox:
+            result = await sandbox.exec("[[ ! -w /proc/sys/kernel/core_pattern ]] && echo fine", timeout_s=10)
+            if result.output != "fine\n":
+                raise SandboxError(f"a trial command answered {result.output!r}, exit code {result.exit_code}")
+
+
+def _inside(path: str) -> str:
+    if not path.startswith("/") or "\0" in path:
+        raise ConfigError(f"{path!r} is not an absolute path inside the sandbox; write it as /home/agent/{path}")
+    return posixpath.normpath(path).replace("//", "/")
+
+
+def _report(machine: Machine) -> BackendReport:
+    """What this backend isolates and limits here, in words."""
+    by_group = f"cgroup v{machine.cgroups.version}"
+    warnings = []
+    if machine.cgroups.memory is None:
+        warnings.append("no writable memory cgroup: each process is limited, but not all of a sandbox together")
+    if not has_size(machine):
+        warnings.append("bubblewrap older than 0.7: the size of a sandbox's disk is not limited")
+    if not has_disable_userns(machine):
+        warnings.append("bubblewrap older than 0.8: commands may make user namespaces of their own")
+    if machine.uid == 0 and not machine.uid_range:
+        warnings.append("only root's own uid is mapped here: commands run under it")
+    if seccomp_program() is None:
+        warnings.append("no system call filter for this processor")
+    uid = f"{machine.uid_range[0]} and up" if machine.uid_range else str(machine.uid)
+    return BackendReport(
+        name="bubblewrap",
+        isolation={
+            "network": "loopback only",
+            "files": "private tree in memory; /usr of the host, read-only",
+            "processes": "own namespace, new at every restart",
+            "user": f"1000 inside, uid {uid} outside; no capabilities, no new privileges",
+            "system calls": "filtered" if seccomp_program() is not None else "not filtered",
+        },
+        limits={
+            "memory": by_group if machine.cgroups.memory else "rlimit, each process for itself",
+            "processes": f"rlimit and {by_group}" if machine.cgroups.pids else "rlimit",
+            "disk": "size of the tree in memory" if has_size(machine) else "none",
+            "output": "cut while reading",
+        },
+        warnings=tuple(warnings),
+    )

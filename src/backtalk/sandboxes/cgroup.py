@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import secrets
 import subprocess
 import time
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from backtalk.sandboxes.base import SandboxLimits
 
 _NAME = "backtalk"
 _SPARE_PROCESSES = 32  # for the holder and its helpers: the agent runs into its own limit before
+_TOKEN = secrets.token_hex(4)  # trainers in different containers may have the same process id
+_STALE_S = 60.0
 _counter = itertools.count()
 
 
@@ -40,7 +43,7 @@ class Cgroup:
         Raises:
             OSError: the kernel refuses.
         """
-        name = f"{_NAME}-{os.getpid()}-{next(_counter)}"
+        name = f"{_NAME}-{os.getpid()}-{_TOKEN}-{next(_counter)}"
         self._folders = [folder / name for folder in parents.folders]
         memory_bytes = str(limits.memory_mb << 20)
         processes = str(limits.processes + _SPARE_PROCESSES)
@@ -104,10 +107,12 @@ def find_parents() -> CgroupParents:
 def remove_stale(parents: CgroupParents) -> None:
     """Remove empty groups that killed trainers left behind."""
     for parent in parents.folders:
-        for folder in parent.glob(f"{_NAME}-*-*"):
+        for folder in parent.glob(f"{_NAME}-*-*-*"):
             owner = folder.name.split("-")[1]
-            if owner.isdigit() and not Path("/proc", owner).exists():
-                _remove(folder)
+            with contextlib.suppress(OSError):
+                old = time.time() - folder.stat().st_mtime > _STALE_S
+                if old and not Path("/proc", owner).exists():
+                    _remove(folder)
 
 
 def _upwards(mount: Path, root: str, own: str) -> list[Path]:

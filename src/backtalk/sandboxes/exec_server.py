@@ -31,8 +31,10 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # fd 0 commands from the trainer, 1 answers, 2 the agent's output pipe, $1 the shell's commands, $2 its reports,
 # $3 the supervisor's text. The rest of the arguments is the program that begins a session.
-HOLDER = r"""
-exec 3<&"$1" 4>&"$2"; eval "exec $1<&- $2>&-"; supervisor=$3; shift 3; umask 022; session=; missing=()
+_HOLDER = r"""
+# SAFETY: it signals every process it can see, so it must be process 1 of a namespace of its own.
+(( $$ == 1 )) || { echo "the holder is process $$ and not process 1 of a namespace; it refuses to run" >&2; exit 70; }
+exec 3<&"$1" 4>&"$2"; eval "exec $1<&- $2>&-"; supervisor=$3; shift 3; TMPDIR=/run; umask 022; session=; missing=()
 say() { printf '%s\0' "$1"; }
 alone() { local all=(/proc/[0-9]*); (( ${#all[@]} == 1 )); }
 end() {
@@ -44,9 +46,11 @@ end() {
     (( SECONDS > until_s )) && return 1
     kill -KILL -- -1 2>/dev/null
   done
+  return 0
 }
-begin() {
-  ( printf 500 >/proc/self/oom_score_adj; exec "$@" 1>&2 <<<"$supervisor" ) &
+begin() { # session $1
+  local name=$1; shift
+  ( printf 500 >/proc/self/oom_score_adj; exec "$@" 1>&2 <<<"session=$name"$'\n'"$supervisor" ) &
   session=$!
 }
 inner_pid() { # the process's id inside the session, or 0 for the trusted ones outside it
@@ -71,6 +75,7 @@ stop() { # kill what was started after tick $1 (or in it, with an id above $2), 
     done
     (( ${#victims[@]} )) || return 0
     (( SECONDS > until_s )) && return 1
+    kill -STOP "${victims[@]}"  # or a shell among them has time to report the death of its child
     kill -KILL "${victims[@]}"
   done
 }
@@ -113,10 +118,9 @@ get() {
     say none
   fi
 }
-mkdir -p /run/shm
 while IFS= read -r -d '' operation; do
   case $operation in
-    begin) begin "$@" ;;
+    begin) IFS= read -r -d '' name; begin "$name" "$@" ;;
     end) if end; then say ok; else say 'failed some processes do not end'; fi ;;
     stop) IFS= read -r -d '' tick; IFS= read -r -d '' last; IFS= read -r -d '' shell
       if stop "$tick" "$last" "$shell" 2>/dev/null; then say ok; else say 'failed some processes do not end'; fi ;;
@@ -134,8 +138,10 @@ exit 0
 _SHELL = (
     r"__id= __line=; \builtin printf 'ready %s\0' $$ >&4; "
     r"while \builtin :; do while "
-    r"if [[ -n ${__id-} ]]; then { \builtin printf 'done %s %s\0%s\0' " '"$__id" "$__code" "${PWD-}"; '
-    r"IFS= \builtin read -r __line </proc/loadavg; \builtin printf '%s\0' " '"$__line"; '
+    r"if [[ -n ${__id-} ]]; then { \builtin printf 'done %s %s\0%s\0' "
+    '"$__id" "$__code" "${PWD-}"; '
+    r"IFS= \builtin read -r __line </proc/loadavg; \builtin printf '%s\0' "
+    '"$__line"; '
     r"\builtin export -p; \builtin printf '\0'; } >&4 2>/dev/null; fi; __id= __code=0; "
     r"IFS= \builtin read -r -d '' -u 3 __id && IFS= \builtin read -r -d '' -u 3 __line || \builtin exit 0; do "
     r'\builtin eval -- "$__line" </dev/null >&5 2>&1 3<&- 4>&- 5>&-; __code=$?; '
@@ -143,10 +149,11 @@ _SHELL = (
 )
 
 _SUPERVISOR = r"""
+exec 2>/dev/null
 while IFS= read -r -d '' -u 3 frame; do
-  [[ $frame == start:* ]] || continue  # what a stopped shell had not read yet
+  [[ $frame == "start:$session:"* ]] || continue  # what a stopped shell or session had not read yet
   bash -s 5>&1 2>/dev/null <<<{shell}
-  printf 'exit %s %s\0' "${{frame#start:}}" "$?" >&4
+  printf 'exit %s %s\0' "${{frame#start:*:}}" "$?" >&4
 done
 """
 
@@ -173,6 +180,12 @@ def supervisor_program(limits: Rlimits) -> str:
     return "\n".join(lines) + _SUPERVISOR.format(shell=shlex.quote(_SHELL))
 
 
+def holder_program(files: Mapping[str, str]) -> str:
+    """The holder's text, with the files it writes before all else."""
+    writes = [f"printf %s {shlex.quote(text)} >{shlex.quote(path)}" for path, text in files.items()]
+    return "\n".join([*writes, _HOLDER])
+
+
 def command_text(command: str, env: Mapping[str, str], cwd: str | None) -> str:
     """The bash text that runs `command`: `env` holds for it alone, `cwd` moves the session there first.
 
@@ -186,7 +199,7 @@ def command_text(command: str, env: Mapping[str, str], cwd: str | None) -> str:
         return command
     assignments = "".join(f"{name}={shlex.quote(value)} " for name, value in env.items())
     move = f"\\builtin cd -- {shlex.quote(cwd)} && " if cwd is not None else ""
-    return f"{move}{assignments}\\builtin eval -- {shlex.quote(command)}"
+    return f"{move}{assignments}\\eval -- {shlex.quote(command)}"
 
 
 def restore_text(exports: str, cwd: str) -> str:

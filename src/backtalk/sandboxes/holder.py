@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import io
 import json
@@ -47,7 +48,8 @@ class _Pipes:
                 made.append(PipePair.to_read() if reading else PipePair.to_write())
         except OSError as error:
             for pair in made:
-                os.close(pair.ours), os.close(pair.theirs)
+                os.close(pair.ours)
+                os.close(pair.theirs)
             raise SandboxError(f"no pipes for a sandbox: {error.strerror}; raise the limit `ulimit -n`") from error
         return cls(*made)
 
@@ -102,10 +104,10 @@ class Holder:
         except (SandboxError, TimeoutError, OSError, ValueError) as error:
             raise SandboxError(f"the sandbox did not start: {error}") from error
 
-    async def begin(self) -> None:
+    async def begin(self, name: str) -> None:
         self._check()
         self._info.clear()
-        await write_all(self._requests, frames("begin"))
+        await write_all(self._requests, frames("begin", name))
 
     async def end(self) -> None:
         if (answer := await self._ask(frames("end"), STOP_TIMEOUT_S)) != b"ok":
@@ -133,7 +135,8 @@ class Holder:
 
     async def get(self, path: str, max_bytes: int) -> bytes | None:
         """Read a file. See `Sandbox.get`."""
-        answer = await self._ask(frames("get", str(max_bytes + 1), path), _FILES_TIMEOUT_S, long=True)
+        self._answers.max_bytes = 2 * max_bytes + 4096  # base64 makes 4 bytes of 3
+        answer = await self._ask(frames("get", str(max_bytes + 1), path), _FILES_TIMEOUT_S)
         kind, _, data = answer.partition(b" ")
         if kind != b"file":
             return None
@@ -141,3 +144,102 @@ class Holder:
         if len(content) > max_bytes:
             raise SandboxError(f"{path} is larger than {max_bytes} bytes; ask for more with max_bytes")
         return content
+
+    async def _ask(self, request: bytes, timeout_s: float) -> bytes:
+        self._check()
+        self._broken = "an earlier request to it was not answered"
+        try:
+            async with asyncio.timeout(timeout_s):
+                await write_all(self._requests, request)
+                answer = await self._answers.next()
+        except TimeoutError as error:
+            raise SandboxError(f"the sandbox gave no answer in {timeout_s:.0f} s") from error
+        self._broken = ""
+        return answer
+
+    def _check(self) -> None:
+        if self._broken:
+            raise SandboxError(f"the sandbox is not usable: {self._broken}")
+
+    async def close(self) -> None:
+        """End every process in it and leave nothing behind. May be called twice."""
+        if self._requests >= 0:
+            self._answers.close()
+            self._info.close()
+            os.close(self._requests)  # the holder ends everything when it reads the end
+            self._requests = -1
+        self._broken = "it is closed"
+        until_s = time.monotonic() + _CLOSE_TIMEOUT_S
+        try:
+            while self._process is not None and self._process.poll() is None and time.monotonic() < until_s:
+                await asyncio.sleep(0.002)
+        finally:
+            self._kill()
+
+    def _kill(self) -> None:
+        """What `close` does when there is no time left. Does not wait on the event loop."""
+        if self._process is not None and self._process.poll() is None:
+            with contextlib.suppress(OSError):
+                # Its process 1: ending bubblewrap's outer process first would leave a zombie to somebody else.
+                os.kill(self._child_id or self._process.pid, signal.SIGKILL)
+            try:
+                self._process.wait(_CLOSE_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+        until_s = time.monotonic() + _CLOSE_TIMEOUT_S
+        while self._cgroup is not None and not self._cgroup.remove() and time.monotonic() < until_s:
+            time.sleep(0.005)
+        self._cgroup = None
+
+
+def _spawn(machine: Machine, limits: SandboxLimits, uid: int | None, pipes: _Pipes) -> subprocess.Popen[bytes]:
+    filter_fd = None
+    if (program := seccomp_program()) is not None:
+        filter_fd = os.memfd_create("seccomp")
+        os.write(filter_fd, program)
+        os.lseek(filter_fd, 0, os.SEEK_SET)
+    info_fd, inner_info_fd = pipes.info.theirs, os.dup(pipes.info.theirs)  # each bwrap closes its own for its child
+    by_rlimit = not machine.cgroups.memory
+    rlimits = Rlimits(
+        processes=limits.processes,
+        file_kib=limits.disk_mb << 10,
+        memory_kib=limits.memory_mb << 10 if by_rlimit else 0,
+    )
+    holder = ["bash", "--norc", "--noprofile", "-c", holder_program(FIXED_FILES), "holder"]
+    holder += [str(pipes.commands.theirs), str(pipes.reports.theirs), supervisor_program(rlimits)]
+    passed = [
+        pipes.commands.theirs,
+        pipes.reports.theirs,
+        info_fd,
+        inner_info_fd,
+        *([filter_fd] if filter_fd is not None else []),
+    ]
+    try:
+        return subprocess.Popen(
+            outer_argv(machine, limits, uid, info_fd=info_fd, filter_fd=filter_fd)
+            + holder
+            + inner_argv(machine, info_fd=inner_info_fd),
+            stdin=pipes.requests.theirs,
+            stdout=pipes.answers.theirs,
+            stderr=pipes.output.theirs,
+            pass_fds=passed,
+            env={"PATH": os.environ.get("PATH", "")},
+            cwd="/",
+            start_new_session=True,
+        )
+    finally:
+        os.close(inner_info_fd)
+        if filter_fd is not None:
+            os.close(filter_fd)
+
+
+def _archive(files: Mapping[str, SandboxFile]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for path, file in files.items():
+            entry = tarfile.TarInfo(path.lstrip("/"))
+            entry.size, entry.mode = len(file.content), file.mode & 0o777
+            entry.mtime = int(time.time()) if file.mtime is None else file.mtime
+            archive.addfile(entry, io.BytesIO(file.content))
+    return buffer.getvalue()

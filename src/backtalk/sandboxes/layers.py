@@ -38,7 +38,9 @@ FIXED_FILES = {
 }
 
 
-def outer_argv(machine: Machine, limits: SandboxLimits, uid: int | None, *, info_fd: int, filter_fd: int | None) -> list[str]:
+def outer_argv(
+    machine: Machine, limits: SandboxLimits, uid: int | None, *, info_fd: int, filter_fd: int | None
+) -> list[str]:
     """What starts the holder: files, network, host name. `uid` None keeps the trainer's own."""
     assert machine.bwrap is not None
     argv = []

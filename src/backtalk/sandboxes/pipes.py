@@ -44,7 +44,7 @@ class FrameReader:
     def __init__(self, fd: int, *, end: bytes = b"\0", max_bytes: int = _FRAME_BYTES) -> None:
         self._fd = fd
         self._end = end
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._buffer = bytearray()
         self._frames: list[bytes] = []
         self._news = asyncio.Event()
@@ -62,7 +62,7 @@ class FrameReader:
         if not data:
             self.closed = True
             self._loop.remove_reader(self._fd)
-        elif len(self._buffer) + len(data) <= self._max_bytes:
+        elif len(self._buffer) + len(data) <= self.max_bytes:
             self._buffer += data
             *whole, rest = self._buffer.split(self._end) if self._end in data else (self._buffer,)
             self._frames += [bytes(frame) for frame in whole]

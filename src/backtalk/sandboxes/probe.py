@@ -56,8 +56,8 @@ def advice(machine: Machine) -> str:
     if machine.blocked_by is not None:
         return machine.blocked_by
     return (
-        "allow user namespaces: in Docker run with --security-opt seccomp=unconfined --security-opt apparmor=unconfined "
-        "--security-opt systempaths=unconfined; elsewhere check `unshare -Ur true`"
+        "allow user namespaces: in Docker run with --security-opt seccomp=unconfined "
+        "--security-opt apparmor=unconfined --security-opt systempaths=unconfined; elsewhere check `unshare -Ur true`"
     )
 
 

@@ -6,7 +6,7 @@ import asyncio
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from backtalk.sandboxes.base import ExecResult, SandboxLimits
 from backtalk.sandboxes.exec_server import command_text, frames, restore_text
 from backtalk.sandboxes.pipes import FrameReader, OutputReader, write_all
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 15.0
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
@@ -24,8 +24,8 @@ _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 class Keeper(Protocol):
     """Who begins and ends the session's processes, from outside of it."""
 
-    async def begin(self) -> None:
-        """Start a supervisor; it starts a shell when told to."""
+    async def begin(self, name: str) -> None:
+        """Start a supervisor; it starts a shell when told to, under the session's name."""
         ...
 
     async def end(self) -> None:
@@ -58,6 +58,7 @@ class Session:
         self._commands = commands
         self._reports = FrameReader(reports)
         self._output = OutputReader(output, limits.output_bytes)
+        self._name = ""
         self._shell = _Shell()
         self._exports, self._cwd = "", ""
         self._running = False  # a command was sent and its end not seen
@@ -73,27 +74,36 @@ class Session:
 
     async def _begin(self) -> None:
         self._reports.clear()
-        await self._keeper.begin()
+        self._name = secrets.token_hex(8)
+        await self._keeper.begin(self._name)
         await self._start_shell()
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                while not self._shell.id:
-                    self._note(await self._reports.next())
-        except TimeoutError as error:
-            said, _ = self._output.take()
-            raise SandboxError(f"the sandbox's shell did not start: {said.strip() or 'no answer'}") from error
+                exit_code = await self._unless_lost(self._hello())
+        except (TimeoutError, SandboxError) as error:
+            raise SandboxError(f"the sandbox's shell did not start: {self.said() or 'no answer'}") from error
+        if exit_code is not None:
+            raise SandboxError(f"the sandbox's shell did not start: {self.said() or f'exit code {exit_code}'}")
         self._running = False
+
+    async def _hello(self) -> None:
+        while not self._shell.id:
+            self._note(await self._reports.next())
 
     async def end(self) -> None:
         """End every process, and forget what they printed."""
         await self._keeper.end()
         self._output.take()
 
+    def said(self) -> str:
+        """What was printed outside of any command: bubblewrap's own complaints."""
+        return self._output.take()[0].strip()
+
     async def _start_shell(self) -> None:
         """Ask the supervisor for a shell with the last known variables and folder. Its answer is not waited for."""
         self._shell = _Shell(started=secrets.token_hex(8))
         # The empty frame ends what a stopped shell may have left half read.
-        text = frames("", f"start:{self._shell.started}")
+        text = frames("", f"start:{self._name}:{self._shell.started}")
         if self._exports:
             text += frames(secrets.token_hex(8), restore_text(self._exports, self._cwd))
         await write_all(self._commands, text)
@@ -121,19 +131,30 @@ class Session:
 
     async def _outcome(self, number: str) -> int:
         """The exit code, from whichever comes first: the shell's report, the shell's end, the session's end."""
-        lost = asyncio.ensure_future(self._keeper.lost())
-        report = asyncio.ensure_future(self._report(number))
-        try:
-            await asyncio.wait((lost, report), return_when=asyncio.FIRST_COMPLETED)
-            if report.done():
-                return report.result()
-            exit_code = lost.result()
-        finally:
-            lost.cancel()
-            report.cancel()
+        reported: list[int] = []
+
+        async def report() -> None:
+            reported.append(await self._report(number))
+
+        exit_code = await self._unless_lost(report())
+        if exit_code is None:
+            return reported[0]
         await self._keeper.end()
         await self._begin()
         return exit_code
+
+    async def _unless_lost(self, wanted: Coroutine[None, None, None]) -> int | None:
+        """Wait for `wanted`; if the session ends before, its exit code."""
+        lost = asyncio.ensure_future(self._keeper.lost())
+        task = asyncio.ensure_future(wanted)
+        try:
+            await asyncio.wait((lost, task), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            return lost.result()
+        finally:
+            lost.cancel()
+            task.cancel()
 
     async def _report(self, number: str) -> int:
         while True:
@@ -158,16 +179,16 @@ class Session:
 
     async def _stop(self, tick: int) -> None:
         """Kill the running command and the shell, then start a shell where it was. Else: end all, begin afresh."""
-        gone = await self._keeper.stop(tick, self._shell.last_id, self._shell.id)
-        if gone:
-            try:
-                async with asyncio.timeout(STOP_TIMEOUT_S):
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await self._hello()  # a shell that is only starting: its id is not known before
+                if await self._keeper.stop(tick, self._shell.last_id, self._shell.id):
                     while self._note(await self._reports.next())[:2] != ["exit", self._shell.started]:
                         pass
-                await self._start_shell()
-                return
-            except TimeoutError:
-                pass
+                    await self._start_shell()
+                    return
+        except TimeoutError:
+            pass
         await self._keeper.end()
         await self._begin()
 

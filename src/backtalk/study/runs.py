@@ -148,9 +148,12 @@ async def run_study(
             if not job.is_finished():
                 await job.run(single_thread=parallel > 1, tell=tell)
 
-    async with asyncio.TaskGroup() as group:
-        for job in jobs:
-            group.create_task(run(job))
+    try:
+        async with asyncio.TaskGroup() as group:
+            for job in jobs:
+                group.create_task(run(job))
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
     failed = [job for job in jobs if not job.is_finished()]
     if failed:
         raise BacktalkError(

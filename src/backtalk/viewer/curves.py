@@ -72,13 +72,16 @@ def stack(axis: Any, steps: Sequence[int], parts: Mapping[str, Sequence[float]])
         bottom += sum(values)
 
 
-def band(axis: Any, steps: Sequence[int], intervals: Sequence[Mapping[str, Any]], label: str) -> None:
+def band(
+    axis: Any, steps: Sequence[int], intervals: Sequence[Mapping[str, Any]], label: str, color: str | None = None
+) -> None:
     """Estimates with their 95 % intervals as bars."""
     values = [interval["value"] for interval in intervals]
     low = [v - (v if i["low"] is None else i["low"]) for v, i in zip(values, intervals, strict=True)]
     high = [(v if i["high"] is None else i["high"]) - v for v, i in zip(values, intervals, strict=True)]
     errors = [[max(x, 0.0) for x in low], [max(x, 0.0) for x in high]]
-    axis.errorbar(list(steps), values, yerr=errors, marker="o", markersize=4, linewidth=1.2, capsize=2, label=label)
+    style = {"marker": "o", "markersize": 4, "linewidth": 1.2, "capsize": 2}
+    axis.errorbar(list(steps), values, yerr=errors, color=color, label=label, **style)
 
 
 def _line(axis: Any, metrics: Rows, name: str, label: str) -> None:

@@ -48,6 +48,10 @@ def paragraph(text: str) -> str:
     return f'<p class="muted">{escape(text)}</p>'
 
 
+def link(target: str, text: str) -> str:
+    return f'<p><a href="{escape(target)}">{escape(text)}</a></p>'
+
+
 def image(png: bytes, caption: str) -> str:
     data = base64.b64encode(png).decode()
     return f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'

@@ -103,7 +103,7 @@ def _trajectories(log: RunLog, config: Mapping[str, Any]) -> list[str]:
     parts = []
     for step in dict.fromkeys((steps[0], steps[-1])):
         groups = log.read_groups(step)
-        weights = step_weights(groups, config["objective"])
+        weights = step_weights(groups, config)
         for number, sample in _best_and_worst(groups):
             chosen = groups[number].trajectories[sample]
             title = f"training step {step}, group {number}, sample {sample}"

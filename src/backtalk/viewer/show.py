@@ -37,13 +37,13 @@ def find_trajectory(
         DataError: there is no such step, group or sample.
     """
     log = RunLog(folder)
-    objective = log.read_config()["objective"]
+    config = log.read_config()
     step = _pick_step(log, step, evaluation)
     groups = find_groups(folder, step=step, evaluation=evaluation)
     _check_range("group", group, len(groups))
     _check_range("sample", sample, len(groups[group]))
     trajectory = groups[group].trajectories[sample]
-    weights = _no_weights(trajectory) if evaluation else step_weights(groups, objective)[group][sample]
+    weights = _no_weights(trajectory) if evaluation else step_weights(groups, config)[group][sample]
     kind = "evaluation before step" if evaluation else "training step"
     title = f"{kind} {step} · group {group} of {len(groups)} · sample {sample} of {len(groups[group])}"
     return Shown(trajectory, token_texts(load_tokenizer(log.tokenizer_path), trajectory.token_ids), weights, title)

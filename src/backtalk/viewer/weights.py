@@ -1,7 +1,7 @@
 """What each token of a step weighed in the loss, worked out again from the record alone, in plain floats.
 
 The formulas are those of ``backtalk.objective``; a test holds the two equal. B rows of the step, A_i action
-tokens of row i, O_i its observation tokens, O'_i its target tokens.
+tokens of row i, O_i its observation tokens (the scaffold too where that is a target), O'_i its target tokens.
 """
 
 from __future__ import annotations
@@ -25,23 +25,20 @@ class RowWeights:
     world: list[float]  # world_model_coeff * w_t
 
 
-def step_weights(groups: Sequence[TrajectoryGroup], objective: Mapping[str, Any]) -> list[list[RowWeights]]:
-    """Weights of every token of a training step, in the order of groups and rows.
-
-    ``objective`` is that part of the run's config.
-    """
+def step_weights(groups: Sequence[TrajectoryGroup], config: Mapping[str, Any]) -> list[list[RowWeights]]:
+    """Weights of every token of a training step, in the order of groups and rows; ``config`` is the run's."""
+    objective, length = config["objective"], config["rollout"]["max_tokens"]
     rows = [trajectory for group in groups for trajectory in group]
     targets = {id(row): _targets(row, objective["world_loss_target"]) for row in rows}
     all_actions = sum(row.count(TokenRole.ACTION) for row in rows)
     all_targets = sum(sum(target) for target in targets.values())
-    length = objective.get("max_seq_len") or 1
     weights = []
     for group in groups:
         advantages = group_advantages(group.rewards)
         weights.append([])
         for row, advantage in zip(group, advantages, strict=True):
             roles, target = row.roles, targets[id(row)]
-            observed = sum(role in OBSERVATION for role in roles)
+            observed = sum(role in OBSERVATION or chosen for role, chosen in zip(roles, target, strict=True))
             p = _weight(objective["policy_normalizer"], len(rows), row.count(TokenRole.ACTION), 0, all_actions, length)
             w = _weight(objective["world_normalizer"], len(rows), observed, sum(target), all_targets, length)
             p *= objective["policy_coeff"] * (advantage if row.reward is not None else 0.0)

@@ -135,7 +135,8 @@ def unit_to_setting(box: Box) -> Question:
     key = box.random.choice(list(box.configs[service]))
     path = write_units(box)[service]
     return Question(
-        instruction=f"Alert: {service} misbehaves. What is {key} in the config that /etc/units/{service}.service names?",
+        instruction=f"Alert: {service} misbehaves. What is {key} in the config that "
+        f"/etc/units/{service}.service names?",
         answer=str(box.configs[service][key]),
         commands=(f"grep config /etc/units/{service}.service", f"grep {key} {path}"),
         solve=f"grep '^{key} ' $(sed -n 's/.*--config //p' /etc/units/{service}.service) | cut -d ' ' -f 3",
@@ -146,7 +147,7 @@ def most_frequent_host(box: Box) -> Question:
     service = _service_with_errors(box)
     path = log_path(service)
     entries = box.logs[service]
-    counts = Counter(host for level, _, host in entries if level == "ERROR")
+    counts = Counter(host for level, _, host in entries if level == "ERROR" and host)
     first = max(counts, key=lambda host: counts[host])
     line = next(text for level, text, host in entries if level == "ERROR" and host == first)
     entries += [("ERROR", line, first)] * 2  # no ties

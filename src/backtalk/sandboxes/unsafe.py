@@ -1,0 +1,269 @@
+"""No sandbox at all: plain processes of yours in a temporary folder. Only where somebody asks for it by name.
+
+It speaks the same protocol and keeps time limits and the output's cap, so that code can be tried on a machine
+without namespaces. It isolates nothing: a command can read and delete what you can, and reach the network. Paths are
+not mapped: `put` and `get` see ``/app/x`` as ``<temporary folder>/app/x``, commands see the real ``/app/x``. Write
+tasks for it with relative paths; commands start in ``<temporary folder>/home/agent``.
+
+Started by root, commands still run under another uid where ``setpriv`` is there: a model that writes
+``kill -9 -1`` ends its own processes and not all of the machine's. As an ordinary user it ends all of yours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import posixpath
+import secrets
+import shutil
+import signal
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from types import MappingProxyType
+
+from backtalk.errors import ConfigError, SandboxError
+from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, SandboxLimits
+from backtalk.sandboxes.exec_server import Rlimits, supervisor_program
+from backtalk.sandboxes.pipes import PipePair
+from backtalk.sandboxes.probe import probe
+from backtalk.sandboxes.shell import Session
+
+_NO_ENV: Mapping[str, str] = MappingProxyType({})
+_MARK = "BACKTALK_UNSAFE_SANDBOX"  # in the environment of all its processes: how we find them again
+_END_TIMEOUT_S = 5.0
+_WARNING = (
+    "UNSAFE: commands run unconfined: they can read and delete your files, end your processes and use the network. "
+    "Install bubblewrap and use sandbox 'auto' for anything a model writes."
+)
+
+
+class _Processes:
+    """A `Keeper` over plain processes, found again by a mark in their environment."""
+
+    def __init__(self, folder: Path, limits: SandboxLimits, drop: list[str]) -> None:
+        self._folder = folder
+        self._limits = limits
+        self._drop = drop
+        self._mark = secrets.token_hex(8)
+        self._supervisor: subprocess.Popen[bytes] | None = None
+        self.commands, self.reports, self.output = PipePair.to_write(), PipePair.to_read(), PipePair.to_read()
+
+    async def begin(self, name: str) -> None:
+        home = self._folder / "home" / "agent"
+        commands, reports = self.commands.theirs, self.reports.theirs
+        program = supervisor_program(Rlimits(file_kib=self._limits.disk_mb << 10))
+        text = f"exec 3<&{commands} 4>&{reports} {commands}<&- {reports}>&-\nsession={name}\n{program}"
+        kept = {key: os.environ[key] for key in ("PATH",) if key in os.environ}
+        env = {**kept, "HOME": str(home), "USER": "agent", "LANG": "C.UTF-8", "TZ": "UTC", "TERM": "dumb"}
+        try:
+            self._supervisor = subprocess.Popen(
+                [*self._drop, "bash", "-s"],
+                stdin=subprocess.PIPE,
+                stdout=self.output.theirs,
+                stderr=self.output.theirs,
+                pass_fds=(commands, reports),
+                env={**env, _MARK: self._mark},
+                cwd=home,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise SandboxError(f"bash could not be started: {error.strerror}") from error
+        assert self._supervisor.stdin is not None
+        self._supervisor.stdin.write(text.encode())
+        self._supervisor.stdin.close()
+
+    async def end(self) -> None:
+        until_s = time.monotonic() + _END_TIMEOUT_S
+        while (left := self._kill(lambda _id, _tick: True)) and time.monotonic() < until_s:
+            await asyncio.sleep(0.005)
+        if self._supervisor is not None:
+            with contextlib.suppress(OSError):
+                os.killpg(self._supervisor.pid, signal.SIGKILL)
+            self._supervisor.wait()
+        if left:
+            raise SandboxError(f"{left} processes of the sandbox do not end")
+
+    async def stop(self, tick: int, last_id: int, shell_id: int) -> bool:
+        def is_new(process_id: int, start_tick: int) -> bool:
+            return process_id == shell_id or start_tick > tick or (start_tick == tick and process_id > last_id)
+
+        until_s = time.monotonic() + _END_TIMEOUT_S
+        while left := self._kill(is_new):
+            if time.monotonic() > until_s:
+                break
+            await asyncio.sleep(0.005)
+        return not left and Path("/proc/self/stat").exists()
+
+    async def lost(self) -> int:
+        while self._supervisor is None or self._supervisor.poll() is None:
+            await asyncio.sleep(0.05)
+        return 128 - self._supervisor.returncode if self._supervisor.returncode < 0 else self._supervisor.returncode
+
+    def _kill(self, chosen: Callable[[int, int], bool]) -> int:
+        """Kill our processes that are `chosen` by id and start tick; how many there were."""
+        count = 0
+        for process_id, tick in self._ours():
+            if chosen(process_id, tick):
+                count += 1
+                with contextlib.suppress(OSError):
+                    os.kill(process_id, signal.SIGKILL)
+        return count
+
+    def _ours(self) -> Iterator[tuple[int, int]]:
+        """Id and start tick of every living process that carries our mark."""
+        mark = f"{_MARK}={self._mark}".encode()
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                if mark not in (folder / "environ").read_bytes().split(b"\0"):
+                    continue
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if fields[0] not in "ZX":
+                yield int(folder.name), int(fields[19])
+
+    def close(self) -> None:
+        for pair in (self.commands, self.reports, self.output):
+            os.close(pair.theirs)
+
+
+class UnsafeSandbox:
+    """A temporary folder and a shell. Made by `UnsafeBackend.open`."""
+
+    def __init__(self, folder: Path, limits: SandboxLimits, uid: int | None) -> None:
+        self._folder = folder
+        self._uid = uid
+        self._make_folder(folder / "home" / "agent")
+        drop = [] if uid is None else ["setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
+        self._keeper = _Processes(folder, limits, drop)
+        if uid is not None:
+            os.fchown(self._keeper.output.theirs, uid, uid)
+        pipes = self._keeper
+        self._session = Session(
+            pipes, commands=pipes.commands.ours, reports=pipes.reports.ours, output=pipes.output.ours, limits=limits
+        )
+        self._lock = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Start the first session."""
+        await self._session.begin()
+
+    async def exec(
+        self, command: str, *, timeout_s: float, env: Mapping[str, str] = _NO_ENV, cwd: str | None = None
+    ) -> ExecResult:
+        """Run a bash command in the one long-lived shell."""
+        async with self._lock:
+            return await self._session.exec(command, timeout_s, env, None if cwd is None else str(self._place(cwd)))
+
+    async def put(self, files: Mapping[str, SandboxFile]) -> None:
+        """Write files under the temporary folder."""
+        for path, file in files.items():
+            place = self._place(path)
+            try:
+                self._make_folder(place.parent)
+                place.unlink(missing_ok=True)
+                place.write_bytes(file.content)
+                place.chmod(file.mode & 0o777)
+                self._own(place)
+                if file.mtime is not None:
+                    os.utime(place, (file.mtime, file.mtime))
+            except OSError as error:
+                raise SandboxError(f"could not write {path}: {error.strerror}") from error
+
+    async def get(self, path: str, *, max_bytes: int = 1 << 20) -> bytes | None:
+        """A regular file's content, or None."""
+        place = self._place(path)
+        try:
+            self._refuse_links(place.parent)
+            descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except (OSError, SandboxError):
+            return None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            return None
+        with os.fdopen(descriptor, "rb") as file:
+            content = file.read(max_bytes + 1)
+        if len(content) > max_bytes:
+            raise SandboxError(f"{path} is larger than {max_bytes} bytes; ask for more with max_bytes")
+        return content
+
+    async def restart(self) -> None:
+        """End every process that carries the sandbox's mark, and begin a fresh shell."""
+        async with self._lock:
+            await self._session.end()
+            await self._session.begin()
+
+    async def close(self) -> None:
+        """End it; the folder is the backend's to remove."""
+        try:
+            await self._keeper.end()
+        finally:
+            self._session.close()
+            self._keeper.close()
+
+    def _make_folder(self, folder: Path) -> None:
+        for part in (*reversed(folder.parents), folder):
+            if part.is_relative_to(self._folder):
+                self._refuse_links(part)
+                part.mkdir(exist_ok=True)
+                self._own(part)
+
+    def _own(self, path: Path) -> None:
+        if self._uid is not None:
+            os.chown(path, self._uid, self._uid, follow_symlinks=False)
+
+    def _place(self, path: str) -> Path:
+        if not path.startswith("/") or "\0" in path:
+            raise ConfigError(f"{path!r} is not an absolute path inside the sandbox; write it as /home/agent/{path}")
+        return self._folder / posixpath.normpath(path).lstrip("/")
+
+    def _refuse_links(self, folder: Path) -> None:
+        if not folder.resolve().is_relative_to(self._folder):
+            raise SandboxError(f"{folder} leads out of the sandbox's folder")
+
+
+class UnsafeBackend:
+    """Plain processes. See the module's warning."""
+
+    def __init__(self) -> None:
+        machine = probe(use_cgroups=False)
+        self._uids = machine.uid_range if machine.setpriv is not None else range(0)
+        self._count = itertools.count(os.getpid())
+
+    @property
+    def report(self) -> BackendReport:
+        """What is in force: next to nothing."""
+        return BackendReport(
+            name="unsafe",
+            isolation={"network": "none", "files": "none", "processes": "none", "user": self._user()},
+            limits={"memory": "none", "processes": "none", "disk": "size of one file", "output": "cut while reading"},
+            warnings=(_WARNING,),
+        )
+
+    def _user(self) -> str:
+        return f"uid {self._uids[0]} and up" if self._uids else f"uid {os.getuid()}, yours"
+
+    def open(self, limits: SandboxLimits) -> AbstractAsyncContextManager[UnsafeSandbox]:
+        """A fresh temporary folder with a shell in it, removed on exit."""
+        return self._open(limits)
+
+    @asynccontextmanager
+    async def _open(self, limits: SandboxLimits) -> AsyncGenerator[UnsafeSandbox]:
+        folder = Path(tempfile.mkdtemp(prefix="backtalk-unsafe-")).resolve()
+        try:
+            uid = self._uids[next(self._count) % len(self._uids)] if self._uids else None
+            sandbox = UnsafeSandbox(folder, limits, uid)
+            try:
+                await sandbox.start()
+                yield sandbox
+            finally:
+                await sandbox.close()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,57 @@
+"""What the sandbox tests share: a backend where the machine has one, and a look at what a sandbox left behind."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from backtalk.errors import SandboxUnavailable
+from backtalk.sandboxes.bubblewrap import BubblewrapBackend
+
+
+def backend_or_skip(*, use_cgroups: bool = True) -> BubblewrapBackend:
+    """The bubblewrap backend, or a skipped test with what to install."""
+    try:
+        return BubblewrapBackend(use_cgroups=use_cgroups)
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+
+
+def children() -> list[int]:
+    """Processes this one has started, zombies too."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == os.getpid():
+            found.append(int(stat.parent.name))
+    return found
+
+
+def groups() -> list[Path]:
+    """Control groups this process has made."""
+    found = []
+    for folder, names, _ in os.walk("/sys/fs/cgroup"):  # skips what vanishes meanwhile
+        found += [Path(folder, name) for name in names if name.startswith(f"backtalk-{os.getpid()}-")]
+    return found
+
+
+def open_files() -> int:
+    """How many files this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def with_argument(argument: str) -> list[int]:
+    """Processes on the whole machine that carry `argument` in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if argument.encode() in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
