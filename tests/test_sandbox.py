@@ -6,16 +6,17 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 import time
 from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from sandbox_help import backend_or_skip, children, groups, open_files, with_argument
 
 from backtalk.errors import ConfigError, SandboxError
 from backtalk.sandboxes import ExecResult, SandboxFile, SandboxLimits, local_sandbox
 from backtalk.sandboxes.bubblewrap import BubblewrapBackend, BubblewrapSandbox
+from sandbox_help import backend_or_skip, children, groups, open_files, with_argument
 
 COUNT = "all=(/proc/[0-9]*); echo ${#all[@]}"  # of processes, by bash alone: 2 are the supervisor and the shell
 
@@ -84,7 +85,9 @@ async def test_standard_input_is_empty(box: BubblewrapSandbox) -> None:
 
 
 async def test_commands_may_be_written_anyhow(box: BubblewrapSandbox) -> None:
-    assert await out(box, "cat <<'E'\n$x 'quoted' \"both\" `tick` \\back\nE\n") == "$x 'quoted' \"both\" `tick` \\back\n"
+    assert (
+        await out(box, "cat <<'E'\n$x 'quoted' \"both\" `tick` \\back\nE\n") == "$x 'quoted' \"both\" `tick` \\back\n"
+    )
     assert (await run(box, "")).exit_code == 0
     assert (await run(box, "# nothing")).exit_code == 0
     for broken in ("if", "echo 'open", "cat <<E", ")", "}", "done", "$(", "\\"):
@@ -124,6 +127,10 @@ async def test_words_that_leave_a_loop_do_not_leave_the_session(box: BubblewrapS
         "mkdir gone; cd gone; rmdir ../gone",
         "ulimit -n 3; ulimit -u 1",
         "readonly __id __code __line",
+        "cat /dev/zero >/proc/$$/fd/4 & sleep 0.3",
+        "yes >/proc/$$/fd/4 & sleep 0.3",
+        "mv ~ /gone; mv /tmp /t; mv /run /r",
+        "rm -rf ~ /tmp; ln -s /nowhere ~; touch /tmp",
     ],
 )
 async def test_a_hostile_command_costs_at_most_its_own_session(box: BubblewrapSandbox, command: str) -> None:
@@ -150,8 +157,8 @@ async def test_background_jobs_live_on_and_do_not_hold_up(box: BubblewrapSandbox
     assert "sleep 1000" in await out(box, "jobs")
     assert await out(box, "kill %1; wait %1; echo $?") == "143\n"
     await run(box, "python3 -m http.server 8000 --bind 127.0.0.1 >/dev/null 2>&1 & disown")
-    fetch = "for i in {1..50}; do exec 9<>/dev/tcp/127.0.0.1/8000 && break; sleep .1; done 2>/dev/null; echo ok >&9 && echo up"
-    assert await out(box, fetch) == "up\n"
+    connect = "for i in {1..50}; do exec 9<>/dev/tcp/127.0.0.1/8000 && break; sleep .1; done 2>/dev/null"
+    assert await out(box, f"{connect}; echo hi >&9 && echo up") == "up\n"
 
 
 async def test_environment_of_one_command_and_folder_of_the_session(box: BubblewrapSandbox) -> None:
@@ -170,14 +177,18 @@ async def test_environment_of_one_command_and_folder_of_the_session(box: Bubblew
 async def test_time_limit_kills_the_tree_and_keeps_the_rest(box: BubblewrapSandbox) -> None:
     await run(box, "cd /srv; export KEPT=yes; echo file >a; sleep 7001 &")
     began = time.monotonic()
-    result = await run(box, "echo before; sleep 7002 & (setsid sleep 7003 &); bash -c 'sleep 7004; true'", timeout_s=0.5)
+    result = await run(
+        box, "echo before; sleep 7002 & (setsid sleep 7003 &); bash -c 'sleep 7004; true'", timeout_s=0.5
+    )
     assert (result.output, result.exit_code, result.timed_out) == ("before\n", -1, True)
     assert time.monotonic() - began < 5
     assert await out(box, "pwd; echo $KEPT; cat a; pgrep -a sleep | cut -d' ' -f2-") == "/srv\nyes\nfile\nsleep 7001\n"
     assert with_argument("7001") and not with_argument("7003")
 
 
-@pytest.mark.parametrize("command", ["while :; do :; done", "trap '' TERM INT; sleep 99", "kill -STOP $$", "read </dev/tty"])
+@pytest.mark.parametrize(
+    "command", ["while :; do :; done", "trap '' TERM INT; sleep 99", "kill -STOP $$", "read </dev/tty"]
+)
 async def test_time_limit_holds_for_anything(box: BubblewrapSandbox, command: str) -> None:
     began = time.monotonic()
     await run(box, command, timeout_s=0.3)
@@ -220,7 +231,10 @@ async def test_put_and_get(box: BubblewrapSandbox) -> None:
     assert await box.get("/app/deep/er/data.bin") == binary
     assert await box.get("/etc/app.conf") == b""
     assert await box.get("/srv/a name\nwith 'all' \"kinds\" é") == b"x"
-    assert await out(box, "./run.sh; stat -c '%a %U %Y' run.sh; stat -c %a /app/deep/er") == "ran\n755 agent 1700000000\n755\n"
+    assert (
+        await out(box, "./run.sh; stat -c '%a %U %Y' run.sh; stat -c %a /app/deep/er")
+        == "ran\n755 agent 1700000000\n755\n"
+    )
     await run(box, "echo mine >>/app/deep/er/data.bin")
     assert await box.get("/app/deep/er/data.bin") == binary + b"mine\n"
     with pytest.raises(ConfigError, match="absolute"):
@@ -241,7 +255,9 @@ async def test_get_of_what_is_no_file(box: BubblewrapSandbox) -> None:
     assert await out(box, "echo fine") == "fine\n"
 
 
-async def test_links_of_the_guest_never_lead_to_the_host(box: BubblewrapSandbox, tmp_path_factory: pytest.TempPathFactory) -> None:
+async def test_links_of_the_guest_never_lead_to_the_host(
+    box: BubblewrapSandbox, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     host = tmp_path_factory.mktemp("host")
     host.chmod(0o777)
     (host / "secret").write_text("host")
@@ -281,7 +297,10 @@ async def test_put_of_too_much_is_an_error_and_breaks_nothing(backend: Bubblewra
 
 
 async def test_restart_ends_every_process_over_the_same_files(box: BubblewrapSandbox) -> None:
-    await run(box, "cd /srv; export A=1; echo kept >f; (trap '' TERM HUP; setsid sleep 7031 & sleep 7032 &); nohup sleep 7033 &")
+    await run(
+        box,
+        "cd /srv; export A=1; echo kept >f; (trap '' TERM HUP; setsid sleep 7031 & sleep 7032 &); nohup sleep 7033 &",
+    )
     namespace = await out(box, "readlink /proc/self/ns/pid")
     await run(box, "echo 'echo hacked' >~/.bashrc; cp ~/.bashrc ~/.profile; cp ~/.bashrc ~/.bash_profile")
     await box.restart()
@@ -296,6 +315,41 @@ async def test_restart_ends_a_fork_bomb(box: BubblewrapSandbox) -> None:
     await box.restart()
     assert time.monotonic() - began < 5
     assert await out(box, COUNT) == "2\n"
+
+
+async def test_a_full_disk_does_not_keep_the_verifier_out(box: BubblewrapSandbox) -> None:
+    assert "No space left" in await out(box, "cat /dev/zero >/srv/all; echo more >/srv/all2; cat /run/reserve")
+    assert (await run(box, "rm -f /run/reserve; echo 1 >/run/reserve")).exit_code != 0
+    await box.restart()
+    await box.put({"/tests/test.sh": SandboxFile(b"echo ran" + b" " * 500_000)})
+    assert await out(box, "bash /tests/test.sh; mkdir -p /logs/v && echo 0 >/logs/v/reward.txt") == "ran\n"
+    assert await box.get("/logs/v/reward.txt") == b"0\n"
+
+
+async def test_output_made_non_blocking_stays_so_for_one_command(box: BubblewrapSandbox) -> None:
+    program = "import fcntl, os; fcntl.fcntl(1, fcntl.F_SETFL, os.O_NONBLOCK)"
+    await run(box, f"command -v python3 && python3 -c '{program}'")
+    assert await out(box, "seq 100000 | cat >/dev/null; seq 5000 | tail -n 1; seq 100000 | wc -l") == "5000\n100000\n"
+    assert (await run(box, "seq 100000")).exit_code == 0
+
+
+async def test_the_trainers_death_ends_everything() -> None:
+    program = (
+        "import asyncio\nfrom backtalk.sandboxes import *\nasync def main():\n"
+        "  async with local_sandbox().open(SandboxLimits()) as box:\n"
+        "    await box.exec('sleep 7071 & (setsid sleep 7071 &)', timeout_s=20)\n    print('up', flush=True)\n"
+        "    await box.exec('sleep 7071', timeout_s=60)\nasyncio.run(main())\n"
+    )
+    backend_or_skip()
+    trainer = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
+    assert trainer.stdout is not None and await trainer.stdout.readline() == b"up\n"
+    assert with_argument("7071")
+    trainer.kill()
+    await trainer.communicate()
+    until_s = time.monotonic() + 5
+    while with_argument("7071") and time.monotonic() < until_s:
+        await asyncio.sleep(0.05)
+    assert not with_argument("7071")
 
 
 async def test_nothing_is_left_behind(backend: BubblewrapBackend) -> None:

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from sandbox_help import backend_or_skip
 
 from backtalk.sandboxes import SandboxFile, SandboxLimits
 from backtalk.sandboxes.bubblewrap import BubblewrapBackend, BubblewrapSandbox
+from sandbox_help import backend_or_skip
 
 LIMITS = SandboxLimits(memory_mb=96, processes=24, disk_mb=16)
 FAST_FORK = "/bin/bash -c 'for i in {1..60}; do sleep 8101 & done; wait' 2>/dev/null"

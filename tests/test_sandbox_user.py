@@ -30,7 +30,7 @@ async def main():
         assert await box.get("/app/x/run.sh") == b"echo ranmore\n"
         await box.restart()
         assert await out("pwd; cat /srv/f; pgrep -c sleep") == "/home/agent\n1\n0\n"
-        assert "No space" in await out("head -c 9M /dev/zero >/tmp/big"); await out("rm /tmp/big")
+        assert "No space" in await out("for i in 1 2 3; do head -c 4M /dev/zero >/tmp/big$i; done; rm /tmp/big*")
         assert "unreachable" in await out("exec 9<>/dev/tcp/1.1.1.1/53")
         assert await out("[[ -w /proc/sys/kernel/core_pattern ]] || find /proc/sys -writable 2>/dev/null") == ""
         assert (await box.exec("ulimit -u", timeout_s=20)).output == "66\n"

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,9 +35,10 @@ from backtalk.train import (
     RunStarted,
     StepDone,
     evaluate_run,
-    tasks_of_step,
     train,
 )
+from backtalk.train.run import _unbroken
+from backtalk.train.tasks import tasks_of_step
 from backtalk.trajectory import Segment, TokenRole, Trajectory
 from taught import taught_model_dir
 
@@ -245,6 +247,35 @@ async def test_a_cancelled_run_leaves_a_checkpoint_of_its_last_whole_step(
     await train(config, folder, resume=True, on_event=starts.append)
     assert next(e for e in starts if isinstance(e, RunStarted)).first_step == 2
     assert comparable(folder) == comparable(whole[0])
+
+
+async def test_an_update_that_has_begun_is_recorded_before_a_cancellation_is_obeyed() -> None:
+    begun, go_on, done = asyncio.Event(), asyncio.Event(), []
+
+    async def work() -> None:
+        begun.set()
+        await go_on.wait()
+        done.append("recorded")
+
+    running = asyncio.ensure_future(_unbroken(work()))
+    await begun.wait()
+    running.cancel()
+    await asyncio.sleep(0)
+    assert not running.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert done == ["recorded"]
+
+
+async def test_a_checkpoint_caught_between_two_names_is_found(
+    config: TrainConfig, whole: tuple[Path, list[Event]], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    (folder / "checkpoint").rename(folder / ".checkpoint.old")
+    events: list[Event] = []
+    await train(config, folder, resume=True, on_event=events.append)
+    assert next(e for e in events if isinstance(e, RunStarted)).first_step == 4
 
 
 async def test_a_folder_with_another_run_is_not_written_over(

@@ -125,17 +125,24 @@ def batches(pairs: list[tuple[Tensor, Tensor]], tokens: int, random: Random) -> 
             yield ids, learned
 
 
-def drill_batches(vocab_size: int, tokens: int, random: Random) -> Iterator[tuple[Tensor, Tensor]]:
+def drill_batches(vocab_size: int, tokens: int, random: Random, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Random tokens, repeated; learned from the second time on. It grows the heads that copy, in minutes.
 
     Short periods come first: with few places to look at, there is something to learn from at once.
     """
     length = 48
-    for step in itertools.count():
+    for step in itertools.count(first):
         period = random.randint(2, min(24, 3 + step // 20))
         once = torch.randint(0, vocab_size, (tokens // length, period))
         ids = once.repeat(1, length // period + 1)[:, :length]
         yield ids, (torch.arange(length) >= period).expand_as(ids)
+
+
+def mixed(sessions: Iterator[tuple[Tensor, Tensor]], drill: Iterator[tuple[Tensor, Tensor]]) -> Iterator:
+    """Three batches of sessions, then one of the drill, so that copying is not forgotten."""
+    while True:
+        yield from itertools.islice(sessions, 3)
+        yield next(drill)
 
 
 def train(
@@ -179,7 +186,7 @@ def new_model(recipe: Recipe, vocab_size: int, work: Path) -> LlamaForCausalLM:
             intermediate_size=recipe.hidden_size * 5 // 2,
             num_hidden_layers=recipe.layers,
             num_attention_heads=recipe.hidden_size // 32,
-            num_key_value_heads=1,
+            num_key_value_heads=recipe.hidden_size // 32,
             head_dim=32,
             max_position_embeddings=4096,
             tie_word_embeddings=True,
@@ -241,7 +248,10 @@ def main() -> None:
     pairs = examples(sessions, renderer)
     log.info("%.2f M tokens in %d sessions", sum(len(ids) for ids, _ in pairs) / 1e6, len(pairs))
     model = new_model(recipe, len(tokenizer), work)
-    data = batches(pairs, recipe.batch_tokens, Random(recipe.seed))
+    data = mixed(
+        batches(pairs, recipe.batch_tokens, Random(recipe.seed)),
+        drill_batches(len(tokenizer), recipe.batch_tokens, Random(recipe.seed), first=400),
+    )
     train(model, data, recipe.minutes, recipe.learning_rate, cool=True)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     save(model, tokenizer, recipe, out / "base_model")

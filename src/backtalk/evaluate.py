@@ -187,7 +187,11 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
 
 
 def time_metrics(groups: Sequence[TrajectoryGroup], rollout_seconds: float, train_seconds: float) -> dict[str, float]:
-    """Where a step's time went. Rollouts overlap, so their parts are shares of the time that they spent in all."""
+    """Where a step's time went.
+
+    Rollouts overlap, so sampling and sandbox are shares of the time that they spent in all; waiting for siblings
+    at the sampler counts as sampling.
+    """
     rollouts = [trajectory for group in groups for trajectory in group]
     sampling = sum(t.stats.get("sample_seconds", 0.0) for t in rollouts)
     sandbox = sum(t.stats.get(name, 0.0) for t in rollouts for name in SANDBOX_STATS)

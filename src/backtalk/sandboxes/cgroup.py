@@ -17,6 +17,7 @@ _NAME = "backtalk"
 _SPARE_PROCESSES = 32  # for the holder and its helpers: the agent runs into its own limit before
 _TOKEN = secrets.token_hex(4)  # trainers in different containers may have the same process id
 _STALE_S = 60.0
+_REMOVE_TIMEOUT_S = 2.0
 _counter = itertools.count()
 
 
@@ -72,6 +73,12 @@ class Cgroup:
         self._folders = [folder for folder in self._folders if not _remove(folder)]
         return not self._folders
 
+    def remove_soon(self) -> None:
+        """Remove the groups once the kernel has seen the last process leave, which takes a few milliseconds."""
+        until_s = time.monotonic() + _REMOVE_TIMEOUT_S
+        while not self.remove() and time.monotonic() < until_s:
+            time.sleep(0.002)
+
 
 def _remove(folder: Path) -> bool:
     try:
@@ -126,27 +133,20 @@ def _upwards(mount: Path, root: str, own: str) -> list[Path]:
 
 def _works(parents: CgroupParents) -> bool:
     limits = SandboxLimits(memory_mb=64, processes=8)
-    for folder in parents.folders if parents.version == 2 else ():
-        try:
-            if not {"memory", "pids"} <= set((folder / "cgroup.subtree_control").read_text().split()):
-                (folder / "cgroup.subtree_control").write_text("+memory +pids")
-        except OSError:
-            return False
     try:
         group = Cgroup(parents, limits)
     except OSError:
         return False
-    child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     try:
-        group.add(child.pid)
+        child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        try:
+            group.add(child.pid)
+        finally:
+            child.communicate()
     except OSError:
         return False
     finally:
-        child.communicate()
-        for _ in range(100):
-            if group.remove():
-                break
-            time.sleep(0.01)
+        group.remove_soon()
     return True
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from backtalk.errors import ConfigError
@@ -34,12 +34,14 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _HOLDER = r"""
 # SAFETY: it signals every process it can see, so it must be process 1 of a namespace of its own.
 (( $$ == 1 )) || { echo "the holder is process $$ and not process 1 of a namespace; it refuses to run" >&2; exit 70; }
-exec 3<&"$1" 4>&"$2"; eval "exec $1<&- $2>&-"; supervisor=$3; shift 3; TMPDIR=/run; umask 022; session=; missing=()
+exec 3<&"$1" 4>&"$2"; eval "exec $1<&- $2>&-"; supervisor=$3; shift 3
+TMPDIR=/run; umask 022; session= reserved= missing=()
 say() { printf '%s\0' "$1"; }
 alone() { local all=(/proc/[0-9]*); (( ${#all[@]} == 1 )); }
 end() {
   local until_s=$((SECONDS + 10))
   kill -KILL -- -1 2>/dev/null
+  : >{reserve_file}
   [[ -n $session ]] && wait "$session" 2>/dev/null
   session=
   until alone; do
@@ -49,9 +51,14 @@ end() {
   return 0
 }
 begin() { # session $1
-  local name=$1; shift
+  local name=$1 path; shift
+  for path in {home}; do usable "$path" || folder "$path"; done 2>/dev/null
   ( printf 500 >/proc/self/oom_score_adj; exec "$@" 1>&2 <<<"session=$name"$'\n'"$supervisor" ) &
   session=$!
+  # Room for the verifier's files, out of the agent's reach: a full disk must not keep a rollout from its score.
+  [[ -z $reserved ]] || return 0
+  reserved=1
+  head -c {reserve} /dev/zero >{reserve_file} 2>/dev/null &
 }
 inner_pid() { # the process's id inside the session, or 0 for the trusted ones outside it
   local key outer inner rest
@@ -103,7 +110,7 @@ put() {
   IFS= read -r -d '' size; IFS= read -r -d '' count
   while (( count-- > 0 )); do IFS= read -r -d '' path; paths+=("$path"); done
   make_room "${paths[@]}" 2>/dev/null
-  if said=$(head -c "$size" | { tar -xpf - -C / 2>&1; code=$?; cat >/dev/null; exit $code; }); then
+  if said=$(head -c "$size" | { tar -xpf - -C / 2>&1 || { cat >/dev/null; false; }; }); then
     say ok
   else
     said=${said//[\{\}]/}; say "failed ${said:0:500}"
@@ -133,8 +140,9 @@ kill -KILL -- -1 2>/dev/null
 exit 0
 """
 
-# All on one line, so that bash says "line 1" in every error message whatever ran before. `break`, `continue`,
-# `return` and `exit` in a command find no way around the report, which is in the loop's head.
+# Each command opens the output pipe anew: a program that makes its own output non-blocking (node does) must not do
+# so to all that follow. All on one line, so that bash says "line 1" in every error message whatever ran before.
+# `break`, `continue`, `return` and `exit` in a command find no way around the report, which is in the loop's head.
 _SHELL = (
     r"__id= __line=; \builtin printf 'ready %s\0' $$ >&4; "
     r"while \builtin :; do while "
@@ -144,7 +152,7 @@ _SHELL = (
     '"$__line"; '
     r"\builtin export -p; \builtin printf '\0'; } >&4 2>/dev/null; fi; __id= __code=0; "
     r"IFS= \builtin read -r -d '' -u 3 __id && IFS= \builtin read -r -d '' -u 3 __line || \builtin exit 0; do "
-    r'\builtin eval -- "$__line" </dev/null >&5 2>&1 3<&- 4>&- 5>&-; __code=$?; '
+    r'\builtin eval -- "$__line" </dev/null >/dev/fd/5 2>&1 3<&- 4>&- 5>&-; __code=$?; '
     r"done; done"
 )
 
@@ -180,10 +188,12 @@ def supervisor_program(limits: Rlimits) -> str:
     return "\n".join(lines) + _SUPERVISOR.format(shell=shlex.quote(_SHELL))
 
 
-def holder_program(files: Mapping[str, str]) -> str:
-    """The holder's text, with the files it writes before all else."""
+def holder_program(files: Mapping[str, str], *, folders: Sequence[str], reserve_file: str, reserve_bytes: int) -> str:
+    """The holder's text: it writes `files` first, and makes `folders` usable again before each session."""
     writes = [f"printf %s {shlex.quote(text)} >{shlex.quote(path)}" for path, text in files.items()]
-    return "\n".join([*writes, _HOLDER])
+    holder = _HOLDER.replace("{home}", shlex.join(folders))
+    holder = holder.replace("{reserve_file}", shlex.quote(reserve_file)).replace("{reserve}", str(reserve_bytes))
+    return "\n".join([*writes, holder])
 
 
 def command_text(command: str, env: Mapping[str, str], cwd: str | None) -> str:

@@ -19,7 +19,14 @@ from backtalk.errors import SandboxError
 from backtalk.sandboxes.base import SandboxFile, SandboxLimits
 from backtalk.sandboxes.cgroup import Cgroup
 from backtalk.sandboxes.exec_server import Rlimits, frames, holder_program, supervisor_program
-from backtalk.sandboxes.layers import FIXED_FILES, inner_argv, outer_argv
+from backtalk.sandboxes.layers import (
+    FIXED_FILES,
+    RESERVE_BYTES,
+    RESERVE_FILE,
+    SESSION_FOLDERS,
+    inner_argv,
+    outer_argv,
+)
 from backtalk.sandboxes.pipes import FrameReader, PipePair, write_all
 from backtalk.sandboxes.probe import Machine
 from backtalk.sandboxes.seccomp import seccomp_program
@@ -187,17 +194,16 @@ class Holder:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        until_s = time.monotonic() + _CLOSE_TIMEOUT_S
-        while self._cgroup is not None and not self._cgroup.remove() and time.monotonic() < until_s:
-            time.sleep(0.005)
-        self._cgroup = None
+        if self._cgroup is not None:
+            self._cgroup.remove_soon()
+            self._cgroup = None
 
 
 def _spawn(machine: Machine, limits: SandboxLimits, uid: int | None, pipes: _Pipes) -> subprocess.Popen[bytes]:
     filter_fd = None
-    if (program := seccomp_program()) is not None:
+    if (rules := seccomp_program()) is not None:
         filter_fd = os.memfd_create("seccomp")
-        os.write(filter_fd, program)
+        os.write(filter_fd, rules)
         os.lseek(filter_fd, 0, os.SEEK_SET)
     info_fd, inner_info_fd = pipes.info.theirs, os.dup(pipes.info.theirs)  # each bwrap closes its own for its child
     by_rlimit = not machine.cgroups.memory
@@ -206,7 +212,10 @@ def _spawn(machine: Machine, limits: SandboxLimits, uid: int | None, pipes: _Pip
         file_kib=limits.disk_mb << 10,
         memory_kib=limits.memory_mb << 10 if by_rlimit else 0,
     )
-    holder = ["bash", "--norc", "--noprofile", "-c", holder_program(FIXED_FILES), "holder"]
+    program = holder_program(
+        FIXED_FILES, folders=SESSION_FOLDERS, reserve_file=RESERVE_FILE, reserve_bytes=RESERVE_BYTES
+    )
+    holder = ["bash", "--norc", "--noprofile", "-c", program, "holder"]
     holder += [str(pipes.commands.theirs), str(pipes.reports.theirs), supervisor_program(rlimits)]
     passed = [
         pipes.commands.theirs,

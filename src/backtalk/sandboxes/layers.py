@@ -21,6 +21,8 @@ ENVIRONMENT = {
     "TZ": "UTC",
     "TERM": "dumb",
 }
+RESERVE_FILE = "/run/reserve"
+RESERVE_BYTES = 1 << 20
 _PROGRAMS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")  # on most systems links into /usr
 # Folders of /etc that programs in /usr look into for code. An agent's own must not take their place.
 _ETC_OF_HOST = ("alternatives", "ld.so.cache", "perl", "python3*", "java*")
@@ -35,7 +37,9 @@ FIXED_FILES = {
     "/etc/hostname": "box\n",
     "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
     "/etc/ld.so.preload": "",
+    RESERVE_FILE: "",
 }
+SESSION_FOLDERS = (HOME, "/tmp", "/run/shm")  # no session starts without them
 
 
 def outer_argv(
@@ -50,7 +54,7 @@ def outer_argv(
     argv += [machine.bwrap, "--unshare-all", "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL"]
     argv += ["--uid", AGENT_ID, "--gid", AGENT_ID, "--hostname", "box", "--json-status-fd", str(info_fd)]
     argv += ["--seccomp", str(filter_fd)] if filter_fd is not None else []
-    argv += ["--size", str(limits.disk_mb << 20)] if has_size(machine) else []
+    argv += ["--size", str((limits.disk_mb << 20) + RESERVE_BYTES)] if has_size(machine) else []
     argv += ["--tmpfs", "/", "--ro-bind", "/usr", "/usr"]
     for path in _PROGRAMS:
         argv += ["--ro-bind", path, path] if os.path.exists(path) else []
@@ -75,7 +79,7 @@ def inner_argv(machine: Machine, *, info_fd: int) -> list[str]:
     argv += ["--uid", AGENT_ID, "--gid", AGENT_ID, "--cap-drop", "ALL", "--die-with-parent", "--new-session"]
     argv += ["--as-pid-1", "--json-status-fd", str(info_fd), "--bind", "/", "/", "--bind", "/etc", "/etc"]
     for path in FIXED_FILES:
-        argv += ["--ro-bind", path, path]
+        argv += ["--ro-bind", path if path != RESERVE_FILE else "/dev/null", path]
     argv += ["--proc", "/proc", "--remount-ro", "/proc"]
     argv += ["--dev", "/dev", "--bind", "/run/shm", "/dev/shm", "--remount-ro", "/dev"]
     argv += ["--chdir", HOME, "--clearenv"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import contextlib
 import fcntl
 import os
 import termios
@@ -13,7 +14,12 @@ from backtalk.errors import SandboxError
 
 _READ_BYTES = 65_536
 _DROP_PAUSE_S = 0.001  # between reads of output nobody keeps: endless output costs 64 MB/s, not a core
-_FRAME_BYTES = 4 << 20  # a frame longer than this is nobody's honest report
+_FRAME_BYTES = 4 << 20  # a longer frame, and more frames waiting than this, are nobody's honest reports
+_WAITING_FRAMES = 256
+
+
+class FloodedError(Exception):
+    """The other side says far more than was asked for. Nothing more is read from it until `FrameReader.clear`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +55,7 @@ class FrameReader:
         self._frames: list[bytes] = []
         self._news = asyncio.Event()
         self.closed = False
+        self._flooded = False
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(fd, self._read)
 
@@ -67,8 +74,9 @@ class FrameReader:
             *whole, rest = self._buffer.split(self._end) if self._end in data else (self._buffer,)
             self._frames += [bytes(frame) for frame in whole]
             self._buffer = bytearray(rest)
-        else:
-            self._buffer.clear()  # whoever waits for the rest of it runs into the time limit
+        if len(self._buffer) + len(data) > self.max_bytes or len(self._frames) > _WAITING_FRAMES:
+            self._flooded = True
+            self._loop.remove_reader(self._fd)
         self._news.set()
 
     async def next(self) -> bytes:
@@ -76,8 +84,11 @@ class FrameReader:
 
         Raises:
             SandboxError: the other side closed the pipe.
+            FloodedError: it said too much.
         """
         while not self._frames:
+            if self._flooded:
+                raise FloodedError
             if self.closed:
                 raise SandboxError("the sandbox's process is gone")
             self._news.clear()
@@ -86,10 +97,14 @@ class FrameReader:
 
     def clear(self) -> None:
         """Forget everything said so far."""
-        if not self.closed:
-            self._read()
+        with contextlib.suppress(BlockingIOError):
+            while not self.closed and os.read(self._fd, _READ_BYTES):
+                pass
         self._frames.clear()
         self._buffer.clear()
+        if self._flooded:
+            self._flooded = False
+            self._loop.add_reader(self._fd, self._read)
 
     def close(self) -> None:
         if not self.closed:

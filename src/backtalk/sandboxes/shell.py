@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
+import signal
 import time
 from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from typing import Protocol
 from backtalk.errors import SandboxError
 from backtalk.sandboxes.base import ExecResult, SandboxLimits
 from backtalk.sandboxes.exec_server import command_text, frames, restore_text
-from backtalk.sandboxes.pipes import FrameReader, OutputReader, write_all
+from backtalk.sandboxes.pipes import FloodedError, FrameReader, OutputReader, write_all
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 15.0
+_KILLED = 128 + signal.SIGKILL
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
@@ -61,7 +63,8 @@ class Session:
         self._name = ""
         self._shell = _Shell()
         self._exports, self._cwd = "", ""
-        self._running = False  # a command was sent and its end not seen
+        self._running_since: int | None = None  # clock tick at which a command was sent whose end was not seen
+        self._closed = False
 
     async def begin(self) -> None:
         """Start supervisor and shell over clean pipes, with a fresh environment.
@@ -80,11 +83,11 @@ class Session:
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
                 exit_code = await self._unless_lost(self._hello())
-        except (TimeoutError, SandboxError) as error:
+        except (TimeoutError, FloodedError, SandboxError) as error:
             raise SandboxError(f"the sandbox's shell did not start: {self.said() or 'no answer'}") from error
         if exit_code is not None:
             raise SandboxError(f"the sandbox's shell did not start: {self.said() or f'exit code {exit_code}'}")
-        self._running = False
+        self._running_since = None
 
     async def _hello(self) -> None:
         while not self._shell.id:
@@ -92,6 +95,7 @@ class Session:
 
     async def end(self) -> None:
         """End every process, and forget what they printed."""
+        self._check()
         await self._keeper.end()
         self._output.take()
 
@@ -111,12 +115,13 @@ class Session:
     async def exec(self, command: str, timeout_s: float, env: Mapping[str, str], cwd: str | None) -> ExecResult:
         """Run one command. See `Sandbox.exec`."""
         text = command_text(command, env, cwd)
-        if self._running:  # an earlier call was cancelled half way
-            await self._stop(tick=0)
+        self._check()
+        if self._running_since is not None:  # an earlier call was cancelled half way
+            await self._stop(self._running_since)
         number = secrets.token_hex(8)
         tick = int(time.clock_gettime(_CLOCK) * _TICKS_PER_S)
         began = time.perf_counter()
-        self._running = True
+        self._running_since = tick
         exit_code, timed_out = -1, False
         try:
             async with asyncio.timeout(timeout_s):
@@ -125,7 +130,7 @@ class Session:
         except TimeoutError:
             timed_out = True
             await self._stop(tick)
-        self._running = False
+        self._running_since = None
         output, dropped = self._output.take()
         return ExecResult(output, exit_code, timed_out, dropped, time.perf_counter() - began)
 
@@ -136,7 +141,10 @@ class Session:
         async def report() -> None:
             reported.append(await self._report(number))
 
-        exit_code = await self._unless_lost(report())
+        try:
+            exit_code = await self._unless_lost(report())
+        except FloodedError:
+            exit_code = _KILLED
         if exit_code is None:
             return reported[0]
         await self._keeper.end()
@@ -187,12 +195,18 @@ class Session:
                         pass
                     await self._start_shell()
                     return
-        except TimeoutError:
+        except (TimeoutError, FloodedError):
             pass
         await self._keeper.end()
         await self._begin()
 
+    def _check(self) -> None:
+        if self._closed:  # its numbers may be another pipe's by now
+            raise SandboxError("the sandbox is closed")
+
     def close(self) -> None:
+        """Close the pipes."""
+        self._closed = True
         self._reports.close()
         self._output.close()
         os.close(self._commands)

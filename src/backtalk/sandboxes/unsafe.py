@@ -28,7 +28,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from types import MappingProxyType
 
-from backtalk.errors import ConfigError, SandboxError
+from backtalk.errors import ConfigError, SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, SandboxLimits
 from backtalk.sandboxes.exec_server import Rlimits, supervisor_program
 from backtalk.sandboxes.pipes import PipePair
@@ -230,10 +230,19 @@ class UnsafeSandbox:
 
 
 class UnsafeBackend:
-    """Plain processes. See the module's warning."""
+    """Plain processes. See the module's warning.
+
+    Raises:
+        SandboxUnavailable: root without ``setpriv``: one `kill -9 -1` of a model would end the whole machine.
+    """
 
     def __init__(self) -> None:
         machine = probe(use_cgroups=False)
+        if machine.uid == 0 and machine.setpriv is None:
+            raise SandboxUnavailable(
+                "sandbox 'unsafe' would run commands as root, who may end every process of this machine; "
+                "install setpriv (apt install util-linux) or run as an ordinary user"
+            )
         self._uids = machine.uid_range if machine.setpriv is not None else range(0)
         self._count = itertools.count(os.getpid())
 

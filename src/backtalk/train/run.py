@@ -1,105 +1,41 @@
-"""One training run: rollouts in real sandboxes, one optimizer step on each batch of them, measured before and after.
-
-What happens at a step depends only on the settings, the seed and the step's number. So a run that was killed
-and resumed from its checkpoint goes on to the same numbers as one that was not.
-"""
+"""The training loop, and the parts it is made of."""
 
 from __future__ import annotations
 
 import asyncio
-import random
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from backtalk.config import TrainConfig, config_from_dict, config_to_dict, flatten, parse_overrides, set_dotted
 from backtalk.engines.torch import TorchEngine
-from backtalk.engines.torch_checkpoint import has_checkpoint
-from backtalk.envs import load_tasks
-from backtalk.envs.base import Env, Split, Task
+from backtalk.engines.torch_checkpoint import find_checkpoint
+from backtalk.envs.base import Env, Task
 from backtalk.envs.terminal import BASH, SUBMIT, open_terminal_env
 from backtalk.errors import ConfigError, DataError, InfrastructureError
 from backtalk.evaluate import Evaluation, evaluate, rollout_metrics, time_metrics
 from backtalk.renderer import Renderer
 from backtalk.rollout import OpenEnv, run_groups
-from backtalk.runlog import RunLog, read_trajectories
+from backtalk.runlog import RunLog
 from backtalk.sampler import SamplingParams
 from backtalk.samples import build_samples
 from backtalk.sandboxes import local_sandbox
-from backtalk.sandboxes.base import BackendReport
-from backtalk.trajectory import Trajectory, TrajectoryGroup
+from backtalk.train.events import EvaluationDone, OnEvent, RolloutDone, RunDone, RunStarted, StepDone
+from backtalk.train.tasks import held_out_tasks, recorded_trajectories, tasks_of_step, train_tasks
+from backtalk.trajectory import TrajectoryGroup
+
+T = TypeVar("T")
 
 TOOLS = (BASH, SUBMIT)
-TRAIN_TASKS = 2000  # distinct ones, of a source that makes or has as many; each comes up once an epoch
-T = TypeVar("T")
-HELD_OUT_SEED = 0  # all runs are measured on the same held-out tasks, whatever their own seed
 EXTENDABLE = ("steps", "checkpoint_every", "evaluation.every")  # a resumed run may change these and nothing else
-
-
-# ---------------------------------------------------------------- what a run tells while it goes on
-
-
-@dataclass(frozen=True, slots=True)
-class RunStarted:
-    folder: Path
-    first_step: int
-    steps: int
-    sandbox: BackendReport
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutDone:
-    """``phase`` is "training" or "evaluation"; counts are of that step's rollouts."""
-
-    phase: str
-    step: int
-    done: int
-    total: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepDone:
-    """``metrics`` are what metrics.jsonl holds for this step."""
-
-    step: int
-    steps: int
-    metrics: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class EvaluationDone:
-    evaluation: Evaluation
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """Something a person should know and nobody asked for."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class RunDone:
-    folder: Path
-    step: int  # steps done so far
-    finished: bool  # False where it was asked to stop before the last step
-
-
-Event = RunStarted | RolloutDone | StepDone | EvaluationDone | Notice | RunDone
-OnEvent = Callable[[Event], None]
 
 
 class StopFlag(Protocol):
     """threading.Event and asyncio.Event are such flags."""
 
     def is_set(self) -> bool: ...
-
-
-# ---------------------------------------------------------------- the run
 
 
 async def train(
@@ -179,7 +115,7 @@ async def evaluate_run(
     config = config_from_dict(tree)
     if config.evaluation.tasks == 0:
         raise ConfigError("evaluation.tasks=0 leaves nothing to measure; pass evaluation.tasks=64")
-    if not base and not has_checkpoint(log.checkpoint_path):
+    if not base and not _has_checkpoint(log.checkpoint_path):
         raise DataError(
             f"{log.folder} has no checkpoint yet; wait for one, or measure the model it began with (--base)"
         )
@@ -209,13 +145,21 @@ def _claim(log: RunLog, config: TrainConfig, resume: bool) -> None:
         )
 
 
+def _has_checkpoint(folder: Path) -> bool:
+    try:
+        find_checkpoint(folder)
+    except DataError:
+        return False
+    return True
+
+
 class Run:
     """The parts of one run, put together from its settings."""
 
     def __init__(self, config: TrainConfig, tell: OnEvent) -> None:
         self.config, self.tell = config, tell
-        self.train_tasks = _train_tasks(config)
-        self.held_out = _held_out_tasks(config)
+        self.train_tasks = train_tasks(config)
+        self.held_out = held_out_tasks(config)
         backend = local_sandbox(config.sandbox)
         self.sandbox = backend.report
         self._open_env: OpenEnv = lambda task: open_terminal_env(task, backend, config.terminal)
@@ -225,7 +169,7 @@ class Run:
         self.params = SamplingParams(
             temperature=config.temperature, max_tokens=config.rollout.max_tokens_per_turn, seed=config.seed
         )
-        self.recorded = _recorded(config, len(self.engine.tokenizer), tell)
+        self.recorded = recorded_trajectories(config, len(self.engine.tokenizer), tell)
         self.saved_step = 0  # policy version of the checkpoint; 0 has none, it is the model itself
 
     async def rollouts(self, step: int) -> tuple[list[TrajectoryGroup], float]:
@@ -295,7 +239,7 @@ class Run:
 
     def restore(self, log: RunLog) -> int:
         """Go back to the last checkpoint and forget what came after it; returns the step to begin with."""
-        if has_checkpoint(log.checkpoint_path):
+        if _has_checkpoint(log.checkpoint_path):
             self.engine.load(log.checkpoint_path)
         first = self.saved_step = self.engine.policy_version
         log.truncate_after(first - 1)
@@ -326,67 +270,3 @@ class Run:
                 self.tell(RolloutDone(phase, step, done, total))
 
         return opened
-
-
-# ---------------------------------------------------------------- tasks
-
-
-def tasks_of_step(tasks: Sequence[Task], per_step: int, seed: int, step: int) -> list[Task]:
-    """The tasks of one step. Every epoch is a new shuffle of them all; what fills no whole step waits for the next."""
-    epoch, place = divmod(step, len(tasks) // per_step)
-    order = list(tasks)
-    random.Random(f"{seed}/{epoch}").shuffle(order)
-    return order[place * per_step : (place + 1) * per_step]
-
-
-def _train_tasks(config: TrainConfig) -> list[Task]:
-    wanted = config.tasks
-    tasks = load_tasks(wanted.source, split=Split.TRAIN, count=TRAIN_TASKS, levels=wanted.levels, seed=config.seed)
-    if len(tasks) < config.tasks_per_step:
-        raise ConfigError(
-            f"{wanted.source!r} has {len(tasks)} training tasks, fewer than tasks_per_step={config.tasks_per_step}; "
-            "lower tasks_per_step or add tasks"
-        )
-    return tasks
-
-
-def _held_out_tasks(config: TrainConfig) -> list[Task]:
-    if config.evaluation.tasks == 0:
-        return []
-    wanted = config.tasks
-    return load_tasks(
-        wanted.source,
-        split=Split.HELD_OUT,
-        count=config.evaluation.tasks,
-        levels=wanted.levels,
-        seed=HELD_OUT_SEED,
-    )
-
-
-def _recorded(config: TrainConfig, vocab_size: int, tell: OnEvent) -> list[Trajectory]:
-    """Trajectories of another policy, in this model's tokens, whose cross-entropy is compared over time."""
-    if config.evaluation.tasks == 0:
-        return []
-    if config.evaluation.recorded_path is not None:
-        path = Path(config.evaluation.recorded_path)
-    elif config.engine.model == "base" and config.tasks.source == "triage":
-        path = Path(str(resources.files("backtalk").joinpath("assets/recorded/held_out.parquet")))
-        if not path.exists():
-            tell(Notice(f"{path} is missing, so the cross-entropy on recorded trajectories is not measured"))
-            return []
-    else:
-        tell(
-            Notice(
-                "no recorded trajectories for this model, so held-out cross-entropy is measured on its own rollouts "
-                "only; set evaluation.recorded_path to the groups/*.parquet of a run with the same tokenizer"
-            )
-        )
-        return []
-    trajectories = read_trajectories(path)
-    highest = max((token for t in trajectories for token in t.token_ids), default=0)
-    if highest >= vocab_size:
-        raise ConfigError(
-            f"{path} holds token {highest}, and this model has only {vocab_size}; "
-            "record it with the same tokenizer, or leave evaluation.recorded_path out"
-        )
-    return trajectories
