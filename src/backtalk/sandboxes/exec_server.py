@@ -35,7 +35,7 @@ _HOLDER = r"""
 # SAFETY: it signals every process it can see, so it must be process 1 of a namespace of its own.
 (( $$ == 1 )) || { echo "the holder is process $$ and not process 1 of a namespace; it refuses to run" >&2; exit 70; }
 exec 3<&"$1" 4>&"$2"; eval "exec $1<&- $2>&-"; supervisor=$3; shift 3
-TMPDIR=/run; umask 022; session= reserved= missing=()
+TMPDIR=/dev; umask 022; session= reserved= missing=()
 say() { printf '%s\0' "$1"; }
 alone() { local all=(/proc/[0-9]*); (( ${#all[@]} == 1 )); }
 end() {
@@ -53,7 +53,8 @@ end() {
 begin() { # session $1
   local name=$1 path; shift
   for path in {home}; do usable "$path" || folder "$path"; done 2>/dev/null
-  ( printf 500 >/proc/self/oom_score_adj; exec "$@" 1>&2 <<<"session=$name"$'\n'"$supervisor" ) &
+  printf '%s\n' "session=$name" "$supervisor" >/dev/supervisor
+  ( printf 500 >/proc/self/oom_score_adj; exec "$@" </dev/supervisor 1>&2 6</dev/shell ) &
   session=$!
   # Room for the verifier's files, out of the agent's reach: a full disk must not keep a rollout from its score.
   [[ -z $reserved ]] || return 0
@@ -143,7 +144,7 @@ exit 0
 # Each command opens the output pipe anew: a program that makes its own output non-blocking (node does) must not do
 # so to all that follow. All on one line, so that bash says "line 1" in every error message whatever ran before.
 # `break`, `continue`, `return` and `exit` in a command find no way around the report, which is in the loop's head.
-_SHELL = (
+SHELL_PROGRAM = (
     r"__id= __line=; \builtin printf 'ready %s\0' $$ >&4; "
     r"while \builtin :; do while "
     r"if [[ -n ${__id-} ]]; then { \builtin printf 'done %s %s\0%s\0' "
@@ -160,8 +161,8 @@ _SUPERVISOR = r"""
 exec 2>/dev/null
 while IFS= read -r -d '' -u 3 frame; do
   [[ $frame == "start:$session:"* ]] || continue  # what a stopped shell or session had not read yet
-  bash -s 5>&1 2>/dev/null <<<{shell}
-  printf 'exit %s %s\0' "${{frame#start:*:}}" "$?" >&4
+  bash -s 5>&1 2>/dev/null </dev/fd/6 6<&-
+  printf 'exit %s %s\0' "${frame#start:*:}" "$?" >&4
 done
 """
 
@@ -185,11 +186,13 @@ def supervisor_program(limits: Rlimits) -> str:
     # -d counts what a process can write to in private; -v also the address space others merely reserve.
     wanted += [("-d", limits.memory_kib), ("-v", 4 * limits.memory_kib)] if limits.memory_kib else []
     lines = [f"ulimit {flag} {value} 2>/dev/null" for flag, value in wanted]
-    return "\n".join(lines) + _SUPERVISOR.format(shell=shlex.quote(_SHELL))
+    return "\n".join(lines) + _SUPERVISOR
 
 
 def holder_program(files: Mapping[str, str], *, folders: Sequence[str], reserve_file: str, reserve_bytes: int) -> str:
     """The holder's text: it writes `files` first, and makes `folders` usable again before each session."""
+    # /dev of the holder is its own: the session has another. Bash reads a file at once, but a pipe byte by byte.
+    files = {**files, "/dev/shell": SHELL_PROGRAM}
     writes = [f"printf %s {shlex.quote(text)} >{shlex.quote(path)}" for path, text in files.items()]
     holder = _HOLDER.replace("{home}", shlex.join(folders))
     holder = holder.replace("{reserve_file}", shlex.quote(reserve_file)).replace("{reserve}", str(reserve_bytes))

@@ -17,6 +17,7 @@ import itertools
 import os
 import posixpath
 import secrets
+import shlex
 import shutil
 import signal
 import stat
@@ -30,7 +31,7 @@ from types import MappingProxyType
 
 from backtalk.errors import ConfigError, SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, SandboxLimits
-from backtalk.sandboxes.exec_server import Rlimits, supervisor_program
+from backtalk.sandboxes.exec_server import SHELL_PROGRAM, Rlimits, supervisor_program
 from backtalk.sandboxes.pipes import PipePair
 from backtalk.sandboxes.probe import probe
 from backtalk.sandboxes.shell import Session
@@ -59,7 +60,10 @@ class _Processes:
         home = self._folder / "home" / "agent"
         commands, reports = self.commands.theirs, self.reports.theirs
         program = supervisor_program(Rlimits(file_kib=self._limits.disk_mb << 10))
-        text = f"exec 3<&{commands} 4>&{reports} {commands}<&- {reports}>&-\nsession={name}\n{program}"
+        shell = self._folder / ".shell"
+        shell.write_text(SHELL_PROGRAM)
+        text = f"exec 3<&{commands} 4>&{reports} 6<{shlex.quote(str(shell))} {commands}<&- {reports}>&-\n"
+        text += f"session={name}\n{program}"
         kept = {key: os.environ[key] for key in ("PATH",) if key in os.environ}
         env = {**kept, "HOME": str(home), "USER": "agent", "LANG": "C.UTF-8", "TZ": "UTC", "TERM": "dumb"}
         try:
