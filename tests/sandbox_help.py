@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,11 @@ def children() -> list[int]:
     return found
 
 
-def groups() -> list[Path]:
-    """Control groups this process has made."""
+def groups(process: int | None = None) -> list[Path]:
+    """Control groups a trainer has made, by default this process."""
     found = []
     for folder, names, _ in os.walk("/sys/fs/cgroup"):  # skips what vanishes meanwhile
-        found += [Path(folder, name) for name in names if name.startswith(f"backtalk-{os.getpid()}-")]
+        found += [Path(folder, name) for name in names if name.startswith(f"backtalk-{process or os.getpid()}-")]
     return found
 
 
@@ -54,4 +55,12 @@ def with_argument(argument: str) -> list[int]:
                 found.append(int(path.parent.name))
         except OSError:
             continue
+    return found
+
+
+def started(argument: str) -> list[int]:
+    """As `with_argument`, for a job just sent to the background: waits until it is there."""
+    until_s = time.monotonic() + 5
+    while not (found := with_argument(argument)) and time.monotonic() < until_s:
+        time.sleep(0.01)
     return found

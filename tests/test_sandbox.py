@@ -16,7 +16,7 @@ import pytest_asyncio
 from backtalk.errors import ConfigError, SandboxError
 from backtalk.sandboxes import ExecResult, SandboxFile, SandboxLimits, local_sandbox
 from backtalk.sandboxes.bubblewrap import BubblewrapBackend, BubblewrapSandbox
-from sandbox_help import backend_or_skip, children, groups, open_files, with_argument
+from sandbox_help import backend_or_skip, children, groups, open_files, started, with_argument
 
 COUNT = "all=(/proc/[0-9]*); echo ${#all[@]}"  # of processes, by bash alone: 2 are the supervisor and the shell
 
@@ -120,6 +120,7 @@ async def test_words_that_leave_a_loop_do_not_leave_the_session(box: BubblewrapS
         "printf 'done %s 0\\0/\\0x 9\\0\\0' {a..z} >/proc/$$/fd/4",
         "printf 'exit 1 1\\0ready 1\\0' >/proc/1/fd/4",
         "cat /proc/1/fd/3 & sleep 0.2",
+        "for f in /proc/{1,$$}/fd/*; do chmod 777 $f; echo 'echo evil >&2; exit' >$f; truncate -s 9 $f; done",
         "kill -9 -1",
         "kill -9 $$",
         "kill -STOP $$",
@@ -183,7 +184,7 @@ async def test_time_limit_kills_the_tree_and_keeps_the_rest(box: BubblewrapSandb
     assert (result.output, result.exit_code, result.timed_out) == ("before\n", -1, True)
     assert time.monotonic() - began < 5
     assert await out(box, "pwd; echo $KEPT; cat a; pgrep -a sleep | cut -d' ' -f2-") == "/srv\nyes\nfile\nsleep 7001\n"
-    assert with_argument("7001") and not with_argument("7003")
+    assert started("7001") and not with_argument("7003")
 
 
 @pytest.mark.parametrize(
@@ -343,20 +344,20 @@ async def test_the_trainers_death_ends_everything() -> None:
     backend_or_skip()
     trainer = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
     assert trainer.stdout is not None and await trainer.stdout.readline() == b"up\n"
-    assert with_argument("7071")
+    assert started("7071")
     trainer.kill()
     await trainer.communicate()
     until_s = time.monotonic() + 5
-    while with_argument("7071") and time.monotonic() < until_s:
+    while (with_argument("7071") or groups(trainer.pid)) and time.monotonic() < until_s:
         await asyncio.sleep(0.05)
-    assert not with_argument("7071")
+    assert not with_argument("7071") and not groups(trainer.pid)
 
 
 async def test_nothing_is_left_behind(backend: BubblewrapBackend) -> None:
     files, before = open_files(), children()
     async with backend.open(SandboxLimits()) as box:
         await run(box, "sleep 7041 & (setsid sleep 7042 &)")
-        assert with_argument("7041")
+        assert started("7041")
     assert not with_argument("7041") and not with_argument("7042")
     assert (open_files(), children(), groups()) == (files, before, [])
     with pytest.raises(SandboxError):

@@ -13,7 +13,7 @@ import pytest_asyncio
 
 from backtalk.sandboxes import SandboxLimits
 from backtalk.sandboxes.bubblewrap import BubblewrapBackend, BubblewrapSandbox
-from sandbox_help import backend_or_skip, with_argument
+from sandbox_help import backend_or_skip, started
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ print(libc.syscall(39) > 0)
 
 async def test_outside_it_is_an_ordinary_user(box: BubblewrapSandbox) -> None:
     await out(box, "sleep 8001 &")
-    (process,) = with_argument("8001")
+    (process,) = started("8001")
     seen = 0
     while process != os.getpid():
         status = Path(f"/proc/{process}/status").read_text()
@@ -187,7 +187,7 @@ async def test_two_sandboxes_share_nothing(backend: BubblewrapBackend) -> None:
             assert mine != os.readlink(f"/proc/self/ns/{name}") + "\n"
         if os.getuid() == 0:
             await out(two, "sleep 8012 &")
-            owners = {Path(f"/proc/{with_argument(word)[0]}").stat().st_uid for word in ("8011", "8012")}
+            owners = {Path(f"/proc/{started(word)[0]}").stat().st_uid for word in ("8011", "8012")}
             assert len(owners) == 2
 
 

@@ -15,7 +15,7 @@ import pytest_asyncio
 from backtalk.errors import SandboxError, SandboxUnavailable
 from backtalk.sandboxes import SandboxFile, SandboxLimits, local_sandbox
 from backtalk.sandboxes.unsafe import UnsafeBackend, UnsafeSandbox
-from sandbox_help import children, open_files, with_argument
+from sandbox_help import children, open_files, started, with_argument
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ async def test_the_session_goes_on(box: UnsafeSandbox) -> None:
     result = await box.exec("yes", timeout_s=0.5)
     assert result.timed_out and result.output == "y\n" * 500 and result.dropped_bytes > 0
     assert await out(box, "basename $PWD; echo $A [$b]") == "d\n1 []\n"
-    assert with_argument("6001")  # older than the command that was stopped
+    assert started("6001")  # older than the command that was stopped
     assert (await box.exec("exit 3", timeout_s=20)).exit_code == 3
 
 

@@ -44,15 +44,16 @@ FIRST_SEED = 50_000_000  # far from the seeds that training draws
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    ordinary_sessions: int = 7000
-    triage_sessions: int = 5000
+    ordinary_sessions: int = 6000
+    triage_sessions: int = 6000
     held_out_sessions: int = 200
     skill: float = 0.3
+    failures_kept: float = 0.33  # of the explorers' wrong attempts
     vocab_size: int = 1536
     hidden_size: int = 128
     layers: int = 4
-    drill_minutes: float = 8.0
-    minutes: float = 20.0
+    drill_minutes: float = 4.0
+    minutes: float = 12.0
     learning_rate: float = 3e-3
     batch_tokens: int = 4_000
     seed: int = 0
@@ -245,7 +246,9 @@ def main() -> None:
     torch.manual_seed(recipe.seed)
     tokenizer = train_tokenizer((text for session in sessions for text in texts(session)), recipe.vocab_size)
     renderer = Renderer(tokenizer, (BASH, SUBMIT))
-    pairs = examples(sessions, renderer)
+    thinning = Random(recipe.seed)
+    kept = [s for s in sessions if s["right"] or thinning.random() < recipe.failures_kept]
+    pairs = examples(kept, renderer)
     log.info("%.2f M tokens in %d sessions", sum(len(ids) for ids, _ in pairs) / 1e6, len(pairs))
     model = new_model(recipe, len(tokenizer), work)
     data = mixed(

@@ -60,6 +60,7 @@ async def _run(session: Session, backend: SandboxBackend, config: TerminalConfig
     return {
         "id": session.task.id,
         "ordinary": session.ordinary,
+        "right": session.right,
         "prompt": [_pack(message) for message in prompt],
         "turns": turns,
     }

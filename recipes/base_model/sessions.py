@@ -28,12 +28,13 @@ EXTENSIONS = "txt md csv py log cfg".split()
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A task, what the explorer types, and its answer. ``ordinary`` sessions are not triage."""
+    """A task, what the explorer types, and its answer. ``ordinary`` sessions are not triage; ``right`` is the answer."""
 
     task: Task
     commands: tuple[str, ...]
     answer: str
     ordinary: bool
+    right: bool
 
 
 def ordinary_session(seed: int) -> Session:
@@ -59,7 +60,7 @@ def ordinary_session(seed: int) -> Session:
     check = f'[ "$(cat /logs/agent/answer.txt)" = {shlex.quote(answer)} ]; echo $((! $?)) > /logs/verifier/reward.txt\n'
     tests = {"test.sh": SandboxFile(check.encode(), mode=0o755)}
     task = Task(id=f"ordinary-{seed}", instruction=wish, files=files, tests=tests)
-    return Session(task, tuple(stroll), answer, ordinary=True)
+    return Session(task, tuple(stroll), answer, ordinary=True, right=True)
 
 
 def triage_session(seed: int, level: int, skill: float) -> Session:
@@ -79,7 +80,7 @@ def triage_session(seed: int, level: int, skill: float) -> Session:
         else:  # looks elsewhere first, then gives up half way
             commands = [_stroll(random, paths), commands[0]][: random.randint(1, 2)]
             answer = _guess(random, answer)
-    return Session(task, tuple(commands), answer, ordinary=False)
+    return Session(task, tuple(commands), answer, ordinary=False, right=answer == task.metadata["answer"])
 
 
 def _guess(random: Random, answer: str) -> str:

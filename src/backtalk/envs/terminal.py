@@ -14,6 +14,7 @@ import shlex
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 
 from backtalk.envs.base import Message, Part, Step, Task, ToolCall, ToolSpec
 from backtalk.errors import SandboxError, TaskError, VerifierError
@@ -186,9 +187,18 @@ async def open_terminal_env(task: Task, backend: SandboxBackend, config: Termina
         yield TerminalEnv(task, sandbox, config)
 
 
+def _date_folders(task: Task) -> list[str]:
+    """Give the folders of dated files a date too, or `ls -l` would tell the hour of the run and no run be repeatable."""
+    dates = {path: file.mtime for path, file in task.files.items() if file.mtime is not None}
+    folders = sorted({str(folder) for path in dates for folder in PurePosixPath(path).parents} - {"/"})
+    if not folders:
+        return []
+    return [f"touch -c -d @{max(dates.values())} -- {shlex.join(folders)} 2>/dev/null || true"]
+
+
 def _setup_commands(task: Task) -> list[str]:
     """What the session runs before the agent: first of all it goes where the task is, if that is not its home."""
-    commands = []
+    commands = _date_folders(task)
     if task.workdir != HOME or task.env:
         workdir = shlex.quote(task.workdir)
         exports = "".join(f" && export {name}={shlex.quote(value)}" for name, value in task.env.items())

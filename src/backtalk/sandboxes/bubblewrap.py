@@ -26,7 +26,7 @@ from types import MappingProxyType
 
 from backtalk.errors import BacktalkError, ConfigError, SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, SandboxLimits
-from backtalk.sandboxes.cgroup import remove_stale
+from backtalk.sandboxes.cgroup import watch
 from backtalk.sandboxes.holder import Holder
 from backtalk.sandboxes.layers import has_disable_userns, has_size
 from backtalk.sandboxes.probe import Machine, advice, probe
@@ -116,7 +116,7 @@ class BubblewrapBackend:
         self._machine = probe(use_cgroups=use_cgroups)
         self._count = itertools.count(os.getpid())
         self._refuse_if_missing()
-        remove_stale(self._machine.cgroups)
+        watch(self._machine.cgroups)
         self._trial()
         self._report = _report(self._machine)
 

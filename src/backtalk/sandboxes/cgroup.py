@@ -16,8 +16,10 @@ from backtalk.sandboxes.base import SandboxLimits
 _NAME = "backtalk"
 _SPARE_PROCESSES = 32  # for the holder and its helpers: the agent runs into its own limit before
 _TOKEN = secrets.token_hex(4)  # trainers in different containers may have the same process id
-_STALE_S = 60.0
 _REMOVE_TIMEOUT_S = 2.0
+_WATCHER = """read -r; for try in {1..200}; do left=; for prefix; do for group in "$prefix"*; do
+  [[ -d $group ]] && { rmdir "$group" || left=1; }; done; done; [[ $left ]] || break; sleep 0.05; done"""
+_watched: dict[int, CgroupParents] = {}
 _counter = itertools.count()
 
 
@@ -111,15 +113,22 @@ def find_parents() -> CgroupParents:
     return CgroupParents(1, **found) if found else CgroupParents(0)
 
 
-def remove_stale(parents: CgroupParents) -> None:
-    """Remove empty groups that killed trainers left behind."""
-    for parent in parents.folders:
-        for folder in parent.glob(f"{_NAME}-*-*-*"):
-            owner = folder.name.split("-")[1]
-            with contextlib.suppress(OSError):
-                old = time.time() - folder.stat().st_mtime > _STALE_S
-                if old and not Path("/proc", owner).exists():
-                    _remove(folder)
+def watch(parents: CgroupParents) -> None:
+    """See to it that our groups go when we do, however we end: a kernel keeps an empty group for ever.
+
+    One small process of its own session waits for the end of a pipe only this process holds.
+    """
+    if not parents.folders or _watched.get(os.getpid()) == parents:
+        return
+    _watched[os.getpid()] = parents
+    prefixes = [str(folder / f"{_NAME}-{os.getpid()}-{_TOKEN}-") for folder in parents.folders]
+    reading, _kept_open = os.pipe()
+    try:  # bash ends at once and leaves the watcher to init, so that it is nobody's child to wait for
+        command = ["bash", "-c", f"( {_WATCHER} ) <&0 &", "backtalk-watcher", *prefixes]
+        subprocess.run(command, stdin=reading, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
+                       start_new_session=True, check=False)  # fmt: skip
+    finally:
+        os.close(reading)
 
 
 def _upwards(mount: Path, root: str, own: str) -> list[Path]:

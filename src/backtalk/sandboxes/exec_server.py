@@ -30,11 +30,12 @@ from backtalk.errors import ConfigError
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # fd 0 commands from the trainer, 1 answers, 2 the agent's output pipe, $1 the shell's commands, $2 its reports,
-# $3 the supervisor's text. The rest of the arguments is the program that begins a session.
+# $3 and $4 the supervisor's and the shell's text, in sealed files: the agent can open what its own processes have open,
+# and must not change what the next session runs. The rest of the arguments is the program that begins a session.
 _HOLDER = r"""
 # SAFETY: it signals every process it can see, so it must be process 1 of a namespace of its own.
 (( $$ == 1 )) || { echo "the holder is process $$ and not process 1 of a namespace; it refuses to run" >&2; exit 70; }
-exec 3<&"$1" 4>&"$2"; eval "exec $1<&- $2>&-"; supervisor=$3; shift 3
+exec 3<&"$1" 4>&"$2" 8<&"$3" 9<&"$4"; eval "exec $1<&- $2>&- $3<&- $4<&-"; shift 4
 TMPDIR=/dev; umask 022; session= reserved= missing=()
 say() { printf '%s\0' "$1"; }
 alone() { local all=(/proc/[0-9]*); (( ${#all[@]} == 1 )); }
@@ -53,8 +54,7 @@ end() {
 begin() { # session $1
   local name=$1 path; shift
   for path in {home}; do usable "$path" || folder "$path"; done 2>/dev/null
-  printf '%s\n' "session=$name" "$supervisor" >/dev/supervisor
-  ( printf 500 >/proc/self/oom_score_adj; exec "$@" </dev/supervisor 1>&2 6</dev/shell ) &
+  ( printf 500 >/proc/self/oom_score_adj; exec "$@" </proc/self/fd/8 1>&2 6<&9 7<<<"$name" 8<&- 9<&- ) &
   session=$!
   # Room for the verifier's files, out of the agent's reach: a full disk must not keep a rollout from its score.
   [[ -z $reserved ]] || return 0
@@ -159,9 +159,10 @@ SHELL_PROGRAM = (
 
 _SUPERVISOR = r"""
 exec 2>/dev/null
+read -r session <&7; exec 7<&-
 while IFS= read -r -d '' -u 3 frame; do
   [[ $frame == "start:$session:"* ]] || continue  # what a stopped shell or session had not read yet
-  bash -s 5>&1 2>/dev/null </dev/fd/6 6<&-
+  bash -s 5>&1 2>/dev/null </dev/fd/6 6<&-  # a file is read at once, a pipe byte by byte
   printf 'exit %s %s\0' "${frame#start:*:}" "$?" >&4
 done
 """
@@ -191,8 +192,6 @@ def supervisor_program(limits: Rlimits) -> str:
 
 def holder_program(files: Mapping[str, str], *, folders: Sequence[str], reserve_file: str, reserve_bytes: int) -> str:
     """The holder's text: it writes `files` first, and makes `folders` usable again before each session."""
-    # /dev of the holder is its own: the session has another. Bash reads a file at once, but a pipe byte by byte.
-    files = {**files, "/dev/shell": SHELL_PROGRAM}
     writes = [f"printf %s {shlex.quote(text)} >{shlex.quote(path)}" for path, text in files.items()]
     holder = _HOLDER.replace("{home}", shlex.join(folders))
     holder = holder.replace("{reserve_file}", shlex.quote(reserve_file)).replace("{reserve}", str(reserve_bytes))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from backtalk.errors import SandboxError
 from backtalk.sandboxes.base import SandboxFile, SandboxLimits
 from backtalk.sandboxes.cgroup import Cgroup
-from backtalk.sandboxes.exec_server import Rlimits, frames, holder_program, supervisor_program
+from backtalk.sandboxes.exec_server import SHELL_PROGRAM, Rlimits, frames, holder_program, supervisor_program
 from backtalk.sandboxes.layers import (
     FIXED_FILES,
     RESERVE_BYTES,
@@ -27,7 +27,7 @@ from backtalk.sandboxes.layers import (
     inner_argv,
     outer_argv,
 )
-from backtalk.sandboxes.pipes import FrameReader, PipePair, write_all
+from backtalk.sandboxes.pipes import FrameReader, PipePair, sealed_file, write_all
 from backtalk.sandboxes.probe import Machine
 from backtalk.sandboxes.seccomp import seccomp_program
 from backtalk.sandboxes.shell import START_TIMEOUT_S, STOP_TIMEOUT_S
@@ -200,47 +200,40 @@ class Holder:
 
 
 def _spawn(machine: Machine, limits: SandboxLimits, uid: int | None, pipes: _Pipes) -> subprocess.Popen[bytes]:
-    filter_fd = None
-    if (rules := seccomp_program()) is not None:
-        filter_fd = os.memfd_create("seccomp")
-        os.write(filter_fd, rules)
-        os.lseek(filter_fd, 0, os.SEEK_SET)
-    info_fd, inner_info_fd = pipes.info.theirs, os.dup(pipes.info.theirs)  # each bwrap closes its own for its child
-    by_rlimit = not machine.cgroups.memory
     rlimits = Rlimits(
         processes=limits.processes,
         file_kib=limits.disk_mb << 10,
-        memory_kib=limits.memory_mb << 10 if by_rlimit else 0,
+        memory_kib=0 if machine.cgroups.memory else limits.memory_mb << 10,
     )
     program = holder_program(
         FIXED_FILES, folders=SESSION_FOLDERS, reserve_file=RESERVE_FILE, reserve_bytes=RESERVE_BYTES
     )
-    holder = ["bash", "--norc", "--noprofile", "-c", program, "holder"]
-    holder += [str(pipes.commands.theirs), str(pipes.reports.theirs), supervisor_program(rlimits)]
-    passed = [
-        pipes.commands.theirs,
-        pipes.reports.theirs,
-        info_fd,
-        inner_info_fd,
-        *([filter_fd] if filter_fd is not None else []),
-    ]
-    try:
+    rules = seccomp_program()
+    with contextlib.ExitStack() as stack:
+
+        def passed(descriptor: int) -> int:
+            stack.callback(os.close, descriptor)
+            return descriptor
+
+        inner_info = passed(os.dup(pipes.info.theirs))  # each bwrap closes its own for its child
+        supervisor = passed(sealed_file(supervisor_program(rlimits).encode()))
+        shell = passed(sealed_file(SHELL_PROGRAM.encode()))
+        filter_fd = None if rules is None else passed(sealed_file(rules))
+        numbers = (pipes.commands.theirs, pipes.reports.theirs, supervisor, shell)
         return subprocess.Popen(
-            outer_argv(machine, limits, uid, info_fd=info_fd, filter_fd=filter_fd)
-            + holder
-            + inner_argv(machine, info_fd=inner_info_fd),
+            [
+                *outer_argv(machine, limits, uid, info_fd=pipes.info.theirs, filter_fd=filter_fd),
+                *("bash", "--norc", "--noprofile", "-c", program, "holder", *map(str, numbers)),
+                *inner_argv(machine, info_fd=inner_info),
+            ],
             stdin=pipes.requests.theirs,
             stdout=pipes.answers.theirs,
             stderr=pipes.output.theirs,
-            pass_fds=passed,
+            pass_fds=[*numbers, pipes.info.theirs, inner_info, *([] if filter_fd is None else [filter_fd])],
             env={"PATH": os.environ.get("PATH", "")},
             cwd="/",
             start_new_session=True,
         )
-    finally:
-        os.close(inner_info_fd)
-        if filter_fd is not None:
-            os.close(filter_fd)
 
 
 def _archive(files: Mapping[str, SandboxFile]) -> bytes:

@@ -44,6 +44,20 @@ class PipePair:
         return cls(ours, theirs)
 
 
+def sealed_file(content: bytes) -> int:
+    """A file in memory nobody can change any more, open at its beginning. It has no name.
+
+    Raises:
+        OSError: the kernel refuses.
+    """
+    descriptor = os.memfd_create("backtalk", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.write(descriptor, content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+    return descriptor
+
+
 class FrameReader:
     """Frames from a pipe, in order: bytes ended by `end`."""
 

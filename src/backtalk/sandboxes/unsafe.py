@@ -17,7 +17,6 @@ import itertools
 import os
 import posixpath
 import secrets
-import shlex
 import shutil
 import signal
 import stat
@@ -32,7 +31,7 @@ from types import MappingProxyType
 from backtalk.errors import ConfigError, SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, SandboxLimits
 from backtalk.sandboxes.exec_server import SHELL_PROGRAM, Rlimits, supervisor_program
-from backtalk.sandboxes.pipes import PipePair
+from backtalk.sandboxes.pipes import PipePair, sealed_file
 from backtalk.sandboxes.probe import probe
 from backtalk.sandboxes.shell import Session
 
@@ -60,10 +59,9 @@ class _Processes:
         home = self._folder / "home" / "agent"
         commands, reports = self.commands.theirs, self.reports.theirs
         program = supervisor_program(Rlimits(file_kib=self._limits.disk_mb << 10))
-        shell = self._folder / ".shell"
-        shell.write_text(SHELL_PROGRAM)
-        text = f"exec 3<&{commands} 4>&{reports} 6<{shlex.quote(str(shell))} {commands}<&- {reports}>&-\n"
-        text += f"session={name}\n{program}"
+        shell = sealed_file(SHELL_PROGRAM.encode())
+        text = f"exec 3<&{commands} 4>&{reports} 6<&{shell} 7<<<{name}\n"
+        text += f"exec {commands}<&- {reports}>&- {shell}<&-\n{program}"
         kept = {key: os.environ[key] for key in ("PATH",) if key in os.environ}
         env = {**kept, "HOME": str(home), "USER": "agent", "LANG": "C.UTF-8", "TZ": "UTC", "TERM": "dumb"}
         try:
@@ -72,13 +70,15 @@ class _Processes:
                 stdin=subprocess.PIPE,
                 stdout=self.output.theirs,
                 stderr=self.output.theirs,
-                pass_fds=(commands, reports),
+                pass_fds=(commands, reports, shell),
                 env={**env, _MARK: self._mark},
                 cwd=home,
                 start_new_session=True,
             )
         except OSError as error:
             raise SandboxError(f"bash could not be started: {error.strerror}") from error
+        finally:
+            os.close(shell)
         assert self._supervisor.stdin is not None
         self._supervisor.stdin.write(text.encode())
         self._supervisor.stdin.close()

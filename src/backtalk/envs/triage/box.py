@@ -36,7 +36,7 @@ class Box:
 
     def write(self, path: str, lines: list[str]) -> None:
         # A fixed time of last change: what `ls -l` prints must not depend on the day of the run.
-        mtime = 1_767_225_600 + self.random.randrange(200 * 86_400)
+        mtime = 1_704_067_200 + self.random.randrange(200 * 86_400)
         self.files[path] = SandboxFile("".join(line + "\n" for line in lines).encode(), mtime=mtime)
 
 

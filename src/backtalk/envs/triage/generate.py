@@ -69,7 +69,7 @@ def triage_tasks(*, split: Split, levels: Sequence[int], count: int, seed: int =
 
 
 def _script(text: str) -> SandboxFile:
-    return SandboxFile(text.encode(), mode=0o755, mtime=1_767_225_600)
+    return SandboxFile(text.encode(), mode=0o755, mtime=1_704_067_200)
 
 
 def _metadata(question: Question, kind: str, level: int) -> dict[str, object]:

@@ -211,7 +211,7 @@ def setting_in_archive(box: Box) -> Question:
             info = tarfile.TarInfo(f"{name}.conf")
             info.size, info.mtime, info.mode = len(content.content), content.mtime or 0, 0o644
             archive.addfile(info, io.BytesIO(content.content))
-    box.files["/var/backups/svc.tar"] = SandboxFile(buffer.getvalue(), mtime=1_767_225_600)
+    box.files["/var/backups/svc.tar"] = SandboxFile(buffer.getvalue(), mtime=1_704_067_200)
     for name in box.services:
         del box.files[config_path(name)]
     box.write("/etc/svc/README", ["configs are in /var/backups/svc.tar"])
