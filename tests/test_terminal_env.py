@@ -350,7 +350,7 @@ async def test_a_triage_task_costs_few_calls_and_its_solution_earns_the_reward(b
         counting = Counting(sandbox)
         env = TerminalEnv(task, counting, CONFIG)
         await env.reset()
-        assert counting.calls == ["put"]
+        assert counting.calls == ["put", "exec"]  # the exec dates the folders
         counting.calls.clear()
         await env.step(submit(str(task.metadata["answer"])))
         assert await env.score() == 1.0

@@ -28,7 +28,7 @@ EXTENSIONS = "txt md csv py log cfg".split()
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A task, what the explorer types, and its answer. ``ordinary`` sessions are not triage; ``right`` is the answer."""
+    """A task, what the explorer types, its answer, and whether that is right. ``ordinary`` sessions are not triage."""
 
     task: Task
     commands: tuple[str, ...]

@@ -188,7 +188,7 @@ async def open_terminal_env(task: Task, backend: SandboxBackend, config: Termina
 
 
 def _date_folders(task: Task) -> list[str]:
-    """Give the folders of dated files a date too, or `ls -l` would tell the hour of the run and no run be repeatable."""
+    """Date the folders of dated files too; else `ls -l` would tell the hour of the run, and no run be repeatable."""
     dates = {path: file.mtime for path, file in task.files.items() if file.mtime is not None}
     folders = sorted({str(folder) for path in dates for folder in PurePosixPath(path).parents} - {"/"})
     if not folders:

@@ -28,7 +28,9 @@ def local_sandbox(choice: Literal["auto", "bubblewrap", "unsafe"] = "auto") -> S
     match choice:
         case "auto" | "bubblewrap":
             from backtalk.sandboxes.bubblewrap import BubblewrapBackend
+            from backtalk.sandboxes.sweep import sweep
 
+            sweep()
             return BubblewrapBackend()
         case "unsafe":
             from backtalk.sandboxes.unsafe import UnsafeBackend
