@@ -26,7 +26,8 @@ os._exit(0)
 
 
 def leave_behind(folder: Path, mark: str) -> int:
-    program = folder / "bwrap"
+    program = folder / mark / "bwrap"
+    program.parent.mkdir()
     shutil.copy(shutil.which("sleep") or "/bin/sleep", program)
     done = subprocess.run(
         [sys.executable, "-c", _LEAVE, str(program), mark], capture_output=True, text=True, check=True
