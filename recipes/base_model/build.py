@@ -1,6 +1,6 @@
 """Make the embedded base model: record explorers, train a tokenizer, train a small transformer.
 
-    python recipes/base_model/build.py          # about 30 minutes on 2 cores
+    python recipes/base_model/build.py          # about half an hour on 2 cores
 
 What it has seen, and why: ordinary shell sessions in other people's home folders, learned on every token
 (what is typed and what comes back), so that it knows both halves of the conversation; and middling attempts
@@ -52,8 +52,8 @@ class Recipe:
     vocab_size: int = 1536
     hidden_size: int = 128
     layers: int = 4
-    drill_minutes: float = 4.0
-    minutes: float = 12.0
+    drill_steps: int = 350
+    steps: int = 1340
     learning_rate: float = 3e-3
     batch_tokens: int = 4_000
     seed: int = 0
@@ -147,7 +147,7 @@ def mixed(sessions: Iterator[tuple[Tensor, Tensor]], drill: Iterator[tuple[Tenso
 
 
 def train(
-    model: LlamaForCausalLM, data: Iterator[tuple[Tensor, Tensor]], minutes: float, rate: float, *, cool: bool
+    model: LlamaForCausalLM, data: Iterator[tuple[Tensor, Tensor]], steps: int, rate: float, *, cool: bool
 ) -> None:
     """Muon for the matrices, AdamW for the rest. With ``cool`` the rate falls to 0 over the last part."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
@@ -157,11 +157,9 @@ def train(
         torch.optim.AdamW(others, lr=rate, weight_decay=0.01, betas=(0.9, 0.95)),
     ]
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    began, seen = time.monotonic(), 0
-    for step, (ids, learned) in enumerate(data):
-        done = (time.monotonic() - began) / (60 * minutes)
-        if done >= 1:
-            break
+    seen = 0
+    for step, (ids, learned) in enumerate(itertools.islice(data, steps)):
+        done = step / steps
         for optimizer, full in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = full * min((step + 1) / 20, 1.0, (1 - done) / 0.6 if cool else 1.0)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -202,7 +200,7 @@ def new_model(recipe: Recipe, vocab_size: int, work: Path) -> LlamaForCausalLM:
         model.load_state_dict(torch.load(drilled))
     else:
         data = drill_batches(vocab_size, recipe.batch_tokens, Random(recipe.seed))
-        train(model, data, recipe.drill_minutes, recipe.learning_rate, cool=False)
+        train(model, data, recipe.drill_steps, recipe.learning_rate, cool=False)
         torch.save(model.state_dict(), drilled)
     return model
 
@@ -255,7 +253,7 @@ def main() -> None:
         batches(pairs, recipe.batch_tokens, Random(recipe.seed)),
         drill_batches(len(tokenizer), recipe.batch_tokens, Random(recipe.seed), first=400),
     )
-    train(model, data, recipe.minutes, recipe.learning_rate, cool=True)
+    train(model, data, recipe.steps, recipe.learning_rate, cool=True)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     save(model, tokenizer, recipe, out / "base_model")
     held_out = [to_trajectory(session, renderer) for session in read(work / "held_out.jsonl")]
