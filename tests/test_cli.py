@@ -15,6 +15,8 @@ import pytest
 
 from backtalk import __version__
 from backtalk.cli import explain, main
+from backtalk.envs import load_tasks
+from backtalk.envs.base import Split
 from backtalk.errors import ConfigError, DataError
 from tiny import tiny_model_dir
 
@@ -149,10 +151,12 @@ def test_debug_shows_the_traceback_wherever_it_stands(backtalk: Run, tmp_path: P
 
 
 def test_tasks_are_written_as_folders(backtalk: Run, tmp_path: Path) -> None:
-    result = backtalk("tasks", "write", "out", "--count", "2", "--level", "1")
+    result = backtalk("tasks", "write", "out", "--count", "5", "--level", "1")
     assert result.exit_code == 0, result.err
     folders = sorted((tmp_path / "out").iterdir())
-    assert len(folders) == 2
+    assert len(folders) == 5
+    splits = [len(load_tasks("out", split=split, count=9)) for split in (Split.TRAIN, Split.HELD_OUT)]
+    assert splits == [4, 1]  # a training on them has something to measure on
     for folder in folders:
         assert (folder / "instruction.md").read_text().strip()
         assert (folder / "tests" / "test.sh").is_file()

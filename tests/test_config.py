@@ -114,3 +114,20 @@ def test_a_missing_file_names_the_presets(tmp_path: Path) -> None:
 
 def test_defaults_are_valid() -> None:
     assert TrainConfig().steps > 0
+
+
+def test_a_file_that_is_no_text_and_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"binary.yaml is not text.*UTF-8"):
+        load_config(tmp_path / "binary.yaml")
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(ConfigError, match="without an end"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_nan_is_no_number() -> None:
+    with pytest.raises(ConfigError, match="temperature=nan is not a number"):
+        load_config("triage", ["temperature=.nan"])
+    with pytest.raises(ConfigError, match="command_timeout_s='nan' is not a number"):
+        load_config("triage", ["terminal.command_timeout_s=nan"])

@@ -446,6 +446,16 @@ def test_a_template_without_tool_messages_hears_them_as_a_user() -> None:
     assert text_of(r, seen) == "\n<|im_start|>user\ntotal 12<|im_end|>\n<|im_start|>assistant\n"
 
 
+def test_a_template_that_writes_what_tools_say_as_json_hears_it_as_a_user() -> None:
+    # Llama 3's does: the history would hold what the world said with its line ends and quotes escaped.
+    said = CHAT_TEMPLATE.replace("m.content", "(m.content | tojson if m.role == 'tool' else m.content)")
+    said = said.replace("m['content']", "(m['content'] | tojson if m['role'] == 'tool' else m['content'])")
+    assert said != CHAT_TEMPLATE
+    r = Renderer(wrapping_tokenizer(said), TOOLS)
+    seen = r.render_observation((message("tool", ('a "b"\n', ENV)),), turn=0, tool="bash", closed=True)
+    assert text_of(r, seen) == '\n<|im_start|>user\na "b"\n<|im_end|>\n<|im_start|>assistant\n'
+
+
 REWRITING = CHAT_TEMPLATE.replace("'<|im_start|>' +", "(messages|length)|string + '<|im_start|>' +")
 FORGETTING = CHAT_TEMPLATE.replace("in messages %}", "in messages[-2:] %}")
 ENDLESS = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}{{ 'assistant: ' }}"
@@ -456,7 +466,7 @@ TWICE = CHAT_TEMPLATE + "{{ messages[0].content }}"
     ("template", "problem"),
     [
         (REWRITING, "rewrites earlier turns"),
-        (FORGETTING, "drops or reorders a 'user' message"),
+        (FORGETTING, "drops, rewrites or reorders a 'user' message"),
         (ENDLESS, "does not begin with a control token"),
         (TWICE, "twice"),
         (None, "cannot render"),

@@ -245,3 +245,19 @@ def test_config_round_trips_and_a_folder_without_it_is_no_run(tmp_path: Path) ->
     assert log.read_config() == {"seed": 3, "engine": {"learning_rate": 1e-4, "model": "base"}}
     with pytest.raises(DataError, match="has not finished a step yet"):
         log.read_groups(0)
+
+
+@pytest.mark.parametrize("content", [b"", b"[", b"- 1\n", b"foo: 1\n", b"\xff\xfe\x00"])
+def test_settings_that_no_training_wrote_are_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(DataError, match=r"(?s)config.yaml (is not YAML|does not hold).*put back what"):
+        RunLog(tmp_path).read_config()
+
+
+def test_a_line_without_a_step_is_named(tmp_path: Path) -> None:
+    log = RunLog(tmp_path)
+    log.write_metrics(0, {"reward": 1.0})
+    with log.metrics_path.open("a") as file:
+        file.write('{"reward": 2.0}\n')
+    with pytest.raises(DataError, match="line 2 is not the metrics of a step"):
+        log.read_metrics()

@@ -114,6 +114,7 @@ def test_the_demo_is_two_arms_that_differ_in_the_world_term_alone() -> None:
     ("text", "said"),
     [
         ("arms: {a: {}}\nseed: 3\n", r"unknown keys \['seed'\]"),
+        ("base: triage\nsteps: 3\n", r"is a run, not a study; start it with: backtalk train"),
         ("base: triage\n", "needs arms"),
         ("arms: {a: {}}\nseeds: []\n", "0 seeds"),
         ("arms: {a: {}}\nseeds: [1, 1]\n", "a seed twice"),
@@ -222,13 +223,13 @@ def test_runs_do_not_outlive_a_study_that_is_killed(model: Path, tmp_path: Path)
     command = [sys.executable, "-m", "backtalk.cli", "study", str(path), "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: any(tmp_path.glob("out/*/metrics.jsonl")), 60)
+        wait_until(lambda: any(tmp_path.glob("out/*/metrics.jsonl")), 180)
         runs = children(process.pid)
         assert runs
     finally:
         process.kill()
         process.wait()
-    wait_until(lambda: not any(map(is_alive, runs)), 30)
+    wait_until(lambda: not any(map(is_alive, runs)), 60)
 
 
 def wait_until(condition: Any, seconds: float) -> None:

@@ -355,3 +355,15 @@ async def test_a_triage_task_costs_few_calls_and_its_solution_earns_the_reward(b
         await env.step(submit(str(task.metadata["answer"])))
         assert await env.score() == 1.0
         assert counting.calls == ["restart", "put", "exec", "get", "get"]
+
+
+async def test_what_ls_tells_of_a_dated_task_is_the_same_on_every_day(backend: SandboxBackend) -> None:
+    """Or no run could be repeated: the agent's home is made when the sandbox is, whether files lie in it or not."""
+    files = {
+        "/etc/svc/a.conf": SandboxFile(b"x", mtime=1_704_067_200),
+        "/srv/b": SandboxFile(b"y", mtime=1_704_070_800),
+    }
+    async with open_terminal_env(task_of(RIGHT_ANSWER, files=files), backend, CONFIG) as env:
+        await env.reset()
+        said = await parts_of(env, "stat -c %Y /home /home/agent /etc/svc /srv /etc/svc/a.conf")
+        assert said == [("1704070800\n" * 4 + "1704067200\n", OUT)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import random
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -454,3 +456,24 @@ async def test_on_a_gpu_in_bfloat16(model_dir: Path, tmp_path: Path) -> None:
     await engine.train_step(samples, BOTH)
     engine.load(tmp_path / "checkpoint")
     assert torch.equal(weights(engine), before)
+
+
+def test_weights_that_are_cut_off_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_dir, tmp_path / "cut"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(ConfigError, match=r"cannot be loaded as a causal language model.*cut off"):
+        make_engine(folder)
+    engine = make_engine(model_dir)
+    engine.save(tmp_path / "checkpoint")
+    shutil.copy(weights, tmp_path / "checkpoint" / "model")
+    with pytest.raises(DataError, match=r"does not fit.*cut off"):
+        engine.load(tmp_path / "checkpoint")
+
+
+def test_a_name_without_a_network_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://127.0.0.1:9")  # nobody listens there
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    with pytest.raises(ConfigError, match=r"nobody/nothing.*127.0.0.1 cannot be reached.*pass a folder"):
+        TorchEngine(TorchConfig(model="nobody/nothing"))

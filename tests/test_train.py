@@ -287,6 +287,20 @@ async def test_a_folder_with_another_run_is_not_written_over(
         await train(tiny_config(model, sandbox, group_size=2), whole[0], resume=True)
     with pytest.raises(DataError, match="not a run folder"):
         await train(config, tmp_path / "absent", resume=True)
+    with pytest.raises(ConfigError, match="has done 4 steps already, more than steps=3"):
+        await train(tiny_config(model, sandbox, steps=3), whole[0], resume=True)
+    assert RunLog(whole[0]).evaluation_steps() == [0, 4]
+
+
+async def test_a_run_without_its_checkpoint_is_not_begun_again(
+    config: TrainConfig, model: Path, sandbox: str, whole: tuple[Path, list[Event]], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    RunLog(folder).write_config(config_to_dict(replace(config, checkpoint_every=3)))
+    shutil.rmtree(folder / "checkpoint")
+    with pytest.raises(DataError, match="4 steps on record and its checkpoint is gone"):
+        await train(config, folder, resume=True)
+    assert comparable(folder) == comparable(whole[0])
 
 
 # ---------------------------------------------------------------- what cannot work
@@ -305,12 +319,18 @@ async def test_a_world_in_which_nothing_works_stops_the_run(model: Path, sandbox
     broken = {"test.sh": SandboxFile(b"true\n")}
     for task in load_tasks("triage", split=Split.TRAIN, count=3, levels=(1,)):
         write_harbor_task(replace(task, tests=broken), tmp_path / "tasks" / task.id)
-    config = tiny_config(model, sandbox, **{"tasks.source": str(tmp_path / "tasks"), "evaluation.tasks": 0})
+    source = {"tasks.source": str(tmp_path / "tasks")}
+    config = tiny_config(model, sandbox, **source, **{"evaluation.tasks": 0})
     with pytest.raises(
         InfrastructureError, match=r"all 6 rollouts of step 0 failed, the first at score.*VerifierError"
     ):
         await train(config, tmp_path / "run")
     assert RunLog(tmp_path / "run").read_metrics() == []
+    for task in load_tasks("triage", split=Split.HELD_OUT, count=2, levels=(1,)):
+        write_harbor_task(replace(task, tests=broken), tmp_path / "tasks" / task.id)
+    with pytest.raises(InfrastructureError, match="all 4 rollouts of the held-out measurement failed"):
+        await train(tiny_config(model, sandbox, **source), tmp_path / "other")
+    assert RunLog(tmp_path / "other").evaluation_steps() == []  # a resume measures anew
 
 
 async def test_too_few_tasks_for_a_step_are_refused(model: Path, sandbox: str, tmp_path: Path) -> None:

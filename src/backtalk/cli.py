@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -212,7 +213,7 @@ def show(
     step: Annotated[int | None, typer.Option(min=0, help="Training step, from 0. Without it: the last.")] = None,
     task: Annotated[str | None, typer.Option(help="Id of the task, instead of --group.")] = None,
     group: Annotated[int, typer.Option(min=0, help="Which task of the step, from 0.")] = 0,
-    index: Annotated[int, typer.Option(min=0, help="Which attempt at the task, from 0.")] = 0,
+    index: Annotated[int, typer.Option(min=0, help="Which attempt (sample) at the task, from 0.")] = 0,
     evaluation: Annotated[
         bool, typer.Option("--evaluation", help="The held-out measurement before that step instead of the step.")
     ] = False,
@@ -305,9 +306,9 @@ def doctor() -> None:
 @tasks_app.command("write")
 def tasks_write(
     folder: Annotated[Path, typer.Argument(help="Where to write; each task becomes a folder in it.")],
-    count: Annotated[int, typer.Option(min=1, help="How many tasks.")] = 8,
+    count: Annotated[int, typer.Option(min=1, help="How many tasks.")] = 10,
     levels: Annotated[list[int] | None, typer.Option("--level", help="Difficulty; may be given many times.")] = None,
-    split: Annotated[str, typer.Option(help="train or held_out.")] = "train",
+    split: Annotated[str, typer.Option(help="train, held_out, or both: four to one.")] = "both",
     seed: Annotated[int, typer.Option(help="Other seeds give other tasks.")] = 0,
 ) -> None:
     """Write triage tasks as folders in the Harbor format: to look at, to change, or to run elsewhere."""
@@ -315,9 +316,16 @@ def tasks_write(
     from backtalk.envs.base import Split
     from backtalk.envs.harbor import write_harbor_task
 
-    if split not in set(Split):
-        raise ConfigError(f"--split {split} is unknown; use {' or '.join(Split)}")
-    for task in load_tasks("triage", split=Split(split), count=count, levels=tuple(levels or (1, 2)), seed=seed):
+    match split:
+        case "both":  # a training needs some of each
+            counts = {Split.TRAIN: count - count // 5, Split.HELD_OUT: count // 5}
+        case Split.TRAIN | Split.HELD_OUT:
+            counts = {Split(split): count}
+        case _:
+            raise ConfigError(f"--split {split} is unknown; use {', '.join(Split)} or both")
+    wanted = tuple(levels or (1, 2))
+    tasks = [load_tasks("triage", split=part, count=n, levels=wanted, seed=seed) for part, n in counts.items() if n]
+    for task in chain.from_iterable(tasks):
         target = folder / task.id.replace("/", "-")
         if target.exists():
             raise ConfigError(f"{target} is there already; choose another folder, or remove it")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,8 @@ from backtalk.objective import ObjectiveConfig
 from backtalk.rollout import RolloutLimits
 
 T = TypeVar("T")
+
+MAX_BASES = 20  # files in a chain of ``base``: more are a circle
 
 # Fields of the settings below that a run does not offer: they follow from others (see _derived), or stay as they are.
 NOT_OFFERED = frozenset(
@@ -158,17 +161,22 @@ def setting_keys(kind: Any = TrainConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def read_settings(source: str | Path, folder: Path | None = None) -> dict[str, Any]:
+def read_settings(source: str | Path, folder: Path | None = None, above: Sequence[str] = ()) -> dict[str, Any]:
     """A YAML file or preset as nested data, with its ``base`` filled in beneath it.
 
-    A relative path is looked for in ``folder`` first.
+    A relative path is looked for in ``folder`` first. ``above`` are the files that led here.
     """
+    if len(above) > MAX_BASES:
+        raise ConfigError(
+            f"{above[0]} leads over base: to {', '.join(above[1:4])} and so on without an end; "
+            "let one of them have no base, or a preset"
+        )
     beside = folder / source if folder is not None else None
     tree, folder = read_yaml(beside if beside is not None and beside.is_file() else source)
     if "arms" in tree:
         raise ConfigError(f"{source} is a study, not a run; start it with: backtalk study {source}")
     base = tree.pop("base", None)
-    return tree if base is None else _merge(read_settings(str(base), folder), tree)
+    return tree if base is None else _merge(read_settings(str(base), folder, [*above, str(source)]), tree)
 
 
 def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
@@ -214,7 +222,10 @@ def read_yaml(source: str | Path) -> tuple[dict[str, Any], Path | None]:
     if path.suffix not in (".yaml", ".yml") and preset.is_file():
         return _parse_yaml(preset.read_text(), f"preset {source}"), None
     if path.is_file():
-        return _parse_yaml(path.read_text(), str(path)), path.parent
+        try:
+            return _parse_yaml(path.read_text("utf-8"), str(path)), path.parent
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path} is not text ({error}); pass a YAML file of settings, in UTF-8") from error
     near = difflib.get_close_matches(str(source), preset_names(), n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise ConfigError(
@@ -341,9 +352,11 @@ def _scalar(key: str, hint: Any, value: Any) -> Any:
         return value
     if hint is float and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-4, without a dot, as text
-            return float(value)
+            number = float(value)
         except (TypeError, ValueError):
-            pass
+            number = math.nan
+        if not math.isnan(number):  # which passes every check for a bound
+            return number
     raise ConfigError(f"{key}={value!r} is not {wanted}")
 
 

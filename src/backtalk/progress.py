@@ -201,7 +201,7 @@ def evaluation_line(evaluation: Evaluation) -> str:
     words = [
         f"held out, after {evaluation.step} steps:",
         f"pass@1 {interval_text(evaluation.pass_at_1)}",
-        f"pass@{evaluation.samples_per_task} {interval_text(evaluation.pass_at_k)}",
+        *([f"pass@{k} {interval_text(evaluation.pass_at_k)}"] if (k := evaluation.samples_per_task) > 1 else []),
         f"env CE {interval_text(evaluation.env_ce_recorded)} recorded, {interval_text(evaluation.env_ce_own)} own",
     ]
     if evaluation.no_reward:

@@ -262,7 +262,8 @@ class Renderer:
 
     def _literals(self, roles: Sequence[str], *, generation_prompt: bool = True) -> list[str]:
         """What the template writes before, between and after the bodies of a conversation."""
-        bodies = [f"\ue000{number}\ue001" for number in range(len(roles))]  # private-use characters: nobody trims them
+        # Private-use characters at the edges, which nobody trims; between them what JSON or HTML would write otherwise.
+        bodies = [f'\ue000{number}\n"\\<&\ue001' for number in range(len(roles))]
         conversation = [{"role": role, "content": body} for role, body in zip(roles, bodies, strict=True)]
         try:
             rest = self.tokenizer.apply_chat_template(
@@ -278,7 +279,7 @@ class Renderer:
         for body, role in zip(bodies, roles, strict=True):
             before, found, rest = rest.partition(body)
             if not found:
-                raise RenderError(f"the chat template drops or reorders a {role!r} message in {list(roles)}")
+                raise RenderError(f"the chat template drops, rewrites or reorders a {role!r} message in {list(roles)}")
             literals.append(before)
         if any(body in literal for literal in (*literals, rest) for body in bodies):
             raise RenderError(f"the chat template writes a message of {list(roles)} twice")

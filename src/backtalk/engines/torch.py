@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from backtalk.engines import torch_checkpoint as checkpoints
@@ -298,7 +299,7 @@ class TorchEngine:
             else:
                 load_adapter(self._peft, folder / "adapter")
             self._optimizer.load_state_dict(training)
-        except (ConfigError, OSError, RuntimeError, ValueError, KeyError) as error:
+        except (ConfigError, OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
             raise DataError(
                 f"checkpoint {folder} does not fit model={self.config.model!r}, dtype={self._dtype}: {error}"
             ) from error

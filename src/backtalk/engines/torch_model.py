@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import nn
@@ -15,6 +18,7 @@ from torch import nn
 from backtalk.errors import ConfigError
 
 BASE_MODEL = "base"
+HUB_TIMEOUT_S = 10.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -42,7 +46,7 @@ def model_location(model: str) -> str:
     """A folder, or the name that transformers looks up.
 
     Raises:
-        ConfigError: the embedded model is not installed, or a path that does not exist.
+        ConfigError: the embedded model is not installed, a path that does not exist, or a name and no network.
     """
     if model == BASE_MODEL:
         folder = Path(str(resources.files("backtalk"))) / "assets" / "base_model"
@@ -59,18 +63,44 @@ def model_location(model: str) -> str:
         return str(path)
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ConfigError(f"model={model!r} does not exist; pass an existing folder, a Hugging Face name, or 'base'")
+    _check_reach(model)
     return model
+
+
+def _check_reach(name: str) -> None:
+    """Say at once that a model can be had from nowhere: the hub's own client tries again for a minute."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+    except ValueError:  # no name the hub could have; it says why better than we could
+        return
+    hub = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or getproxies() or hub.hostname is None:
+        return
+    try:
+        socket.create_connection((hub.hostname, hub.port or 443), timeout=HUB_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"model={name!r} is no folder and not in this machine's cache, and {hub.hostname} cannot be reached "
+            f"({error}); pass a folder that holds a model, or 'base' for the embedded one"
+        ) from error
 
 
 def load_model(location: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The model in eval mode with every dropout at 0, so that a token has one probability."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     with quiet_transformers():
         try:
             model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model {location!r} cannot be loaded as a causal language model: {error}") from error
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise ConfigError(
+                f"model {location!r} cannot be loaded as a causal language model: {error}; its files may be cut off or "
+                "of another kind, so fetch or save it again, or pass another model"
+            ) from error
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -87,7 +117,9 @@ def load_tokenizer(location: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(location)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"the tokenizer of {location!r} cannot be loaded: {error}") from error
+        raise ConfigError(
+            f"the tokenizer of {location!r} cannot be loaded: {error}; pass a model that has one beside it"
+        ) from error
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -190,9 +190,10 @@ async def open_terminal_env(task: Task, backend: SandboxBackend, config: Termina
 def _date_folders(task: Task) -> list[str]:
     """Date the folders of dated files too; else `ls -l` would tell the hour of the run, and no run be repeatable."""
     dates = {path: file.mtime for path, file in task.files.items() if file.mtime is not None}
-    folders = sorted({str(folder) for path in dates for folder in PurePosixPath(path).parents} - {"/"})
-    if not folders:
+    if not dates:
         return []
+    parents = {str(folder) for path in dates for folder in PurePosixPath(path).parents}
+    folders = sorted((parents | {HOME, posixpath.dirname(HOME)}) - {"/"})
     return [f"touch -c -d @{max(dates.values())} -- {shlex.join(folders)} 2>/dev/null || true"]
 
 

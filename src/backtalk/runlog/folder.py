@@ -85,7 +85,7 @@ class RunLog:
     # reading
 
     def read_config(self) -> dict[str, Any]:
-        """Raises DataError when the folder is no run."""
+        """Raises DataError when the folder is no run, or its config.yaml is not what a training wrote."""
         import yaml
 
         if not self.config_path.is_file():
@@ -93,10 +93,21 @@ class RunLog:
                 f"{self.folder} is not a run folder: it has no config.yaml; pass the folder that a training wrote"
             )
         with readable(self.config_path):
-            return yaml.safe_load(self.config_path.read_text())
+            content = self.config_path.read_bytes()
+        try:
+            tree = yaml.safe_load(content)
+        except (yaml.YAMLError, ValueError) as error:
+            raise DataError(f"{self.config_path} is not YAML ({error}); put back what the training wrote") from error
+        if not isinstance(tree, dict) or "engine" not in tree:
+            raise DataError(f"{self.config_path} does not hold the settings of a run; put back what the training wrote")
+        return tree
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        return read_lines(self.metrics_path) if self.metrics_path.exists() else []
+        rows = read_lines(self.metrics_path) if self.metrics_path.exists() else []
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise DataError(f"{self.metrics_path}, line {number} is not the metrics of a step; remove that line")
+        return rows
 
     def last_step(self) -> int:
         """The last step whose metrics are written; -1 where there is none."""

@@ -48,6 +48,7 @@ end() {
   until alone; do
     (( SECONDS > until_s )) && return 1
     kill -KILL -- -1 2>/dev/null
+    ( : )  # bash can miss that an orphan ended; when it waits for a child of its own it looks at all of them
   done
   return 0
 }

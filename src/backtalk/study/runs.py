@@ -27,6 +27,7 @@ from backtalk.config import (
     read_settings,
     read_yaml,
     set_dotted,
+    setting_keys,
 )
 from backtalk.errors import BacktalkError, ConfigError
 from backtalk.runlog import RunLog
@@ -104,6 +105,8 @@ def load_study(source: str | Path, *, seeds: Sequence[int] | None = None, overri
         ConfigError: no such file, unknown keys, or settings that no run could have.
     """
     tree, folder = read_yaml(source)
+    if "arms" not in tree and tree.keys() & {key.partition(".")[0] for key in setting_keys()}:
+        raise ConfigError(f"{source} is a run, not a study; start it with: backtalk train {source}")
     known = {"name", "base", "seeds", "settings", "arms"}
     if unknown := sorted(tree.keys() - known):
         raise ConfigError(f"unknown keys {unknown} in study {source}; a study has {', '.join(sorted(known))}")

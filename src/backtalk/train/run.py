@@ -145,6 +145,16 @@ def _claim(log: RunLog, config: TrainConfig, resume: bool) -> None:
         )
 
 
+def _check_world(groups: Sequence[TrajectoryGroup], what: str) -> None:
+    """Raises InfrastructureError where every rollout failed: then the world is broken, not a task."""
+    failures = [t.failure for group in groups for t in group]
+    if first := all(failures) and failures[0]:
+        raise InfrastructureError(
+            f"all {len(failures)} rollouts of {what} failed, the first at {first.where} with {first.error}: "
+            f"{first.message}; `backtalk doctor` says what this machine lacks. Continue with --resume once it works"
+        )
+
+
 def _has_checkpoint(folder: Path) -> bool:
     try:
         find_checkpoint(folder)
@@ -189,13 +199,7 @@ class Run:
             group_size=config.group_size,
             key=f"train/{step}",
         )
-        failures = [t.failure for group in groups for t in group]
-        if first := all(failures) and failures[0]:
-            raise InfrastructureError(
-                f"all {len(failures)} rollouts of step {step} failed, the first at {first.where} with "
-                f"{first.error}: {first.message}; `backtalk doctor` says what this machine lacks. "
-                "Continue with --resume once it works"
-            )
+        _check_world(groups, f"step {step}")
         return groups, time.monotonic() - started
 
     async def learn(
@@ -213,9 +217,13 @@ class Run:
         return metrics
 
     async def evaluate(self, step: int) -> tuple[Evaluation, list[TrajectoryGroup]]:
-        """Measure the policy as it stands. The random numbers are the same at every step."""
+        """Measure the policy as it stands. The random numbers are the same at every step.
+
+        Raises:
+            InfrastructureError: not one rollout came through.
+        """
         config = self.config.evaluation
-        return await evaluate(
+        evaluation, groups = await evaluate(
             self.engine,
             self.held_out,
             self._counted("evaluation", step, len(self.held_out) * config.samples_per_task),
@@ -226,6 +234,8 @@ class Run:
             recorded=self.recorded,
             step=step,
         )
+        _check_world(groups, "the held-out measurement")
+        return evaluation, groups
 
     async def evaluate_if_due(self, step: int, log: RunLog) -> None:
         """Before the first step, after the last, and at every ``evaluation.every`` between."""
@@ -238,10 +248,25 @@ class Run:
         self.tell(EvaluationDone(evaluation))
 
     def restore(self, log: RunLog) -> int:
-        """Go back to the last checkpoint and forget what came after it; returns the step to begin with."""
+        """Go back to the last checkpoint and forget what came after it; returns the step to begin with.
+
+        Raises:
+            DataError: the checkpoint is damaged, or gone.
+            ConfigError: the run has done more steps than it is asked for.
+        """
         if _has_checkpoint(log.checkpoint_path):
             self.engine.load(log.checkpoint_path)
+        elif log.last_step() >= log.read_config()["checkpoint_every"]:  # by then there was one
+            raise DataError(
+                f"{log.folder} has {log.last_step() + 1} steps on record and its checkpoint is gone, so resuming would "
+                f"forget them; put {log.checkpoint_path} back, or start a new folder"
+            )
         first = self.saved_step = self.engine.policy_version
+        if first > self.config.steps:
+            raise ConfigError(
+                f"the run in {log.folder} has done {first} steps already, more than steps={self.config.steps}; "
+                f"use steps >= {first}, or start a new folder"
+            )
         log.truncate_after(first - 1)
         return first
 

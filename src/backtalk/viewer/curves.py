@@ -8,7 +8,12 @@ from typing import Any
 
 Rows = Sequence[Mapping[str, Any]]
 
-ROLE_METRICS = {"action_tokens": "action", "env_output_tokens": "env output", "warning_tokens": "warning"}
+# Metric: (label, colour); the colours are those that tokens of the role have on the page.
+ROLE_METRICS = {
+    "action_tokens": ("action", "#4ac26b"),
+    "env_output_tokens": ("env output", "#54aeff"),
+    "warning_tokens": ("warning", "#d4a72c"),
+}
 
 
 def run_curves(metrics: Rows, evaluations: Mapping[int, Mapping[str, Any]]) -> bytes:
@@ -17,23 +22,26 @@ def run_curves(metrics: Rows, evaluations: Mapping[int, Mapping[str, Any]]) -> b
     (reward, ce, norm), (tokens, seconds, behaviour) = axes
     steps = [row["step"] for row in metrics]
     _line(reward, metrics, "reward", "reward of the step")
-    _line(reward, metrics, "solved", "solved")
+    _line(reward, metrics, "solved", "share solved", dashed=True)  # often the same numbers: both must be seen
     _points(reward, evaluations, "pass_at_1", "held-out pass@1")
     reward.set(title="reward", ylim=(-0.02, 1.02))
-    _line(ce, metrics, "env_output_ce", "own rollouts")
+    _line(ce, metrics, "env_output_ce", "training rollouts")
     _points(ce, evaluations, "env_ce_recorded", "held-out, recorded")
     _points(ce, evaluations, "env_ce_own", "held-out, own")
     ce.set(title="env-output cross-entropy, nats/token", ylim=(0, None))
     for name in ("grad_norm", "grad_norm_policy", "grad_norm_world"):
         _line(norm, metrics, name, name.replace("_", " "))
     norm.set(title="gradient norm before clipping", ylim=(0, None))
-    stack(tokens, steps, {label: _column(metrics, name) for name, label in ROLE_METRICS.items()})
+    columns = {label: _column(metrics, name) for name, (label, _) in ROLE_METRICS.items()}
+    stack(tokens, steps, columns, [color for _, color in ROLE_METRICS.values()])
     tokens.set(title="tokens a step, by role")
-    stack(seconds, steps, _time_parts(metrics))
+    stack(seconds, steps, _time_parts(metrics), ["#8250df", "#bf8700", "#8c959f"])
     seconds.set(title="seconds a step")
     for name, label in (("num_turns", "turns"), ("invalid_calls", "invalid calls"), ("command_timeouts", "time-outs")):
         _line(behaviour, metrics, name, label)
-    behaviour.set(title="per rollout", ylim=(0, None))
+    behaviour.set(title="per rollout, on average", ylim=(0, None))
+    for axis in (tokens, seconds, behaviour):
+        axis.set_xlabel("training step", fontsize=8)
     return finish(figure)
 
 
@@ -54,21 +62,23 @@ def finish(figure: Any) -> bytes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontsize(10)
         axis.tick_params(labelsize=8)
+        axis.xaxis.get_major_locator().set_params(integer=True)  # there is no step and a half
         if axis.get_legend_handles_labels()[1]:
-            axis.legend(fontsize=7, frameon=False)
+            axis.legend(fontsize=7, framealpha=0.85, edgecolor="none")
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
     return out.getvalue()
 
 
-def stack(axis: Any, steps: Sequence[int], parts: Mapping[str, Sequence[float]]) -> None:
+def stack(axis: Any, steps: Sequence[int], parts: Mapping[str, Sequence[float]], colors: Sequence[str]) -> None:
     """Stacked areas; a single step is drawn as a bar, because an area over one point is invisible."""
     if len(steps) > 1:
-        axis.stackplot(steps, *parts.values(), labels=list(parts), alpha=0.8)
+        axis.stackplot(steps, *parts.values(), labels=list(parts), colors=colors, alpha=0.8)
+        axis.margins(y=0.25)  # room for the legend above
         return
     bottom = 0.0
-    for label, values in parts.items():
-        axis.bar(list(steps), list(values), bottom=bottom, label=label, alpha=0.8)
+    for (label, values), color in zip(parts.items(), colors, strict=True):
+        axis.bar(list(steps), list(values), bottom=bottom, label=label, color=color, alpha=0.8)
         bottom += sum(values)
 
 
@@ -84,11 +94,12 @@ def band(
     axis.errorbar(list(steps), values, yerr=errors, color=color, label=label, **style)
 
 
-def _line(axis: Any, metrics: Rows, name: str, label: str) -> None:
+def _line(axis: Any, metrics: Rows, name: str, label: str, *, dashed: bool = False) -> None:
     points = [(row["step"], row[name]) for row in metrics if row.get(name) is not None]
     if points:
         steps, values = zip(*points, strict=True)
-        axis.plot(steps, values, label=label, linewidth=1.2, marker="." if len(points) < 3 else None)
+        style = {"linewidth": 1.2, "linestyle": "--" if dashed else "-", "marker": "." if len(points) < 3 else None}
+        axis.plot(steps, values, label=label, **style)
 
 
 def _points(axis: Any, evaluations: Mapping[int, Mapping[str, Any]], name: str, label: str) -> None:

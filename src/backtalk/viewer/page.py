@@ -70,7 +70,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def settings(tree: Mapping[str, Any]) -> str:
     """Nested settings, folded away."""
     rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in _flat(tree).items())
-    return f"<details><summary>settings</summary><table>{rows}</table></details>"
+    return f"<details><summary>all of them</summary><table>{rows}</table></details>"
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

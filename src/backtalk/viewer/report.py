@@ -67,14 +67,15 @@ def evaluation_table(evaluations: Mapping[int, Mapping[str, Any]]) -> str:
     some = next(iter(evaluations.values()))
     rows = []
     for label, name, form in EVALUATION_ROWS:
+        if name == "pass_at_k" and some["samples_per_task"] == 1:
+            continue  # pass@1 once more
         label = label.replace("@k", f"@{some['samples_per_task']}")
         rows.append([label, *[interval_text(e.get(name), form) for e in evaluations.values()]])
     for name in some["per_rollout"]:
-        rows.append(
-            [f"{name.replace('_', ' ')} a rollout", *[_number(e["per_rollout"], name) for e in evaluations.values()]]
-        )
+        label = f"{name.removeprefix('num_').replace('_', ' ')} a rollout"
+        rows.append([label, *[_number(e["per_rollout"], name) for e in evaluations.values()]])
     rows.append(["rollouts without a reward", *[str(e["no_reward"]) for e in evaluations.values()]])
-    return page.table(["", *[f"before step {step}" for step in evaluations]], rows)
+    return page.table(["", *[f"after {step} steps" for step in evaluations]], rows)
 
 
 def interval_text(interval: Mapping[str, Any] | None, form: str) -> str:

@@ -156,7 +156,7 @@ def _no_weights(trajectory: Trajectory) -> RowWeights:
 
 def _check_range(what: str, index: int, count: int) -> None:
     if not 0 <= index < count:
-        raise DataError(f"{what}={index} is not there; pass 0 to {count - 1}")
+        raise DataError(f"there is no {what} {index}; pass 0 to {count - 1}")
 
 
 def list_groups(groups: Sequence[TrajectoryGroup]) -> Table:
