@@ -91,6 +91,13 @@ def comparable(folder: Path) -> list[dict[str, Any]]:
     ]
 
 
+def said(folder: Path) -> list[tuple[Any, ...]]:
+    """What was said in every training rollout, and what broke: where two runs part, this tells why."""
+    log = RunLog(folder)
+    rollouts = [(step, t) for step in log.group_steps() for group in log.read_groups(step) for t in group]
+    return [(step, t.task_id, t.sample_index, t.failure, t.messages) for step, t in rollouts]
+
+
 def measured(evaluation: Evaluation | dict[str, Any]) -> dict[str, Any]:
     tree = evaluation if isinstance(evaluation, dict) else json.loads(json.dumps(evaluation.to_dict()))
     return {name: value for name, value in tree.items() if name != "seconds"}
@@ -199,6 +206,7 @@ async def test_a_killed_run_resumes_to_the_same_numbers(
     await train(config, folder, resume=True, on_event=events.append)
     assert isinstance(events[0], RunStarted | Notice)
     assert next(e for e in events if isinstance(e, RunStarted)).first_step == 4
+    assert said(folder) == said(whole)
     assert comparable(folder) == comparable(whole)
     for step in left.evaluation_steps():
         assert measured(left.read_evaluation(step)) == measured(RunLog(whole).read_evaluation(step))

@@ -176,7 +176,7 @@ def test_an_evaluation_weighs_nothing(run: Path) -> None:
 def test_what_is_not_there_is_said(run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no training step 7; there are 0, 1"):
         shown(run, step=7)
-    with pytest.raises(DataError, match="group=9 is not there; pass 0 to 1"):
+    with pytest.raises(DataError, match="there is no group 9; pass 0 to 1"):
         shown(run, group=9)
     with pytest.raises(DataError, match="not a run folder"):
         find_groups(tmp_path / "absent")
