@@ -60,7 +60,7 @@ def with_argument(argument: str) -> list[int]:
 
 def started(argument: str) -> list[int]:
     """As `with_argument`, for a job just sent to the background: waits until it is there."""
-    until_s = time.monotonic() + 5
+    until_s = time.monotonic() + 20  # a loaded machine takes its time
     while not (found := with_argument(argument)) and time.monotonic() < until_s:
         time.sleep(0.01)
     return found

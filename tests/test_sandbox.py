@@ -154,7 +154,7 @@ async def test_the_session_goes_on(box: BubblewrapSandbox) -> None:
 
 async def test_background_jobs_live_on_and_do_not_hold_up(box: BubblewrapSandbox) -> None:
     result = await run(box, "sleep 1000 & echo started")
-    assert result.output == "started\n" and result.seconds < 2
+    assert result.output == "started\n" and result.seconds < 10
     assert "sleep 1000" in await out(box, "jobs")
     assert await out(box, "kill %1; wait %1; echo $?") == "143\n"
     await run(box, "python3 -m http.server 8000 --bind 127.0.0.1 >/dev/null 2>&1 & disown")
@@ -347,7 +347,7 @@ async def test_the_trainers_death_ends_everything() -> None:
     assert started("7071")
     trainer.kill()
     await trainer.communicate()
-    until_s = time.monotonic() + 5
+    until_s = time.monotonic() + 20  # a loaded machine takes its time
     while (with_argument("7071") or groups(trainer.pid)) and time.monotonic() < until_s:
         await asyncio.sleep(0.05)
     assert not with_argument("7071") and not groups(trainer.pid)

@@ -83,7 +83,7 @@ def stack(axis: Any, steps: Sequence[int], parts: Mapping[str, Sequence[float]],
 
 
 def band(
-    axis: Any, steps: Sequence[int], intervals: Sequence[Mapping[str, Any]], label: str, color: str | None = None
+    axis: Any, steps: Sequence[float], intervals: Sequence[Mapping[str, Any]], label: str, color: str | None = None
 ) -> None:
     """Estimates with their 95 % intervals as bars."""
     values = [interval["value"] for interval in intervals]

@@ -78,8 +78,11 @@ def draw(folder: Path, study: Mapping[str, Any]) -> bytes:
             points = _evaluation_points(logs, key)
             if points:
                 label = f"{arm}, held-out pass@1" if axis is left else arm
-                band(axis, list(points), list(points.values()), label, color=color)
-    left.set(title="reward", xlabel="step", ylim=(-0.02, None))
+                aside = (
+                    (number - (len(by_arm) - 1) / 2) * 0.012 * max(points)
+                )  # arms begin at the same point: show both
+                band(axis, [step + aside for step in points], list(points.values()), label, color=color)
+    left.set(title="training reward, and held-out pass@1", xlabel="step", ylim=(-0.02, None))
     what = "recorded trajectories" if metric == "env_ce_recorded" else "own rollouts"
     right.set(title=f"held-out env-output cross-entropy on {what}", xlabel="step", ylabel="nats/token", ylim=(0, None))
     return finish(figure)
