@@ -78,9 +78,8 @@ def draw(folder: Path, study: Mapping[str, Any]) -> bytes:
             points = _evaluation_points(logs, key)
             if points:
                 label = f"{arm}, held-out pass@1" if axis is left else arm
-                aside = (
-                    (number - (len(by_arm) - 1) / 2) * 0.012 * max(points)
-                )  # arms begin at the same point: show both
+                # All arms begin at the same point: a little apart, both can be seen.
+                aside = (number - (len(by_arm) - 1) / 2) * 0.012 * max(points)
                 band(axis, [step + aside for step in points], list(points.values()), label, color=color)
     left.set(title="training reward, and held-out pass@1", xlabel="step", ylim=(-0.02, None))
     what = "recorded trajectories" if metric == "env_ce_recorded" else "own rollouts"
