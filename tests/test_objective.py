@@ -16,7 +16,9 @@ from torch import Tensor
 
 from backtalk.engines.metrics import token_metrics, token_sums
 from backtalk.errors import ConfigError
-from backtalk.objective import ObjectiveConfig, objective, policy_loss, world_model_loss, world_model_loss_from_masks
+from backtalk.losses import policy_surrogate
+from backtalk.objective import objective, world_model_loss, world_model_loss_from_masks
+from backtalk.objective_config import ObjectiveConfig
 from backtalk.samples import Sample, TokenCounts, collate
 from backtalk.trajectory import TokenRole
 
@@ -83,7 +85,7 @@ def plain_python(samples: list[Sample], logprobs: list[Tensor], config: Objectiv
         for (role, _, lp), old in zip(tokens, sample.sampling_logprobs.tolist(), strict=True):
             if role == ACTION:
                 r, adv = math.exp(lp - old), sample.advantage
-                surrogates.append(-min(r * adv, min(max(r, 1 - config.eps_low), 1 + config.eps_high) * adv))
+                surrogates.append(-min(r * adv, min(max(r, 1 - config.clip[0]), 1 + config.clip[1]) * adv))
         nll = [-lp for role, turn, lp in tokens if role in targets and (role != TEMPLATE or turn >= 0)]
         observed = len(nll) if TEMPLATE in targets else sum(role in (ENV_OUTPUT, WARNING) for role, _, _ in tokens)
         rows.append((surrogates, nll, observed, sample.has_reward))
@@ -123,7 +125,8 @@ def test_world_model_loss_is_a_weighted_sum() -> None:
 )
 def test_policy_loss_of_one_token(ratio: float, advantage: float, expected: float) -> None:
     new, old = torch.tensor([[math.log(ratio) - 1]], dtype=torch.float64), torch.tensor([[-1.0]], dtype=torch.float64)
-    loss = policy_loss(new, old, torch.tensor([advantage]), torch.ones(1, 1, dtype=torch.float64), 0.2, 0.2)
+    trained = torch.ones(1, 1, dtype=torch.bool)
+    loss = policy_surrogate(new, old, torch.tensor([advantage]), trained, (0.2, 0.2), "clip")
     assert loss.item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -177,6 +180,68 @@ def test_no_observation_at_all_is_zero() -> None:
         assert loss.item() == 0.0
 
 
+# Published code on the toy step, as measured (per-row means of the environment tokens' nats are COSTS):
+#   echo-rl sequence_mean / full_observation_tokens   0.5444     prime-rl            0.9642 on any number of ranks
+#   echo-rl sequence_mean / selected_tokens           0.6224     verl token-mean     1.1125 (over action tokens)
+#   echo-rl seq_mean_token_sum_norm, L = 26           0.2781     echo-rl token_mean  0.9642, and 0.9493 on two ranks
+COSTS = (0.9459, 0.52, 0.0, 1.0237)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "published"),
+    [
+        ("sequence_mean", 0.5444),
+        ("sequence_mean_selected", 0.6224),  # verl's seq-mean-token-mean is the same
+        ("token_mean", 0.9642),
+        ("fixed_length", 0.2781),
+    ],
+)
+def test_published_implementations_on_the_toy_step(normalizer: Any, published: float) -> None:
+    samples = toy_samples()
+    rows = [torch.full((len(s),), -cost, dtype=torch.float64) for s, cost in zip(samples, COSTS, strict=True)]
+    config = ObjectiveConfig(world_normalizer=normalizer, max_seq_len=26)
+    counts = TokenCounts.of(samples)
+    _, terms = objective(padded(rows), collate(samples, 0), counts, config)
+    assert terms["world_model_loss"].item() == pytest.approx(published, abs=1e-4)
+    ranks = [
+        objective(padded(rows[half]), collate(samples[half], 0), counts, config)[1]["world_model_loss"].item()
+        for half in (slice(0, 2), slice(2, 4))
+    ]
+    assert sum(ranks) == pytest.approx(terms["world_model_loss"].item(), abs=1e-12)  # not 0.9493
+
+
+def echo_rl(nll: Tensor, env: Tensor, warning: Tensor, mode: str, length: int) -> Tensor:
+    full = (env + warning).sum(-1).clamp(min=1)
+    per_row = {
+        "sequence_mean": (nll * env).sum(-1) / full,
+        "sequence_mean_selected": (nll * env).sum(-1) / env.sum(-1).clamp(min=1),
+        "fixed_length": (nll * env).sum(-1) / length,
+    }[mode]
+    return per_row.mean()
+
+
+def prime_rl(nll: Tensor, env: Tensor) -> Tensor:
+    return (nll * env).sum() / env.sum()
+
+
+@pytest.mark.parametrize("normalizer", WORLD_NORMALIZERS)
+def test_value_and_gradient_are_those_of_the_published_semantics(normalizer: Any) -> None:
+    noise = torch.Generator().manual_seed(3)
+    env = torch.rand(6, 40, generator=noise) < 0.4
+    warning = (torch.rand(6, 40, generator=noise) < 0.2) & ~env
+    env[2] = warning[2] = False
+    ours = (-4 * torch.rand(6, 40, generator=noise, dtype=torch.float64)).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    loss = world_model_loss_from_masks(ours, env, warning, normalizer=normalizer, max_seq_len=40)
+    masks = env.double(), warning.double()
+    published = prime_rl(-theirs, masks[0]) if normalizer == "token_mean" else echo_rl(-theirs, *masks, normalizer, 40)
+    loss.backward()
+    published.backward()
+    assert ours.grad is not None and theirs.grad is not None
+    torch.testing.assert_close(loss, published, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
+
+
 # --- the whole objective
 
 
@@ -186,7 +251,7 @@ def test_no_observation_at_all_is_zero() -> None:
 )
 def test_agrees_with_plain_python(policy_normalizer: Any, world_normalizer: Any, target: Any) -> None:
     config = ObjectiveConfig(
-        world_model_coeff=0.3, policy_coeff=0.7, eps_low=0.1, eps_high=0.28, max_seq_len=64,
+        world_model_coeff=0.3, policy_coeff=0.7, clip=(0.1, 0.28), max_seq_len=64,
         policy_normalizer=policy_normalizer, world_normalizer=world_normalizer, world_loss_target=target,
     )  # fmt: skip
     samples = toy_samples()
@@ -312,7 +377,7 @@ def test_effective_weight_and_pull_of_an_observation_token() -> None:
         ({"policy_coeff": -1.0}, "negative"),
         ({"world_model_coeff": math.nan}, "world_model_coeff=nan"),
         ({"policy_coeff": 0.0, "world_model_coeff": 0.0}, "nothing to learn"),
-        ({"eps_low": 1.0}, "eps_low"),
+        ({"clip": (1.1, 0.2)}, "eps_low"),
         ({"world_normalizer": "sum"}, "sequence_mean_selected"),
         ({"policy_normalizer": "sequence_mean_selected"}, "fixed_length"),
         ({"world_loss_target": "all"}, "warning_plus_env"),

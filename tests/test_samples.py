@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from backtalk.errors import ConfigError
+from backtalk.objective_config import ObjectiveConfig, PolicyOptions
 from backtalk.samples import (
     Sample,
     TokenCounts,
@@ -16,7 +17,7 @@ from backtalk.samples import (
     is_target,
     micro_batches,
     roles_from_masks,
-    to_sample,
+    to_samples,
 )
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 
@@ -44,11 +45,11 @@ def trajectory(index: int = 0, reward: float | None = 1.0, *, failed: bool = Fal
 
 def of_length(length: int) -> Sample:
     ids = tuple(range(length))
-    return to_sample(Trajectory(task_id="t", sample_index=length, segments=(Segment(ENV_OUTPUT, ids, turn=0),)))
+    return to_samples(Trajectory(task_id="t", sample_index=length, segments=(Segment(ENV_OUTPUT, ids, turn=0),)))[0]
 
 
 def test_a_sample_is_its_trajectory_token_by_token() -> None:
-    sample = to_sample(trajectory(), advantage=0.5, temperature=0.8)
+    (sample,) = to_samples(trajectory(), advantage=0.5, temperature=0.8)
     assert sample.token_ids.tolist() == list(range(10, 20))
     assert sample.roles.tolist() == [0, 0, 1, 2, 2, 1, 3, 3, 3, 4]
     assert sample.turns.tolist() == [-1, -1, -1, 0, 0, 0, 0, 0, 0, 0]
@@ -58,7 +59,7 @@ def test_a_sample_is_its_trajectory_token_by_token() -> None:
 
 def test_a_failed_row_stays_and_is_outside_the_baseline() -> None:
     group = TrajectoryGroup("t", (trajectory(0, 1.0), trajectory(1, None, failed=True), trajectory(2, 0.0)))
-    samples = build_samples(group, normalize_std=False)
+    samples = build_samples(group, ObjectiveConfig(policy=PolicyOptions(advantage="dr_grpo")))
     assert [s.advantage for s in samples] == [0.5, 0.0, -0.5]
     assert [s.has_reward for s in samples] == [True, False, True]
     assert TokenCounts.of(samples) == TokenCounts(
@@ -74,7 +75,7 @@ def test_greedy_samples_are_refused() -> None:
 
 
 def test_padding_is_context_and_nothing_selects_it() -> None:
-    batch = collate([to_sample(trajectory()), of_length(2)], pad_token_id=99)
+    batch = collate([*to_samples(trajectory()), of_length(2)], pad_token_id=99)
     assert batch.token_ids_BT.shape == (2, 10)
     assert batch.token_ids_BT[1].tolist() == [0, 1] + [99] * 8
     assert batch.lengths_B.tolist() == [10, 2]
@@ -97,7 +98,7 @@ def test_padding_is_context_and_nothing_selects_it() -> None:
     ],
 )
 def test_targets(target: str, positions: list[int]) -> None:
-    sample = to_sample(trajectory())
+    (sample,) = to_samples(trajectory())
     assert is_target(sample.roles, sample.turns, target).nonzero().flatten().tolist() == positions  # type: ignore
 
 

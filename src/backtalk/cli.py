@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from backtalk import __version__
+from backtalk.commands.import_trajectories import import_trajectories
 from backtalk.errors import BacktalkError, ConfigError
 from backtalk.interrupts import Interrupted, disk_is_full, run
 
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 tasks_app = typer.Typer(help="Tasks as files.", no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(tasks_app, name="tasks")
+app.command("import")(import_trajectories)
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `backtalk train` made it.")]
 Settings = Annotated[
@@ -161,8 +163,9 @@ def _resolve(
     source = preset or config
     if source is None and not resume:
         raise ConfigError("nothing says what to train; type `backtalk train --preset triage`, or name a CONFIG.yaml")
-    from backtalk.config import config_from_dict, load_config, parse_overrides, set_dotted
+    from backtalk.config import config_from_dict, load_config
     from backtalk.runlog import RunLog
+    from backtalk.settings import parse_overrides, set_dotted
 
     if source is not None or out is None:
         return load_config(str(source), overrides)

@@ -9,75 +9,44 @@ denominator comes from one row or from the ``TokenCounts`` of the whole optimize
 tokens of row i, O_i its observation tokens (environment output + warnings), O'_i its target tokens, L =
 ``max_seq_len``. So losses of micro-batches add up to the loss of the step.
 
-    normalizer                p_t             w_t
+    normalizer                p_t             w_t / s_t
     sequence_mean             1 / (B |A_i|)   1 / (B |O_i|)       the published one for the world term
     sequence_mean_selected    -               1 / (B |O'_i|)
     token_mean                1 / sum |A_i|   1 / sum |O'_i|
     fixed_length              1 / (B L)       1 / (B L)
 
-B sequences, T tokens. *_BT is [B, T], *_B is [B]. Position t of ``logprobs_BT`` is log p(token t | tokens before).
+s_t is the token's ``world_scale``, 1 unless ``WorldOptions`` say otherwise. Other published forms of both terms have
+names (``losses``). B samples, T tokens. *_BT is [B, T], *_B is [B]. Position t of ``logprobs_BT`` is log p(token t |
+tokens before).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from backtalk.errors import ConfigError
-from backtalk.samples import Batch, TokenCounts, WorldLossTarget, is_action, is_observation, is_target, roles_from_masks
-
-PolicyNormalizer = Literal["sequence_mean", "token_mean", "fixed_length"]
-WorldNormalizer = Literal["sequence_mean", "sequence_mean_selected", "token_mean", "fixed_length"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ObjectiveConfig:
-    """What is minimised. ``policy_coeff=0`` learns from observations alone and needs no verifier."""
-
-    policy_coeff: float = 1.0
-    world_model_coeff: float = 0.05  # lambda
-    eps_low: float = 0.2
-    eps_high: float = 0.2
-    policy_normalizer: PolicyNormalizer = "sequence_mean"
-    world_normalizer: WorldNormalizer = "sequence_mean"
-    world_loss_target: WorldLossTarget = "env_only"
-    max_seq_len: int | None = None  # tokens; the L of fixed_length, and used by nothing else
-
-    def __post_init__(self) -> None:
-        coefficients = (self.policy_coeff, self.world_model_coeff)
-        if not all(c >= 0 for c in coefficients) or not any(coefficients):
-            raise ConfigError(
-                f"policy_coeff={self.policy_coeff}, world_model_coeff={self.world_model_coeff}: a negative coefficient "
-                "unlearns what its term teaches, and two zeros leave nothing to learn; use >= 0 and one of them above 0"
-            )
-        if not 0 <= self.eps_low < 1 or self.eps_high < 0:
-            raise ConfigError(f"eps_low={self.eps_low}, eps_high={self.eps_high}: use 0 <= eps_low < 1, eps_high >= 0")
-        for name, known in (
-            ("policy_normalizer", PolicyNormalizer),
-            ("world_normalizer", WorldNormalizer),
-            ("world_loss_target", WorldLossTarget),
-        ):
-            if getattr(self, name) not in get_args(known):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is unknown; use one of {list(get_args(known))}")
-        if "fixed_length" in (self.policy_normalizer, self.world_normalizer):
-            _length(self.max_seq_len)
-
-
-def _length(max_seq_len: int | None) -> int:
-    if max_seq_len is None or max_seq_len < 1:
-        raise ConfigError(
-            f"normalizer 'fixed_length' divides by max_seq_len, got {max_seq_len}; "
-            "set it to the longest sequence that a rollout may reach, in tokens"
-        )
-    return max_seq_len
+from backtalk.losses import importance_weights, kl_to_reference, policy_surrogate, world_surprise
+from backtalk.objective_config import ObjectiveConfig, WorldLossTarget, WorldNormalizer, check_length
+from backtalk.samples import (
+    Batch,
+    TokenCounts,
+    is_action,
+    is_observation,
+    is_scaffold,
+    is_target,
+    policy_tokens,
+    roles_from_masks,
+    target_tokens,
+)
 
 
 def token_weights(
     selected_BT: Tensor,
-    row_tokens_BT: Tensor,
+    row_tokens_B: Tensor,
+    row_selected_B: Tensor,
     *,
     normalizer: WorldNormalizer,
     sequences: int,
@@ -87,28 +56,30 @@ def token_weights(
 ) -> Tensor:
     """Weight of every token in the loss, 0 outside ``selected_BT``; [B, T].
 
-    ``row_tokens_BT`` are the tokens that ``sequence_mean`` divides a row by. ``sequences`` and
-    ``selected_tokens`` are counts of the whole step. A row or step without such tokens gets zeros.
+    ``row_tokens_B`` are the tokens that ``sequence_mean`` divides a row by, ``row_selected_B`` those selected of them.
+    ``sequences`` and ``selected_tokens`` count the whole step. A row or step without such tokens gets zeros.
     """
     selected = selected_BT.to(dtype)
     match normalizer:
         case "sequence_mean":
-            return selected / (sequences * row_tokens_BT.sum(-1, keepdim=True).clamp(min=1))
+            return selected / (sequences * row_tokens_B[:, None].clamp(min=1))
         case "sequence_mean_selected":
-            return selected / (sequences * selected_BT.sum(-1, keepdim=True).clamp(min=1))
+            return selected / (sequences * row_selected_B[:, None].clamp(min=1))
         case "token_mean":
             return selected / max(selected_tokens, 1)
         case "fixed_length":
-            return selected / (sequences * _length(max_seq_len))
+            return selected / (sequences * check_length(max_seq_len))
     raise ConfigError(f"normalizer={normalizer!r} is unknown; use one of {list(get_args(WorldNormalizer))}")
 
 
 def policy_weights(batch: Batch, counts: TokenCounts, config: ObjectiveConfig, dtype: torch.dtype) -> Tensor:
     """p_t: weight of every action token of rows that have a reward, 0 elsewhere; [B, T]."""
     action_BT = is_action(batch.roles_BT)
+    row_actions_B = action_BT.sum(-1) + batch.actions_elsewhere_B
     return token_weights(
-        action_BT & batch.has_reward_B[:, None],
-        action_BT,
+        policy_tokens(batch),
+        row_actions_B,
+        row_actions_B,
         normalizer=config.policy_normalizer,
         sequences=counts.sequences,
         selected_tokens=counts.action_tokens,
@@ -119,31 +90,50 @@ def policy_weights(batch: Batch, counts: TokenCounts, config: ObjectiveConfig, d
 
 def world_weights(batch: Batch, counts: TokenCounts, config: ObjectiveConfig, dtype: torch.dtype) -> Tensor:
     """w_t: weight of every target token, 0 elsewhere; [B, T]."""
-    target_BT = is_target(batch.roles_BT, batch.turns_BT, config.world_loss_target)
-    return token_weights(
+    target_BT = target_tokens(batch, config)
+    row_B = is_observation(batch.roles_BT).sum(-1) + batch.observations_elsewhere_B
+    if config.world_loss_target == "full_observation":
+        row_B = row_B + is_scaffold(batch.roles_BT, batch.turns_BT).sum(-1) + batch.scaffold_elsewhere_B
+    weights_BT = token_weights(
         target_BT,
-        is_observation(batch.roles_BT) | target_BT,  # full_observation counts its scaffold too
+        row_B,
+        target_BT.sum(-1) + batch.targets_elsewhere_B,
         normalizer=config.world_normalizer,
         sequences=counts.sequences,
         selected_tokens=counts.target_tokens,
         max_seq_len=config.max_seq_len,
         dtype=dtype,
     )
+    return weights_BT * batch.world_scale_BT.to(dtype)
 
 
-def policy_loss(
-    logprobs_BT: Tensor, old_BT: Tensor, advantages_B: Tensor, weights_BT: Tensor, eps_low: float, eps_high: float
-) -> Tensor:
-    """Clipped policy gradient (GRPO, arXiv 2402.03300, eq. 3 without KL); reads nothing where the weight is 0."""
-    ratio_BT = (logprobs_BT - old_BT).masked_fill(weights_BT == 0, 0.0).exp()
-    adv_B1 = advantages_B[:, None].to(logprobs_BT.dtype)
-    surrogate_BT = torch.minimum(ratio_BT * adv_B1, ratio_BT.clamp(1 - eps_low, 1 + eps_high) * adv_B1)
-    return -(surrogate_BT * weights_BT).sum()
+def policy_loss(logprobs_BT: Tensor, batch: Batch, weights_BT: Tensor, config: ObjectiveConfig) -> Tensor:
+    """Clipped policy gradient, or another form of ``PolicyOptions``; reads nothing where the weight is 0."""
+    options, trained_BT = config.policy, weights_BT > 0
+    sampled_BT, cap = batch.sampling_logprobs_BT.to(logprobs_BT.dtype), options.max_importance_ratio
+    # With a cap the ratio is between policies of the trainer, and where the sampler's was another one is a weight.
+    old_BT = sampled_BT if cap is None else logprobs_BT.detach()
+    loss_BT = policy_surrogate(logprobs_BT, old_BT, batch.advantages_B, trained_BT, config.clip, options.loss)
+    if cap is not None:
+        loss_BT = loss_BT * importance_weights(logprobs_BT, sampled_BT, trained_BT, cap)
+    if options.kl_coeff > 0:
+        loss_BT = loss_BT + options.kl_coeff * kl_to_reference(logprobs_BT, _reference(batch), trained_BT)
+    return (loss_BT * weights_BT).sum()
 
 
-def world_model_loss(logprobs_BT: Tensor, weights_BT: Tensor) -> Tensor:
+def _reference(batch: Batch) -> Tensor:
+    if batch.reference_logprobs_BT is None:
+        raise ConfigError(
+            "policy.kl_coeff > 0 needs the reference policy's log-probabilities, and this batch has none; "
+            "set reference_logprobs_BT, or kl_coeff=0"
+        )
+    return batch.reference_logprobs_BT
+
+
+def world_model_loss(logprobs_BT: Tensor, weights_BT: Tensor, config: ObjectiveConfig | None = None) -> Tensor:
     """Weighted negative log-likelihood of target tokens, in nats (ECHO, eq. 3)."""
-    return -(logprobs_BT.masked_fill(weights_BT == 0, 0.0) * weights_BT).sum()
+    loss = "cross_entropy" if config is None else config.world.loss
+    return (world_surprise(logprobs_BT, weights_BT > 0, loss) * weights_BT).sum()
 
 
 def world_model_loss_from_masks(
@@ -166,7 +156,8 @@ def world_model_loss_from_masks(
     target_BT = is_target(roles_BT, roles_BT, target)
     weights_BT = token_weights(
         target_BT,
-        is_observation(roles_BT),
+        is_observation(roles_BT).sum(-1),
+        target_BT.sum(-1),
         normalizer=normalizer,
         sequences=len(logprobs_BT),
         selected_tokens=int(target_BT.sum()),
@@ -186,14 +177,13 @@ def objective(
     """
     p_BT = policy_weights(batch, counts, config, logprobs_BT.dtype)
     w_BT = world_weights(batch, counts, config, logprobs_BT.dtype)
-    old_BT = batch.sampling_logprobs_BT.to(logprobs_BT.dtype)
     with torch.set_grad_enabled(torch.is_grad_enabled() and config.policy_coeff > 0):
-        policy = policy_loss(logprobs_BT, old_BT, batch.advantages_B, p_BT, config.eps_low, config.eps_high)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and config.world_model_coeff > 0):
-        world = world_model_loss(logprobs_BT, w_BT)
+        policy = policy_loss(logprobs_BT, batch, p_BT, config)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and config.world_coeff > 0):
+        world = world_model_loss(logprobs_BT, w_BT, config)
     total = policy if config.policy_coeff == 1 else config.policy_coeff * policy
-    if config.world_model_coeff > 0:
-        world_part = config.world_model_coeff * world
+    if config.world_coeff > 0:
+        world_part = config.world_coeff * world
         total = world_part if config.policy_coeff == 0 else total + world_part
     terms = {"policy_loss": policy, "world_model_loss": world, "total_loss": total}
     return total, {name: value.detach() for name, value in terms.items()}

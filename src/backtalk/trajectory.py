@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
-from itertools import accumulate
+from itertools import accumulate, groupby, pairwise
 from typing import Any
 
 
@@ -41,7 +41,7 @@ class Segment:
 
     ``logprobs`` are the sampler's own, in nats, one for each token of an ACTION segment and absent on
     every other role. ``turn`` counts from 0 and is None before the first action. ``tool`` names the
-    tool whose call produced an observation.
+    tool whose call produced an observation. ``branch`` counts the histories of a rollout, see Trajectory.
     """
 
     role: TokenRole
@@ -49,6 +49,7 @@ class Segment:
     logprobs: tuple[float, ...] | None = None
     turn: int | None = None
     tool: str | None = None
+    branch: int = 0
 
     def __post_init__(self) -> None:
         if self.role is TokenRole.ACTION:
@@ -84,6 +85,10 @@ class Failure:
 class Trajectory:
     """The record of one rollout.
 
+    Mostly one history that only grew. Where history had to be rewritten (a chat template that drops earlier
+    thinking, say), a new branch begins, a sequence of its own: what it takes over is CONTEXT there, so that
+    every action and every observation is trained once, where the policy met it.
+
     ``reward`` is None exactly when the rollout has none: it failed, or nobody scores it. It never
     stands in for a broken sandbox. ``stats`` are counts and seconds measured on the way.
     """
@@ -99,6 +104,9 @@ class Trajectory:
     stats: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        numbers = [segment.branch for segment in self.segments]
+        if numbers and (numbers[0] != 0 or any(b - a not in (0, 1) for a, b in pairwise(numbers))):
+            raise ValueError(f"branches of {self.task_id} are {numbers[:8]}; they count up from 0, in order")
         if self.reward is not None and not math.isfinite(self.reward):
             raise ValueError(f"reward={self.reward} of {self.task_id} is not finite; use None where there is no reward")
         failed = self.stop_reason is StopReason.FAILED
@@ -117,7 +125,13 @@ class Trajectory:
         return sum(len(segment) for segment in self.segments)
 
     @property
+    def branches(self) -> tuple[tuple[Segment, ...], ...]:
+        """The segments of each history, in order."""
+        return tuple(tuple(run) for _, run in groupby(self.segments, key=lambda segment: segment.branch))
+
+    @property
     def token_ids(self) -> tuple[int, ...]:
+        """Of all branches, one after the other."""
         return tuple(token for segment in self.segments for token in segment.token_ids)
 
     @property

@@ -18,20 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backtalk.config import (
-    TrainConfig,
-    config_from_dict,
-    config_to_dict,
-    flatten,
-    parse_overrides,
-    read_settings,
-    read_yaml,
-    set_dotted,
-    setting_keys,
-)
+from backtalk.config import TrainConfig, config_from_dict, config_to_dict, setting_keys
 from backtalk.errors import BacktalkError, ConfigError
 from backtalk.runlog import RunLog
 from backtalk.runlog.files import write_bytes
+from backtalk.settings import flatten, parse_overrides, read_settings, read_yaml, set_dotted
 from backtalk.study.table import Comparison, compare
 
 POLL_S = 0.5

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from backtalk.config import TrainConfig, config_from_dict, config_to_dict, flatten, parse_overrides, set_dotted
+from backtalk.config import TrainConfig, config_from_dict, config_to_dict
 from backtalk.engines.torch import TorchEngine
 from backtalk.engines.torch_checkpoint import find_checkpoint
 from backtalk.envs.base import Env, Task
@@ -22,6 +22,7 @@ from backtalk.runlog import RunLog
 from backtalk.sampler import SamplingParams
 from backtalk.samples import build_samples
 from backtalk.sandboxes import local_sandbox
+from backtalk.settings import flatten, parse_overrides, set_dotted
 from backtalk.train.events import EvaluationDone, OnEvent, RolloutDone, RunDone, RunStarted, StepDone
 from backtalk.train.tasks import held_out_tasks, recorded_trajectories, tasks_of_step, train_tasks
 from backtalk.trajectory import TrajectoryGroup
@@ -207,8 +208,9 @@ class Run:
     ) -> dict[str, float]:
         """One optimizer step, its metrics on disk, and a checkpoint where one is due."""
         config, started = self.config, time.monotonic()
-        samples = [s for group in groups for s in build_samples(group, temperature=config.temperature)]
-        learned = await self.engine.train_step(samples, config.objective)
+        objective = config.objective.at(step)
+        samples = [s for group in groups for s in build_samples(group, objective, temperature=config.temperature)]
+        learned = await self.engine.train_step(samples, objective)
         seconds = time_metrics(groups, rollout_seconds, time.monotonic() - started)
         metrics = rollout_metrics(groups) | learned | seconds
         log.write_metrics(step, metrics)

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from backtalk.advantages import group_advantages
+from backtalk.objective_config import ObjectiveConfig, WorldNormalizer
+from backtalk.selection import is_target_role, world_scales
+from backtalk.settings import build
 from backtalk.trajectory import TokenRole, Trajectory, TrajectoryGroup
 
 OBSERVATION = (TokenRole.ENV_OUTPUT, TokenRole.WARNING)
@@ -25,35 +28,57 @@ class RowWeights:
     world: list[float]  # world_model_coeff * w_t
 
 
-def step_weights(groups: Sequence[TrajectoryGroup], config: Mapping[str, Any]) -> list[list[RowWeights]]:
-    """Weights of every token of a training step, in the order of groups and rows; ``config`` is the run's."""
-    objective, length = config["objective"], config["rollout"]["max_tokens"]
-    rows = [trajectory for group in groups for trajectory in group]
-    targets = {id(row): _targets(row, objective["world_loss_target"]) for row in rows}
+def step_objective(config: Mapping[str, Any], step: int) -> ObjectiveConfig:
+    """The objective of a training step, from a run's settings."""
+    tree = {**config["objective"], "max_seq_len": config["rollout"]["max_tokens"]}
+    return build(ObjectiveConfig, tree, "objective.").at(step)
+
+
+def step_weights(groups: Sequence[TrajectoryGroup], objective: ObjectiveConfig) -> list[list[RowWeights]]:
+    """Weights of every token of a training step, in the order of groups and rows."""
+    scales = {id(row): s for group in groups for row, s in zip(group, _group_scales(group, objective), strict=True)}
+    rows = [row for group in groups for row in group]
     all_actions = sum(row.count(TokenRole.ACTION) for row in rows)
-    all_targets = sum(sum(target) for target in targets.values())
-    weights = []
-    for group in groups:
-        advantages = group_advantages(group.rewards)
-        weights.append([])
-        for row, advantage in zip(group, advantages, strict=True):
-            roles, target = row.roles, targets[id(row)]
-            observed = sum(role in OBSERVATION or chosen for role, chosen in zip(roles, target, strict=True))
-            p = _weight(objective["policy_normalizer"], len(rows), row.count(TokenRole.ACTION), 0, all_actions, length)
-            w = _weight(objective["world_normalizer"], len(rows), observed, sum(target), all_targets, length)
-            p *= objective["policy_coeff"] * (advantage if row.reward is not None else 0.0)
-            w *= objective["world_model_coeff"]
-            weights[-1].append(
-                RowWeights(
-                    advantage,
-                    [p if role is TokenRole.ACTION else 0.0 for role in roles],
-                    [w if chosen else 0.0 for chosen in target],
-                )
+    all_targets = sum(scale > 0 for row in scales.values() for scale in row)
+    length = objective.max_seq_len or 0
+
+    def weights(row: Trajectory, advantage: float) -> RowWeights:
+        scale, actions = scales[id(row)], row.count(TokenRole.ACTION)
+        targets = sum(x > 0 for x in scale)
+        p = _weight(objective.policy_normalizer, len(rows), actions, 0, all_actions, length)
+        w = _weight(objective.world_normalizer, len(rows), _observed(row, objective), targets, all_targets, length)
+        p *= objective.policy_coeff * (advantage if row.reward is not None else 0.0)
+        policy = [p if role is TokenRole.ACTION else 0.0 for role in row.roles]
+        return RowWeights(advantage, policy, [objective.world_coeff * w * x for x in scale])
+
+    return [
+        [
+            weights(row, advantage)
+            for row, advantage in zip(
+                group, group_advantages(group.rewards, estimator=objective.policy.advantage), strict=True
             )
-    return weights
+        ]
+        for group in groups
+    ]
 
 
-def _weight(normalizer: str, rows: int, row_tokens: int, row_selected: int, all_selected: int, length: int) -> float:
+def _group_scales(group: TrajectoryGroup, objective: ObjectiveConfig) -> list[list[float]]:
+    """s_t of target tokens, 0 elsewhere."""
+    scales = []
+    for row, scale in zip(group, world_scales(group, objective), strict=True):
+        is_target = [is_target_role(segment, objective) for segment in row.segments for _ in segment.token_ids]
+        scales.append([x * t for x, t in zip(scale or [1.0] * len(is_target), is_target, strict=True)])
+    return scales
+
+
+def _observed(row: Trajectory, objective: ObjectiveConfig) -> int:
+    scaffold = objective.world_loss_target == "full_observation"
+    return sum(len(s) for s in row.segments if s.role in OBSERVATION or (scaffold and is_target_role(s, objective)))
+
+
+def _weight(
+    normalizer: WorldNormalizer, rows: int, row_tokens: int, row_selected: int, all_selected: int, length: int
+) -> float:
     match normalizer:
         case "sequence_mean":
             return 1.0 / (rows * max(row_tokens, 1))
@@ -61,19 +86,5 @@ def _weight(normalizer: str, rows: int, row_tokens: int, row_selected: int, all_
             return 1.0 / (rows * max(row_selected, 1))
         case "token_mean":
             return 1.0 / max(all_selected, 1)
-        case _:  # fixed_length
+        case "fixed_length":
             return 1.0 / (rows * length)
-
-
-def _targets(row: Trajectory, target: str) -> list[bool]:
-    wanted = {
-        "env_only": (TokenRole.ENV_OUTPUT,),
-        "warning_only": (TokenRole.WARNING,),
-        "warning_plus_env": OBSERVATION,
-        "full_observation": (*OBSERVATION, TokenRole.TEMPLATE),
-    }[target]
-    return [
-        segment.role in wanted and (segment.role is not TokenRole.TEMPLATE or segment.turn is not None)
-        for segment in row.segments
-        for _ in segment.token_ids
-    ]
