@@ -49,6 +49,15 @@ def test_a_missing_file_is_named(tmp_path: Path, missing: str) -> None:
         read_harbor_task(tmp_path)
 
 
+def test_a_task_for_the_world_model_needs_no_tests(tmp_path: Path) -> None:
+    folder = make(tmp_path, {"task.toml": "[metadata]\nworld_model_only = true\n"})
+    (folder / "tests/test.sh").unlink()
+    task = read_harbor_task(folder)
+    assert task.world_model_only and not task.tests
+    write_harbor_task(task, tmp_path / "again")
+    assert read_harbor_task(tmp_path / "again").world_model_only
+
+
 OLD = """
 version = "1.0"
 [metadata]

@@ -58,10 +58,10 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False) -> Task:
         TaskError: a file is missing, or the task asks for what a sandbox has not got.
     """
     folder = Path(path)
-    for name in ("task.toml", "instruction.md", "tests/test.sh"):
-        if not (folder / name).is_file():
-            raise TaskError(f"task folder {folder} has no {name}; docs/tasks.md shows what belongs in one")
+    _demand(folder, "task.toml", "instruction.md")
     toml = _read_toml(folder / "task.toml")
+    if not _unscored(toml):
+        _demand(folder, "tests/test.sh")
     _refuse(folder, toml)
     own = _pop(toml, "metadata", "backtalk") or {}
     world = _read_world(folder, toml, host_packages)
@@ -89,6 +89,17 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False) -> Task:
         verifier_timeout_s=verifier_timeout_s,
         metadata=_metadata(toml, world),
     )
+
+
+def _demand(folder: Path, *names: str) -> None:
+    for name in names:
+        if not (folder / name).is_file():
+            raise TaskError(f"task folder {folder} has no {name}; docs/tasks.md shows what belongs in one")
+
+
+def _unscored(toml: dict[str, Any]) -> bool:
+    metadata = toml.get("metadata")
+    return isinstance(metadata, dict) and metadata.get("world_model_only") is True
 
 
 def write_harbor_task(task: Task, folder: str | Path) -> None:
