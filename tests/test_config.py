@@ -8,6 +8,7 @@ import pytest
 
 from backtalk.config import OPTION_GROUPS, TrainConfig, config_from_dict, config_to_dict, load_config, setting_keys
 from backtalk.errors import ConfigError
+from backtalk.objective_config import Schedule
 from backtalk.settings import flatten, parse_overrides, preset_names, read_yaml
 
 

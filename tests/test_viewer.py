@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
@@ -14,15 +15,25 @@ from rich.console import Console
 
 from backtalk.errors import DataError
 from backtalk.evaluate import Evaluation, Interval
-from backtalk.objective import ObjectiveConfig, PolicyNormalizer, WorldNormalizer, policy_weights, world_weights
+from backtalk.objective import policy_weights, world_weights
+from backtalk.objective_config import (
+    ObjectiveConfig,
+    PolicyNormalizer,
+    PolicyOptions,
+    Schedule,
+    WorldLossTarget,
+    WorldNormalizer,
+    WorldOptions,
+)
 from backtalk.runlog import RunLog
-from backtalk.samples import TokenCounts, WorldLossTarget, build_samples, collate
+from backtalk.samples import TokenCounts, build_samples, collate
+from backtalk.settings import to_plain
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 from backtalk.viewer.report import interval_text, write_report
 from backtalk.viewer.show import find_groups, list_groups, show
 from backtalk.viewer.study import read_study
 from backtalk.viewer.text import token_texts, visible
-from backtalk.viewer.weights import step_weights
+from backtalk.viewer.weights import step_objective, step_weights
 from tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -61,6 +72,13 @@ GROUPS = [
 ]
 
 
+AGAIN = (  # a history written anew, and a turn in it
+    Segment(TokenRole.CONTEXT, encode("count the lines, ls"), branch=1),
+    Segment(TokenRole.ACTION, (3, 4), (-0.5, -0.25), 1, branch=1),
+    Segment(TokenRole.ENV_OUTPUT, encode("total 3"), None, 1, "bash", 1),
+)
+
+
 # ---------------------------------------------------------------- weights
 
 
@@ -80,15 +98,49 @@ def test_weights_are_those_of_the_objective(policy: Any, world: Any, target: Any
     batch, counts = collate(samples, 0), TokenCounts.of(samples, target)
     expected_policy = 2.0 * policy_weights(batch, counts, config, torch.float64) * batch.advantages_B[:, None]
     expected_world = 0.3 * world_weights(batch, counts, config, torch.float64)
-    settings = {name: getattr(config, name) for name in ObjectiveConfig.__dataclass_fields__ if name != "max_seq_len"}
-    rows = [
-        row for group in step_weights(GROUPS, {"objective": settings, "rollout": {"max_tokens": 100}}) for row in group
-    ]
+    rows = [row for group in step_weights(GROUPS, config) for row in group]
     for row, sample, p, w in zip(rows, samples, expected_policy, expected_world, strict=True):
         n = len(sample)
         assert row.advantage == sample.advantage
         assert row.policy == pytest.approx(p[:n].tolist(), rel=1e-6, abs=1e-12)  # advantages are float32 there
         assert row.world == pytest.approx(w[:n].tolist(), rel=1e-12, abs=1e-15)
+
+
+OPTIONS = {
+    "schedule": ObjectiveConfig(world_model_coeff=Schedule({0: 0.5, 10: 0.1})),
+    "weights": ObjectiveConfig(
+        world_loss_target="warning_plus_env", world=WorldOptions(weights={"warning": 0.25, "tool:bash": 0.5})
+    ),
+    "cap": ObjectiveConfig(
+        world_normalizer="sequence_mean_selected",
+        world_loss_target="full_observation",
+        world=WorldOptions(max_tokens_per_observation=4),
+    ),
+    "gate": ObjectiveConfig(world_normalizer="token_mean", world=WorldOptions(min_correct=0.5)),
+    "paw": ObjectiveConfig(world=WorldOptions(entropy_share=0.5, return_adaptive=True)),
+    "rloo": ObjectiveConfig(policy=PolicyOptions(advantage="rloo")),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_weights_are_those_of_the_objective_with_every_option(name: str) -> None:
+    objective = OPTIONS[name]
+    tree = {"objective": to_plain(objective), "rollout": {"max_tokens": 100}}
+    del tree["objective"]["max_seq_len"]
+    config = step_objective(tree, step=5)
+    assert config == replace(objective, max_seq_len=100).at(5)
+    branched = replace(GROUPS[0].trajectories[0], segments=(*GROUPS[0].trajectories[0].segments, *AGAIN))
+    groups = [TrajectoryGroup("a", (branched, GROUPS[0].trajectories[1])), GROUPS[1]]
+    samples = [sample for group in groups for sample in build_samples(group, config)]
+    batch, counts = collate(samples, 0), TokenCounts.of(samples, config.world_loss_target)
+    assert counts.target_tokens > 0
+    expected_policy = policy_weights(batch, counts, config, torch.float64) * batch.advantages_B[:, None]
+    expected_world = config.world_coeff * world_weights(batch, counts, config, torch.float64)
+    rows = [row for group in step_weights(groups, config) for row in group]
+    ours = [x for row in rows for x in row.policy], [x for row in rows for x in row.world]
+    for mine, theirs in zip(ours, (expected_policy, expected_world), strict=True):
+        flat = [x for row, sample in zip(theirs.tolist(), samples, strict=True) for x in row[: len(sample)]]
+        assert mine == pytest.approx(flat, rel=1e-6, abs=1e-12)
 
 
 # ---------------------------------------------------------------- text
@@ -109,7 +161,7 @@ def test_tokens_become_the_text_they_are_of_and_control_characters_are_pictures(
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     log = RunLog(tmp_path / "run")
-    objective = {name: getattr(ObjectiveConfig(), name) for name in ObjectiveConfig.__dataclass_fields__}
+    objective = to_plain(ObjectiveConfig())
     log.write_config(
         {
             "steps": 2,
@@ -158,6 +210,23 @@ def test_a_trajectory_is_readable_without_colours(run: Path) -> None:
     assert "␛]0;owned␇" in text and "\x1b" not in text
     assert "<bash>ls</bash>" in text
     assert "failed at score: VerifierError: no reward" in shown(run, group=1, sample=1)
+
+
+def test_where_a_branch_begins_is_said(run: Path) -> None:
+    plain = GROUPS[0].trajectories[0]
+    again = (
+        Segment(TokenRole.CONTEXT, encode("count the lines, ls"), branch=1),
+        Segment(TokenRole.ENV_OUTPUT, encode("total 3"), None, 1, "bash", 1),
+    )
+    forked = replace(plain, segments=(*plain.segments, *again))
+    RunLog(run).write_groups(1, [TrajectoryGroup("a", (forked, GROUPS[0].trajectories[1]))])
+    text = shown(run)
+    line = "branch 1: the history so far was rewritten"
+    assert text.count(line) == 1 and "2 branches" in text
+    assert text.index("total 12") < text.index(line) < text.index("total 3")
+    assert line not in shown(run, sample=1) and "branches" not in shown(run, sample=1)
+    page = write_report(run).read_text()
+    assert page.count(line) == 1
 
 
 def test_trained_tokens_are_underlined_and_roles_have_colours(run: Path) -> None:

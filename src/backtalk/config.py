@@ -16,6 +16,7 @@ from backtalk.engines.torch import TorchConfig
 from backtalk.envs.terminal import TerminalConfig
 from backtalk.errors import ConfigError
 from backtalk.objective_config import ObjectiveConfig
+from backtalk.renderer import RendererConfig
 from backtalk.rollout import RolloutLimits
 from backtalk.settings import parse_overrides, read_settings, set_dotted
 
@@ -26,12 +27,13 @@ NOT_OFFERED = frozenset(
         "engine.threads",
         "engine.betas",
         "engine.weight_decay",
+        "engine.packing",
         "objective.max_seq_len",
         "terminal.sandbox.output_bytes",
     }
 )
 # Groups that a run leaves alone unless it is about what they set; each counts as one choice.
-OPTION_GROUPS = ("objective.policy", "objective.world", "terminal.sandbox")
+OPTION_GROUPS = ("objective.policy", "objective.world", "renderer", "terminal.sandbox")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +78,7 @@ class TrainConfig:
     sandbox: Literal["auto", "bubblewrap", "unsafe"] = "auto"
     tasks: TaskConfig = field(default_factory=TaskConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    renderer: RendererConfig = field(default_factory=RendererConfig)
     rollout: RolloutLimits = field(default_factory=RolloutLimits)
     terminal: TerminalConfig = field(default_factory=TerminalConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from backtalk.config import TrainConfig, config_from_dict, config_to_dict
+from backtalk.engines.guard import guard
 from backtalk.engines.torch import TorchEngine
 from backtalk.engines.torch_checkpoint import find_checkpoint
 from backtalk.envs.base import Env, Task
@@ -23,7 +24,7 @@ from backtalk.sampler import SamplingParams
 from backtalk.samples import build_samples
 from backtalk.sandboxes import local_sandbox
 from backtalk.settings import flatten, parse_overrides, set_dotted
-from backtalk.train.events import EvaluationDone, OnEvent, RolloutDone, RunDone, RunStarted, StepDone
+from backtalk.train.events import EvaluationDone, Notice, OnEvent, RolloutDone, RunDone, RunStarted, StepDone
 from backtalk.train.tasks import held_out_tasks, recorded_trajectories, tasks_of_step, train_tasks
 from backtalk.trajectory import TrajectoryGroup
 
@@ -175,8 +176,7 @@ class Run:
         self.sandbox = backend.report
         self._open_env: OpenEnv = lambda task: open_terminal_env(task, backend, config.terminal)
         self.engine = TorchEngine(config.engine)
-        # Thinking of earlier turns is dropped by most templates, which would rewrite history; so there is none.
-        self.renderer = Renderer(self.engine.tokenizer, TOOLS, template_options={"enable_thinking": False})
+        self.renderer = Renderer(self.engine.tokenizer, TOOLS, config.renderer)
         self.params = SamplingParams(
             temperature=config.temperature, max_tokens=config.rollout.max_tokens_per_turn, seed=config.seed
         )
@@ -212,7 +212,10 @@ class Run:
         samples = [s for group in groups for s in build_samples(group, objective, temperature=config.temperature)]
         learned = await self.engine.train_step(samples, objective)
         seconds = time_metrics(groups, rollout_seconds, time.monotonic() - started)
-        metrics = rollout_metrics(groups) | learned | seconds
+        rolled = rollout_metrics(groups)
+        for line in guard(rolled, objective):  # the engine logs its own
+            self.tell(Notice(f"step {step}: {line}"))
+        metrics = rolled | learned | seconds
         log.write_metrics(step, metrics)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             self._checkpoint(log)

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from backtalk.trajectory import TokenRole
-from backtalk.viewer.show import Shown
+from backtalk.viewer.show import Shown, branch_line
 from backtalk.viewer.text import LOOKS
 
 MAX_SHOWN_TOKENS = 4000  # of one trajectory
@@ -24,6 +24,7 @@ img { max-width: 100%; height: auto }
 pre { font: 13px/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; padding: .8rem;
       border: 1px solid #d8dee4; border-radius: 6px }
 summary { cursor: pointer; font-weight: 600 }
+.b { display: block; margin: .6rem 0; border-top: 2px solid #9a6700; color: #9a6700 }
 .muted { color: #57606a } .t { border-bottom: 1px solid currentColor }
 """
 
@@ -88,8 +89,11 @@ def legend() -> str:
 def trajectory(shown: Shown, *, opened: bool = False) -> str:
     """One trajectory, tokens coloured by role, each with its numbers as a tooltip."""
     t, spans = shown.trajectory, []
-    position = 0
+    position = branch = 0
     for segment in t.segments:
+        if segment.branch != branch and position < MAX_SHOWN_TOKENS:
+            spans.append(f'<span class="b">{escape(branch_line(segment.branch))}</span>')
+        branch = segment.branch
         for offset in range(len(segment)):
             if position < MAX_SHOWN_TOKENS:
                 spans.append(_token(shown, position, segment.role, segment.turn, segment.logprobs, offset))

@@ -14,7 +14,7 @@ from backtalk.viewer import page
 from backtalk.viewer.curves import run_curves
 from backtalk.viewer.show import Shown
 from backtalk.viewer.text import load_tokenizer, token_texts
-from backtalk.viewer.weights import step_weights
+from backtalk.viewer.weights import step_objective, step_weights
 
 EVALUATION_ROWS = (
     ("pass@1", "pass_at_1", "{:.1%}"),
@@ -104,7 +104,7 @@ def _trajectories(log: RunLog, config: Mapping[str, Any]) -> list[str]:
     parts = []
     for step in dict.fromkeys((steps[0], steps[-1])):
         groups = log.read_groups(step)
-        weights = step_weights(groups, config)
+        weights = step_weights(groups, step_objective(config, step))
         for number, sample in _best_and_worst(groups):
             chosen = groups[number].trajectories[sample]
             title = f"training step {step}, group {number}, sample {sample}"

@@ -15,7 +15,7 @@ from backtalk.errors import DataError
 from backtalk.runlog import RunLog
 from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
 from backtalk.viewer.text import LOOKS, load_tokenizer, token_texts
-from backtalk.viewer.weights import RowWeights, step_weights
+from backtalk.viewer.weights import RowWeights, step_objective, step_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,9 @@ def find_trajectory(
     _check_range("group", group, len(groups))
     _check_range("sample", sample, len(groups[group]))
     trajectory = groups[group].trajectories[sample]
-    weights = _no_weights(trajectory) if evaluation else step_weights(groups, config)[group][sample]
+    weights = _no_weights(trajectory)
+    if not evaluation:
+        weights = step_weights(groups, step_objective(config, step))[group][sample]
     kind = "evaluation before step" if evaluation else "training step"
     title = f"{kind} {step} · group {group} of {len(groups)} · sample {sample} of {len(groups[group])}"
     return Shown(trajectory, token_texts(load_tokenizer(log.tokenizer_path), trajectory.token_ids), weights, title)
@@ -99,11 +101,17 @@ def _parts(shown: Shown) -> Iterator[RenderableType]:
         trajectory.stop_reason.value,
         f"{trajectory.num_turns} turns",
     ]
+    if len(trajectory.branches) > 1:
+        facts.append(f"{len(trajectory.branches)} branches")
     if trajectory.failure is not None:
         facts.append(f"failed at {trajectory.failure.where}: {trajectory.failure.error}: {trajectory.failure.message}")
     yield Text(" · ".join(facts))
     yield _legend(shown)
+    branch = 0
     for start, end, segment in trajectory.spans():
+        if segment.branch != branch:
+            branch = segment.branch
+            yield Rule(Text(branch_line(branch)), style="yellow")
         yield _heading(shown.weights, start, end, segment)
         text = Text()
         for position in range(start, end):
@@ -112,6 +120,11 @@ def _parts(shown: Shown) -> Iterator[RenderableType]:
         if text.plain:
             text.rstrip()
             yield text
+
+
+def branch_line(branch: int) -> str:
+    """What stands where a new branch begins."""
+    return f"branch {branch}: the history so far was rewritten, and sampling went on from here"
 
 
 def _heading(weights: RowWeights, start: int, end: int, segment: Segment) -> Text:
