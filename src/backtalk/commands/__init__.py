@@ -1,0 +1,1 @@
+"""Commands with more to them than the command line's own module has room for."""
