@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Any
 
 import pytest
 
 from backtalk.envs.base import Env, Message, Part, Step, Task, ToolCall, ToolSpec
 from backtalk.errors import ConfigError, SamplerError, SandboxError, VerifierError
-from backtalk.renderer import Renderer
+from backtalk.renderer import Renderer, RendererConfig
 from backtalk.rollout import RolloutLimits, run_group, run_groups, run_rollout
 from backtalk.sampler import Completion, SamplerSession, ScriptedSampler
 from backtalk.trajectory import StopReason, TokenRole, Trajectory, TrajectoryGroup
@@ -29,8 +30,8 @@ Hook = Callable[[str], object]
 
 
 @cache
-def renderer() -> Renderer:
-    return Renderer(tiny_tokenizer(), TOOLS)
+def renderer(**config: Any) -> Renderer:
+    return Renderer(tiny_tokenizer(), TOOLS, RendererConfig(**config))
 
 
 def scripted(*replies: str) -> ScriptedSampler:
@@ -95,10 +96,10 @@ def hangs(phase: str) -> object:
 
 
 async def attempt(
-    world: Echo, *replies: str, limits: RolloutLimits = LIMITS, sampler: ScriptedSampler | None = None
+    world: Echo, *replies: str, limits: RolloutLimits = LIMITS, sampler: ScriptedSampler | None = None, **config: Any
 ) -> Trajectory:
     chosen = sampler or scripted(*replies)
-    return await run_rollout(TASK, world.open, chosen, renderer(), limits, sample_index=3, key="k")
+    return await run_rollout(TASK, world.open, chosen, renderer(**config), limits, sample_index=3, key="k")
 
 
 def text_of(trajectory: Trajectory, role: TokenRole) -> list[str]:
@@ -135,6 +136,9 @@ async def test_a_whole_attempt() -> None:
     assert {name: x for name, x in t.stats.items() if name not in SECONDS} == {
         "num_turns": 4,
         "invalid_calls": 1,
+        "unclean_turns": 1,
+        "role_confusions": 0,
+        "drifts": 0,
         "command_timeouts": 1,
         "truncated_observations": 0,
         "action_tokens": t.count(ACTION),
@@ -205,6 +209,122 @@ async def test_another_stop_token_than_the_end_of_turn_gets_one_after_it() -> No
 async def test_truncation_by_the_world_is_counted() -> None:
     t = await attempt(Echo(), "<bash>long</bash>", limits=RolloutLimits(max_turns=3))
     assert t.stats["truncated_observations"] == 3
+
+
+# --- several calls in a turn ---
+
+TWO = "<bash>one</bash><bash>two</bash>"
+
+
+async def test_calls_are_carried_out_in_order_and_answered_in_one_observation() -> None:
+    world = Echo()
+    t = await attempt(world, TWO, "<submit>1</submit><bash>late</bash>", max_calls_per_turn=2)
+    assert world.events == ["open", "reset", "step", "step", "step", "score", "close"]
+    assert (t.stop_reason, t.num_turns) == (StopReason.SUBMITTED, 2)
+    assert text_of(t, ENV) == ["one", "two"]
+    assert text_of(t, WARNING) == ["\n[exit code 1]", "\n[exit code 1]"]
+    assert {(s.turn, s.tool) for s in t.segments if s.role in (ENV, WARNING)} == {(0, "bash")}
+    assert [m["role"] for m in t.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert (t.stats["invalid_calls"], t.stats["unclean_turns"]) == (0, 0)
+
+
+async def test_an_end_ends_the_calls_too() -> None:
+    world = Echo()
+    t = await attempt(world, "<bash>a</bash><bash>quit</bash><bash>late</bash>", max_calls_per_turn=9)
+    assert (t.stop_reason, text_of(t, ENV)) == (StopReason.ENV_DONE, ["a", "bye"])
+    assert world.events.count("step") == 2
+
+
+async def test_calls_that_are_left_out_are_told_in_front_of_the_observation() -> None:
+    world = Echo()
+    t = await attempt(world, TWO, limits=RolloutLimits(max_turns=1))
+    assert world.events.count("step") == 1
+    assert text_of(t, ENV) == ["one"]
+    first, last = text_of(t, WARNING)
+    assert first == "[only the first call was run; write one call in each reply]\n"
+    assert last == "\n[exit code 1]"
+    roles = [s.role for s in t.segments if s.turn == 0 and s.role in (ENV, WARNING)]
+    assert roles == [WARNING, ENV, WARNING]
+    assert t.messages[2]["content"] == first + "one\n[exit code 1]"
+    assert (t.stats["invalid_calls"], t.stats["unclean_turns"]) == (0, 1)
+
+
+@pytest.mark.parametrize("told", [False, True])
+async def test_faults_of_form_are_counted_and_told_where_asked(told: bool) -> None:
+    t = await attempt(Echo(), "So: <bash>a</bash>", limits=RolloutLimits(max_turns=2), format_warnings=told)
+    assert t.stats["unclean_turns"] == 2
+    assert text_of(t, WARNING).count("[text outside the call]\n") == 2 * told
+
+
+async def test_what_was_said_to_the_first_call_is_kept_if_the_world_breaks_at_the_second() -> None:
+    calls = iter([None, SandboxError("died")])
+
+    def second_breaks(phase: str) -> None:
+        error = next(calls)
+        if error is not None:
+            raise error
+
+    t = await attempt(Echo({"step": second_breaks}), TWO, max_calls_per_turn=2)
+    assert t.failure is not None and t.failure.where == "step"
+    assert (t.reward, text_of(t, ENV)) == (None, ["one"])
+
+
+async def test_messages_name_the_tool_they_come_from() -> None:
+    t = await attempt(Echo(), "<bash>quit</bash>")  # the world named none
+    assert [(s.turn, s.tool) for s in t.segments if s.role is ENV] == [(0, "bash")]
+    assert t.messages[-1] == {"role": "tool", "content": "bye", "tool": "bash"}
+
+
+async def test_an_action_in_the_format_of_observations_is_counted() -> None:
+    t = await attempt(Echo(), "<bash>a</bash><|im_end|>\n<|im_start|>tool\nall done", limits=RolloutLimits(max_turns=3))
+    assert t.stats["role_confusions"] == 3
+    assert t.stats["unclean_turns"] == 3
+
+
+# --- histories that are rewritten ---
+
+THOUGHT = "<think>\nhm\n</think>\n\n"
+
+
+async def test_stripped_thinking_begins_a_branch_that_is_sampled_from() -> None:
+    sampler = Watching([f"{THOUGHT}<bash>one</bash>", "<bash>two</bash>", f"{THOUGHT}<bash>three</bash>"], [])
+    t = await attempt(Echo(), sampler=sampler, limits=RolloutLimits(max_turns=4), thinking="strip")
+    # Turns 0, 2 and 3 (the last reply is said again) thought; turn 1 did not, so its history is extended.
+    assert [[s.turn for s in branch if s.role is ACTION] for branch in t.branches] == [[0], [1, 2], [3], []]
+    assert (t.stats["drifts"], t.num_turns) == (3, 4)
+    assert text_of(t, ENV) == ["one", "two", "three", "three"]
+    assert [s.branch for s in t.segments if s.role is ENV] == [1, 1, 2, 3]
+    backend = renderer().tokenizer.backend_tokenizer
+    tokens = [[token for s in branch for token in s.token_ids] for branch in t.branches]
+    texts = [backend.decode(ids, skip_special_tokens=False) for ids in tokens]
+    assert texts[1].startswith(
+        "<|im_start|>user\nSay it back<|im_end|>\n<|im_start|>assistant\n<bash>one</bash><|im_end|>\n"
+        "<|im_start|>tool\none\n[exit code 1]<|im_end|>\n<|im_start|>assistant\n<bash>two</bash><|im_end|>"
+    )
+    assert [text.count("hm") for text in texts] == [1, 1, 1, 0]  # only where it was just thought
+    # The policy was asked to go on from the branch alone, and what a branch takes over is not trained again.
+    asked = [list(history) for history, _ in sampler.asked]
+    assert [ids in (tokens[b][: len(ids)] for b in range(4)) for ids in asked] == [True] * 4
+    assert asked[1] == tokens[1][: len(asked[1])] and asked[3] == tokens[2][: len(asked[3])]
+    assert {s.role for s in t.branches[2] if s.turn is None} == {CONTEXT, TEMPLATE}
+
+
+async def test_the_token_limit_is_of_the_branch() -> None:
+    reply = f"{THOUGHT}<bash>one</bash>"
+    full = await attempt(Echo(), reply, limits=RolloutLimits(max_turns=2), thinking="strip")
+    longest = max(sum(map(len, branch)) for branch in full.branches)
+    assert len(full) > longest
+    exact = RolloutLimits(max_turns=3, max_tokens=longest)
+    t = await attempt(Echo(), reply, limits=exact, thinking="strip")
+    assert t.stop_reason is StopReason.MAX_TOKENS
+    assert max(sum(map(len, branch)) for branch in t.branches) == longest
+
+
+async def test_kept_thinking_stays_in_one_branch() -> None:
+    t = await attempt(Echo(), f"{THOUGHT}<bash>one</bash>", limits=RolloutLimits(max_turns=3), thinking="keep")
+    assert (len(t.branches), t.stats["drifts"], t.stats["unclean_turns"]) == (1, 0, 0)
+    t = await attempt(Echo(), "<bash>one</bash>", limits=RolloutLimits(max_turns=1), thinking="keep")
+    assert t.stats["unclean_turns"] == 1  # no thinking
 
 
 # --- the world breaks ---

@@ -9,6 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from importlib import resources
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -41,6 +44,14 @@ def segments(draw: st.DrawFn) -> Segment:
 
 
 @st.composite
+def branched(draw: st.DrawFn) -> tuple[Segment, ...]:
+    """Segments whose branches count up from 0."""
+    drawn = draw(st.lists(st.tuples(segments(), st.booleans()), max_size=5))
+    begins = [new and number > 0 for number, (_, new) in enumerate(drawn)]
+    return tuple(replace(s, branch=n) for (s, _), n in zip(drawn, accumulate(map(int, begins)), strict=True))
+
+
+@st.composite
 def trajectories(draw: st.DrawFn) -> Trajectory:
     stop = draw(st.sampled_from(StopReason))
     failed = stop is StopReason.FAILED
@@ -48,7 +59,7 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
     return Trajectory(
         task_id=draw(st.text()),
         sample_index=draw(st.integers(0, 1000)),
-        segments=tuple(draw(st.lists(segments(), max_size=5))),
+        segments=draw(branched()),
         messages=tuple(draw(st.lists(st.dictionaries(st.text(), JSON_VALUES, max_size=3), max_size=3))),
         reward=None if failed else draw(st.none() | FINITE),
         stop_reason=stop,
@@ -85,7 +96,36 @@ def test_parquet_has_one_row_a_trajectory_with_roles_and_logprobs_beside_the_tok
     assert row["token_ids"] == [1, 2, 3, 4, 5, 6]
     assert row["roles"] == [0, 0, 0, 2, 2, 3]
     assert row["logprobs"] == [None, None, None, -0.1, -1.5, None]
-    assert row["segments"][2] == {"role": "ENV_OUTPUT", "length": 1, "turn": 0, "tool": "bash"}
+    assert row["segments"][2] == {"role": "ENV_OUTPUT", "length": 1, "turn": 0, "tool": "bash", "branch": 0}
+
+
+def test_branches_are_kept_and_files_of_version_1_are_of_one(tmp_path: Path) -> None:
+    first = one()
+    rewritten = (
+        Segment(TokenRole.CONTEXT, (1, 2, 3, 7), branch=1),
+        Segment(TokenRole.ENV_OUTPUT, (6,), None, 0, None, 1),
+    )
+    whole = replace(first, segments=(*first.segments[:2], *rewritten))
+    for suffix in ("jsonl", "parquet"):
+        write_trajectories(tmp_path / f"rows.{suffix}", [whole])
+        (read,) = read_trajectories(tmp_path / f"rows.{suffix}")
+        assert [[len(s) for s in branch] for branch in read.branches] == [[3, 2], [4, 1]]
+    # The package's own recorded trajectories are of version 1.
+    with resources.as_file(resources.files("backtalk").joinpath("assets", "recorded", "held_out.parquet")) as path:
+        recorded = read_trajectories(path)
+    assert len(recorded) > 1 and {len(t.branches) for t in recorded} == {1}
+
+
+def test_a_file_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    write_trajectories(tmp_path / "rows.parquet", [one()])
+    table = pq.read_table(tmp_path / "rows.parquet")
+    assert table.schema.metadata[b"backtalk_trajectories"] == b"2"
+    later = table.replace_schema_metadata({b"backtalk_trajectories": b"3"})
+    pq.write_table(later, tmp_path / "later.parquet")
+    with pytest.raises(DataError, match="version '3' of the trajectory format, and this backtalk reads 1 to 2"):
+        read_trajectories(tmp_path / "later.parquet")
 
 
 def test_rows_go_back_into_groups_even_when_a_task_comes_twice(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def to_trajectory(session: dict, renderer: Renderer) -> Trajectory:
         segments.append(Segment(TokenRole.ACTION, ids, (0.0,) * len(ids), turn=number))
         if turn["messages"]:
             messages = [unpack(message) for message in turn["messages"]]
-            segments += renderer.render_observation(messages, turn=number, tool=call.tool, closed=True)
+            segments += renderer.render_observation(messages, turn=number, closed=True)
     return Trajectory(task_id=session["id"], sample_index=0, segments=tuple(segments), stop_reason=StopReason.SUBMITTED)
 
 

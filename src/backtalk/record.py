@@ -8,24 +8,36 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from backtalk.envs.base import Message, Task
-from backtalk.renderer import clean_text
+from backtalk.envs.base import Message, ParsedAction, Task, clean_text
+from backtalk.renderer import Renderer
+from backtalk.sampler import Completion
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory
 
 _BODY = (TokenRole.ENV_OUTPUT, TokenRole.WARNING)
 _SECONDS = {"reset": "reset_seconds", "sample": "sample_seconds", "step": "env_seconds", "score": "score_seconds"}
-_COUNTS = ("invalid_calls", "command_timeouts", "truncated_observations")
+_COUNTS = (
+    "invalid_calls",  # turns without a valid call
+    "unclean_turns",  # turns with a parse error or a format warning
+    "role_confusions",  # turns whose action holds the format of observations
+    "drifts",  # histories that had to be rewritten
+    "command_timeouts",
+    "truncated_observations",
+)
 
 
 @dataclass(slots=True)
 class Record:
-    """What has happened in a rollout so far. Tokens and messages are only ever appended.
+    """What has happened in a rollout so far. Segments and messages are only ever appended.
 
+    ``token_ids`` are those of the current branch, which the policy goes on from; ``conversation`` is what was said, an
+    action as its ids, and ``messages`` the same for people to read.
     ``where`` is the phase that a failure would carry: reset, sample, step, score, or close when all is done.
     """
 
     token_ids: list[int] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
+    branch: int = 0
+    conversation: list[Message | Sequence[int]] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*_COUNTS, *_SECONDS.values()), 0.0))
     where: str = "reset"
@@ -43,19 +55,41 @@ class Record:
             self.stats[_SECONDS[where]] += time.perf_counter() - start
 
     def add(self, segments: Sequence[Segment], max_tokens: int | None = None) -> int:
-        """Append what fits into a history of ``max_tokens``; returns how many observation-body tokens did not."""
+        """Append to the branch what fits into ``max_tokens``; returns how many observation-body tokens did not."""
         dropped = 0
         for segment in segments:
             room = len(segment) if max_tokens is None else max(0, max_tokens - len(self.token_ids))
-            kept = segment if room >= len(segment) else replace(segment, token_ids=segment.token_ids[:room])
+            kept = replace(segment, token_ids=segment.token_ids[:room], branch=self.branch)
             if len(kept) or segment.role is TokenRole.ACTION:  # an action of no token is still a turn
                 self.segments.append(kept)
             self.token_ids += kept.token_ids
             dropped += len(segment) - len(kept) if segment.role in _BODY else 0
         return dropped
 
+    def act(self, completion: Completion, action: ParsedAction, turn: int) -> None:
+        """Append what the policy sampled, unchanged."""
+        self.add([Segment(TokenRole.ACTION, completion.token_ids, completion.logprobs, turn=turn)])
+        self.conversation.append(completion.token_ids)
+        self.messages.append({"role": "assistant", "content": action.text})
+
+    def observe(self, messages: Sequence[Message], renderer: Renderer, turn: int, max_tokens: int) -> int:
+        """Append what the policy sees next; returns how many observation-body tokens did not fit.
+
+        Where the history cannot be extended as it is, it is rewritten, and a new branch begins with it.
+        """
+        if not renderer.extends_turn(self.conversation, messages):
+            segments = renderer.render_history(self.conversation, messages, turn=turn, branch=self.branch + 1)
+            self.branch, self.token_ids = self.branch + 1, []
+            self.stats["drifts"] += 1
+        else:
+            closed = self.token_ids[-1:] == [renderer.end_of_turn_id]
+            segments = renderer.render_observation(messages, turn=turn, closed=closed)
+        self.say(messages)
+        return self.add(segments, max_tokens)
+
     def say(self, messages: Sequence[Message]) -> None:
-        """Keep messages for people to read."""
+        """Keep what was said to the policy."""
+        self.conversation += messages
         for message in messages:
             named = {} if message.tool is None else {"tool": message.tool}
             self.messages.append({"role": message.role, "content": clean_text(message.text), **named})

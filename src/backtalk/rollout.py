@@ -10,14 +10,14 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from backtalk.envs.base import Env, Message, Part, Step, Task
+from backtalk.envs.base import Env, Message, ParsedAction, Part, Step, Task
 from backtalk.errors import ConfigError, InfrastructureError, VerifierError
 from backtalk.record import Record
 from backtalk.renderer import Renderer
 from backtalk.sampler import Sampler, SamplerSession
-from backtalk.trajectory import Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
+from backtalk.trajectory import StopReason, TokenRole, Trajectory, TrajectoryGroup
 
 OpenEnv = Callable[[Task], AbstractAsyncContextManager[Env]]
 
@@ -27,7 +27,7 @@ class RolloutLimits:
     """Where an attempt ends at the latest."""
 
     max_turns: int = 16
-    max_tokens: int = 16_384  # of the whole history: prompt, actions, observations
+    max_tokens: int = 16_384  # of a whole history: prompt, actions, observations
     max_tokens_per_turn: int = 2_048  # of one action
     rollout_timeout_s: float = 600.0  # from opening the world to the last turn; scoring has as long again
     concurrency: int = 64  # attempts at once
@@ -89,32 +89,49 @@ async def _play(
             return StopReason.MAX_TOKENS
         with record.phase("sample"):
             completion = await session.sample(tuple(record.token_ids), min(room, limits.max_tokens_per_turn))
-        record.add([Segment(TokenRole.ACTION, completion.token_ids, completion.logprobs, turn=turn)])
         action = renderer.parse_action(completion.token_ids, completion.stopped)
-        record.messages.append({"role": "assistant", "content": action.text})
-        if action.call is None and len(record.token_ids) >= limits.max_tokens:
+        record.act(completion, action, turn)
+        if action.error and len(record.token_ids) >= limits.max_tokens:
             return StopReason.MAX_TOKENS  # cut by the history's end, not badly written
-        if action.call is None:
-            record.stats["invalid_calls"] += 1
-            step = Step((Message("tool", (Part(action.error or "[no tool call]", TokenRole.WARNING),)),))
-        else:
-            record.stats["invalid_calls"] += action.call.tool not in {tool.name for tool in env.tools}
+        record.stats["invalid_calls"] += {call.tool for call in action.calls}.isdisjoint(t.name for t in env.tools)
+        record.stats["unclean_turns"] += bool(action.error or action.warnings)
+        record.stats["role_confusions"] += renderer.imitates_observation(completion.token_ids)
+        steps: list[Step] = []
+        try:
             with record.phase("step"):
-                step = await env.step(action.call)
-        record.say(step.messages)
-        record.stats["command_timeouts"] += step.timed_out
-        observation: Sequence[Segment] = ()
-        if step.messages or not step.done:  # rendered after the last turn too: what the world said last teaches as well
-            tool = None if action.call is None else action.call.tool
-            closed = completion.token_ids[-1:] == (renderer.end_of_turn_id,)
-            observation = renderer.render_observation(step.messages, turn=turn, tool=tool, closed=closed)
-        dropped = record.add(observation, limits.max_tokens)
-        record.stats["truncated_observations"] += step.truncated or dropped > 0
-        if step.done:
-            return StopReason.SUBMITTED if step.submitted else StopReason.ENV_DONE
+                await _carry_out(action, env, steps)
+        finally:  # if the world breaks at the second call, what it said to the first is kept
+            _observe(steps, action, turn, renderer, limits, record)
+        if steps[-1].done:
+            return StopReason.SUBMITTED if steps[-1].submitted else StopReason.ENV_DONE
         if len(record.token_ids) >= limits.max_tokens:
             return StopReason.MAX_TOKENS
     return StopReason.MAX_TURNS
+
+
+async def _carry_out(action: ParsedAction, env: Env, steps: list[Step]) -> None:
+    """The calls in order, up to the first that ends the episode; what was wrong is an answer too."""
+    if action.error:
+        steps.append(Step((Message("tool", (Part(action.error, TokenRole.WARNING),)),)))
+    for call in action.calls:
+        step = await env.step(call)
+        steps.append(replace(step, messages=tuple(replace(m, tool=m.tool or call.tool) for m in step.messages)))
+        if step.done:
+            return
+
+
+def _observe(
+    steps: Sequence[Step], action: ParsedAction, turn: int, renderer: Renderer, limits: RolloutLimits, record: Record
+) -> None:
+    """Append one observation of all that was said; after the last turn too, as that teaches as well."""
+    messages = [message for step in steps for message in step.messages]
+    dropped = 0
+    if messages or (steps and not steps[-1].done):
+        if action.notice and messages:
+            messages[0] = replace(messages[0], parts=(Part(action.notice, TokenRole.WARNING), *messages[0].parts))
+        dropped = record.observe(messages, renderer, turn, limits.max_tokens)
+    record.stats["command_timeouts"] += sum(step.timed_out for step in steps)
+    record.stats["truncated_observations"] += dropped > 0 or any(step.truncated for step in steps)
 
 
 async def _score(env: Env, limits: RolloutLimits) -> float | None:

@@ -38,6 +38,20 @@ class Task:
         """By hash of the id, one in five held out, so that no run can move a task across."""
         return Split.HELD_OUT if hashlib.sha256(self.id.encode()).digest()[0] % 5 == 0 else Split.TRAIN
 
+    @property
+    def world_model_only(self) -> bool:
+        """Nobody scores this task: its rollouts teach through the world-model term alone."""
+        return self.metadata.get("world_model_only") is True
+
+
+def clean_text(text: str) -> str:
+    """The same text with lone surrogates, which no encoding can hold, replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -71,17 +85,30 @@ class ToolSpec:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
+    """One call; the arguments are JSON values."""
+
     tool: str
-    arguments: Mapping[str, str]
+    arguments: Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedAction:
-    """What a sampled action means: a call, or what was wrong with it."""
+    """What a sampled action means: the calls to carry out, in order, or what was wrong with it.
+
+    ``error`` is set exactly when ``calls`` is empty, and is then the observation, a WARNING. ``warnings`` are faults
+    of form that left the calls readable. ``notice`` is what the policy is told of them in front of the observation,
+    also a WARNING: always of calls that are not run, of the others where the settings say so.
+    """
 
     text: str
-    call: ToolCall | None
-    error: str | None = None  # said to the policy as a WARNING observation
+    calls: tuple[ToolCall, ...]
+    error: str | None = None
+    warnings: tuple[str, ...] = ()
+    notice: str = ""
+
+    def __post_init__(self) -> None:
+        if (self.error is None) != bool(self.calls):
+            raise ValueError(f"an action has calls or an error, got {len(self.calls)} calls and error={self.error!r}")
 
 
 @dataclass(frozen=True, slots=True)

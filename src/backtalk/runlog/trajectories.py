@@ -12,7 +12,8 @@ from backtalk.errors import DataError
 from backtalk.runlog.files import read_lines, readable, write_bytes
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no branches
+_VERSION_KEY = b"backtalk_trajectories"
 
 
 # ---------------------------------------------------------------- one trajectory as plain data
@@ -37,7 +38,8 @@ def trajectory_to_dict(trajectory: Trajectory) -> dict[str, Any]:
         "roles": [int(role) for role in trajectory.roles],
         "logprobs": [x for s in trajectory.segments for x in (s.logprobs or (None,) * len(s))],
         "segments": [
-            {"role": s.role.name, "length": len(s), "turn": s.turn, "tool": s.tool} for s in trajectory.segments
+            {"role": s.role.name, "length": len(s), "turn": s.turn, "tool": s.tool, "branch": s.branch}
+            for s in trajectory.segments
         ],
         "messages": [dict(message) for message in trajectory.messages],
         "stats": {name: float(value) for name, value in trajectory.stats.items()},
@@ -79,7 +81,8 @@ def _segments(data: Mapping[str, Any]) -> Iterator[Segment]:
         end = start + segment["length"]
         role = TokenRole[segment["role"]]
         sampled = tuple(logprobs[start:end]) if role is TokenRole.ACTION else None
-        yield Segment(role, tuple(token_ids[start:end]), sampled, segment["turn"], segment["tool"])
+        branch = segment.get("branch", 0)  # records of version 1 are of one history
+        yield Segment(role, tuple(token_ids[start:end]), sampled, segment["turn"], segment["tool"], branch)
         start = end
 
 
@@ -137,7 +140,8 @@ def group_trajectories(trajectories: Sequence[Trajectory]) -> list[TrajectoryGro
 def _schema() -> Any:
     import pyarrow as pa
 
-    segment = pa.struct([("role", pa.string()), ("length", pa.int32()), ("turn", pa.int32()), ("tool", pa.string())])
+    numbers = [(name, pa.int32()) for name in ("length", "turn", "branch")]
+    segment = pa.struct([("role", pa.string()), ("tool", pa.string()), *numbers])
     return pa.schema(
         [
             ("task_id", pa.string()),
@@ -153,7 +157,7 @@ def _schema() -> Any:
             ("messages", pa.string()),  # JSON
             ("stats", pa.map_(pa.string(), pa.float64())),
         ],
-        metadata={"backtalk_trajectories": str(SCHEMA_VERSION)},
+        metadata={_VERSION_KEY: str(SCHEMA_VERSION)},
     )
 
 
@@ -186,6 +190,12 @@ def _from_parquet(path: Path) -> list[dict[str, Any]]:
         missing = set(_schema().names) - set(table.schema.names)
         if missing:
             raise DataError(f"{path} lacks the columns {sorted(missing)}; it holds something other than trajectories")
+        version = (table.schema.metadata or {}).get(_VERSION_KEY, b"1").decode("ascii", "replace")
+        if version not in map(str, range(1, SCHEMA_VERSION + 1)):
+            raise DataError(
+                f"{path} is of version {version!r} of the trajectory format, and this backtalk reads 1 to "
+                f"{SCHEMA_VERSION}; read it with the backtalk that wrote it, or a later one"
+            )
         rows = table.to_pylist()
         for row in rows:
             row["failure"] = row["failure"] and json.loads(row["failure"])

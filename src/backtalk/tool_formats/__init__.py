@@ -1,0 +1,26 @@
+"""How a policy writes tool calls, and how they are read back out of what it sampled (docs/tool_formats.md)."""
+
+from __future__ import annotations
+
+from backtalk.tool_formats.base import CALL_CLOSE, CALL_OPEN, THINK_CLOSE, THINK_OPEN, Mark, Reply, Syntax, ToolFormat
+from backtalk.tool_formats.choose import detect_format, open_syntax, tag_tokens
+from backtalk.tool_formats.reply import how_many, parse_reply, write_reply
+from backtalk.tool_formats.schemas import tool_schemas
+
+__all__ = [
+    "CALL_CLOSE",
+    "CALL_OPEN",
+    "THINK_CLOSE",
+    "THINK_OPEN",
+    "Mark",
+    "Reply",
+    "Syntax",
+    "ToolFormat",
+    "detect_format",
+    "how_many",
+    "open_syntax",
+    "parse_reply",
+    "tag_tokens",
+    "tool_schemas",
+    "write_reply",
+]
