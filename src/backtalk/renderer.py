@@ -1,48 +1,52 @@
 """Between chat messages and token ids: what a message becomes, who made each of its tokens, what an action means.
 
-History is never rendered twice. What the chat template puts around messages is found once, by rendering bodies
-that are placeholders; from then on an observation is that scaffold with the real bodies in their places. Bodies
-are encoded by a copy of the tokenizer that knows no control tokens, so text can never become one.
+History is not rendered twice. What the chat template puts around messages is found by rendering bodies that are
+placeholders; an observation is that scaffold with the real bodies in their places, and what the policy sampled stays
+as it was. Every turn it is shown, on the shape of the conversation as it stands, that the template would have left
+what is there alone; where it would not, that is raised, or the history is rewritten in a branch of its own.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate, groupby
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
-from backtalk.envs.base import Message, ParsedAction, ToolCall, ToolSpec
-from backtalk.errors import RenderError
+from backtalk.chat_template import ChatTemplate, Roles, Scaffold, escape, plain_template, template_source
+from backtalk.dialogue import Dialogue, Turn, open_dialogue
+from backtalk.encoding import Piece, encoder_of
+from backtalk.envs.base import Message, ParsedAction, ToolCall, ToolSpec, clean_text
+from backtalk.errors import ConfigError, RenderError
 from backtalk.tool_formats import (
     CALL_CLOSE,
     CALL_OPEN,
+    THINK_CLOSE,
     THINK_OPEN,
-    Tag,
+    Mark,
+    Reply,
     ToolFormat,
-    hermes_instructions,
-    hermes_json,
-    hermes_schema,
-    parse_hermes,
-    parse_tags,
-    split_tags,
-    tag_arguments,
+    detect_format,
+    how_many,
+    open_syntax,
+    parse_reply,
+    tag_tokens,
+    tool_schemas,
+    write_reply,
 )
 from backtalk.trajectory import Segment, TokenRole
 
-# A token that reaches over an edge takes the earlier of these roles: template is no one's text, and a token that
-# holds a piece of the harness's text is not what the world said.
-_EDGE_ORDER = (TokenRole.TEMPLATE, TokenRole.CONTEXT, TokenRole.WARNING, TokenRole.ENV_OUTPUT)
+Action = str | Sequence[int]  # an assistant's message: as decoded, or better the sampled ids themselves
 
-_Piece = tuple[str, TokenRole]  # plain text and who wrote it; an int beside it is a control token of the template
-_Scaffold = tuple[tuple[int | _Piece, ...], ...]  # what stands before, between and after the bodies
+_MARK = re.compile(r"</?[^\s<>]{1,40}>|\[/?[A-Z_]{2,40}\]")  # how templates spell the marks they set around bodies
 
 
 class ChatTokenizer(Protocol):
-    """What is used of a transformers fast tokenizer, beside ``eos_token_id`` and ``pad_token_id`` if it has them."""
+    """What is used of a transformers fast tokenizer, beside its eos, bos and pad tokens if it has them."""
 
     @property
     def backend_tokenizer(self) -> Any: ...
@@ -50,323 +54,336 @@ class ChatTokenizer(Protocol):
     def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any: ...
 
 
-def clean_text(text: str) -> str:
-    """The same text with lone surrogates, which no encoding can hold, replaced by U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RendererConfig:
+    """How a conversation is written down.
+
+    ``thinking`` "off" asks the template for none (``enable_thinking=False``); "keep" leaves what was sampled in the
+    history, whatever the template would do; "strip" takes a turn's thinking out once the turn is over, which begins
+    a new branch. ``on_drift`` says what to do where the chat template rewrites earlier turns: "stop" raises, "fork"
+    begins a new branch.
+    """
+
+    tool_format: ToolFormat | None = None  # None: the one that the model was made for, see detect_format
+    thinking: Literal["off", "keep", "strip"] = "off"
+    on_drift: Literal["stop", "fork"] = "stop"
+    max_calls_per_turn: int = 1
+    format_warnings: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("thinking", ("off", "keep", "strip")), ("on_drift", ("stop", "fork"))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not known; use one of {', '.join(choices)}")
+        if self.max_calls_per_turn < 1:
+            raise ConfigError(f"max_calls_per_turn={self.max_calls_per_turn} leaves no room for a call; use 1 or more")
 
 
 class Renderer:
     """One tokenizer, chat template and set of tools.
 
-    ``tool_format`` None takes tags where the tokenizer has a token for each of them, else Hermes. ``template_options``
-    go to the chat template, as ``{"enable_thinking": False}`` does.
+    ``template_options`` go to the chat template, as ``{"date_string": "1 Jan 2025"}`` does.
 
     Raises:
-        RenderError: the tokenizer is not a fast one, or the template cannot be extended turn by turn.
+        RenderError: the tokenizer is not a fast one, the template raises, drops or doubles messages, or it cannot be
+            extended turn by turn and ``on_drift`` is "stop".
         ConfigError: the tools do not fit the format.
     """
 
     stop_token_ids: frozenset[int]  # any of them ends an action
     end_of_turn_id: int  # the one that the template ends an assistant's message with
     pad_token_id: int
+    extends: bool  # whether every turn can be appended to what is there, as far as can be known at the start
 
     def __init__(
         self,
         tokenizer: ChatTokenizer,
         tools: Sequence[ToolSpec],
-        tool_format: ToolFormat | None = None,
+        config: RendererConfig = RendererConfig(),
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
-        self.tools = tuple(tools)
-        self._options = dict(template_options or {})
-        self._scaffolds: dict[tuple[str, ...], _Scaffold] = {}
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise RenderError(
-                f"{type(tokenizer).__name__} is not a fast tokenizer, so nobody knows which characters a token "
-                "covers; load it with AutoTokenizer from a folder that has a tokenizer.json"
-            )
-        self._backend = backend
-        self._plain, self._control_ids = _without_control_tokens(backend)
-        control = sorted(self._control_ids, key=len, reverse=True)
-        self._control_pattern = re.compile("|".join(map(re.escape, control)) or r"(?!)")  # (?!) matches nothing
-        self._control_id_set = frozenset(self._control_ids.values())
-        tags = [Tag(tool.name, closing) for tool in tools for closing in (False, True)]
-        has_tags = bool(tags) and all(str(tag) in self._control_ids for tag in tags)
-        self._tags = {self._control_ids[str(tag)]: tag for tag in tags} if has_tags else {}
-        self.tool_format = tool_format or (ToolFormat.TAGS if has_tags else ToolFormat.HERMES)
-        self._arguments = tag_arguments(tools) if self.tool_format is ToolFormat.TAGS else {}
-        self._schemas = [hermes_schema(tool) for tool in tools] if self.tool_format is ToolFormat.HERMES else []
-        self._preamble = self._missing_instructions()
-        self._thinking = self._literals(["user"])[-1].rstrip().endswith(THINK_OPEN)  # before every reply
-        self._tool_role, self.end_of_turn_id = self._find_turn()
+        self.tokenizer, self.tools, self.config = tokenizer, tuple(tools), config
+        self.encoder = encoder_of(tokenizer)
+        self._scan = lru_cache(4096)(self.encoder.scan)
+        source = self._template_source()
+        self.tool_format = config.tool_format or detect_format(source, self.encoder.control_ids, self.tools)
+        self._syntax = open_syntax(self.tool_format, self.tools, self.encoder.control_ids)
+        self._dialogue, self._preamble = self._open_dialogue(source, template_options or {})
+        self._template = self._dialogue.template
+        self.extends = self._dialogue.extends and config.thinking != "strip"
+        self._thinking = self._template.scaffold(("user",)).literals[-1].rstrip().endswith(THINK_OPEN)  # before replies
+        self.end_of_turn_id = self._find_end()
         eos, pad = (getattr(tokenizer, name, None) for name in ("eos_token_id", "pad_token_id"))
-        self.stop_token_ids = frozenset({self.end_of_turn_id} | (self._control_id_set & {eos, pad}))
+        self.stop_token_ids = frozenset({self.end_of_turn_id} | (self.encoder.control_id_set & {eos, pad}))
         self.pad_token_id = self.end_of_turn_id if pad is None else pad
+        self._action_marks = frozenset(
+            {CALL_OPEN, CALL_CLOSE, THINK_OPEN, THINK_CLOSE, "<|python_tag|>", *tag_tokens(self.tools)}
+        )
+        self._observation_marks = self._find_marks()
 
     @classmethod
     def from_pretrained(
         cls,
         path: str | Path,
         tools: Sequence[ToolSpec],
-        tool_format: ToolFormat | None = None,
+        config: RendererConfig = RendererConfig(),
         template_options: Mapping[str, Any] | None = None,
     ) -> Renderer:
         """Load the tokenizer of a model folder or name; imports transformers."""
         from transformers import AutoTokenizer
 
-        return cls(AutoTokenizer.from_pretrained(path), tools, tool_format, template_options)
+        return cls(AutoTokenizer.from_pretrained(path), tools, config, template_options)
 
     # --- messages to tokens ---
 
     def render_prompt(self, messages: Sequence[Message]) -> tuple[Segment, ...]:
         """System and task as CONTEXT in their TEMPLATE, up to where the policy begins to write.
 
-        All of it is given text, whatever role its parts have: the prompt is never a target.
+        All of it is given text, whatever role its parts have: the prompt is never a target. A system message that the
+        template refuses becomes the beginning of the first user message.
         """
         if not messages:
             raise ValueError("a prompt needs at least one message, got none")
-        bodies = [[(part.text, TokenRole.CONTEXT) for part in message.parts] for message in messages]
-        if self._preamble and messages[0].role == "system":
-            bodies[0].append(("\n\n" + self._preamble, TokenRole.CONTEXT))
-        elif self._preamble:
-            bodies[0].insert(0, (self._preamble + "\n\n", TokenRole.CONTEXT))
-        roles = tuple(message.role for message in messages)
-        return self._render(self._prompt_scaffold(roles), bodies, turn=None, tool=None)
+        chat = self._given(messages)
+        scaffold = self._template.scaffold(tuple(turn.role for turn in chat))
+        return self._segments(self._lay_out(scaffold, chat), at_start=True)
 
-    def render_observation(
-        self, messages: Sequence[Message], *, turn: int, tool: str | None, closed: bool
-    ) -> tuple[Segment, ...]:
+    def render_observation(self, messages: Sequence[Message], *, turn: int, closed: bool) -> tuple[Segment, ...]:
         """What the history is extended by after an action, up to where the policy writes again.
 
         ``closed`` says that the action ended with ``end_of_turn_id``; where it did not, that token comes first, as
-        TEMPLATE. A token over an edge is TEMPLATE, or between WARNING and ENV_OUTPUT, WARNING.
+        TEMPLATE. A token over an edge is TEMPLATE, or between WARNING and ENV_OUTPUT, WARNING. Each segment carries
+        the tool of its message.
         """
-        if not messages:
-            raise ValueError(f"observation of turn {turn} has no message; an empty answer is a message with no text")
-        bodies = [[(part.text, part.role) for part in message.parts] for message in messages]
-        if any(role is TokenRole.ACTION for body in bodies for _, role in body):
-            raise ValueError(f"observation of turn {turn} holds an ACTION part, but only the policy makes actions")
-        scaffold = self._observation_scaffold(tuple(self._chat_role(message.role) for message in messages))
-        if not closed:
-            scaffold = ((self.end_of_turn_id, *scaffold[0]), *scaffold[1:])
-        return self._render(scaffold, bodies, turn=turn, tool=tool)
+        chat = self._observed(messages, turn)
+        scaffold = self._template.answer(tuple(turn.role for turn in chat))
+        pieces = self._lay_out(scaffold, chat)
+        first = next(pieces)
+        if first.content != (self.end_of_turn_id,):
+            raise RenderError(f"before {chat[0].role!r} messages the chat template ends a turn in another way")
+        return self._segments(pieces if closed else (first, *pieces), turn=turn)
+
+    def extends_turn(self, conversation: Sequence[Message | Action], observation: Sequence[Message]) -> bool:
+        """Whether the observation may be appended to the history, or ``render_history`` has to write it anew.
+
+        ``conversation`` is everything said so far, the action just sampled at its end. The template is asked with
+        placeholders for all of it, once for each shape of conversation: what it wrote before the action must stand
+        in what it writes after the observation, and the rest must be what ``render_observation`` appends.
+
+        Raises:
+            RenderError: it rewrites what is there, and ``on_drift`` is "stop"; or it cannot write this conversation.
+        """
+        *before, action = conversation
+        if isinstance(action, Message):
+            raise ValueError(f"the conversation ends with a {action.role!r} message; it has to end with the action")
+        if self.config.thinking == "strip" and self._without_thinking(action) != action:
+            return False
+        history, roles = self._roles([*before]), self._roles(observation)
+        if self._template.extends(history, roles):
+            return True
+        if self.config.on_drift == "stop":
+            raise RenderError(
+                f"after {len(conversation)} messages the chat template rewrites earlier turns when {list(roles)} "
+                "follow, so the sampled history cannot be extended; set on_drift=fork to train the rewritten history "
+                "as a sequence of its own, or use a template that only appends"
+            )
+        return False
+
+    def render_history(
+        self, conversation: Sequence[Message | Action], observation: Sequence[Message], *, turn: int, branch: int
+    ) -> tuple[Segment, ...]:
+        """The whole conversation as the template writes it now, and the observation, up to where the policy writes.
+
+        What was said before is CONTEXT in its TEMPLATE, actions too; the observation has the roles of its parts.
+        An action given by its ids keeps them, but for the thinking that ``thinking="strip"`` takes out.
+        """
+        chat = self._given(conversation)
+        observed = self._observed(observation, turn)
+        literals, escaped = self._template.scaffold(tuple(turn.role for turn in (*chat, *observed)))
+        n = len(chat)
+        before = self._lay_out(Scaffold(literals[:n], escaped[:n]), chat)
+        after = self._lay_out(Scaffold(literals[n:], escaped[n:]), observed)
+        segments = (*self._segments(before, at_start=True), *self._segments(after, turn=turn))
+        return tuple(replace(segment, branch=branch) for segment in segments)
+
+    def imitates_observation(self, token_ids: Sequence[int]) -> bool:
+        """Whether an action holds what the template sets around observations, as control tokens or spelled out."""
+        text = self._decode(self._without_stop(token_ids))
+        return any(mark in text for mark in self._observation_marks)
 
     # --- actions ---
 
     def parse_action(self, token_ids: Sequence[int], stopped: bool) -> ParsedAction:
-        """What sampled ids mean. Where they hold no whole call, ``error`` is what to tell the policy."""
+        """What sampled ids mean: calls to run, or an ``error`` to tell the policy. Never raises."""
         ended = bool(token_ids) and token_ids[-1] in self.stop_token_ids
-        ids = token_ids[:-1] if ended else token_ids
-        text = self._decode(ids)
-        match self.tool_format:
-            case ToolFormat.TAGS:
-                spans = self._tag_spans(ids) if self._tags else split_tags(text, list(self._arguments))
-                result = parse_tags(spans, self._arguments, stopped=stopped)
-            case ToolFormat.HERMES:
-                result = parse_hermes(text, stopped=stopped, thinking=self._thinking)
-        if isinstance(result, str):
-            return ParsedAction(text, None, result)
-        arguments = {clean_text(name): clean_text(value) for name, value in result.arguments.items()}
-        return ParsedAction(text, ToolCall(clean_text(result.tool), arguments))
+        text, marks = self._decode_marks(token_ids[:-1] if ended else token_ids)
+        return parse_reply(
+            self._syntax,
+            self.tools,
+            Reply(text, stopped, self._thinking, marks),
+            max_calls=self.config.max_calls_per_turn,
+            thinking=self.config.thinking != "off",
+            tell_warnings=self.config.format_warnings,
+        )
 
     def encode_action(self, call: ToolCall, text: str = "") -> tuple[int, ...]:
-        """The ids of a well-written call after some text, with the stop token: for scripted policies."""
-        match self.tool_format:
-            case ToolFormat.TAGS:
-                body = call.arguments[self._arguments[call.tool]]
-                pieces = [text, Tag(call.tool), body, Tag(call.tool, closing=True)]
-            case ToolFormat.HERMES:
-                pieces = [text + "\n" * bool(text), CALL_OPEN, f"\n{hermes_json(call)}\n", CALL_CLOSE]
-        items: list[int | _Piece] = []
-        for k, piece in enumerate(pieces):  # the second and fourth are markup, the others somebody's text
-            items += self._scan(str(piece)) if k % 2 else [(str(piece), TokenRole.TEMPLATE)]
-        return (*(token for token, _ in self._encode(items)), self.end_of_turn_id)
+        """The ids of a well-written call after some text, with the stop token: for scripted policies.
+
+        Where thinking is on, the text is thought.
+
+        Raises:
+            RenderError: the format cannot hold this call.
+        """
+        thinking = self.config.thinking != "off"
+        items: list[int | str] = []
+        for piece in write_reply(self._syntax, call, text, opened=self._thinking, thinking=thinking):
+            items += self._scan(piece) if isinstance(piece, Mark) else [piece]
+        return (*self._encode(items), self.end_of_turn_id)
+
+    def _decode_marks(self, token_ids: Sequence[int]) -> tuple[str, frozenset[int] | None]:
+        """The text of sampled ids, and where the format's own tokens stand in it, if only those count."""
+        if not self._syntax.are_tokens:
+            return self._decode(token_ids), None
+        tags = {self.encoder.control_ids[tag] for tag in tag_tokens(self.tools)}
+        text, starts = "", set()
+        for is_tag, run in groupby(token_ids, key=tags.__contains__):
+            for piece in [[token] for token in run] if is_tag else [list(run)]:
+                if is_tag:
+                    starts.add(len(text))
+                text += self._decode(piece)
+        return text, frozenset(starts)
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """The ids of anything a policy may write, control tokens recognised, with the stop token."""
-        return (*(token for token, _ in self._encode(self._scan(text))), self.end_of_turn_id)
+        return (*self._encode(self._scan(text)), self.end_of_turn_id)
 
     # --- inside ---
 
-    def _render(
-        self, scaffold: _Scaffold, bodies: Sequence[Sequence[_Piece]], *, turn: int | None, tool: str | None
+    def _segments(
+        self, pieces: Iterable[Piece], *, turn: int | None = None, at_start: bool = False
     ) -> tuple[Segment, ...]:
-        items: list[int | _Piece] = list(scaffold[0])
-        for body, after in zip(bodies, scaffold[1:], strict=True):
-            items += body
-            items += after
+        tokens = self.encoder.encode(pieces, at_start=at_start)
         return tuple(
             Segment(role, tuple(token for token, _ in run), turn=turn, tool=tool)
-            for role, run in groupby(self._encode(items), key=lambda pair: pair[1])
+            for (role, tool), run in groupby(tokens, key=lambda pair: (pair[1].role, pair[1].tool))
         )
 
-    def _encode(self, items: Iterable[int | _Piece]) -> list[tuple[int, TokenRole]]:
-        """Tokens with roles. Text between two control tokens is encoded as one, as the policy has seen it."""
-        tokens: list[tuple[int, TokenRole]] = []
-        for is_control, run in groupby(items, key=lambda item: isinstance(item, int)):
-            if is_control:
-                tokens += [(item, TokenRole.TEMPLATE) for item in run if isinstance(item, int)]
-            else:
-                tokens += self._encode_run([item for item in run if not isinstance(item, int)])
-        return tokens
+    def _lay_out(self, scaffold: Scaffold, chat: Sequence[Turn]) -> Iterator[Piece]:
+        """The bodies with the template's text around them, in which control tokens are control tokens."""
+        for k, literal in enumerate(scaffold.literals):
+            tool = chat[k].tool if k < len(chat) else chat[-1].pieces[-1].tool if chat[-1].pieces else chat[-1].tool
+            yield from self._pieces(self._scan(literal), TokenRole.TEMPLATE, tool)
+            for piece in chat[k].pieces if k < len(chat) else ():
+                escaped = scaffold.escaped[k] and isinstance(piece.content, str)
+                yield piece._replace(content=escape(clean_text(str(piece.content)))) if escaped else piece
 
-    def _encode_run(self, run: Iterable[_Piece]) -> Iterable[tuple[int, TokenRole]]:
-        pieces = [(clean_text(text), role) for text, role in run if text]
-        encoding = self._plain.encode("".join(text for text, _ in pieces), add_special_tokens=False)
-        if not self._control_id_set.isdisjoint(encoding.ids):
-            raise RenderError("plain text became a control token; this tokenizer cannot tell the two apart")
-        if len({role for _, role in pieces}) <= 1:
-            return [(token, pieces[0][1]) for token in encoding.ids]
-        ends = list(accumulate(len(text) for text, _ in pieces))
-        roles: list[TokenRole] = []
-        for start, end in encoding.offsets:  # in characters of the joined text
-            first, last = bisect_right(ends, start), bisect_left(ends, end)
-            if first >= last:
-                roles.append(pieces[min(first, len(pieces) - 1)][1])
-            else:
-                roles.append(min((role for _, role in pieces[first : last + 1]), key=_EDGE_ORDER.index))
-        return zip(encoding.ids, roles, strict=True)
+    def _encode(self, items: Iterable[int | str]) -> list[int]:
+        """Control tokens, and text in which there are none."""
+        return [token for token, _ in self.encoder.encode(self._pieces(items, TokenRole.TEMPLATE))]
+
+    @staticmethod
+    def _pieces(items: Iterable[int | str], role: TokenRole, tool: str | None = None) -> Iterator[Piece]:
+        return (Piece((item,) if isinstance(item, int) else item, role, tool) for item in items)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._backend.decode(list(token_ids), skip_special_tokens=False)
+        return self.encoder.decode(token_ids)
 
-    def _tag_spans(self, token_ids: Sequence[int]) -> list[str | Tag]:
-        """Cut at tag tokens, so that a tag spelled out in plain tokens is only text."""
-        spans: list[str | Tag] = []
-        text: list[int] = []
-        for token in token_ids:
-            if token in self._tags:
-                spans += [self._decode(text), self._tags[token]]
-                text = []
+    # --- what is said, as turns of the chat template ---
+
+    def _given(self, conversation: Sequence[Message | Action]) -> list[Turn]:
+        """A conversation as CONTEXT, with how to call the tools at its head where the template does not say it."""
+        said: list[Turn] = []
+        for item in conversation:
+            if isinstance(item, Message):
+                said.append(Turn(item.role, tuple(Piece(part.text, TokenRole.CONTEXT) for part in item.parts)))
             else:
-                text.append(token)
-        return [*spans, self._decode(text)]
+                said.append(Turn("assistant", self._kept(item)))
+        if self._preamble:
+            role, pieces, _ = said[0]
+            told = (self._preamble, "\n\n") if role != "system" else ("\n\n", self._preamble)
+            added = tuple(Piece(text, TokenRole.CONTEXT) for text in told)
+            said[0] = Turn(role, (*pieces, *added) if role == "system" else (*added, *pieces))
+        return self._dialogue.turns(said)
 
-    def _scan(self, text: str) -> tuple[int | _Piece, ...]:
-        """Text with its control tokens found."""
-        items: list[int | _Piece] = []
-        position = 0
-        for match in self._control_pattern.finditer(text):
-            items += [(text[position : match.start()], TokenRole.TEMPLATE), self._control_ids[match[0]]]
-            position = match.end()
-        items.append((text[position:], TokenRole.TEMPLATE))
-        return tuple(item for item in items if isinstance(item, int) or item[0])
-
-    # --- the chat template, rendered with placeholders ---
-
-    def _literals(self, roles: Sequence[str], *, generation_prompt: bool = True) -> list[str]:
-        """What the template writes before, between and after the bodies of a conversation."""
-        # Private-use characters at the edges, which nobody trims; between them what JSON or HTML would write otherwise.
-        bodies = [f'\ue000{number}\n"\\<&\ue001' for number in range(len(roles))]
-        conversation = [{"role": role, "content": body} for role, body in zip(roles, bodies, strict=True)]
-        try:
-            rest = self.tokenizer.apply_chat_template(
-                conversation,
-                tools=self._schemas or None,
-                add_generation_prompt=generation_prompt,
-                tokenize=False,
-                **self._options,
-            )
-        except Exception as error:  # templates are programs, and raise what they like
-            raise RenderError(f"the chat template cannot render a conversation of {list(roles)}: {error}") from error
-        literals: list[str] = []
-        for body, role in zip(bodies, roles, strict=True):
-            before, found, rest = rest.partition(body)
-            if not found:
-                raise RenderError(f"the chat template drops, rewrites or reorders a {role!r} message in {list(roles)}")
-            literals.append(before)
-        if any(body in literal for literal in (*literals, rest) for body in bodies):
-            raise RenderError(f"the chat template writes a message of {list(roles)} twice")
-        return [*literals, rest]
-
-    def _prompt_scaffold(self, roles: tuple[str, ...]) -> _Scaffold:
-        key = ("prompt", *roles)
-        if key not in self._scaffolds:
-            self._scaffolds[key] = tuple(self._scan(literal) for literal in self._literals(roles))
-        return self._scaffolds[key]
-
-    def _observation_scaffold(self, roles: tuple[str, ...]) -> _Scaffold:
-        """What comes after an assistant's message that is closed, around an observation of these chat roles."""
-        key = ("observation", *roles)
-        if key not in self._scaffolds:
-            first, *rest = (self._scan(literal) for literal in self._delta(roles))
-            self._scaffolds[key] = (first[1:], *rest)  # without the end of turn, which the policy samples
-        return self._scaffolds[key]
-
-    def _delta(self, roles: tuple[str, ...]) -> list[str]:
-        """What an observation adds, from the end of the assistant's body on.
-
-        Raises:
-            RenderError: it depends on how long the history is, or what came before is rewritten.
-        """
-        prompt = self._literals(["user"])
-        once = self._literals(["user", "assistant", *roles])
-        twice = self._literals(["user", "assistant", *roles, "assistant", *roles])
-        delta, n = once[2:], len(roles)
-        # The prompt to write may say more than the header of a message in history does, as an opened <think>.
-        extends = (
-            prompt[0] == once[0] == twice[0]
-            and prompt[1].startswith(once[1])
-            and once[1] == twice[1]
-            and twice[2 : 2 + n] == delta[:n]
-            and delta[n].startswith(twice[2 + n])
-            and twice[3 + n :] == delta
+    def _observed(self, messages: Sequence[Message], turn: int) -> list[Turn]:
+        if not messages:
+            raise ValueError(f"observation of turn {turn} has no message; an empty answer is a message with no text")
+        if any(part.role is TokenRole.ACTION for message in messages for part in message.parts):
+            raise ValueError(f"observation of turn {turn} holds an ACTION part, but only the policy makes actions")
+        return self._dialogue.turns(
+            Turn(m.role, tuple(Piece(part.text, part.role, m.tool) for part in m.parts), m.tool) for m in messages
         )
-        if not extends:
-            raise RenderError(
-                f"the chat template rewrites earlier turns when {list(roles)} messages follow, so a sampled history "
-                "cannot be extended; use a template that only appends"
-            )
-        return delta
 
-    def _find_turn(self) -> tuple[str, int]:
-        """The chat role that carries observations and the token that ends an assistant's message."""
-        try:
-            role, delta = "tool", self._delta(("tool",))
-        except RenderError:  # a template that knows no tool messages; a user's have to do
-            role, delta = "user", self._delta(("user",))
-        first = next(iter(self._scan(delta[0])), None)
+    def _roles(self, said: Iterable[Message | Action]) -> Roles:
+        return self._dialogue.roles(item.role if isinstance(item, Message) else "assistant" for item in said)
+
+    # --- actions in a history that is written anew ---
+
+    def _without_stop(self, token_ids: Sequence[int]) -> Sequence[int]:
+        return token_ids[:-1] if token_ids and token_ids[-1] in self.stop_token_ids else token_ids
+
+    def _kept(self, action: Action) -> tuple[Piece, ...]:
+        """An action as it stands in a history: its ids, or for a decoded one text in which only marks are control."""
+        action = self._without_thinking(action) if self.config.thinking == "strip" else action
+        if not isinstance(action, str):
+            return (Piece(tuple(self._without_stop(action)), TokenRole.CONTEXT),)
+        return tuple(self._pieces(self.encoder.scan(action, self._action_marks), TokenRole.CONTEXT))
+
+    def _without_thinking(self, action: Action) -> Action:
+        """What is left of an action: all of it where nobody thought, nothing where the thinking had no end."""
+        close = self.encoder.control_ids.get(THINK_CLOSE)
+        if isinstance(action, str) or close is None:
+            text = action if isinstance(action, str) else self._decode(self._without_stop(action))
+            _, closed, rest = text.rpartition(THINK_CLOSE)
+            if not closed and not self._thinking and THINK_OPEN not in text:
+                return action
+            return rest.lstrip("\n") if closed else ""
+        ids = list(action)
+        if close not in ids:
+            opened = self._thinking or self.encoder.control_ids.get(THINK_OPEN) in ids
+            return () if opened else action
+        rest = ids[len(ids) - ids[::-1].index(close) :]
+        blank = next((n for n, token in enumerate(rest) if self._decode([token]).strip("\n")), len(rest))
+        return tuple(rest[blank:])
+
+    # --- what is found out about the chat template ---
+
+    def _template_source(self) -> str:
+        source = template_source(self.tokenizer)
+        if source is None:
+            source = plain_template(self.encoder.control_ids, getattr(self.tokenizer, "eos_token", None))
+            warnings.warn(f"the tokenizer has no chat template; Backtalk's own is used: {source}", stacklevel=3)
+        return source
+
+    def _open_dialogue(self, source: str, options: Mapping[str, Any]) -> tuple[Dialogue, str]:
+        """The template at work, and what to tell about the tools where it does not, or not in the policy's format."""
+        options = {"enable_thinking": self.config.thinking != "off", **options}
+        bare = ChatTemplate(self.tokenizer, source, [], options)
+        templates = [bare]
+        if self._syntax.in_template and self.tools:
+            told = ChatTemplate(self.tokenizer, source, tool_schemas(self.tools), options)
+            said = "".join(told.scaffold(("user",)).literals) if told.takes(("user",)) else ""
+            if all(tool.name in said for tool in self.tools) and self._syntax.taught_by(said):
+                templates.insert(0, told)
+        dialogue = open_dialogue(templates, self.config.on_drift)
+        untold = dialogue.template is bare and bool(self.tools) and not self._syntax.taught_by("")
+        return dialogue, self._syntax.instructions(how_many(self.config.max_calls_per_turn)) if untold else ""
+
+    def _find_end(self) -> int:
+        """The token that ends an assistant's message."""
+        literal = self._template.answer((self._dialogue.tool_role,)).literals[0]
+        first = next(iter(self._scan(literal)), None)
         if not isinstance(first, int):
             raise RenderError(
-                f"the chat template ends an assistant's message with {delta[0][:40]!r}, which does not begin with a "
+                f"the chat template ends an assistant's message with {literal[:40]!r}, which does not begin with a "
                 "control token, so a turn has no end that a policy could sample"
             )
-        return role, first
+        return first
 
-    def _chat_role(self, role: str) -> str:
-        return self._tool_role if role == "tool" else role
-
-    def _missing_instructions(self) -> str:
-        """How to call the tools, where the template does not say it, or says it in another format. Tags say nothing."""
-        said = "".join(self._literals(["user"]))
-        if not self._schemas or (CALL_OPEN in said and all(f'"{tool.name}"' in said for tool in self.tools)):
-            return ""
-        self._schemas = []
-        return hermes_instructions(self.tools)
-
-
-def _without_control_tokens(backend: Any) -> tuple[Any, dict[str, int]]:
-    """A copy of a tokenizer that takes control tokens for plain text, and the ids of those by their text.
-
-    Control is every added token but runs of white space: a template's marks such as ``</tool_response>`` are often
-    not flagged as special, and must not be open to the world for that.
-    """
-    state = json.loads(backend.to_str())
-    control: dict[str, int] = {}
-    for token in state["added_tokens"]:
-        token["special"] = bool(token["content"].replace("\u2581", " ").strip())  # a way to write a space
-        if token["special"]:
-            control[token["content"]] = token["id"]
-    state.update(post_processor=None, truncation=None, padding=None)  # no begin token, nothing cut, whole offsets
-    plain = type(backend).from_str(json.dumps(state))
-    plain.encode_special_tokens = True
-    leaked = [text for text, token in control.items() if token in plain.encode(text, add_special_tokens=False).ids]
-    if leaked:
-        raise RenderError(f"this tokenizer makes control tokens of the plain text {leaked[:3]}; it cannot be used")
-    return plain, control
+    def _find_marks(self) -> frozenset[str]:
+        """The marks around an observation, less those that an action may hold."""
+        literals = self._template.answer((self._dialogue.tool_role,)).literals
+        control = {token: text for text, token in self.encoder.control_ids.items()}
+        marks: set[str] = set()
+        for item in (item for literal in literals for item in self._scan(literal)):
+            marks |= {control[item]} if isinstance(item, int) else set(_MARK.findall(item))
+        return frozenset(marks - self._action_marks)
