@@ -22,7 +22,7 @@ from backtalk.evaluate import (
     rollout_metrics,
     time_metrics,
 )
-from backtalk.objective import ObjectiveConfig
+from backtalk.objective_config import ObjectiveConfig
 from backtalk.renderer import Renderer
 from backtalk.rollout import RolloutLimits
 from backtalk.sampler import SamplingParams, ScriptedSampler

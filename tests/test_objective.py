@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from backtalk.engines.metrics import token_metrics, token_sums
 from backtalk.errors import ConfigError
 from backtalk.losses import policy_surrogate
 from backtalk.objective import objective, world_model_loss, world_model_loss_from_masks
@@ -354,21 +353,6 @@ def test_world_gradient_is_the_derivative_of_the_loss() -> None:
     assert torch.autograd.gradcheck(
         lambda x: objective(x, batch, counts, ObjectiveConfig(world_model_coeff=0.3))[0], (logprobs_BT,)
     )
-
-
-def test_effective_weight_and_pull_of_an_observation_token() -> None:
-    # token_mean: every action token weighs 1/26 (all rows count), every target token 0.3/30.
-    samples = toy_samples()
-    config = ObjectiveConfig(world_model_coeff=0.3, policy_normalizer="token_mean", world_normalizer="token_mean")
-    counts = TokenCounts.of(samples)
-    rows = [torch.where(s.roles == ACTION, s.sampling_logprobs.double(), -2.0) for s in samples]  # every ratio is 1
-    sums = token_sums(padded(rows).detach(), collate(samples, 0), counts, config)
-    metrics = token_metrics({k: float(v) for k, v in sums.items()}, counts, config)
-    assert metrics["effective_obs_weight"] == pytest.approx(0.3 / 30 * 26)
-    policy_pull = (8 * 1.5 + 4 * 0.5 + 10 * 0.75) / 26
-    assert metrics["world_pull_share"] == pytest.approx(0.3 / (0.3 + policy_pull))
-    assert metrics["world_ce"] == metrics["env_output_ce"] == metrics["warning_ce"] == 2.0
-    assert (metrics["ratio_mean"], metrics["clip_fraction"]) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from backtalk.engines import torch_logprobs
+from backtalk.engines import torch_head
 from backtalk.engines.base import Checkpointable
 from backtalk.engines.torch import TorchConfig, TorchEngine
 from backtalk.engines.torch_checkpoint import find_checkpoint, write_atomically
-from backtalk.engines.torch_logprobs import has_separate_head
 from backtalk.errors import ConfigError, DataError
-from backtalk.objective import ObjectiveConfig
+from backtalk.objective_config import ObjectiveConfig
 from backtalk.sampler import SamplingParams
-from backtalk.samples import Sample, TokenCounts, build_samples, to_sample
+from backtalk.samples import Sample, TokenCounts, build_samples, to_samples
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 from tiny import tiny_model_dir
 
@@ -71,8 +70,8 @@ EQUAL = (1.0, 1.0, 1.0)
 def gradients(engine: TorchEngine, samples: list[Sample], config: ObjectiveConfig) -> tuple[float, list[Tensor]]:
     """Loss and gradient of a step that is never taken."""
     engine._optimizer.zero_grad()
-    sums, _, _ = engine._accumulate(samples, TokenCounts.of(samples, config.world_loss_target), config)
-    return sums["total_loss"], [p.grad.clone() for p in engine.model.parameters() if p.grad is not None]
+    losses, _, _ = engine._accumulate(samples, TokenCounts.of(samples, config.world_loss_target), config)
+    return losses["total_loss"], [p.grad.clone() for p in engine.model.parameters() if p.grad is not None]
 
 
 def weights(engine: TorchEngine) -> Tensor:
@@ -82,30 +81,42 @@ def weights(engine: TorchEngine) -> Tensor:
 # --- the objective, through a model
 
 
-def test_coefficient_zero_is_plain_grpo_bit_for_bit(model_dir: Path) -> None:
-    """The oracle is GRPO written again on the model's own layers, with no word about observations."""
-    engine, samples = make_engine(model_dir), build_samples(make_group(MIXED))
-    loss, grads = gradients(engine, samples, PLAIN)
-
-    model = make_engine(model_dir).model
+def plain_grpo(model: Any, samples: Sequence[Sample], head: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """GRPO written again on the model's own layers, with no word about observations."""
     rows = sorted(samples, key=len, reverse=True)
     ids_BT = torch.nn.utils.rnn.pad_sequence([s.token_ids for s in rows], batch_first=True)
     old_BT = torch.nn.utils.rnn.pad_sequence([s.sampling_logprobs for s in rows], batch_first=True)
     mask_BT = torch.nn.utils.rnn.pad_sequence([s.roles == ACTION for s in rows], batch_first=True)
-    states_BTD = model.model(ids_BT).last_hidden_state
-    states_ND = states_BTD[:, :-1][mask_BT[:, 1:]]
-    logprobs_NV = torch.log_softmax(model.lm_head(states_ND), -1)
+    states_ND = model.model(ids_BT).last_hidden_state[:, :-1][mask_BT[:, 1:]]
     logprobs_BT = torch.zeros(ids_BT.shape)
-    logprobs_BT[mask_BT] = logprobs_NV.gather(-1, ids_BT[mask_BT][:, None])[:, 0]
+    logprobs_BT[mask_BT] = head(states_ND, model.lm_head.weight, ids_BT[mask_BT])
     ratio_BT = torch.exp((logprobs_BT - old_BT) * mask_BT)
     adv_B1 = torch.tensor([s.advantage for s in rows])[:, None]
     gain_BT = torch.min(ratio_BT * adv_B1, ratio_BT.clamp(0.8, 1.2) * adv_B1)
-    grpo = -(gain_BT * (mask_BT / (len(rows) * mask_BT.sum(1, keepdim=True)))).sum()
-    grpo.backward()
-    assert loss == grpo.item()
-    theirs = [p.grad for p in model.parameters()]
-    assert len(grads) == len(theirs)
-    assert all(torch.equal(a, b) for a, b in zip(grads, theirs, strict=True))
+    return -(gain_BT * (mask_BT / (len(rows) * mask_BT.sum(1, keepdim=True)))).sum()
+
+
+def plain_head(states_ND: Tensor, weight_VD: Tensor, token_ids_N: Tensor) -> Tensor:
+    return torch.log_softmax(states_ND @ weight_VD.T, -1).gather(-1, token_ids_N[:, None])[:, 0]
+
+
+def fused_head(states_ND: Tensor, weight_VD: Tensor, token_ids_N: Tensor) -> Tensor:
+    return torch_head.head_logprobs(states_ND, weight_VD, None, token_ids_N, torch.ones(len(token_ids_N)))
+
+
+def test_coefficient_zero_is_plain_grpo_bit_for_bit(model_dir: Path) -> None:
+    samples = build_samples(make_group(MIXED))
+    loss, grads = gradients(make_engine(model_dir, packing="off"), samples, PLAIN)
+
+    for head, tolerance in ((fused_head, 0.0), (plain_head, 1e-7)):  # the gradient of softmax is rounded elsewhere
+        model = make_engine(model_dir).model
+        grpo = plain_grpo(model, samples, head)
+        grpo.backward()
+        assert loss == grpo.item()
+        theirs = [p.grad for p in model.parameters()]
+        assert len(grads) == len(theirs)
+        for a, b in zip(grads, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
 async def test_coefficient_zero_still_measures_the_world(model_dir: Path) -> None:
@@ -146,27 +157,11 @@ def test_micro_batches_change_nothing(model_dir: Path, dtype: str, tolerance: fl
 def test_head_in_chunks_changes_nothing(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = build_samples(make_group(MIXED))
     loss, grads = gradients(make_engine(model_dir, dtype="float64"), samples, BOTH)
-    monkeypatch.setattr(torch_logprobs, "MAX_LOGITS", 488 * 7)
+    monkeypatch.setattr(torch_head, "MAX_LOGITS", 488 * 7)
     chunk_loss, chunk_grads = gradients(make_engine(model_dir, dtype="float64"), samples, BOTH)
     assert chunk_loss == pytest.approx(loss, abs=1e-12)
     for a, b in zip(chunk_grads, grads, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
-
-
-def test_capped_logits_take_the_models_own_pass(tmp_path: Path, model_dir: Path) -> None:
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    assert has_separate_head(make_engine(model_dir).model)
-    sizes: dict[str, Any] = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, head_dim=8)
-    heads: dict[str, Any] = dict(num_attention_heads=2, num_key_value_heads=1)
-    capped = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=2.0)).eval()
-    assert not has_separate_head(capped)
-    ids_BT, ones_BT = torch.tensor([[3, 4, 5, 6]]), torch.ones(1, 4)
-    logprobs_BT = torch_logprobs.token_logprobs(capped, ids_BT, ones_BT.bool(), ones_BT.bool(), ones_BT, False)
-    expected_TV = torch.log_softmax(capped(ids_BT).logits[0], -1)
-    expected = [0.0, *(expected_TV[t - 1, ids_BT[0, t]].item() for t in (1, 2, 3))]
-    assert logprobs_BT[0].tolist() == pytest.approx(expected, abs=1e-6)
-    assert logprobs_BT.requires_grad
 
 
 async def test_temperature_is_the_actions_alone(model_dir: Path) -> None:
@@ -223,7 +218,8 @@ async def test_a_step_without_a_trained_token_changes_nothing(
     assert metrics["skipped"] == 1.0 and engine.policy_version == 1
     assert torch.equal(weights(engine), before)
     assert "changed nothing" in caplog.text
-    assert metrics.keys() == (await engine.train_step(build_samples(make_group(MIXED)), PLAIN)).keys()
+    trained = await engine.train_step(build_samples(make_group(MIXED)), PLAIN)
+    assert metrics.keys() | {"env_output_ce/bash"} == trained.keys()
 
 
 async def test_a_step_without_targets_says_so(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -248,7 +244,7 @@ async def test_a_gradient_that_is_not_finite_changes_nothing(model_dir: Path) ->
 
 def test_a_row_without_tokens_counts_and_costs_nothing(model_dir: Path) -> None:
     samples = build_samples(make_group(MIXED))
-    empty = to_sample(
+    (empty,) = to_samples(
         Trajectory(task_id="t", sample_index=9, segments=(), stop_reason=StopReason.FAILED,
                    failure=Failure("reset", "SandboxError", "gone"))
     )  # fmt: skip

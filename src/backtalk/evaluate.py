@@ -8,6 +8,7 @@ the policy's own. Own rollouts change as the policy does, so only the recorded o
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -172,6 +173,7 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     """Plain numbers about the rollouts of one step; means are over those that have the thing in question."""
     rollouts = [trajectory for group in groups for trajectory in group]
     rewards = [t.reward for t in rollouts if t.reward is not None]
+    turns, confused = (sum(t.stats.get(name, 0.0) for t in rollouts) for name in ("num_turns", "role_confusions"))
     spread = [len({r for r in group.rewards if r is not None}) > 1 for group in groups]
     per_rollout = {name: mean([t.stats.get(name, 0.0) for t in rollouts]) for name in COUNTED_STATS}
     return {
@@ -180,6 +182,7 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
         "rollouts": len(rollouts),
         "no_reward": len(rollouts) - len(rewards),
         "failed": sum(t.failure is not None for t in rollouts),
+        "role_confusion": confused / turns if turns else math.nan,  # share of turns that hold an observation's format
         "groups_with_signal": sum(spread),  # the others have advantage 0 and teach through the world term alone
         **per_rollout,
         **{f"stop_{reason.value}": mean([float(t.stop_reason is reason) for t in rollouts]) for reason in StopReason},

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from backtalk.objective import ObjectiveConfig
+from backtalk.objective_config import ObjectiveConfig
 from backtalk.sampler import Sampler, SamplingParams
 from backtalk.samples import Sample
 from backtalk.trajectory import Trajectory

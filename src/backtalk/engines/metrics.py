@@ -1,71 +1,187 @@
-"""What a train step reports about its tokens, beside the losses. Sums, so that micro-batches add.
+"""What a train step reports about its tokens, beside the losses.
 
-B sequences, T tokens. *_BT is [B, T], *_B is [B].
+B samples, T tokens. *_BT is [B, T], *_B is [B].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
-from backtalk.objective import ObjectiveConfig, policy_weights, world_weights
-from backtalk.samples import Batch, TokenCounts, is_action
+from backtalk.engines.copied import copied_tokens
+from backtalk.losses import kl_to_reference, sequence_ratio
+from backtalk.objective import policy_weights, world_weights
+from backtalk.objective_config import ObjectiveConfig
+from backtalk.samples import Batch, Sample, TokenCounts, collate, is_action, policy_tokens, target_tokens
 from backtalk.trajectory import TokenRole
 
+SHARES = ("context", "template", "action", "env_output", "warning")
 
-def token_sums(logprobs_BT: Tensor, batch: Batch, counts: TokenCounts, config: ObjectiveConfig) -> dict[str, Tensor]:
-    """Sums over the tokens of one micro-batch; ``logprobs_BT`` without a graph, in nats.
 
-    ``*_pull`` is the L1 norm of d(term)/d(logprobs): how hard a term pulls, before its coefficient.
+@dataclass(slots=True)
+class StepRecord:
+    """What the passes over a step's micro-batches showed, token by token; float64 on the CPU, a tensor a sample."""
+
+    samples: list[Sample] = field(default_factory=list)
+    logprobs: list[Tensor] = field(default_factory=list)  # nats
+    gradients: list[Tensor] = field(default_factory=list)  # d(loss) / d(logprobs)
+    reference: list[Tensor] = field(default_factory=list)  # nats; empty without a KL term
+    # Squares of the gradient at the last hidden states, which belong to one token each: the one they predict.
+    policy_square: float = 0.0
+    world_square: float = 0.0
+
+    def add(self, samples: Sequence[Sample], batch: Batch, logprobs_BT: Tensor) -> None:
+        """One micro-batch; after its backward pass, where ``logprobs_BT`` keeps its gradient."""
+        gradient_BT = torch.zeros_like(logprobs_BT) if logprobs_BT.grad is None else logprobs_BT.grad
+        self.samples += samples
+        self.logprobs += _rows(logprobs_BT, samples)
+        self.gradients += _rows(gradient_BT, samples)
+        if batch.reference_logprobs_BT is not None:
+            self.reference += _rows(batch.reference_logprobs_BT, samples)
+
+    def add_states(self, gradient_ND: Tensor, is_action_N: Tensor) -> None:
+        """The gradient at the hidden state before each trained token, and which of those tokens are actions."""
+        wide = torch.float64 if gradient_ND.dtype == torch.float64 else torch.float32
+        squares_N = torch.linalg.vector_norm(gradient_ND, dim=-1, dtype=wide).cpu().double().square()
+        is_action_N = is_action_N.cpu()
+        self.policy_square += float(squares_N[is_action_N].sum())
+        self.world_square += float(squares_N[~is_action_N].sum())
+
+
+def _rows(values_BT: Tensor, samples: Sequence[Sample]) -> list[Tensor]:
+    rows = values_BT.detach().cpu().double()
+    return [row[: len(sample)] for row, sample in zip(rows, samples, strict=True)]
+
+
+def token_metrics(
+    record: StepRecord, counts: TokenCounts, config: ObjectiveConfig, tools: Iterable[str] = ()
+) -> dict[str, float]:
+    """The step's token metrics. A mean over no token is NaN: there was nothing to measure.
+
+    ``tools`` are the tools that get a cross-entropy of their own.
     """
-    p_BT = policy_weights(batch, counts, config, logprobs_BT.dtype)
-    w_BT = world_weights(batch, counts, config, logprobs_BT.dtype)
-    trained_BT = p_BT > 0
-    old_BT = batch.sampling_logprobs_BT.to(logprobs_BT.dtype)
-    ratio_BT = (logprobs_BT - old_BT).masked_fill(~trained_BT, 0.0).exp()
-    adv_BT = batch.advantages_B[:, None].to(p_BT.dtype).expand_as(p_BT)
-    clipped_BT = ((ratio_BT > 1 + config.eps_high) & (adv_BT > 0)) | ((ratio_BT < 1 - config.eps_low) & (adv_BT < 0))
+    batch = collate(record.samples, 0) if record.samples else None
+    if batch is None:
+        return dict.fromkeys(_names(tools), math.nan) | _counts(counts)
+    logprobs_BT, gradients_BT = _pad(record.logprobs), _pad(record.gradients)
+    reference_BT = _pad(record.reference) if record.reference else None
+    return (
+        _cross_entropies(logprobs_BT, record.samples, batch, config, tools)
+        | _policy(logprobs_BT, reference_BT, batch, config)
+        | _balance(gradients_BT, batch, counts, config)
+        | _gradient_norms(record, batch, config)
+        | _counts(counts)
+    )
 
-    def nll(selected_BT: Tensor) -> Tensor:
-        return -logprobs_BT.masked_fill(~selected_BT, 0.0).sum()
 
+def _names(tools: Iterable[str]) -> tuple[str, ...]:
+    """The metrics of a step without a token."""
+    return (
+        *("world_ce", "env_output_ce", "env_output_ce_copied", "env_output_ce_new", "warning_ce", "template_ce"),
+        *(f"env_output_ce/{tool}" for tool in tools),
+        *(f"share_{role}" for role in SHARES),
+        *("share_copied", "entropy", "ratio_mean", "clip_fraction", "reference_kl", "sampler_logprob_gap"),
+        *("effective_obs_weight", "world_pull_share"),
+        *("policy_grad_norm", "world_grad_norm", "grad_norm_ratio"),
+    )
+
+
+def _cross_entropies(
+    logprobs_BT: Tensor, samples: Sequence[Sample], batch: Batch, config: ObjectiveConfig, tools: Iterable[str]
+) -> dict[str, float]:
+    def ce(selected_BT: Tensor) -> float:
+        return _mean(-logprobs_BT, selected_BT)
+
+    def has_role(role: TokenRole) -> Tensor:
+        return (batch.roles_BT == role) & (torch.arange(batch.roles_BT.shape[1]) < batch.lengths_B[:, None])
+
+    said_BT, copied_BT = has_role(TokenRole.ENV_OUTPUT), _pad([copied_tokens(sample) for sample in samples])
+    scaffold_BT = target_tokens(batch, config) & has_role(TokenRole.TEMPLATE)  # measured where it is learned
+    tokens = int(batch.lengths_B.sum())
+    shares = {f"share_{name}": int(has_role(TokenRole[name.upper()]).sum()) / max(tokens, 1) for name in SHARES}
+    by_tool = {f"env_output_ce/{tool}": ce(said_BT & _of_tool(samples, tool)) for tool in tools}
+    return (
+        {
+            "world_ce": ce(target_tokens(batch, config)),
+            "env_output_ce": ce(said_BT),
+            "env_output_ce_copied": ce(said_BT & copied_BT),
+            "env_output_ce_new": ce(said_BT & ~copied_BT),
+            "warning_ce": ce(has_role(TokenRole.WARNING)),
+            "template_ce": ce(scaffold_BT),
+            "share_copied": _mean(copied_BT.double(), said_BT),
+        }
+        | by_tool
+        | shares
+    )
+
+
+def _of_tool(samples: Sequence[Sample], tool: str) -> Tensor:
+    rows = [torch.zeros(len(sample), dtype=torch.bool) for sample in samples]
+    for row, sample in zip(rows, samples, strict=True):
+        for span in sample.spans:
+            row[span.start : span.end] = span.tool == tool
+    return _pad(rows)
+
+
+def _policy(
+    logprobs_BT: Tensor, reference_BT: Tensor | None, batch: Batch, config: ObjectiveConfig
+) -> dict[str, float]:
+    trained_BT, action_BT = policy_tokens(batch), is_action(batch.roles_BT)
+    gap_BT = logprobs_BT - batch.sampling_logprobs_BT
+    log_ratio_BT = gap_BT.masked_fill(~trained_BT, 0.0)
+    if config.policy.loss == "gspo":
+        log_ratio_BT = sequence_ratio(log_ratio_BT, trained_BT).log()
+    ratio_BT, adv_B1 = log_ratio_BT.exp(), batch.advantages_B[:, None]
+    low, high = 1 - config.clip[0], 1 + config.clip[1]
+    clipped_BT = ((ratio_BT > high) & (adv_B1 > 0)) | ((ratio_BT < low) & (adv_B1 < 0))
+    if config.policy.max_importance_ratio is not None:  # there the clipped ratio is the trainer's own, which is 1
+        clipped_BT = torch.zeros_like(clipped_BT)
+    kl_BT = None if reference_BT is None else kl_to_reference(logprobs_BT, reference_BT, trained_BT)
     return {
-        "ratio": (ratio_BT * trained_BT).sum(),
-        "clipped": (clipped_BT & trained_BT).sum(),
-        "action_nll": nll(is_action(batch.roles_BT)),
-        "env_output_nll": nll(batch.roles_BT == TokenRole.ENV_OUTPUT),
-        "warning_nll": nll(batch.roles_BT == TokenRole.WARNING),
-        "target_nll": nll(w_BT > 0),
-        "policy_weight": p_BT.sum(),
-        "world_weight": w_BT.sum(),
-        "policy_pull": (p_BT * adv_BT.abs() * ratio_BT * ~clipped_BT).sum(),
-        "world_pull": w_BT.sum(),
+        "entropy": _mean(-logprobs_BT, action_BT),
+        "ratio_mean": _mean(ratio_BT, trained_BT),
+        "clip_fraction": _mean(clipped_BT.double(), trained_BT),
+        "reference_kl": math.nan if kl_BT is None else _mean(kl_BT, trained_BT),
+        "sampler_logprob_gap": float(gap_BT[action_BT].abs().amax()) if bool(action_BT.any()) else math.nan,
     }
 
 
-def sampler_gap(logprobs_BT: Tensor, batch: Batch) -> Tensor:
-    """Largest disagreement between trainer and sampler on an action token, in nats; scalar."""
-    gap_BT = (logprobs_BT - batch.sampling_logprobs_BT.to(logprobs_BT.dtype)).abs()
-    return gap_BT.masked_fill(~is_action(batch.roles_BT), 0.0).amax()
-
-
-def token_metrics(sums: Mapping[str, float], counts: TokenCounts, config: ObjectiveConfig) -> dict[str, float]:
-    """The step's token metrics from its sums. A mean over no token is NaN: there was nothing to measure."""
-    policy_weight = config.policy_coeff * _mean(sums["policy_weight"], counts.policy_tokens)
-    world_weight = config.world_model_coeff * _mean(sums["world_weight"], counts.target_tokens)
-    policy_pull = config.policy_coeff * sums["policy_pull"]
-    world_pull = config.world_model_coeff * sums["world_pull"]
+def _balance(gradients_BT: Tensor, batch: Batch, counts: TokenCounts, config: ObjectiveConfig) -> dict[str, float]:
+    """How the two terms share the step, by their weights and by the L1 norm of d(loss)/d(logprobs)."""
+    p_BT = policy_weights(batch, counts, config, torch.float64)
+    w_BT = world_weights(batch, counts, config, torch.float64)
+    policy_weight = config.policy_coeff * _mean(p_BT, policy_tokens(batch))
+    world_weight = config.world_coeff * _mean(w_BT, target_tokens(batch, config))
+    action_BT, pull_BT = is_action(batch.roles_BT), gradients_BT.abs()
+    policy_pull, pull = float(pull_BT[action_BT].sum()), float(pull_BT.sum())
     return {
-        "world_ce": _mean(sums["target_nll"], counts.target_tokens),
-        "env_output_ce": _mean(sums["env_output_nll"], counts.env_output_tokens),
-        "warning_ce": _mean(sums["warning_nll"], counts.warning_tokens),
-        "entropy": _mean(sums["action_nll"], counts.action_tokens),
-        "ratio_mean": _mean(sums["ratio"], counts.policy_tokens),
-        "clip_fraction": _mean(sums["clipped"], counts.policy_tokens),
         "effective_obs_weight": world_weight / policy_weight if policy_weight else math.nan,
-        "world_pull_share": world_pull / (world_pull + policy_pull) if world_pull + policy_pull else math.nan,
+        "world_pull_share": 1 - policy_pull / pull if pull else math.nan,
+    }
+
+
+def _gradient_norms(record: StepRecord, batch: Batch, config: ObjectiveConfig) -> dict[str, float]:
+    """At the last hidden states, where the state before an action token belongs to the policy term alone.
+
+    What reaches the weights from both terms mixes below; here it can be told apart exactly, for nothing.
+    """
+    has_policy = config.policy_coeff > 0 and bool(policy_tokens(batch).any())
+    has_world = config.world_coeff > 0 and bool(target_tokens(batch, config).any())
+    policy = math.sqrt(record.policy_square) if has_policy else math.nan
+    world = math.sqrt(record.world_square) if has_world else math.nan
+    return {
+        "policy_grad_norm": policy,
+        "world_grad_norm": world,
+        "grad_norm_ratio": world / policy if policy else math.nan,  # a policy gradient of 0 has nothing to compare
+    }
+
+
+def _counts(counts: TokenCounts) -> dict[str, float]:
+    return {
         "sequences": float(counts.sequences),
         "rewarded_sequences": float(counts.rewarded_sequences),
         "action_tokens": float(counts.action_tokens),
@@ -75,5 +191,10 @@ def token_metrics(sums: Mapping[str, float], counts: TokenCounts, config: Object
     }
 
 
-def _mean(total: float, count: int) -> float:
-    return total / count if count else math.nan
+def _mean(values_BT: Tensor, selected_BT: Tensor) -> float:
+    chosen = values_BT[selected_BT]
+    return float(chosen.mean()) if len(chosen) else math.nan
+
+
+def _pad(rows: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

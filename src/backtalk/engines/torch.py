@@ -9,9 +9,9 @@ import asyncio
 import copy
 import logging
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -21,8 +21,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from backtalk.engines import torch_checkpoint as checkpoints
-from backtalk.engines.metrics import sampler_gap, token_metrics, token_sums
-from backtalk.engines.torch_logprobs import has_separate_head, token_logprobs
+from backtalk.engines.guard import guard
+from backtalk.engines.metrics import StepRecord, token_metrics
+from backtalk.engines.torch_logprobs import Scores, TokenScorer
 from backtalk.engines.torch_model import (
     add_lora,
     enable_checkpointing,
@@ -35,9 +36,11 @@ from backtalk.engines.torch_model import (
     resolve_dtype,
 )
 from backtalk.engines.torch_optimizer import StepOptimizer
+from backtalk.engines.torch_packing import Part, plan
 from backtalk.errors import ConfigError, DataError
-from backtalk.objective import ObjectiveConfig, objective
-from backtalk.renderer import Renderer
+from backtalk.objective import objective, world_weights
+from backtalk.objective_config import ObjectiveConfig
+from backtalk.renderer import Renderer, RendererConfig
 from backtalk.sampler import Sampler, SamplingParams
 from backtalk.samples import (
     Batch,
@@ -45,10 +48,10 @@ from backtalk.samples import (
     TokenCounts,
     collate,
     is_action,
-    is_observation,
-    is_target,
-    micro_batches,
-    to_sample,
+    measured_tokens,
+    to_samples,
+    token_temperatures,
+    trained_tokens,
 )
 from backtalk.trajectory import Trajectory
 
@@ -69,6 +72,7 @@ class TorchConfig:
     max_tokens_per_microbatch: int = 8192  # padding included; changes memory and speed, not results
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 on a GPU, else float32
     device: str = "auto"
+    packing: Literal["auto", "on", "off"] = "auto"  # several samples in a row; auto: where the model keeps them apart
     gradient_checkpointing: bool = False  # less memory, one more forward pass
     lora_rank: int = 0  # 0 trains every weight
     threads: int | None = None  # of PyTorch on the CPU; None leaves it alone
@@ -93,6 +97,8 @@ class TorchConfig:
             raise ConfigError(f"betas={self.betas} cannot work; use two numbers in [0, 1), for example (0.9, 0.95)")
         if self.dtype not in ("auto", "float32", "bfloat16", "float64"):
             raise ConfigError(f"dtype={self.dtype!r} is unknown; use 'auto', 'float32', 'bfloat16' or 'float64'")
+        if self.packing not in ("auto", "on", "off"):
+            raise ConfigError(f"packing={self.packing!r} is unknown; use 'auto', 'on' or 'off'")
 
 
 class TorchEngine:
@@ -117,7 +123,11 @@ class TorchEngine:
         self._peft: Any = add_lora(self.model, config.lora_rank, config.seed) if config.lora_rank else None
         if config.gradient_checkpointing:
             enable_checkpointing(self.model)
-        self._head_apart = has_separate_head(self.model)
+        self._scorer = TokenScorer(self.model, try_packing=config.packing != "off")
+        self._check_packing()
+        self._reference: TokenScorer | None = None  # loaded when a KL term first asks for it
+        self._tools: set[str] = set()  # those met so far
+        self._warned: set[str] = set()  # metrics that the last step warned of
         self._optimizer = StepOptimizer(
             self.model.parameters(),
             learning_rate=config.learning_rate,
@@ -140,12 +150,23 @@ class TorchEngine:
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return pad if pad is not None else end if end is not None else 0
 
+    def _check_packing(self) -> None:
+        if self._scorer.packs or self.config.packing == "off":
+            return
+        kind = type(self.model).__name__
+        if self.config.packing == "on":
+            raise ConfigError(
+                f"packing='on', but {kind} lets samples in one row see each other (a state along the row, or position "
+                "ids that it does not heed); use packing='auto', which pads such models"
+            )
+        log.info("%s pads rows: samples packed into one row would see each other", kind)
+
     def sampler(self, params: SamplingParams) -> Sampler:
         """A batched sampler over the current weights; use it before the next train step and not beside it."""
         from backtalk.engines.torch_sampler import TorchSampler
 
         if self._stop_token_ids is None:  # what ends a turn is the chat template's to say; tools do not matter
-            self._stop_token_ids = Renderer(self.tokenizer, ()).stop_token_ids
+            self._stop_token_ids = Renderer(self.tokenizer, (), RendererConfig(on_drift="fork")).stop_token_ids
         return TorchSampler(
             self.model,
             params=params,
@@ -158,20 +179,30 @@ class TorchEngine:
     async def train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
         """One optimizer step over all samples, in micro-batches that change nothing but memory.
 
-        Metrics, NaN where there was nothing to measure:
+        Metrics, NaN where there was nothing to measure; the same names whatever the step holds (tools: all met so far):
             policy_loss, world_model_loss, total_loss   as in ``objective``; the terms before their coefficients
-            world_ce, env_output_ce, warning_ce         nats a token at temperature 1 over the step's tokens
+            world_ce, env_output_ce, warning_ce         nats a token over the step's tokens, at temperature 1 unless
+                                                        ``world.temperature`` says otherwise
+            env_output_ce_copied, env_output_ce_new     of text that stands in the turn's action too, and of the rest
+            env_output_ce/TOOL, template_ce             by tool; of the scaffold, where it is learned
+            share_ROLE, share_copied                    of all tokens; of environment output
             entropy                                     of actions, nats a token: the mean of -log p, an estimate
             ratio_mean, clip_fraction                   over action tokens of rows with a reward
+            reference_kl                                to the model that the run began with, nats, where kl_coeff > 0
             sampler_logprob_gap                         largest |trainer - sampler| on an action token, nats
             effective_obs_weight                        of one target token, relative to one action token
             world_pull_share                            world-model share of the L1 norm of d(loss)/d(logprobs)
+            policy_grad_norm, world_grad_norm           L2 norms of the gradient at the last hidden states (the logits
+                                                        of a model that caps them), where the terms do not mix
+            grad_norm_ratio                             the second over the first
+            world_model_coeff                           of this step
             grad_norm, learning_rate                    before clipping; as used
             update_scale                                below 1 where a world-only step is held, see StepOptimizer
             skipped                                     1 where the weights did not change: no token carries weight,
                                                         or the gradient is not finite
             sequences, rewarded_sequences, *_tokens     counts
         """
+        config = config.at(self._policy_version)
         metrics = await self._in_worker(lambda: self._train_step(samples, config))
         if metrics["skipped"]:
             log.warning(
@@ -181,13 +212,10 @@ class TorchEngine:
                 metrics["target_tokens"],
                 metrics["grad_norm"],
             )
-        elif config.world_model_coeff > 0 and not metrics["target_tokens"]:
-            log.warning(
-                "step %d has no target token for world_loss_target=%r; do observations reach the history as "
-                "ENV_OUTPUT?",
-                self._policy_version,
-                config.world_loss_target,
-            )
+        lines = {line.partition("=")[0]: line for line in guard(metrics, config)}
+        for name in sorted(lines.keys() - self._warned):  # once, until it has been well again
+            log.warning("step %d: %s", self._policy_version, lines[name])
+        self._warned = set(lines)
         return metrics
 
     async def score(self, trajectories: Sequence[Trajectory]) -> list[list[float]]:
@@ -217,62 +245,103 @@ class TorchEngine:
 
     def _train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
         counts = TokenCounts.of(samples, config.world_loss_target)
-        sums, gap, has_gradient = self._accumulate(samples, counts, config)
-        held = config.policy_coeff > 0 and config.world_model_coeff > 0 and sums["policy_pull"] == 0
-        ratio = config.world_model_coeff / config.policy_coeff if held else None
+        losses, record, has_gradient = self._accumulate(samples, counts, config)
+        held = config.policy_coeff > 0 and config.world_coeff > 0 and record.policy_square == 0
+        ratio = config.world_coeff / config.policy_coeff if held else None
         update = self._optimizer.step(ratio) if has_gradient else self._optimizer.idle_metrics()
         self._optimizer.zero_grad()  # their memory is the sampler's until the next step
         self._policy_version += 1
-        losses = {name: sums[name] for name in ("policy_loss", "world_model_loss", "total_loss")}
-        return losses | token_metrics(sums, counts, config) | {"sampler_logprob_gap": gap} | update
+        self._tools.update(span.tool for sample in samples for span in sample.spans if span.tool is not None)
+        tokens = token_metrics(record, counts, config, sorted(self._tools))
+        return losses | {"world_model_coeff": config.world_coeff} | tokens | update
 
     def _accumulate(
         self, samples: Sequence[Sample], counts: TokenCounts, config: ObjectiveConfig
-    ) -> tuple[dict[str, float], float, bool]:
-        """Gradients of the whole step; returns sums over its tokens, the sampler gap, and whether any token trains."""
-        sums: dict[str, float] = defaultdict(float)
-        gap, has_gradient = 0.0, False
+    ) -> tuple[dict[str, float], StepRecord, bool]:
+        """Gradients of the whole step; returns its losses, what it showed, and whether any token trains."""
+        losses: dict[str, float] = {"policy_loss": 0.0, "world_model_loss": 0.0, "total_loss": 0.0}
+        record, has_gradient = StepRecord(), False
         self.model.train(self.config.gradient_checkpointing)  # which only works in that mode; dropout is 0 anyway
-        for part in micro_batches(samples, self.config.max_tokens_per_microbatch):
-            batch = collate(part, self.pad_token_id).to(self.device)
-            logprobs_BT = self._logprobs(batch, config)
-            loss, terms = objective(logprobs_BT, batch, counts, config)
+        for part in self._parts(samples):
+            batch, row_sizes = self._collate(part)
+            if config.policy.kl_coeff > 0:
+                batch = replace(batch, reference_logprobs_BT=self._reference_logprobs(batch, row_sizes, config))
+            scores = self._scores(self._scorer, batch, row_sizes, config, counts).keep_gradients()
+            loss, terms = objective(scores.logprobs_BT, batch, counts, config)
             if loss.requires_grad:
                 loss.backward()
                 self._optimizer.accumulate()
                 has_gradient = True
-            measured = terms | token_sums(logprobs_BT.detach(), batch, counts, config)
-            for name, value in measured.items():
-                sums[name] += float(value)
-            gap = max(gap, float(sampler_gap(logprobs_BT.detach(), batch)))
+            for name, value in terms.items():
+                losses[name] += float(value)
+            record.add([sample for row in part for sample in row], batch, scores.logprobs_BT)
+            if scores.states_ND is not None and scores.states_ND.grad is not None:
+                record.add_states(scores.states_ND.grad, is_action(batch.roles_BT)[scores.trained_BT])
         self.model.eval()
-        return sums, gap, has_gradient
+        return losses, record, has_gradient
 
-    def _logprobs(self, batch: Batch, config: ObjectiveConfig) -> Tensor:
-        """Actions at their sampling temperature, everything else at 1; a graph only where a term will use it."""
-        action_BT = is_action(batch.roles_BT)
-        target_BT = is_target(batch.roles_BT, batch.turns_BT, config.world_loss_target)
-        trained_BT = torch.zeros_like(action_BT)
-        if config.policy_coeff > 0:
-            trained_BT = trained_BT | (action_BT & batch.has_reward_B[:, None])
-        if config.world_model_coeff > 0:
-            trained_BT = trained_BT | target_BT
-        temperature_BT = torch.where(action_BT, batch.temperatures_B[:, None], 1.0)
-        measured_BT = action_BT | target_BT | is_observation(batch.roles_BT)
-        return token_logprobs(self.model, batch.token_ids_BT, trained_BT, measured_BT, temperature_BT, self._head_apart)
+    def _parts(self, samples: Sequence[Sample]) -> list[Part]:
+        return plan(samples, self.config.max_tokens_per_microbatch, packing=self._scorer.packs)
+
+    def _collate(self, part: Part) -> tuple[Batch, list[int]]:
+        batch = collate([sample for row in part for sample in row], self.pad_token_id)
+        return batch.to(self.device), [len(row) for row in part]
+
+    def _scores(
+        self,
+        scorer: TokenScorer,
+        batch: Batch,
+        row_sizes: Sequence[int],
+        config: ObjectiveConfig,
+        counts: TokenCounts | None = None,
+    ) -> Scores:
+        """Each token at its temperature; a graph only where a term will use it, and none without ``counts``."""
+        foreseen_BT, trained_BT = None, torch.zeros_like(batch.roles_BT, dtype=torch.bool)
+        if counts is not None:
+            trained_BT = trained_tokens(batch, config)
+            if config.world_coeff > 0 and config.world.loss == "cross_entropy":  # linear: its gradient is its weight
+                dtype = torch.float64 if self._dtype == torch.float64 else torch.float32
+                foreseen_BT = -(config.world_coeff * world_weights(batch, counts, config, dtype))
+        return scorer.scores(
+            batch.token_ids_BT,
+            batch.lengths_B,
+            row_sizes,
+            trained_BT=trained_BT,
+            measured_BT=measured_tokens(batch, config) if counts is not None else is_action(batch.roles_BT),
+            temperature_BT=token_temperatures(batch, config),
+            foreseen_BT=foreseen_BT,
+        )
+
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: Batch, row_sizes: Sequence[int], config: ObjectiveConfig) -> Tensor:
+        """Of the actions, by the model that the run began with: a second copy of it, or this one without adapters."""
+        if self._peft is None and self._reference is None:
+            model = load_model(self.location, self.device, self._dtype).requires_grad_(False)
+            self._reference = TokenScorer(model, try_packing=self._scorer.packs)
+        with nullcontext() if self._peft is None else self._peft.disable_adapter():
+            return self._scores(self._reference or self._scorer, batch, row_sizes, config).logprobs_BT
 
     @torch.no_grad()
     def _score(self, trajectories: Sequence[Trajectory]) -> list[list[float]]:
-        samples = [replace(to_sample(trajectory), sample_index=i) for i, trajectory in enumerate(trajectories)]
+        branches = [to_samples(trajectory) for trajectory in trajectories]
+        samples = [replace(s, sample_index=i) for i, s in enumerate(s for row in branches for s in row)]
         scores: list[list[float]] = [[] for _ in samples]
-        for part in micro_batches(samples, self.config.max_tokens_per_microbatch):
-            batch = collate(part, self.pad_token_id).to(self.device)
+        for part in self._parts(samples):
+            batch, row_sizes = self._collate(part)
             real_BT = torch.arange(batch.token_ids_BT.shape[1], device=self.device) < batch.lengths_B[:, None]
-            nothing_BT, ones_BT = torch.zeros_like(real_BT), torch.ones(real_BT.shape, device=self.device)
-            logprobs_BT = token_logprobs(self.model, batch.token_ids_BT, nothing_BT, real_BT, ones_BT, self._head_apart)
-            for sample, row in zip(part, logprobs_BT.tolist(), strict=True):
+            found = self._scorer.scores(
+                batch.token_ids_BT,
+                batch.lengths_B,
+                row_sizes,
+                trained_BT=torch.zeros_like(real_BT),
+                measured_BT=real_BT,
+                temperature_BT=torch.ones(real_BT.shape, device=self.device),
+            )
+            part_samples = [sample for row in part for sample in row]
+            for sample, row in zip(part_samples, found.logprobs_BT.tolist(), strict=True):
                 scores[sample.sample_index] = row[: len(sample)]
-        return scores
+        one = iter(scores)
+        return [[x for _ in row for x in next(one)] for row in branches]
 
     def _write(self, folder: Path) -> None:
         with quiet_transformers():
