@@ -230,7 +230,7 @@ def test_no_layout_of_a_step_changes_it(model_dir: Path, normalizer: Any, monkey
 
 
 async def test_packing_is_used_where_it_can_be(model_dir: Path) -> None:
-    engine = TorchEngine(TorchConfig(model=str(model_dir), device="cpu", max_tokens_per_microbatch=400))
+    engine = TorchEngine(TorchConfig(model=str(model_dir), device="cpu", packing="on", max_tokens_per_microbatch=400))
     rows = [row for part in engine._parts(make_samples(ObjectiveConfig())) for row in part]
     assert len(rows) < sum(map(len, rows)) == 8
     groups = [
@@ -240,6 +240,9 @@ async def test_packing_is_used_where_it_can_be(model_dir: Path) -> None:
     padded = await TorchEngine(TorchConfig(model=str(model_dir), device="cpu", packing="off")).score(groups)
     for a, b in zip(packed, padded, strict=True):
         assert a == pytest.approx(b, abs=1e-5)
+    attention = engine.model.config._attn_implementation
+    assert attention == "sdpa"  # works out hidden pairs too, so that padding is quicker
+    assert not TorchEngine(TorchConfig(model=str(model_dir), device="cpu"))._scorer.packs
 
 
 def test_packing_on_is_refused_where_it_leaks(tmp_path: Path) -> None:

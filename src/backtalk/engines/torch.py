@@ -36,7 +36,7 @@ from backtalk.engines.torch_model import (
     resolve_dtype,
 )
 from backtalk.engines.torch_optimizer import StepOptimizer
-from backtalk.engines.torch_packing import Part, plan
+from backtalk.engines.torch_packing import Part, packing_pays, plan
 from backtalk.errors import ConfigError, DataError
 from backtalk.objective import objective, world_weights
 from backtalk.objective_config import ObjectiveConfig
@@ -72,7 +72,7 @@ class TorchConfig:
     max_tokens_per_microbatch: int = 8192  # padding included; changes memory and speed, not results
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 on a GPU, else float32
     device: str = "auto"
-    packing: Literal["auto", "on", "off"] = "auto"  # several samples in a row; auto: where the model keeps them apart
+    packing: Literal["auto", "on", "off"] = "auto"  # several samples in a row; auto: where attention is made for it
     gradient_checkpointing: bool = False  # less memory, one more forward pass
     lora_rank: int = 0  # 0 trains every weight
     threads: int | None = None  # of PyTorch on the CPU; None leaves it alone
@@ -123,7 +123,8 @@ class TorchEngine:
         self._peft: Any = add_lora(self.model, config.lora_rank, config.seed) if config.lora_rank else None
         if config.gradient_checkpointing:
             enable_checkpointing(self.model)
-        self._scorer = TokenScorer(self.model, try_packing=config.packing != "off")
+        packs = config.packing == "on" or (config.packing == "auto" and packing_pays(self.model))
+        self._scorer = TokenScorer(self.model, try_packing=packs)
         self._check_packing()
         self._reference: TokenScorer | None = None  # loaded when a KL term first asks for it
         self._tools: set[str] = set()  # those met so far
@@ -151,15 +152,11 @@ class TorchEngine:
         return pad if pad is not None else end if end is not None else 0
 
     def _check_packing(self) -> None:
-        if self._scorer.packs or self.config.packing == "off":
-            return
-        kind = type(self.model).__name__
-        if self.config.packing == "on":
+        if self.config.packing == "on" and not self._scorer.packs:
             raise ConfigError(
-                f"packing='on', but {kind} lets samples in one row see each other (a state along the row, or position "
-                "ids that it does not heed); use packing='auto', which pads such models"
+                f"packing='on', but {type(self.model).__name__} lets samples in one row see each other (a state along "
+                "the row, or position ids that it does not heed); use packing='auto', which pads such models"
             )
-        log.info("%s pads rows: samples packed into one row would see each other", kind)
 
     def sampler(self, params: SamplingParams) -> Sampler:
         """A batched sampler over the current weights; use it before the next train step and not beside it."""
