@@ -135,5 +135,5 @@ def test_a_coefficient_may_be_a_schedule() -> None:
     assert config_from_dict(config_to_dict(config)) == config
     one_by_one = {"objective.world_model_coeff.points.0": 0.1, "objective.world_model_coeff.points.50": 0.0}
     assert load_config("triage", one_by_one).objective.world_model_coeff == Schedule({0: 0.1, 50: 0.0})
-    with pytest.raises(ConfigError, match="world_model_coeff.shap"):
+    with pytest.raises(ConfigError, match=r"world_model_coeff\.shap"):
         load_config("triage", ["objective.world_model_coeff={shap: steps, points: {0: 0.1}}"])

@@ -6,8 +6,9 @@ only puts them together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,15 +38,43 @@ OPTION_GROUPS = ("objective.policy", "objective.world", "renderer", "terminal.sa
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TaskSource:
+    """One of several sources of tasks, and how it is taken."""
+
+    name: str  # what tasks.source takes: triage, workbench, a folder, a .jsonl or .parquet file, hf:owner/name[:split]
+    weight: float = 1.0  # this over the sum of all weights is its share of the tasks of a step
+    levels: tuple[int, ...] | None = None  # of triage; None is tasks.levels
+    world_model_only: bool = False  # nobody scores them: they teach through the world-model term alone
+    host_packages: bool = False  # leave out what installs packages: this machine has them already
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(
+                f"tasks.source: weight={self.weight} of {self.name!r} is no share; use a number above 0, or leave the "
+                "source out"
+            )
+        if self.levels == ():
+            raise ConfigError(f"tasks.source: levels=[] of {self.name!r} leaves no task; use levels such as [1, 2]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TaskConfig:
     """Which tasks a run trains on and is measured on; the split between them is by task id."""
 
-    source: str = "triage"  # "triage", or a folder of Harbor tasks
+    source: tuple[str | TaskSource, ...] = ("triage",)  # one or several
     levels: tuple[int, ...] = (1, 2)  # of triage
 
     def __post_init__(self) -> None:
         if not self.levels:
             raise ConfigError("tasks.levels=[] leaves no task to train on; use levels such as [1, 2]")
+        if not self.source:
+            raise ConfigError("tasks.source=[] leaves no task to train on; use triage, workbench or a folder of tasks")
+
+    @property
+    def sources(self) -> tuple[TaskSource, ...]:
+        """The sources, each with its weight and its levels."""
+        each = (one if isinstance(one, TaskSource) else TaskSource(name=one) for one in self.source)
+        return tuple(replace(one, levels=one.levels or self.levels) for one in each)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 from random import Random
 
 from backtalk.envs.base import Split, Task
 from backtalk.errors import ConfigError, TaskError
 
-__all__ = ["load_tasks"]
+__all__ = ["load_tasks", "read_tasks"]
+
+WRITTEN = ("workbench",)  # datasets of task folders that come with the package
 
 
 def load_tasks(
@@ -20,38 +24,96 @@ def load_tasks(
     levels: Sequence[int] = (1, 2),
     seed: int = 0,
     host_packages: bool = False,
+    world_model_only: bool = False,
+    may_be_empty: bool = False,
+    on_skip: Callable[[str], None] | None = None,
 ) -> list[Task]:
-    """``count`` tasks of one split: made from the seed ("triage"), or drawn by it from a folder of Harbor tasks.
+    """``count`` tasks of one split: made from the seed ("triage"), or drawn by it from those that a source holds.
 
-    A folder that holds fewer gives what it holds, sorted by id. ``levels`` matter to triage only,
-    ``host_packages`` to folders only (see ``read_harbor_task``).
+    A source that holds fewer gives what it holds, sorted by id. ``levels`` matter to triage only; the others, and
+    what a source can be, are those of ``read_tasks``.
 
     Raises:
         ConfigError: there is no such source.
-        TaskError: a task cannot run, two have one id, or the split is empty.
+        TaskError: a task cannot run, two have one id, or the split is empty, unless it ``may_be_empty``.
     """
     if source == "triage":
         from backtalk.envs.triage import triage_tasks
 
-        tasks = triage_tasks(split=split, levels=levels, count=count, seed=seed)
-        _check_ids(tasks)
-    elif Path(source).is_dir():
+        made = triage_tasks(split=split, levels=levels, count=count, seed=seed)
+        _check_ids(made)
+        return [_marked(task, world_model_only) for task in made]
+    every = read_tasks(source, host_packages=host_packages, world_model_only=world_model_only, on_skip=on_skip)
+    tasks = sorted((task for task in every if task.split is split), key=lambda task: task.id)
+    if not tasks and not may_be_empty:
+        raise TaskError(
+            f"none of the {len(every)} tasks in {source} is of the split {split.value!r}, which a hash of the id "
+            "decides (one in five is held out); add tasks, or rename some"
+        )
+    if len(tasks) > count:
+        tasks = sorted(Random(f"tasks/{seed}").sample(tasks, count), key=lambda task: task.id)
+    return tasks
+
+
+def read_tasks(
+    source: str,
+    *,
+    host_packages: bool = False,
+    world_model_only: bool = False,
+    on_skip: Callable[[str], None] | None = None,
+) -> list[Task]:
+    """Every task of a source that can run on this machine, whatever its split.
+
+    A source is "workbench", a task folder or a folder of them, a .jsonl or .parquet file or a folder of such files,
+    or "hf:owner/name[:split]". ``on_skip`` is told of each task whose tools this machine has not got.
+    ``world_model_only`` marks them all as scored by nobody; ``host_packages`` is that of ``read_harbor_task``.
+
+    Raises:
+        ConfigError: there is no such source.
+        TaskError: a task cannot be read, two have one id, or the tools of all of them are missing.
+    """
+    from backtalk.envs.needs import missing_tools
+
+    every = [_marked(task, world_model_only) for task in _read(source, host_packages, world_model_only)]
+    _check_ids(every)
+    missing = {task.id: ", ".join(missing_tools(task)) for task in every}
+    for name, tools in missing.items():
+        if tools and on_skip is not None:
+            on_skip(f"task {name!r} is left out: this machine has no {tools}")
+    if all(missing.values()):
+        tools = ", ".join(sorted({tool for names in missing.values() for tool in names.split(", ")}))
+        raise TaskError(f"none of the {len(every)} tasks in {source} can run: install {tools} on this machine")
+    return [task for task in every if not missing[task.id]]
+
+
+def _read(source: str, host_packages: bool, world_model_only: bool) -> list[Task]:
+    if source in WRITTEN:
         from backtalk.envs.harbor import load_harbor_tasks
 
-        every = load_harbor_tasks(source, host_packages=host_packages)
-        _check_ids(every)
-        tasks = [task for task in every if task.split is split]
-        if not tasks:
-            raise TaskError(
-                f"none of the {len(every)} tasks in {source} is of the split {split.value!r}, which a hash of the id "
-                "decides (one in five is held out); add tasks, or rename some"
-            )
-        if len(tasks) > count:
-            tasks = Random(f"tasks/{seed}").sample(sorted(tasks, key=lambda task: task.id), count)
-        tasks = sorted(tasks, key=lambda task: task.id)
-    else:
-        raise ConfigError(f"tasks={source!r} is neither 'triage' nor a folder; give the path of a folder of tasks")
-    return tasks
+        return load_harbor_tasks(str(resources.files("backtalk").joinpath("assets/tasks", source)))
+    from backtalk.envs.datasets import SUFFIXES, read_hub, read_row_file
+
+    if source.startswith("hf:"):
+        return read_hub(source, world_model_only=world_model_only)
+    path = Path(source)
+    if path.is_file() and path.suffix in SUFFIXES:
+        return read_row_file(path, host_packages=host_packages, world_model_only=world_model_only)
+    if not path.is_dir():
+        raise ConfigError(
+            f"tasks={source!r} is neither 'triage' nor a folder; give the path of a folder of tasks or of a .jsonl or "
+            f".parquet file, hf:owner/name, or a dataset of this package ({', '.join(WRITTEN)})"
+        )
+    files = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
+    if files and not (path / "task.toml").exists():
+        each = [read_row_file(file, host_packages=host_packages, world_model_only=world_model_only) for file in files]
+        return [task for tasks in each for task in tasks]
+    from backtalk.envs.harbor import load_harbor_tasks
+
+    return load_harbor_tasks(source, host_packages=host_packages, world_model_only=world_model_only)
+
+
+def _marked(task: Task, world_model_only: bool) -> Task:
+    return replace(task, metadata={**task.metadata, "world_model_only": True}) if world_model_only else task
 
 
 def _check_ids(tasks: Sequence[Task]) -> None:

@@ -21,7 +21,7 @@ from backtalk.sandboxes.base import SandboxFile
 _HEREDOC = re.compile(r"\d*<<(-?)[ \t]*(['\"]?)([A-Za-z_][\w.]*)\2")
 _PACKAGES = re.compile(r"(?:\w+=\S+\s+)*(?:apt-get|apt|apk|yum|dnf|npm|pip3?|python3?\s+-m\s+pip|uv\s+pip|conda)\s")
 _AFTER_PACKAGES = re.compile(r"(?:rm\s+-rf\s+/var/lib/apt/lists/?\*?|ln\s+-sf?\s+/usr/bin/python3\s+/usr/bin/python)$")
-_NETWORK = re.compile(r"\b(?:curl|wget|git\s+clone)\b.*\bhttps?://(?!localhost|127\.)")
+NETWORK = re.compile(r"\b(?:curl|wget|git\s+clone)\b.*\bhttps?://(?!localhost|127\.)")
 _FILE_STATE = re.compile(r"(chmod) ([0-7]{3,4}) (.+)|(touch) -d @(-?\d+) (.+)")
 _ARCHIVE = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz)$")
 _NO_EFFECT = ("LABEL", "MAINTAINER", "EXPOSE", "CMD", "STOPSIGNAL")
@@ -252,7 +252,7 @@ def _run(world: World, instruction: Instruction) -> None:
     if kept is None:
         return
     command = kept
-    if _NETWORK.search(said):
+    if NETWORK.search(said):
         raise TaskError(f"{command[:200]!r} needs the network, and a sandbox has none; put the files there with COPY")
     if re.fullmatch(r"mkdir -p( [\w./-]+)+", command):
         world.folders |= {_absolute(world, word) for word in command.split()[2:]}

@@ -22,6 +22,7 @@ from typing import Any
 from backtalk.envs.base import Task
 from backtalk.envs.dockerfile import World, read_dockerfile, read_tree
 from backtalk.envs.terminal import HOME
+from backtalk.envs.testscript import offline_script
 from backtalk.errors import TaskError
 from backtalk.sandboxes.base import SandboxFile
 
@@ -48,11 +49,12 @@ _CANARY = re.compile(r"\s*(<!--.*canary.*-->|#.*canary.*)\s*", re.IGNORECASE)
 _MARK = "END_OF_SETUP"
 
 
-def read_harbor_task(path: str | Path, *, host_packages: bool = False) -> Task:
+def read_harbor_task(path: str | Path, *, host_packages: bool = False, world_model_only: bool = False) -> Task:
     """Read one task folder.
 
-    ``host_packages=True`` leaves out what package managers do in RUN lines, and accepts a task that has only a
-    ready-made image: the person promises that this machine has what the task needs.
+    ``host_packages=True`` leaves out what package managers do in RUN lines and in the tests' scripts, and accepts a
+    task that has only a ready-made image: the person promises that this machine has what the task needs.
+    ``world_model_only=True`` marks the task as one that nobody scores; it then needs no tests.
 
     Raises:
         TaskError: a file is missing, or the task asks for what a sandbox has not got.
@@ -60,6 +62,8 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False) -> Task:
     folder = Path(path)
     _demand(folder, "task.toml", "instruction.md")
     toml = _read_toml(folder / "task.toml")
+    if world_model_only:
+        toml["metadata"] = toml.get("metadata", {}) | {"world_model_only": True}
     if not _unscored(toml):
         _demand(folder, "tests/test.sh")
     _refuse(folder, toml)
@@ -70,6 +74,8 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False) -> Task:
         raise TaskError(f"{folder / 'instruction.md'} is empty; say what is to be done")
     name = _pop(toml, "task", "name")
     trees = {part: _read_part(folder, part, own.get("files", {})) for part in ("tests", "solution")}
+    if not _unscored(toml):
+        trees["tests"] = _offline_tests(folder / "tests", trees["tests"], world, host_packages)
     agent_timeout_s = _seconds(folder, toml, "agent")
     verifier_timeout_s = _seconds(folder, toml, "verifier")
     env = _environment(folder, toml, world)
@@ -123,7 +129,7 @@ def write_harbor_task(task: Task, folder: str | Path) -> None:
     (folder / "task.toml").write_bytes(toml.encode())
 
 
-def load_harbor_tasks(source: str | Path, *, host_packages: bool = False) -> list[Task]:
+def load_harbor_tasks(source: str | Path, *, host_packages: bool = False, world_model_only: bool = False) -> list[Task]:
     """The task in a folder, or the tasks in the folders within it, by name.
 
     Raises:
@@ -131,7 +137,7 @@ def load_harbor_tasks(source: str | Path, *, host_packages: bool = False) -> lis
     """
     folder = Path(source)
     if (folder / "task.toml").is_file() or (folder / "instruction.md").is_file():
-        return [read_harbor_task(folder, host_packages=host_packages)]
+        return [read_harbor_task(folder, host_packages=host_packages, world_model_only=world_model_only)]
     candidates = [d for d in sorted(folder.iterdir()) if (d / "task.toml").exists() or (d / "instruction.md").exists()]
     if not candidates:
         raise TaskError(f"{folder} holds no task folder (one with task.toml and instruction.md)")
@@ -139,7 +145,8 @@ def load_harbor_tasks(source: str | Path, *, host_packages: bool = False) -> lis
     errors: dict[str, str] = {}
     for candidate in candidates:
         try:
-            tasks.append(read_harbor_task(candidate, host_packages=host_packages))
+            task = read_harbor_task(candidate, host_packages=host_packages, world_model_only=world_model_only)
+            tasks.append(task)
         except TaskError as error:
             errors[candidate.name] = str(error)
     if errors:
@@ -203,6 +210,19 @@ def _read_part(folder: Path, part: str, states: Mapping[str, Any]) -> dict[str, 
         mode = int(state["mode"], 8) if "mode" in state else file.mode
         files[path] = SandboxFile(file.content, mode=mode, mtime=state.get("mtime"))
     return files
+
+
+def _offline_tests(
+    folder: Path, tests: Mapping[str, SandboxFile], world: World, host_packages: bool
+) -> dict[str, SandboxFile]:
+    """The tests, their scripts without what needs the network; what was left out is noted in the world."""
+    kept = dict(tests)
+    for path, file in tests.items():
+        if path.endswith(".sh"):
+            content, notes = offline_script(folder / path, file.content, host_packages=host_packages)
+            kept[path] = SandboxFile(content, mode=file.mode, mtime=file.mtime)
+            world.notes += notes
+    return kept
 
 
 def _without_canary(text: str) -> str:

@@ -26,6 +26,7 @@ ANSWER = "/logs/agent/answer.txt"
 REWARD_JSON = "/logs/verifier/reward.json"
 REWARD_TXT = "/logs/verifier/reward.txt"
 SETUP_TIMEOUT_S = 120.0
+SANDBOX_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 BASH = ToolSpec(
     "bash",
@@ -49,7 +50,7 @@ SUBMIT = ToolSpec(
 # Tests start from this and the task's own variables; nothing that the agent exported reaches them.
 # PYTHONNOUSERSITE: Python would run a sitecustomize module that the agent left in its home.
 _TEST_ENV = {
-    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "PATH": SANDBOX_PATH,
     "HOME": HOME,
     "USER": "agent",
     "LANG": "C.UTF-8",
@@ -94,8 +95,11 @@ class TerminalEnv:
     """
 
     def __init__(self, task: Task, sandbox: Sandbox, config: TerminalConfig) -> None:
-        if "test.sh" not in task.tests:
-            raise TaskError(f"task {task.id!r} has no tests/test.sh, so nothing can score it; add one")
+        if "test.sh" not in task.tests and not task.world_model_only:
+            raise TaskError(
+                f"task {task.id!r} has no tests/test.sh, so nothing can score it; add one, or world_model_only = true "
+                "to its [metadata]"
+            )
         self.task = task
         self.config = config
         self._sandbox = sandbox
@@ -111,15 +115,7 @@ class TerminalEnv:
         Raises:
             SandboxError: the sandbox broke, or a setup command failed.
         """
-        await self._sandbox.put(self.task.files)
-        for number, command in enumerate(_setup_commands(self.task)):
-            result = await self._sandbox.exec(command, timeout_s=SETUP_TIMEOUT_S)
-            if result.timed_out or result.exit_code != 0:
-                what = f"timed out after {SETUP_TIMEOUT_S:g} s" if result.timed_out else f"exited {result.exit_code}"
-                raise SandboxError(
-                    f"setup command {number} of task {self.task.id!r} {what}, so the task cannot start; it runs "
-                    f"offline and as one ordinary user:\n{command[:500]}\n{result.output[-1000:]}"
-                )
+        await start_world(self._sandbox, self.task)
         system = Message("system", (Part(self.config.system_prompt, TokenRole.CONTEXT),))
         user = Message("user", (Part(self.task.instruction.strip(), TokenRole.CONTEXT),))
         return (system, user)
@@ -130,9 +126,9 @@ class TerminalEnv:
             raise RuntimeError(f"task {self.task.id!r} was submitted; there is no step after that")
         match call.tool:
             case "bash":
-                return await self._bash(call) if "command" in call.arguments else _missing(call, "command")
+                return await self._bash(call) if _has_text(call, "command") else _missing(call, "command")
             case "submit":
-                if "answer" not in call.arguments:
+                if not _has_text(call, "answer"):
                     return _missing(call, "answer")
                 # Kept here until the agent's processes are gone, so that none of them can change it.
                 self._answer = call.arguments["answer"]
@@ -140,14 +136,18 @@ class TerminalEnv:
             case _:
                 return _warn(call, f"[unknown tool {call.tool}; the tools are bash and submit]")
 
-    async def score(self) -> float:
+    async def score(self) -> float | None:
         """Run the tests on what the agent left behind, in a fresh process namespace, and read the reward.
+
+        None for a task that is ``world_model_only``.
 
         Raises:
             VerifierError: no finite reward was left. That is no reward at all, never a reward of 0.
             SandboxError: the sandbox broke.
         """
         task = self.task
+        if task.world_model_only:
+            return None
         await self._sandbox.restart()
         # The agent knew /tests and could have prepared it (a link, a conftest.py), but not this name.
         box = f"/.tests-{secrets.token_hex(16)}"
@@ -185,6 +185,23 @@ async def open_terminal_env(task: Task, backend: SandboxBackend, config: Termina
     """A terminal for one task in a fresh sandbox, gone with everything in it on exit."""
     async with backend.open(config.sandbox) as sandbox:
         yield TerminalEnv(task, sandbox, config)
+
+
+async def start_world(sandbox: Sandbox, task: Task) -> None:
+    """Put the task's files into a fresh sandbox and run its setup there; leaves the session where the task begins.
+
+    Raises:
+        SandboxError: the sandbox broke, or a setup command failed.
+    """
+    await sandbox.put(task.files)
+    for number, command in enumerate(_setup_commands(task)):
+        result = await sandbox.exec(command, timeout_s=SETUP_TIMEOUT_S)
+        if result.timed_out or result.exit_code != 0:
+            what = f"timed out after {SETUP_TIMEOUT_S:g} s" if result.timed_out else f"exited {result.exit_code}"
+            raise SandboxError(
+                f"setup command {number} of task {task.id!r} {what}, so the task cannot start; it runs "
+                f"offline and as one ordinary user:\n{command[:500]}\n{result.output[-1000:]}"
+            )
 
 
 def _date_folders(task: Task) -> list[str]:
@@ -248,8 +265,12 @@ def _warn(call: ToolCall, text: str) -> Step:
     return Step((Message("tool", (Part(text, TokenRole.WARNING),), tool=call.tool),))
 
 
+def _has_text(call: ToolCall, argument: str) -> bool:
+    return isinstance(call.arguments.get(argument), str)
+
+
 def _missing(call: ToolCall, argument: str) -> Step:
-    return _warn(call, f"[{call.tool} needs the argument {argument}]")
+    return _warn(call, f"[{call.tool} needs the argument {argument}, a text]")
 
 
 def _json_reward(content: bytes) -> float:

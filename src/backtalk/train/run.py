@@ -25,7 +25,7 @@ from backtalk.samples import build_samples
 from backtalk.sandboxes import local_sandbox
 from backtalk.settings import flatten, parse_overrides, set_dotted
 from backtalk.train.events import EvaluationDone, Notice, OnEvent, RolloutDone, RunDone, RunStarted, StepDone
-from backtalk.train.tasks import held_out_tasks, recorded_trajectories, tasks_of_step, train_tasks
+from backtalk.train.tasks import held_out_tasks, mixed_tasks_of_step, recorded_trajectories, train_tasks
 from backtalk.trajectory import TrajectoryGroup
 
 T = TypeVar("T")
@@ -170,7 +170,7 @@ class Run:
 
     def __init__(self, config: TrainConfig, tell: OnEvent) -> None:
         self.config, self.tell = config, tell
-        self.train_tasks = train_tasks(config)
+        self.pools = train_tasks(config, tell)
         self.held_out = held_out_tasks(config)
         backend = local_sandbox(config.sandbox)
         self.sandbox = backend.report
@@ -190,7 +190,7 @@ class Run:
             InfrastructureError: not one rollout came through, so the world is broken, not this task.
         """
         config, started = self.config, time.monotonic()
-        tasks = tasks_of_step(self.train_tasks, config.tasks_per_step, config.seed, step)
+        tasks = mixed_tasks_of_step(self.pools, config.tasks_per_step, config.seed, step)
         groups = await run_groups(
             tasks,
             self._counted("training", step, len(tasks) * config.group_size),

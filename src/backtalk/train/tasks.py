@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
-from backtalk.config import TrainConfig
+from backtalk.config import TaskSource, TrainConfig
 from backtalk.envs import load_tasks
 from backtalk.envs.base import Split, Task
-from backtalk.errors import ConfigError
+from backtalk.errors import ConfigError, TaskError
 from backtalk.runlog import read_trajectories
 from backtalk.train.events import Notice, OnEvent
 from backtalk.trajectory import Trajectory
 
 TRAIN_TASKS = 2000  # distinct ones, of a source that makes or has as many; each comes up once an epoch
 HELD_OUT_SEED = 0  # all runs are measured on the same held-out tasks, whatever their own seed
+
+
+class Pool(NamedTuple):
+    """The training tasks of one source. Its share of a step is its weight over the sum of all weights."""
+
+    tasks: Sequence[Task]
+    weight: float = 1.0
+
+
+class Share(NamedTuple):
+    """How many tasks of a pool a step takes: ``now`` at this step, ``most`` at any."""
+
+    now: int
+    most: int
 
 
 def tasks_of_step(tasks: Sequence[Task], per_step: int, seed: int, step: int) -> list[Task]:
@@ -27,28 +43,105 @@ def tasks_of_step(tasks: Sequence[Task], per_step: int, seed: int, step: int) ->
     return order[place * per_step : (place + 1) * per_step]
 
 
-def train_tasks(config: TrainConfig) -> list[Task]:
-    wanted = config.tasks
-    tasks = load_tasks(wanted.source, split=Split.TRAIN, count=TRAIN_TASKS, levels=wanted.levels, seed=config.seed)
-    if len(tasks) < config.tasks_per_step:
-        raise ConfigError(
-            f"{wanted.source!r} has {len(tasks)} training tasks, fewer than tasks_per_step={config.tasks_per_step}; "
-            "lower tasks_per_step or add tasks"
-        )
-    return tasks
+def mixed_tasks_of_step(pools: Sequence[Pool], per_step: int, seed: int, step: int) -> list[Task]:
+    """The tasks of one step from several sources, by weight. Nothing is remembered: a resumed run draws the same.
+
+    Each pool has epochs of its own. Where its share is no whole number, a step keeps a place for the larger one and
+    leaves the last task out when the draw gives the smaller, so that an epoch then passes over some tasks.
+    """
+    shares = shares_of_step([pool.weight for pool in pools], per_step, seed, step)
+    drawn = []
+    for pool, share in zip(pools, shares, strict=True):
+        drawn += tasks_of_step(pool.tasks, share.most, seed, step)[: share.now]
+    return drawn
+
+
+def shares_of_step(weights: Sequence[float], per_step: int, seed: int, step: int) -> list[Share]:
+    """How many of ``per_step`` tasks each weight gets: its exact share, rounded down or up by one draw for them all.
+
+    The draw is systematic (Madow, 1949): the counts always add up to ``per_step``, and their means over the steps are
+    the exact shares.
+    """
+    exact = [per_step * weight / math.fsum(weights) for weight in weights]
+    whole = [math.floor(share + 1e-9) for share in exact]
+    rest = [share - least if share - least > 1e-9 else 0.0 for share, least in zip(exact, whole, strict=True)]
+    ends = [math.fsum(rest[: i + 1]) for i in range(len(rest))]
+    ends[-1] = per_step - sum(whole)  # exactly
+    offset = random.Random(f"{seed}/{step}/sources").random()
+    drawn = [math.floor(end + offset) for end in ends]
+    extra = [now - before for now, before in zip(drawn, [0, *drawn], strict=False)]
+    return [Share(least + more, least + (part > 0)) for least, more, part in zip(whole, extra, rest, strict=True)]
+
+
+def train_tasks(config: TrainConfig, tell: OnEvent | None = None) -> tuple[Pool, ...]:
+    """The training tasks of every source. ``tell`` is told which tasks are left out, and why.
+
+    Raises:
+        ConfigError: no such source, or too few tasks for a step.
+        TaskError: a task cannot run, or two have one id.
+    """
+    sources = config.tasks.sources
+    pools = tuple(
+        Pool(_load(source, Split.TRAIN, TRAIN_TASKS, config.seed, tell=tell), source.weight) for source in sources
+    )
+    shares = shares_of_step([pool.weight for pool in pools], config.tasks_per_step, config.seed, 0)
+    for source, pool, share in zip(sources, pools, shares, strict=True):
+        if len(pool.tasks) < share.most:
+            part = "" if len(pools) == 1 else f", of which its weight gives it up to {share.most}"
+            raise ConfigError(
+                f"{source.name!r} has {len(pool.tasks)} training tasks, fewer than "
+                f"tasks_per_step={config.tasks_per_step}{part}; lower tasks_per_step{part and ' or its weight'} or add "
+                "tasks"
+            )
+    _refuse_shared_ids(sources, [pool.tasks for pool in pools])
+    return pools
 
 
 def held_out_tasks(config: TrainConfig) -> list[Task]:
-    if config.evaluation.tasks == 0:
+    """``evaluation.tasks`` held-out tasks, of several sources by weight as far as each has some."""
+    count, sources = config.evaluation.tasks, config.tasks.sources
+    if count == 0:
         return []
-    wanted = config.tasks
+    each = [_load(source, Split.HELD_OUT, count, HELD_OUT_SEED, may_be_empty=len(sources) > 1) for source in sources]
+    if not any(each):
+        names = ", ".join(repr(source.name) for source in sources)
+        raise TaskError(f"none of {names} has a held-out task; add tasks, or set evaluation.tasks=0")
+    _refuse_shared_ids(sources, each)
+    taken = [0] * len(sources)
+    for _ in range(min(count, sum(map(len, each)))):
+        left = [i for i, tasks in enumerate(each) if taken[i] < len(tasks)]
+        taken[min(left, key=lambda i: (taken[i] + 1) / sources[i].weight)] += 1
+    draw = random.Random(HELD_OUT_SEED)
+    places = [sorted(draw.sample(range(len(tasks)), number)) for tasks, number in zip(each, taken, strict=True)]
+    return [tasks[place] for tasks, chosen in zip(each, places, strict=True) for place in chosen]
+
+
+def _load(
+    source: TaskSource, split: Split, count: int, seed: int, *, may_be_empty: bool = False, tell: OnEvent | None = None
+) -> list[Task]:
     return load_tasks(
-        wanted.source,
-        split=Split.HELD_OUT,
-        count=config.evaluation.tasks,
-        levels=wanted.levels,
-        seed=HELD_OUT_SEED,
+        source.name,
+        split=split,
+        count=count,
+        levels=source.levels or (),
+        seed=seed,
+        host_packages=source.host_packages,
+        world_model_only=source.world_model_only,
+        may_be_empty=may_be_empty,
+        on_skip=None if tell is None else lambda text: tell(Notice(text)),
     )
+
+
+def _refuse_shared_ids(sources: Sequence[TaskSource], each: Sequence[Sequence[Task]]) -> None:
+    owner: dict[str, str] = {}
+    for source, tasks in zip(sources, each, strict=True):
+        for task in tasks:
+            if task.id in owner:
+                raise TaskError(
+                    f"the task {task.id!r} is in {owner[task.id]!r} and again in {source.name!r}, and results could "
+                    "not be told apart; take one of the sources out, or rename the task"
+                )
+            owner[task.id] = source.name
 
 
 def recorded_trajectories(config: TrainConfig, vocab_size: int, tell: OnEvent) -> list[Trajectory]:
@@ -57,7 +150,7 @@ def recorded_trajectories(config: TrainConfig, vocab_size: int, tell: OnEvent) -
         return []
     if config.evaluation.recorded_path is not None:
         path = Path(config.evaluation.recorded_path)
-    elif config.engine.model == "base" and config.tasks.source == "triage":
+    elif config.engine.model == "base" and any(source.name == "triage" for source in config.tasks.sources):
         path = Path(str(resources.files("backtalk").joinpath("assets/recorded/held_out.parquet")))
         if not path.exists():
             tell(Notice(f"{path} is missing, so the cross-entropy on recorded trajectories is not measured"))
