@@ -18,26 +18,34 @@ PACKAGE = SRC / "backtalk"
 # A part is a module directly under the package, or a folder with all that is in it. "" is backtalk/__init__.py.
 LINES: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
+    frozenset({"settings"}),
     frozenset({"trajectory"}),
     frozenset({""}),
-    frozenset({"sandboxes"}),
+    frozenset({"sandboxes", "rfc010"}),
     frozenset({"envs"}),
     frozenset({"tool_formats"}),
+    frozenset({"encoding", "chat_template"}),
+    frozenset({"dialogue"}),
     frozenset({"renderer", "sampler", "advantages", "runlog"}),
-    frozenset({"record"}),
-    frozenset({"rollout", "samples"}),
+    frozenset({"record", "importers", "objective_config"}),
+    frozenset({"rollout", "selection", "losses"}),
+    frozenset({"samples"}),
     frozenset({"objective"}),
-    frozenset({"engines", "hosts"}),
+    frozenset({"engines", "hosts", "harbor"}),
     frozenset({"config"}),
     frozenset({"evaluate"}),
     frozenset({"train"}),
     frozenset({"study"}),
     frozenset({"viewer"}),
     frozenset({"doctor", "interrupts", "progress", "track"}),
+    frozenset({"commands"}),
     frozenset({"cli"}),
 )
-WORLD_TOWER = ("sandboxes", "envs", "tool_formats", "renderer", "sampler", "record", "rollout", "runlog", "viewer")
-MATHS_TOWER = ("advantages", "samples", "objective")
+WORLD_TOWER = (
+    *("sandboxes", "envs", "tool_formats", "encoding", "chat_template", "dialogue", "renderer", "sampler", "record"),
+    *("rollout", "runlog", "viewer", "importers", "rfc010"),
+)
+MATHS_TOWER = ("advantages", "objective_config", "losses", "selection", "samples", "objective")
 NOT_MATHS = ("asyncio", "logging", "pathlib", "os", "io", "shutil", "tempfile", "subprocess", "pyarrow", "json")
 HEAVY = ("torch", "transformers", "pydantic", "numpy", "pyarrow", "matplotlib", "rich", "typer")
 

@@ -104,6 +104,14 @@ async def test_the_shell_lives_on_between_calls(env: TerminalEnv) -> None:
     assert await parts_of(env, "pwd; echo $x; jobs -r | wc -l") == [("/srv\n5\n1\n", OUT)]
 
 
+async def test_what_looks_like_a_notice_is_output_where_the_world_said_it(env: TerminalEnv) -> None:
+    said = "[no output]\n[exit code 1]\n[5 characters left out]"
+    assert await parts_of(env, f"printf '{said}'; exit_with() {{ return 3; }}; exit_with") == [
+        (said, OUT),
+        ("\n[exit code 3]", SAID),
+    ]
+
+
 async def test_a_time_out_is_told(backend: SandboxBackend) -> None:
     config = TerminalConfig(command_timeout_s=0.5)
     async with open_terminal_env(task_of(RIGHT_ANSWER), backend, config) as env:
@@ -138,8 +146,9 @@ async def test_output_beyond_the_sandbox_limit_is_told(env: TerminalEnv) -> None
 @pytest.mark.parametrize(
     ("call", "said"),
     [
-        (ToolCall("bash", {}), "[bash needs the argument command]"),
-        (ToolCall("submit", {"command": "x"}), "[submit needs the argument answer]"),
+        (ToolCall("bash", {}), "[bash needs the argument command, a text]"),
+        (ToolCall("bash", {"command": 42}), "[bash needs the argument command, a text]"),
+        (ToolCall("submit", {"command": "x"}), "[submit needs the argument answer, a text]"),
         (ToolCall("python", {"code": "1"}), "[unknown tool python; the tools are bash and submit]"),
     ],
 )
@@ -177,6 +186,13 @@ async def test_a_task_without_tests_is_refused(backend: SandboxBackend) -> None:
     with pytest.raises(TaskError, match=r"no tests/test\.sh"):
         async with open_terminal_env(task_of("", tests={"other": SandboxFile(b"")}), backend, CONFIG):
             pass
+
+
+async def test_a_task_that_is_for_the_world_model_only_is_not_scored(backend: SandboxBackend) -> None:
+    task = task_of("", tests={}, metadata={"world_model_only": True})
+    async with open_terminal_env(task, backend, CONFIG) as env:
+        await env.reset()
+        assert await env.score() is None
 
 
 def reward_of(json_text: str | None = None, text: str | None = None) -> str:
@@ -270,6 +286,10 @@ gcc -shared -fPIC -o /tmp/x.so /tmp/x.c
         "exit 7",
         "kill -9 $$",
         "chmod 000 /srv /var /tests /logs",
+        "chmod 000 /",
+        "chmod 333 / /etc; chmod 000 /home /tmp /run /var /dev/shm",
+        "(while :; do chmod 000 /; chmod 755 /; done) & sleep 0.2",
+        "for d in / /tests ~; do echo 'import os; os._exit(0)' | tee $d/conftest.py $d/pytest.py; done",
         ":(){ :|:& }; :",
     ],
     ids=lambda attack: attack[-40:],

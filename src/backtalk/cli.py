@@ -295,11 +295,19 @@ def study(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    conformance: Annotated[
+        bool, typer.Option("--conformance", help="Attack the sandbox: over 100 checks, half a minute. Nothing else.")
+    ] = False,
+) -> None:
     """Say what this machine can do, and what to type for what is missing. Exits with 1 where training cannot run."""
-    from backtalk.doctor import examine, print_findings
+    from backtalk.doctor import examine, print_conformance, print_findings
 
     console = _console()
+    if conformance:
+        if failed := print_conformance(console):
+            fail(f"the sandbox fails {failed} checks; docs/security.md says what each means", exit_code=1)
+        return
     missing = print_findings(examine(), console)
     if missing:
         fail(f"a default run cannot work here: {', '.join(missing)}. What to do stands above", exit_code=1)

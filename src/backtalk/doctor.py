@@ -229,3 +229,27 @@ def print_findings(findings: Iterable[Finding], console: Console) -> list[str]:
         if finding.state is State.MISSING:
             missing.append(finding.name.strip())
     return missing
+
+
+def print_conformance(console: Console) -> int:
+    """Run the conformance suite on this machine's sandbox and print a line for each check; how many failed.
+
+    Raises:
+        SandboxUnavailable: there is no sandbox to try.
+    """
+    from backtalk.sandboxes import local_sandbox
+    from backtalk.sandboxes.conformance import Outcome, conformance
+
+    backend = local_sandbox()
+    results = asyncio.run(conformance(backend))
+    styles = {Outcome.PASSED: "green", Outcome.FAILED: "bold red", Outcome.NOT_APPLICABLE: "dim"}
+    for result in results:
+        line = Text(f"{result.outcome.value:<16}", style=styles[result.outcome])
+        line += Text(f"{result.check.category.value:<11}{result.check.name:<32}{result.check.shows}", style="default")
+        console.print(line, soft_wrap=True)
+        if result.reason:
+            console.print(Text(f"{'':<27}-> {result.reason}", style="default"), soft_wrap=True)
+    counts = {outcome: sum(result.outcome is outcome for result in results) for outcome in Outcome}
+    said = ", ".join(f"{count} {outcome.value}" for outcome, count in counts.items() if count)
+    console.print(f"\n{backend.report.name}: {said}", markup=False, highlight=False)
+    return counts[Outcome.FAILED]

@@ -94,6 +94,7 @@ class BubblewrapSandbox:
         """End every process and begin a fresh process namespace, shell and environment over the same files."""
         async with self._lock:
             await self._session.end()
+            self._holder.add_memory()
             await self._session.begin()
 
     async def close(self) -> None:

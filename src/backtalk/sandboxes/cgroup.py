@@ -48,22 +48,39 @@ class Cgroup:
         """
         name = f"{_NAME}-{os.getpid()}-{_TOKEN}-{next(_counter)}"
         self._folders = [folder / name for folder in parents.folders]
-        memory_bytes = str(limits.memory_mb << 20)
+        self._memory = None if parents.memory is None else parents.memory / name
+        self._version = parents.version
+        self._memory_bytes = limits.memory_mb << 20
         processes = str(limits.processes + _SPARE_PROCESSES)
         try:
             for folder in self._folders:
                 folder.mkdir()
-            if parents.memory is not None:
-                limit = "memory.max" if parents.version == 2 else "memory.limit_in_bytes"
-                (parents.memory / name / limit).write_text(memory_bytes)
-                with contextlib.suppress(OSError):  # no swap on top, where swap is counted
-                    swap = "memory.swap.max" if parents.version == 2 else "memory.memsw.limit_in_bytes"
-                    (parents.memory / name / swap).write_text("0" if parents.version == 2 else memory_bytes)
+            self._limit_memory(self._memory_bytes)
             if parents.pids is not None:
                 (parents.pids / name / "pids.max").write_text(processes)
         except OSError:
             self.remove()
             raise
+
+    def _limit_memory(self, size_bytes: int) -> None:
+        """No swap on top, where swap is counted. Under version 1 neither limit may pass the other on its way up."""
+        if self._memory is None:
+            return
+        if self._version == 2:
+            (self._memory / "memory.max").write_text(str(size_bytes))
+            with contextlib.suppress(OSError):
+                (self._memory / "memory.swap.max").write_text("0")
+            return
+        for name in ("memory.memsw.limit_in_bytes", "memory.limit_in_bytes", "memory.memsw.limit_in_bytes"):
+            with contextlib.suppress(OSError) if "memsw" in name else contextlib.nullcontext():
+                (self._memory / name).write_text(str(size_bytes))
+
+    def add_memory(self) -> None:
+        """Let as much be used as at first, on top of what is used now: by the files of processes that are gone."""
+        if self._memory is not None:
+            name = "memory.current" if self._version == 2 else "memory.usage_in_bytes"
+            with contextlib.suppress(OSError):
+                self._limit_memory(self._memory_bytes + int((self._memory / name).read_text()))
 
     def add(self, process_id: int) -> None:
         """Move a process in; what it starts from now on is in too."""

@@ -27,55 +27,59 @@ from dataclasses import dataclass
 
 from backtalk.errors import ConfigError
 
+END_TIMEOUT_S = 50  # of a session; the kernel needs this long only where hundreds of processes share a core
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # fd 0 commands from the trainer, 1 answers, 2 the agent's output pipe, $1 the shell's commands, $2 its reports,
 # $3 and $4 the supervisor's and the shell's text, in sealed files: the agent can open what its own processes have open,
-# and must not change what the next session runs. The rest of the arguments is the program that begins a session.
+# and must not change what the next session runs. $5 is bubblewrap's own and closed. The rest is the program that
+# begins a session.
 _HOLDER = r"""
 # SAFETY: it signals every process it can see, so it must be process 1 of a namespace of its own.
 (( $$ == 1 )) || { echo "the holder is process $$ and not process 1 of a namespace; it refuses to run" >&2; exit 70; }
-exec 3<&"$1" 4>&"$2" 8<&"$3" 9<&"$4"; eval "exec $1<&- $2>&- $3<&- $4<&-"; shift 4
-TMPDIR=/dev; umask 022; session= reserved= missing=()
+exec 3<&"$1" 4>&"$2" 8<&"$3" 9<&"$4"; eval "exec $1<&- $2>&- $3<&- $4<&- $5<&-"; shift 5
+TMPDIR=/dev; umask 022; cd /proc; exec 5>/dev/null; session= reserved= missing=()
 say() { printf '%s\0' "$1"; }
-alone() { local all=(/proc/[0-9]*); (( ${#all[@]} == 1 )); }
-end() {
-  local until_s=$((SECONDS + 10))
-  kill -KILL -- -1 2>/dev/null
-  : >{reserve_file}
-  [[ -n $session ]] && wait "$session" 2>/dev/null
+alone() { local all=([0-9]*); (( ${#all[@]} == 1 )); }
+end() { # works however the agent left the folders: by what bash can do itself, and from /proc
+  local until_s=$((SECONDS + {end_s})) init
+  # By the session's process 1: bubblewrap sees it end, and ends itself, only when the kernel has emptied the namespace.
+  if [[ -n $session ]] && read -r init _ <"$session/task/$session/children"; then
+    kill -KILL "$init" && wait "$session"
+  fi 2>&5
+  kill -KILL -- -1 2>&5  # what is left: a session that was only beginning, helpers of the holder
+  [[ -n $session ]] && wait "$session" 2>&5
   session=
   until alone; do
     (( SECONDS > until_s )) && return 1
-    kill -KILL -- -1 2>/dev/null
+    kill -KILL -- -1 2>&5
     ( : )  # bash can miss that an orphan ended; when it waits for a child of its own it looks at all of them
   done
   return 0
 }
 begin() { # session $1
   local name=$1 path; shift
-  for path in {home}; do usable "$path" || folder "$path"; done 2>/dev/null
-  ( printf 500 >/proc/self/oom_score_adj; exec "$@" </proc/self/fd/8 1>&2 6<&9 7<<<"$name" 8<&- 9<&- ) &
+  for path in {home}; do usable "$path" || folder "$path"; done 2>&5
+  ( printf 500 >/proc/self/oom_score_adj; cd / && exec "$@" </proc/self/fd/8 1>&2 6<&9 7<<<"$name" 5>&- 8<&- 9<&- ) &
   session=$!
   # Room for the verifier's files, out of the agent's reach: a full disk must not keep a rollout from its score.
   [[ -z $reserved ]] || return 0
   reserved=1
-  head -c {reserve} /dev/zero >{reserve_file} 2>/dev/null &
+  head -c {reserve} /dev/zero >{reserve_file} 2>&5 &
 }
 inner_pid() { # the process's id inside the session, or 0 for the trusted ones outside it
   local key outer inner rest
   while read -r key outer inner rest; do
     if [[ $key == NSpid: ]]; then found=${inner:-0}; return; fi
-  done <"/proc/$1/status"
+  done <"$1/status"
   found=0
 }
 stop() { # kill what was started after tick $1 (or in it, with an id above $2), and the shell, whose id is $3
-  local until_s=$((SECONDS + 5)) victims dir pid line fields
+  local until_s=$((SECONDS + 5)) victims pid line fields
   while :; do
     victims=()
-    for dir in /proc/[0-9]*; do
-      pid=${dir#/proc/}
-      IFS= read -r line <"$dir/stat" || continue
+    for pid in [0-9]*; do
+      IFS= read -r line <"$pid/stat" || continue
       read -ra fields <<<"${line##*) }"
       [[ ${fields[0]} == [ZX] ]] && continue
       inner_pid "$pid"
@@ -88,7 +92,7 @@ stop() { # kill what was started after tick $1 (or in it, with an id above $2), 
     kill -KILL "${victims[@]}"
   done
 }
-usable() { [[ -d $1 && -w $1 && -x $1 ]]; }
+usable() { [[ -d $1 && -r $1 && -w $1 && -x $1 ]]; }
 folder() { # a folder one can write to, whatever was left there
   [[ -z $1 ]] && return
   usable "${1%/*}/" || folder "${1%/*}"
@@ -111,8 +115,8 @@ put() {
   local size count path paths=() said
   IFS= read -r -d '' size; IFS= read -r -d '' count
   while (( count-- > 0 )); do IFS= read -r -d '' path; paths+=("$path"); done
-  make_room "${paths[@]}" 2>/dev/null
-  if said=$(head -c "$size" | { tar -xpf - -C / 2>&1 || { cat >/dev/null; false; }; }); then
+  make_room "${paths[@]}" 2>&5
+  if said=$(head -c "$size" | { tar -xpf - -C / 2>&1 || { cat >&5; false; }; }); then
     say ok
   else
     said=${said//[\{\}]/}; say "failed ${said:0:500}"
@@ -130,15 +134,16 @@ get() {
 while IFS= read -r -d '' operation; do
   case $operation in
     begin) IFS= read -r -d '' name; begin "$name" "$@" ;;
-    end) if end; then say ok; else say 'failed some processes do not end'; fi ;;
+    end) if ! end; then say 'failed some processes do not end'
+      elif usable /; then : >{reserve_file}; say ok; else say shut; fi 2>&5 ;;
     stop) IFS= read -r -d '' tick; IFS= read -r -d '' last; IFS= read -r -d '' shell
-      if stop "$tick" "$last" "$shell" 2>/dev/null; then say ok; else say 'failed some processes do not end'; fi ;;
+      if stop "$tick" "$last" "$shell" 2>&5; then say ok; else say 'failed some processes do not end'; fi ;;
     put) put ;;
-    get) get 2>/dev/null ;;
+    get) get 2>&5 ;;
     *) say 'failed unknown operation' ;;
   esac
 done
-kill -KILL -- -1 2>/dev/null
+kill -KILL -- -1 2>&5
 exit 0
 """
 
@@ -194,7 +199,7 @@ def supervisor_program(limits: Rlimits) -> str:
 def holder_program(files: Mapping[str, str], *, folders: Sequence[str], reserve_file: str, reserve_bytes: int) -> str:
     """The holder's text: it writes `files` first, and makes `folders` usable again before each session."""
     writes = [f"printf %s {shlex.quote(text)} >{shlex.quote(path)}" for path, text in files.items()]
-    holder = _HOLDER.replace("{home}", shlex.join(folders))
+    holder = _HOLDER.replace("{home}", shlex.join(folders)).replace("{end_s}", str(END_TIMEOUT_S))
     holder = holder.replace("{reserve_file}", shlex.quote(reserve_file)).replace("{reserve}", str(reserve_bytes))
     return "\n".join([*writes, holder])
 

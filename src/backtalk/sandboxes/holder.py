@@ -14,20 +14,29 @@ import tarfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from backtalk.errors import SandboxError
 from backtalk.sandboxes.base import SandboxFile, SandboxLimits
 from backtalk.sandboxes.cgroup import Cgroup
-from backtalk.sandboxes.exec_server import SHELL_PROGRAM, Rlimits, frames, holder_program, supervisor_program
+from backtalk.sandboxes.exec_server import (
+    END_TIMEOUT_S,
+    SHELL_PROGRAM,
+    Rlimits,
+    frames,
+    holder_program,
+    supervisor_program,
+)
 from backtalk.sandboxes.layers import (
     FIXED_FILES,
     RESERVE_BYTES,
     RESERVE_FILE,
     SESSION_FOLDERS,
+    drop_argv,
     inner_argv,
     outer_argv,
 )
-from backtalk.sandboxes.pipes import FrameReader, PipePair, sealed_file, write_all
+from backtalk.sandboxes.pipes import FrameReader, PipePair, moved_up, sealed_file, write_all
 from backtalk.sandboxes.probe import Machine
 from backtalk.sandboxes.seccomp import seccomp_program
 from backtalk.sandboxes.shell import START_TIMEOUT_S, STOP_TIMEOUT_S
@@ -74,7 +83,9 @@ class Holder:
         Raises:
             SandboxError: the kernel refuses pipes, a process or a control group.
         """
+        self._machine = machine
         self._limits = limits
+        self._uid = uid
         self._broken = ""
         self._child_id = 0
         self._cgroup: Cgroup | None = None
@@ -117,9 +128,24 @@ class Holder:
         await write_all(self._requests, frames("begin", name))
 
     async def end(self) -> None:
-        if (answer := await self._ask(frames("end"), STOP_TIMEOUT_S)) != b"ok":
+        answer = await self._ask(frames("end"), END_TIMEOUT_S + STOP_TIMEOUT_S)
+        if answer == b"shut":  # nobody is left who could shut it again
+            await self._open_root()
+            answer = await self._ask(frames("end"), STOP_TIMEOUT_S)
+        if answer != b"ok":
             self._broken = answer.decode("utf-8", "replace")
             raise SandboxError(self._broken)
+
+    async def _open_root(self) -> None:
+        """Give the root folder its rights back, which the agent took: from outside, for inside no program starts."""
+        command = [*drop_argv(self._machine, self._uid), "chmod", "755", f"/proc/{self._child_id}/root"]
+        process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
+        await process.wait()
+
+    def add_memory(self) -> None:
+        """Give the next session its full memory beside the files that are left, which count too."""
+        if self._cgroup is not None:
+            self._cgroup.add_memory()
 
     async def stop(self, tick: int, last_id: int, shell_id: int) -> bool:
         return await self._ask(frames("stop", str(tick), str(last_id), str(shell_id)), STOP_TIMEOUT_S) == b"ok"
@@ -186,9 +212,10 @@ class Holder:
     def _kill(self) -> None:
         """What `close` does when there is no time left. Does not wait on the event loop."""
         if self._process is not None and self._process.poll() is None:
-            with contextlib.suppress(OSError):
-                # Its process 1: ending bubblewrap's outer process first would leave a zombie to somebody else.
-                os.kill(self._child_id or self._process.pid, signal.SIGKILL)
+            # Its process 1 first: ending bubblewrap's outer process before would leave it to somebody else.
+            for process_id in [self._child_id] if self._child_id else _stopped(self._process.pid):
+                with contextlib.suppress(OSError):
+                    os.kill(process_id, signal.SIGKILL)
             try:
                 self._process.wait(_CLOSE_TIMEOUT_S)
             except subprocess.TimeoutExpired:
@@ -197,6 +224,16 @@ class Holder:
         if self._cgroup is not None:
             self._cgroup.remove_soon()
             self._cgroup = None
+
+
+def _stopped(process_id: int) -> list[int]:
+    """Stop a process, so that it starts no other, and name its children and then itself."""
+    try:
+        os.kill(process_id, signal.SIGSTOP)
+        children = Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()
+    except OSError:
+        children = []
+    return [*map(int, children), process_id]
 
 
 def _spawn(machine: Machine, limits: SandboxLimits, uid: int | None, pipes: _Pipes) -> subprocess.Popen[bytes]:
@@ -215,11 +252,13 @@ def _spawn(machine: Machine, limits: SandboxLimits, uid: int | None, pipes: _Pip
             stack.callback(os.close, descriptor)
             return descriptor
 
-        inner_info = passed(os.dup(pipes.info.theirs))  # each bwrap closes its own for its child
+        inner_info = passed(moved_up(os.dup(pipes.info.theirs)))  # each bwrap closes its own for its child
+        # Held open by bubblewrap itself, or it dies of a broken pipe in the middle of its start when the trainer does.
+        info_reader = passed(moved_up(os.dup(pipes.info.ours)))
         supervisor = passed(sealed_file(supervisor_program(rlimits).encode()))
         shell = passed(sealed_file(SHELL_PROGRAM.encode()))
         filter_fd = None if rules is None else passed(sealed_file(rules))
-        numbers = (pipes.commands.theirs, pipes.reports.theirs, supervisor, shell)
+        numbers = (pipes.commands.theirs, pipes.reports.theirs, supervisor, shell, info_reader)
         return subprocess.Popen(
             [
                 *outer_argv(machine, limits, uid, info_fd=pipes.info.theirs, filter_fd=filter_fd),

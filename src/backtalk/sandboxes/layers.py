@@ -39,7 +39,7 @@ FIXED_FILES = {
     "/etc/ld.so.preload": "",
     RESERVE_FILE: "",
 }
-SESSION_FOLDERS = (HOME, "/tmp", "/run/shm")  # no session starts without them
+SESSION_FOLDERS = (HOME, "/tmp", "/run/shm", "/etc", "/var/tmp")  # no session, or no verifier, works without them
 
 
 def outer_argv(
@@ -47,11 +47,10 @@ def outer_argv(
 ) -> list[str]:
     """What starts the holder: files, network, host name. `uid` None keeps the trainer's own."""
     assert machine.bwrap is not None
-    argv = []
-    if uid is not None:
-        assert machine.setpriv is not None
-        argv += [machine.setpriv, "--reuid", str(uid), "--regid", str(uid), "--clear-groups", "--inh-caps=-all", "--"]
-    argv += [machine.bwrap, "--unshare-all", "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL"]
+    argv = drop_argv(machine, uid)
+    # Not --die-with-parent: a trainer killed during a start would take bubblewrap's outer process with it before that
+    # lets its child go on, which would then wait for ever. The holder ends when its requests do, and all with it.
+    argv += [machine.bwrap, "--unshare-all", "--new-session", "--as-pid-1", "--cap-drop", "ALL"]
     argv += ["--uid", AGENT_ID, "--gid", AGENT_ID, "--hostname", "box", "--json-status-fd", str(info_fd)]
     argv += ["--seccomp", str(filter_fd)] if filter_fd is not None else []
     argv += ["--size", str((limits.disk_mb << 20) + RESERVE_BYTES)] if has_size(machine) else []
@@ -70,6 +69,14 @@ def outer_argv(
     for path in _SHARED_FOLDERS:
         argv += ["--perms", "1777", "--dir", path]
     return [*argv, "--clearenv", "--setenv", "PATH", DEFAULT_PATH, "--setenv", "LC_ALL", "C", "--"]
+
+
+def drop_argv(machine: Machine, uid: int | None) -> list[str]:
+    """What runs a command as `uid` without root's rights; nothing where that is None."""
+    if uid is None:
+        return []
+    assert machine.setpriv is not None
+    return [machine.setpriv, "--reuid", str(uid), "--regid", str(uid), "--clear-groups", "--inh-caps=-all", "--"]
 
 
 def inner_argv(machine: Machine, *, info_fd: int) -> list[str]:

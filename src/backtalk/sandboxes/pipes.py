@@ -16,6 +16,7 @@ _READ_BYTES = 65_536
 _DROP_PAUSE_S = 0.001  # between reads of output nobody keeps: endless output costs 64 MB/s, not a core
 _FRAME_BYTES = 4 << 20  # a longer frame, and more frames waiting than this, are nobody's honest reports
 _WAITING_FRAMES = 256
+_FIRST_GIVEN = 10  # bash programs move what they are given to 3..9; one of these would be overwritten before it is read
 
 
 class FloodedError(Exception):
@@ -34,14 +35,23 @@ class PipePair:
         """We read, they write."""
         ours, theirs = os.pipe()
         os.set_blocking(ours, False)
-        return cls(ours, theirs)
+        return cls(ours, moved_up(theirs))
 
     @classmethod
     def to_write(cls) -> PipePair:
         """We write, they read."""
         theirs, ours = os.pipe()
         os.set_blocking(ours, False)
-        return cls(ours, theirs)
+        return cls(ours, moved_up(theirs))
+
+
+def moved_up(descriptor: int) -> int:
+    """The same open file under a number that a child can be given."""
+    if descriptor >= _FIRST_GIVEN:
+        return descriptor
+    moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _FIRST_GIVEN)
+    os.close(descriptor)
+    return moved
 
 
 def sealed_file(content: bytes) -> int:
@@ -50,7 +60,7 @@ def sealed_file(content: bytes) -> int:
     Raises:
         OSError: the kernel refuses.
     """
-    descriptor = os.memfd_create("backtalk", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    descriptor = moved_up(os.memfd_create("backtalk", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     os.write(descriptor, content)
     os.lseek(descriptor, 0, os.SEEK_SET)
     seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE

@@ -181,7 +181,7 @@ class Session:
     def _note(self, frame: bytes) -> list[str]:
         """Split a report; remember the shell's id where it tells it."""
         words = frame.decode("utf-8", "replace").split(" ")
-        if words[0] == "ready" and len(words) == 2 and words[1].isdigit():
+        if words[0] == "ready" and len(words) == 2 and words[1].isdigit() and not self._shell.id:
             self._shell.id = int(words[1])
         return words
 

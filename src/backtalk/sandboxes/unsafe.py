@@ -172,6 +172,8 @@ class UnsafeSandbox:
             place = self._place(path)
             try:
                 self._make_folder(place.parent)
+                if place.is_dir() and not place.is_symlink():
+                    shutil.rmtree(place)
                 place.unlink(missing_ok=True)
                 place.write_bytes(file.content)
                 place.chmod(file.mode & 0o777)
