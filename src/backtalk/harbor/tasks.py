@@ -7,9 +7,11 @@ of ours can hold, `backtalk.envs.harbor` is quicker and needs neither Harbor nor
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +23,8 @@ from backtalk.errors import ConfigError, TaskError, VerifierError
 from backtalk.harbor.backend import started
 from backtalk.harbor.session import HarborSandbox, words
 from backtalk.sandboxes.base import SandboxFile
+
+_UNLIMITED = {"disk_mb": 1 << 20, "processes": 1 << 15}  # the task's own image and resources are what limits it
 
 
 async def harbor_tasks(dataset: str, *, names: Sequence[str] = (), count: int | None = None) -> list[Task]:
@@ -66,8 +70,10 @@ def harbor_task(folder: Path) -> Task:
         raise TaskError(f"Harbor cannot read the task in {folder}: {words(error)}") from error
     if read.has_steps:
         raise TaskError(f"{folder}: a task of several steps is not played here; run it with `harbor run`")
-    if (mode := read.config.verifier.environment_mode) is not None and mode.value != "shared":
-        raise TaskError(f"{folder}: its verifier wants an environment of its own; run it with `harbor run`")
+    verifier = read.config.verifier
+    separate = verifier.environment is not None or (verifier.environment_mode or "shared") != "shared"
+    if separate or verifier.collect or getattr(verifier, "import_path", None):  # newer releases have the last
+        raise TaskError(f"{folder}: its verifier is more than a script in the agent's environment; use `harbor run`")
     return Task(
         id=read.name,
         instruction=read.instruction,
@@ -93,8 +99,6 @@ class HarborTaskEnv(TerminalEnv):
         Raises:
             VerifierError: no finite reward was left in time.
         """
-        import asyncio
-
         if self._answer is not None:
             await self._sandbox.put({ANSWER: SandboxFile(self._answer.encode("utf-8", "replace"))})
         try:
@@ -135,7 +139,7 @@ async def open_harbor_env(
     with tempfile.TemporaryDirectory(prefix="backtalk-harbor-", ignore_cleanup_errors=True) as folder:
         async with started(environment, kwargs, definition, read.short_name, wanted, Path(folder)) as inner:
             inner.default_user = read.config.agent.user
-            sandbox = HarborSandbox(inner, config.sandbox, home=None)
+            sandbox = HarborSandbox(inner, replace(config.sandbox, **_UNLIMITED), home=None)
             await sandbox.start()
             if wanted.healthcheck is not None:
                 await inner.run_healthcheck()
