@@ -64,7 +64,7 @@ kept=$(base64 -w0 kept) && printf '%s %s %s' "$code" "$bytes" "$kept"
 # All on one line, so that bash says "line 1" in its messages, and read from standard input, so that it calls itself
 # bash. Starts no process of its own, for there may be none left to start.
 _SHELL = (
-    r'{ . "$1/state"; } 2>/dev/null; ulimit -c 0; ulimit -f $(($2 * 1024)); __box=$1; '
+    r'{ . "$1/state"; } 2>/dev/null; ulimit -c 0; ulimit -f $(($2 * 1024)) 2>/dev/null; __box=$1; '
     r'IFS= read -r -d "" __text <"$1/command"; ulimit -u "$(($3 + 10))" 2>/dev/null; set --; '
     r'\builtin eval -- "$__text" </dev/null; __code=$?; \builtin unset __text; '
     r'{ \builtin declare -p; \builtin declare -f; \builtin printf "cd -- %q\n" "$PWD"; } >"$__box/state" 2>/dev/null; '
