@@ -28,8 +28,8 @@ def plan(samples: Sequence[Sample], max_tokens: int, *, packing: bool) -> list[P
     """Split a step into micro-batches of at most ``max_tokens`` tokens, padding included.
 
     First fit decreasing (Johnson 1973), micro-batch by micro-batch. A row is never longer than the longest sample of
-    its micro-batch, so attention costs no more than it would with padding. A sample longer than ``max_tokens`` gets a
-    micro-batch of its own. Samples without any token are left out: they have nothing to compute.
+    its micro-batch, so attention never spans more than it would with padding. A sample longer than ``max_tokens`` gets
+    a micro-batch of its own. Samples without any token are left out: they have nothing to compute.
     """
     if not packing:
         return [[[sample] for sample in part] for part in micro_batches(samples, max_tokens)]
