@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from backtalk.envs.base import WorldReport
 from backtalk.evaluate import Evaluation, Interval
 from backtalk.progress import (
     RunDisplay,
@@ -18,7 +19,6 @@ from backtalk.progress import (
     interval_text,
     step_line,
 )
-from backtalk.sandboxes.base import BackendReport
 from backtalk.study import ArmResult, Comparison, StudyProgress, StudyRunDone, StudyStarted
 from backtalk.train import EvaluationDone, Notice, RolloutDone, RunDone, RunStarted, StepDone
 
@@ -64,8 +64,8 @@ def test_a_step_says_what_it_could_not_measure_and_what_broke() -> None:
 def test_plain_lines_where_there_is_no_terminal() -> None:
     out, now = StringIO(), [100.0]
     with RunDisplay(Console(file=out, width=40), clock=lambda: now[0]) as display:
-        sandbox = BackendReport("bubblewrap", warnings=("memory is not limited",))
-        display.show(RunStarted(Path("runs/x"), 0, 3, sandbox))
+        world = WorldReport("terminal in bubblewrap", ("memory is not limited",))
+        display.show(RunStarted(Path("runs/x"), 0, 3, (world,)))
         display.show(EvaluationDone(EVALUATION))
         display.show(Notice("[sic] no markup"))
         display.show(RolloutDone("training", 0, 1, 8))
@@ -76,7 +76,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
         display.show(RunDone(Path("runs/x"), 2, False))
     lines = out.getvalue().splitlines()
     assert lines == [
-        "starting: 3 steps, into runs/x; sandbox: bubblewrap",
+        "starting: 3 steps, into runs/x; terminal in bubblewrap",
         "note: memory is not limited",
         evaluation_line(EVALUATION),
         "note: [sic] no markup",
@@ -89,7 +89,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
 def test_bars_in_a_terminal() -> None:
     out = StringIO()
     with RunDisplay(Console(file=out, width=100, force_terminal=True)) as display:
-        display.show(RunStarted(Path("runs/x"), 1, 3, BackendReport("bubblewrap")))
+        display.show(RunStarted(Path("runs/x"), 1, 3, (WorldReport("terminal in bubblewrap"),)))
         display.show(RolloutDone("training", 1, 5, 64))
         display._bars.refresh()
         display.show(StepDone(1, 3, METRICS))

@@ -157,11 +157,15 @@ async def test_the_last_observation_is_kept() -> None:
     assert text_of(t, ENV) == ["bye"]
 
 
-async def test_a_call_of_an_unknown_tool_is_the_worlds_to_answer_and_is_counted() -> None:
-    world = Echo(tools=TOOLS[1:])
-    t = await attempt(world, "<bash>hello</bash>", limits=RolloutLimits(max_turns=1))
-    assert t.stats["invalid_calls"] == 1
+async def test_the_renderer_speaks_of_the_tools_of_the_world_it_is_in() -> None:
+    shout = ToolSpec("shout", "Say it", ONE_TEXT)
+    call = '<tool_call>{"name": "shout", "arguments": {"text": "hello"}}</tool_call>'
+    t = await attempt(Echo(tools=(shout,)), call, limits=RolloutLimits(max_turns=1))
+    assert t.stats["invalid_calls"] == 0
     assert text_of(t, ENV) == ["hello"]
+    t = await attempt(Echo(tools=(shout,)), "<bash>hello</bash>", limits=RolloutLimits(max_turns=1))
+    assert t.stats["invalid_calls"] == 1
+    assert text_of(t, ENV) == []
 
 
 async def test_nobody_scores() -> None:

@@ -15,10 +15,10 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from backtalk.engines.torch_kv import History, PersistentRows, _row_groups
@@ -395,9 +395,9 @@ async def test_broken_weights_are_an_error_not_a_sample() -> None:
 
 
 def test_models_without_a_cache_of_keys_are_refused() -> None:
-    small = MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1)
-    with pytest.raises(ConfigError, match="MambaForCausalLM takes no past_key_values"):
-        sampler_of(MambaForCausalLM(small))
+    small = RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2)
+    with pytest.raises(ConfigError, match="RwkvForCausalLM takes no cache"):
+        sampler_of(RwkvForCausalLM(small))
 
 
 async def test_misuse_is_named(qwen: Any) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from backtalk import __version__
+from backtalk.commands.evaluate import evaluate
 from backtalk.commands.import_trajectories import import_trajectories
 from backtalk.errors import BacktalkError, ConfigError
 from backtalk.interrupts import Interrupted, disk_is_full, run
@@ -39,6 +40,7 @@ app = typer.Typer(
 tasks_app = typer.Typer(help="Tasks as files.", no_args_is_help=True, rich_markup_mode="markdown")
 app.add_typer(tasks_app, name="tasks")
 app.command("import")(import_trajectories)
+app.command()(evaluate)
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `backtalk train` made it.")]
 Settings = Annotated[
@@ -112,6 +114,9 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Without it: a new one in runs/.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its checkpoint.")] = False,
+    openenv: Annotated[
+        str | None, typer.Option(metavar="WHERE", help="Train in an OpenEnv environment: a URL, or a folder with one.")
+    ] = None,
     settings: Settings = None,
     track: Annotated[
         str | None, typer.Option(help="Send metrics to a dashboard too: trackio, wandb or tensorboard.")
@@ -126,6 +131,7 @@ def train(
     `backtalk train --out runs/qwen --resume`.
     """
     overrides = list(settings or []) + ([f"engine.model={model}"] if model else [])
+    overrides += [f"tasks.source=openenv:{openenv}"] if openenv else []
     resolved = _resolve(config, preset, overrides, out, resume)
     from backtalk.config import config_to_dict
     from backtalk.progress import RunDisplay
@@ -181,33 +187,6 @@ def _new_folder(name: str) -> Path:
     while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
     return folder
-
-
-@app.command()
-def evaluate(
-    folder: RunFolder,
-    tasks: Annotated[int | None, typer.Option(min=1, help="Held-out tasks.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Attempts at each, the k of pass@k.")] = None,
-    base: Annotated[bool, typer.Option("--base", help="Measure the model that the run began with.")] = False,
-    settings: Settings = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Also write all of it to this file.")] = None,
-) -> None:
-    """Measure the policy of a run on held-out tasks: pass@1, pass@k, cross-entropy, each with its 95 % interval."""
-    import json
-
-    from backtalk.progress import RunDisplay, evaluation_table
-    from backtalk.runlog.files import write_bytes
-    from backtalk.train import evaluate_run
-
-    overrides = list(settings or [])
-    overrides += [f"evaluation.tasks={tasks}"] if tasks else []
-    overrides += [f"evaluation.samples_per_task={samples}"] if samples else []
-    console = _console()
-    with RunDisplay(console) as display:
-        evaluation = run(evaluate_run(folder, overrides=overrides, base=base, on_event=display.show))
-    console.print(evaluation_table(evaluation))
-    if json_path is not None:
-        write_bytes(json_path, json.dumps(evaluation.to_dict(), indent=1).encode())
 
 
 @app.command()

@@ -34,18 +34,20 @@ NOT_OFFERED = frozenset(
     }
 )
 # Groups that a run leaves alone unless it is about what they set; each counts as one choice.
-OPTION_GROUPS = ("objective.policy", "objective.world", "renderer", "terminal.sandbox")
+OPTION_GROUPS = ("objective.policy", "objective.world", "renderer", "terminal")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskSource:
     """One of several sources of tasks, and how it is taken."""
 
-    name: str  # what tasks.source takes: triage, workbench, a folder, a .jsonl or .parquet file, hf:owner/name[:split]
+    # triage, workbench, a folder, a .jsonl or .parquet file, hf:owner/name[:split], openenv:WHERE, awm:WHICH
+    name: str
     weight: float = 1.0  # this over the sum of all weights is its share of the tasks of a step
     levels: tuple[int, ...] | None = None  # of triage; None is tasks.levels
     world_model_only: bool = False  # nobody scores them: they teach through the world-model term alone
     host_packages: bool = False  # leave out what installs packages: this machine has them already
+    options: Mapping[str, Any] = field(default_factory=dict)  # of its world: OpenEnvConfig's, AwmConfig's
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:

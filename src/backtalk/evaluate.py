@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from backtalk.engines.base import Engine
 from backtalk.envs.base import Task
 from backtalk.renderer import Renderer
-from backtalk.rollout import OpenEnv, RolloutLimits, run_groups
+from backtalk.rollout import EnvFactory, RolloutLimits, run_groups
 from backtalk.sampler import SamplingParams
 from backtalk.trajectory import StopReason, TokenRole, Trajectory, TrajectoryGroup
 
@@ -90,7 +90,7 @@ class Evaluation:
 async def evaluate(
     engine: Engine,
     tasks: Sequence[Task],
-    open_env: OpenEnv,
+    open_env: EnvFactory,
     renderer: Renderer,
     *,
     limits: RolloutLimits,

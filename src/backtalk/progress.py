@@ -75,8 +75,9 @@ class RunDisplay:
 
     def _started(self, event: RunStarted) -> None:
         begin = f"continuing after step {event.first_step}" if event.first_step else "starting"
-        self._say(f"{begin}: {event.steps} steps, into {event.folder}; sandbox: {event.sandbox.name}")
-        for warning in event.sandbox.warnings:
+        worlds = ", ".join(world.name for world in event.worlds)
+        self._say(f"{begin}: {event.steps} steps, into {event.folder}; {worlds}")
+        for warning in (warning for world in event.worlds for warning in world.warnings):
             self._say(f"note: {warning}")
         self._last_step_at = self._clock()
         self._steps = self._bars.add_task("steps", total=event.steps, completed=event.first_step, note="")

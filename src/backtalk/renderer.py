@@ -102,6 +102,7 @@ class Renderer:
         template_options: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer, self.tools, self.config = tokenizer, tuple(tools), config
+        self._for_tools = lru_cache(64)(lambda told: Renderer(tokenizer, told, config, template_options))
         self.encoder = encoder_of(tokenizer)
         self._scan = lru_cache(4096)(self.encoder.scan)
         source = self._template_source()
@@ -132,6 +133,10 @@ class Renderer:
         from transformers import AutoTokenizer
 
         return cls(AutoTokenizer.from_pretrained(path), tools, config, template_options)
+
+    def for_tools(self, tools: Sequence[ToolSpec]) -> Renderer:
+        """The same for other tools, such as those of the world that a rollout is in; made once for each set."""
+        return self if tuple(tools) == self.tools else self._for_tools(tuple(tools))
 
     # --- messages to tokens ---
 

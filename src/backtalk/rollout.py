@@ -19,7 +19,7 @@ from backtalk.renderer import Renderer
 from backtalk.sampler import Sampler, SamplerSession
 from backtalk.trajectory import StopReason, TokenRole, Trajectory, TrajectoryGroup
 
-OpenEnv = Callable[[Task], AbstractAsyncContextManager[Env]]
+EnvFactory = Callable[[Task], AbstractAsyncContextManager[Env]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class RolloutLimits:
 
 async def run_rollout(
     task: Task,
-    open_env: OpenEnv,
+    open_env: EnvFactory,
     sampler: Sampler,
     renderer: Renderer,
     limits: RolloutLimits,
@@ -62,6 +62,7 @@ async def run_rollout(
                     with record.phase("reset"):
                         env = await worlds.enter_async_context(open_env(task))
                         messages = await env.reset()
+                    renderer = renderer.for_tools(env.tools)
                     record.say(messages)
                     record.add(renderer.render_prompt(messages))
                     record.stop_reason = await _play(env, session, renderer, limits, record)
@@ -150,7 +151,7 @@ async def _score(env: Env, limits: RolloutLimits) -> float | None:
 
 async def run_group(
     task: Task,
-    open_env: OpenEnv,
+    open_env: EnvFactory,
     sampler: Sampler,
     renderer: Renderer,
     limits: RolloutLimits,
@@ -164,7 +165,7 @@ async def run_group(
 
 async def run_groups(
     tasks: Sequence[Task],
-    open_env: OpenEnv,
+    open_env: EnvFactory,
     sampler: Sampler,
     renderer: Renderer,
     limits: RolloutLimits,

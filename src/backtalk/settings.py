@@ -243,6 +243,8 @@ def _coerce(key: str, hint: Any, value: Any) -> Any:
             return {_coerce(key, arguments[0], k): _coerce(f"{key}.{k}", arguments[1], v) for k, v in numbered.items()}
         case _ if isinstance(hint, type) and issubclass(hint, enum.Enum):
             return _choice(key, value, {member.value: member for member in hint})
+        case _ if hint is Any:
+            return value
         case _ if hint is Path:
             return Path(str(value))
         case _:

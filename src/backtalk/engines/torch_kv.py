@@ -73,9 +73,9 @@ class Rows(Protocol):
 
 def open_rows(model: nn.Module, pad_token_id: int, device: torch.device, persistent: bool) -> tuple[Rows, str | None]:
     """The cache for this model, and why it cannot be the persistent one although that was asked for."""
-    if "past_key_values" not in _parameters(model):
+    if cache_argument(model) is None:
         raise ConfigError(
-            f"{type(model).__name__} takes no past_key_values, so its state cannot be carried from token to token "
+            f"{type(model).__name__} takes no cache, so its state cannot be carried from token to token "
             "here; use a model with attention layers (hybrids with some are fine)"
         )
     reason = why_not_persistent(model) if persistent else None
@@ -102,6 +102,11 @@ def _parameters(model: nn.Module) -> set[str]:
     wrapper: Any = model
     inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT wrapper hides them
     return set(inspect.signature(inner.forward).parameters)
+
+
+def cache_argument(model: nn.Module) -> str | None:
+    """What a forward calls its cache; transformers renamed it in 5.24."""
+    return next((name for name in ("cache", "past_key_values") if name in _parameters(model)), None)
 
 
 def _last_column_only(model: nn.Module) -> dict[str, Any]:
@@ -186,7 +191,7 @@ class PersistentRows:
         self._pad, self._device = pad_token_id, device
         self._max_tokens = max_tokens or (2048 if device.type == "cpu" else 16_384)
         self._max_padding = max_padding or (64 if device.type == "cpu" else 4096)
-        self._extra = _last_column_only(model)
+        self._extra, self._cache_name = _last_column_only(model), cache_argument(model) or ""
         self._additive_mask = self._model.config._attn_implementation == "eager"
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.clear()
@@ -325,7 +330,7 @@ class PersistentRows:
             lowest = torch.finfo(self._dtype).min
             mask = torch.zeros_like(mask, dtype=self._dtype).masked_fill_(~mask, lowest)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions} | self._extra
-        return self._model(past_key_values=self._cache, use_cache=True, **inputs).logits[:, -1]
+        return self._model(**{self._cache_name: self._cache}, use_cache=True, **inputs).logits[:, -1]
 
 
 def _row_groups(new: Sequence[int], max_tokens: int, max_padding: int) -> list[slice]:
@@ -352,7 +357,7 @@ class FreshRows:
         self.stats = KVStats()
         self._model: Any = model
         self._pad, self._device = pad_token_id, device
-        self._extra = _last_column_only(model)
+        self._extra, self._cache_name = _last_column_only(model), cache_argument(model) or ""
         self._takes_positions = "position_ids" in _parameters(model)
         self.clear()
 
@@ -388,4 +393,4 @@ class FreshRows:
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": self._mask_MK} | self._extra
         if self._takes_positions:
             inputs["position_ids"] = (self._mask_MK.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        return self._model(past_key_values=self._cache, use_cache=True, **inputs).logits[:, -1]
+        return self._model(**{self._cache_name: self._cache}, use_cache=True, **inputs).logits[:, -1]

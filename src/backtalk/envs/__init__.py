@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
+from typing import Any
 
 from backtalk.envs.base import Split, Task
 from backtalk.errors import ConfigError, TaskError
@@ -25,13 +27,14 @@ def load_tasks(
     seed: int = 0,
     host_packages: bool = False,
     world_model_only: bool = False,
+    options: Mapping[str, Any] = MappingProxyType({}),
     may_be_empty: bool = False,
     on_skip: Callable[[str], None] | None = None,
 ) -> list[Task]:
     """``count`` tasks of one split: made from the seed ("triage"), or drawn by it from those that a source holds.
 
-    A source that holds fewer gives what it holds, sorted by id. ``levels`` matter to triage only; the others, and
-    what a source can be, are those of ``read_tasks``.
+    A source that holds fewer gives what it holds, sorted by id. ``levels`` matter to triage only, and ``options`` are
+    those of an "openenv:WHERE"; the others, and what else a source can be, are those of ``read_tasks``.
 
     Raises:
         ConfigError: there is no such source.
@@ -41,6 +44,12 @@ def load_tasks(
         from backtalk.envs.triage import triage_tasks
 
         made = triage_tasks(split=split, levels=levels, count=count, seed=seed)
+        _check_ids(made)
+        return [_marked(task, world_model_only) for task in made]
+    if source.startswith("openenv:"):
+        from backtalk.envs.openenv import openenv_tasks
+
+        made = openenv_tasks(source, options, split=split, count=count, seed=seed)
         _check_ids(made)
         return [_marked(task, world_model_only) for task in made]
     every = read_tasks(source, host_packages=host_packages, world_model_only=world_model_only, on_skip=on_skip)
@@ -65,7 +74,7 @@ def read_tasks(
     """Every task of a source that can run on this machine, whatever its split.
 
     A source is "workbench", a task folder or a folder of them, a .jsonl or .parquet file or a folder of such files,
-    or "hf:owner/name[:split]". ``on_skip`` is told of each task whose tools this machine has not got.
+    "hf:owner/name[:split]", or "awm:WHICH". ``on_skip`` is told of each task whose tools this machine has not got.
     ``world_model_only`` marks them all as scored by nobody; ``host_packages`` is that of ``read_harbor_task``.
 
     Raises:
@@ -87,6 +96,10 @@ def read_tasks(
 
 
 def _read(source: str, host_packages: bool, world_model_only: bool) -> list[Task]:
+    if source.startswith("awm:"):
+        from backtalk.envs.awm import awm_tasks
+
+        return awm_tasks(source)
     if source in WRITTEN:
         from backtalk.envs.harbor import load_harbor_tasks
 
@@ -101,7 +114,7 @@ def _read(source: str, host_packages: bool, world_model_only: bool) -> list[Task
     if not path.is_dir():
         raise ConfigError(
             f"tasks={source!r} is neither 'triage' nor a folder; give the path of a folder of tasks or of a .jsonl or "
-            f".parquet file, hf:owner/name, or a dataset of this package ({', '.join(WRITTEN)})"
+            f".parquet file, hf:owner/name, openenv:WHERE, awm:WHICH, or one of this package ({', '.join(WRITTEN)})"
         )
     files = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
     if files and not (path / "task.toml").exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -23,6 +24,7 @@ class Task:
 
     id: str
     instruction: str
+    world: str = "terminal"  # what answers the agent: a kind of world, or "kind:which one"
     files: Mapping[str, SandboxFile] = field(default_factory=dict)  # by absolute path inside
     setup: tuple[str, ...] = ()  # commands run once before the agent, offline
     env: Mapping[str, str] = field(default_factory=dict)
@@ -31,12 +33,14 @@ class Task:
     solution: Mapping[str, SandboxFile] = field(default_factory=dict)  # under /solution, for oracles only
     agent_timeout_s: float = 600.0
     verifier_timeout_s: float = 60.0
+    fold: Split | None = None  # what the dataset itself says of the split
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def split(self) -> Split:
-        """By hash of the id, one in five held out, so that no run can move a task across."""
-        return Split.HELD_OUT if hashlib.sha256(self.id.encode()).digest()[0] % 5 == 0 else Split.TRAIN
+        """The dataset's own fold; else by hash of the id, one in five held out, so that no run can move a task."""
+        hashed = Split.HELD_OUT if hashlib.sha256(self.id.encode()).digest()[0] % 5 == 0 else Split.TRAIN
+        return self.fold or hashed
 
     @property
     def world_model_only(self) -> bool:
@@ -82,6 +86,9 @@ class ToolSpec:
     description: str
     parameters: Mapping[str, Any]
 
+    def __hash__(self) -> int:
+        return hash((self.name, self.description))
+
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
@@ -122,6 +129,14 @@ class Step:
     truncated: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class WorldReport:
+    """What a world is, in a line for people, and what they should know of it."""
+
+    name: str
+    warnings: tuple[str, ...] = ()
+
+
 class Env(Protocol):
     """One episode of one task.
 
@@ -142,4 +157,23 @@ class Env(Protocol):
 
     async def score(self) -> float | None:
         """The reward, once, after the end; None where nobody scores this task. VerifierError when invalid."""
+        ...
+
+
+class World(Protocol):
+    """Where the tasks of one kind are played. Made once for a run, and closed with it."""
+
+    @property
+    def report(self) -> WorldReport: ...
+
+    def open(self, task: Task) -> AbstractAsyncContextManager[Env]:
+        """A fresh episode of the task, over when the context is left.
+
+        Raises:
+            InfrastructureError: on entry, when the world cannot be had. It costs this rollout.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Give back what the world holds: a server that it started, connections, sandboxes kept ready."""
         ...

@@ -12,11 +12,11 @@ import posixpath
 import secrets
 import shlex
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
-from backtalk.envs.base import Message, Part, Step, Task, ToolCall, ToolSpec
+from backtalk.envs.base import Message, Part, Step, Task, ToolCall, ToolSpec, WorldReport
 from backtalk.errors import SandboxError, TaskError, VerifierError
 from backtalk.sandboxes.base import ExecResult, Sandbox, SandboxBackend, SandboxFile, SandboxLimits
 from backtalk.trajectory import TokenRole
@@ -185,6 +185,23 @@ async def open_terminal_env(task: Task, backend: SandboxBackend, config: Termina
     """A terminal for one task in a fresh sandbox, gone with everything in it on exit."""
     async with backend.open(config.sandbox) as sandbox:
         yield TerminalEnv(task, sandbox, config)
+
+
+class TerminalWorld:
+    """A terminal for every task, each in a fresh sandbox (a ``World``)."""
+
+    def __init__(self, backend: SandboxBackend, config: TerminalConfig) -> None:
+        self._backend, self._config = backend, config
+
+    @property
+    def report(self) -> WorldReport:
+        return WorldReport(f"terminal in {self._backend.report.name}", self._backend.report.warnings)
+
+    def open(self, task: Task) -> AbstractAsyncContextManager[TerminalEnv]:
+        return open_terminal_env(task, self._backend, self._config)
+
+    async def close(self) -> None:
+        """Nothing is kept between episodes."""
 
 
 async def start_world(sandbox: Sandbox, task: Task) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from backtalk.envs.base import WorldReport
 from backtalk.evaluate import Evaluation
-from backtalk.sandboxes.base import BackendReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class RunStarted:
     folder: Path
     first_step: int
     steps: int
-    sandbox: BackendReport
+    worlds: tuple[WorldReport, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,23 +14,21 @@ from backtalk.engines.guard import guard
 from backtalk.engines.torch import TorchEngine
 from backtalk.engines.torch_checkpoint import find_checkpoint
 from backtalk.envs.base import Env, Task
-from backtalk.envs.terminal import BASH, SUBMIT, open_terminal_env
 from backtalk.errors import ConfigError, DataError, InfrastructureError
 from backtalk.evaluate import Evaluation, evaluate, rollout_metrics, time_metrics
 from backtalk.renderer import Renderer
-from backtalk.rollout import OpenEnv, run_groups
+from backtalk.rollout import EnvFactory, run_groups
 from backtalk.runlog import RunLog
 from backtalk.sampler import SamplingParams
 from backtalk.samples import build_samples
-from backtalk.sandboxes import local_sandbox
 from backtalk.settings import flatten, parse_overrides, set_dotted
 from backtalk.train.events import EvaluationDone, Notice, OnEvent, RolloutDone, RunDone, RunStarted, StepDone
 from backtalk.train.tasks import held_out_tasks, mixed_tasks_of_step, recorded_trajectories, train_tasks
+from backtalk.train.worlds import Worlds
 from backtalk.trajectory import TrajectoryGroup
 
 T = TypeVar("T")
 
-TOOLS = (BASH, SUBMIT)
 EXTENDABLE = ("steps", "checkpoint_every", "evaluation.every")  # a resumed run may change these and nothing else
 
 
@@ -64,7 +62,7 @@ async def train(
     first = run.restore(log) if resume else 0
     log.write_config(config_to_dict(config))
     run.engine.tokenizer.save_pretrained(str(log.tokenizer_path))
-    tell(RunStarted(log.folder, first, config.steps, run.sandbox))
+    tell(RunStarted(log.folder, first, config.steps, run.worlds.reports))
     try:
         for step in range(first, config.steps):
             await run.evaluate_if_due(step, log)
@@ -74,14 +72,16 @@ async def train(
             log.write_groups(step, groups)
             metrics = await _unbroken(run.learn(step, groups, seconds, log))
             tell(StepDone(step, config.steps, metrics))
+        run.checkpoint_if_consistent(log)
+        done = run.engine.policy_version
+        if done >= config.steps:
+            await run.evaluate_if_due(config.steps, log)
     except BaseException:  # a cancellation too: leave a checkpoint, and never hide the cause behind a second error
         with suppress(Exception):
             run.checkpoint_if_consistent(log)
         raise
-    run.checkpoint_if_consistent(log)
-    done = run.engine.policy_version
-    if done >= config.steps:
-        await run.evaluate_if_due(config.steps, log)
+    finally:
+        await run.worlds.close()
     tell(RunDone(log.folder, done, done >= config.steps))
     return log.folder
 
@@ -124,7 +124,10 @@ async def evaluate_run(
     run = Run(config, on_event or (lambda event: None))
     if not base:
         run.engine.load(log.checkpoint_path)
-    evaluation, _ = await run.evaluate(run.engine.policy_version)
+    try:
+        evaluation, _ = await run.evaluate(run.engine.policy_version)
+    finally:
+        await run.worlds.close()
     return evaluation
 
 
@@ -172,11 +175,11 @@ class Run:
         self.config, self.tell = config, tell
         self.pools = train_tasks(config, tell)
         self.held_out = held_out_tasks(config)
-        backend = local_sandbox(config.sandbox)
-        self.sandbox = backend.report
-        self._open_env: OpenEnv = lambda task: open_terminal_env(task, backend, config.terminal)
+        self.worlds = Worlds((*(task for pool in self.pools for task in pool.tasks), *self.held_out), config)
         self.engine = TorchEngine(config.engine)
-        self.renderer = Renderer(self.engine.tokenizer, TOOLS, config.renderer)
+        self.renderer = Renderer(
+            self.engine.tokenizer, (), config.renderer
+        )  # each rollout takes it for its world's tools
         self.params = SamplingParams(
             temperature=config.temperature, max_tokens=config.rollout.max_tokens_per_turn, seed=config.seed
         )
@@ -285,7 +288,7 @@ class Run:
         self.engine.save(log.checkpoint_path)
         self.saved_step = self.engine.policy_version
 
-    def _counted(self, phase: str, step: int, total: int) -> OpenEnv:
+    def _counted(self, phase: str, step: int, total: int) -> EnvFactory:
         """``open_env`` that tells of every environment it closes."""
         done = 0
 
@@ -293,7 +296,7 @@ class Run:
         async def opened(task: Task) -> AsyncIterator[Env]:
             nonlocal done
             try:
-                async with self._open_env(task) as env:
+                async with self.worlds.open(task) as env:
                     yield env
             finally:
                 done += 1

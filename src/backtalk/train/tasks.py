@@ -127,6 +127,7 @@ def _load(
         seed=seed,
         host_packages=source.host_packages,
         world_model_only=source.world_model_only,
+        options=source.options,
         may_be_empty=may_be_empty,
         on_skip=None if tell is None else lambda text: tell(Notice(text)),
     )

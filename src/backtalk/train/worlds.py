@@ -1,0 +1,56 @@
+"""The worlds that a run's tasks are played in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractAsyncContextManager
+
+from backtalk.config import TrainConfig
+from backtalk.envs.base import Env, Task, World, WorldReport
+from backtalk.errors import ConfigError
+
+
+class Worlds:
+    """Every world that some tasks ask for, each made once.
+
+    Raises:
+        SandboxUnavailable, ConfigError: one of them cannot be had on this machine.
+    """
+
+    def __init__(self, tasks: Iterable[Task], config: TrainConfig) -> None:
+        self._worlds = {name: make_world(name, config) for name in sorted({task.world for task in tasks})}
+
+    @property
+    def reports(self) -> tuple[WorldReport, ...]:
+        return tuple(world.report for world in self._worlds.values())
+
+    def open(self, task: Task) -> AbstractAsyncContextManager[Env]:
+        return self._worlds[task.world].open(task)
+
+    async def close(self) -> None:
+        for world in self._worlds.values():
+            await world.close()
+
+
+def make_world(name: str, config: TrainConfig) -> World:
+    """The world of a task's ``world``: "terminal", "openenv:WHERE" or "awm:WHICH"."""
+    kind, _, which = name.partition(":")
+    options = next((source.options for source in config.tasks.sources if source.name == name), {})
+    match kind:
+        case "terminal":
+            from backtalk.envs.terminal import TerminalWorld
+            from backtalk.sandboxes import local_sandbox
+
+            return TerminalWorld(local_sandbox(config.sandbox), config.terminal)
+        case "openenv":
+            from backtalk.envs.openenv import OpenEnvConfig, OpenEnvWorld
+            from backtalk.settings import build
+
+            return OpenEnvWorld(which, build(OpenEnvConfig, options, "tasks.source.options."))
+        case "awm":
+            from backtalk.envs.awm import AwmConfig, AwmWorld
+            from backtalk.settings import build
+
+            return AwmWorld(which, build(AwmConfig, options, "tasks.source.options."))
+        case _:
+            raise ConfigError(f"no world is called {name!r}; there are terminal, openenv:WHERE and awm:WHICH")
