@@ -15,6 +15,8 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     RwkvConfig,
@@ -394,10 +396,12 @@ async def test_broken_weights_are_an_error_not_a_sample() -> None:
             await session.sample([1, 2])
 
 
-def test_models_without_a_cache_of_keys_are_refused() -> None:
-    small = RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2)
-    with pytest.raises(ConfigError, match="RwkvForCausalLM takes no cache"):
-        sampler_of(RwkvForCausalLM(small))
+def test_models_without_attention_are_refused() -> None:
+    small: Any = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2}
+    with pytest.raises(ConfigError, match="RwkvForCausalLM has no attention layer"):
+        sampler_of(RwkvForCausalLM(RwkvConfig(**small)))
+    with pytest.raises(ConfigError, match="MambaForCausalLM has no attention layer"):
+        sampler_of(MambaForCausalLM(MambaConfig(**small)))
 
 
 async def test_misuse_is_named(qwen: Any) -> None:

@@ -73,10 +73,11 @@ class Rows(Protocol):
 
 def open_rows(model: nn.Module, pad_token_id: int, device: torch.device, persistent: bool) -> tuple[Rows, str | None]:
     """The cache for this model, and why it cannot be the persistent one although that was asked for."""
-    if cache_argument(model) is None:
+    # transformers 5.24: a Mamba takes a cache, and goes wrong after a left-padded history; hybrids do not.
+    if _cache_name(model) is None or {kind.__name__ for kind in _layer_kinds(model)} == {"LinearAttentionLayer"}:
         raise ConfigError(
-            f"{type(model).__name__} takes no cache, so its state cannot be carried from token to token "
-            "here; use a model with attention layers (hybrids with some are fine)"
+            f"{type(model).__name__} has no attention layer, so its state cannot be carried from token to token "
+            "here; use a model with some"
         )
     reason = why_not_persistent(model) if persistent else None
     if persistent and reason is None:
@@ -92,10 +93,14 @@ def why_not_persistent(model: nn.Module) -> str | None:
         return f"attention implementation {attention!r} takes no mask of our own (sdpa and eager do)"
     if "position_ids" not in _parameters(model):
         return "its forward takes no position_ids"
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
+    kinds = _layer_kinds(model)
     if not kinds <= {DynamicLayer}:
         return f"it has layers that are not full attention ({', '.join(sorted(kind.__name__ for kind in kinds))})"
     return None
+
+
+def _layer_kinds(model: Any) -> set[type]:
+    return {type(layer) for layer in DynamicCache(config=model.config).layers}
 
 
 def _parameters(model: nn.Module) -> set[str]:
@@ -104,9 +109,10 @@ def _parameters(model: nn.Module) -> set[str]:
     return set(inspect.signature(inner.forward).parameters)
 
 
-def cache_argument(model: nn.Module) -> str | None:
-    """What a forward calls its cache; transformers renamed it in 5.24."""
-    return next((name for name in ("cache", "past_key_values") if name in _parameters(model)), None)
+def _cache_name(model: nn.Module) -> str | None:
+    return next(
+        (name for name in ("cache", "past_key_values") if name in _parameters(model)), None
+    )  # since 5.24, before
 
 
 def _last_column_only(model: nn.Module) -> dict[str, Any]:
@@ -191,7 +197,7 @@ class PersistentRows:
         self._pad, self._device = pad_token_id, device
         self._max_tokens = max_tokens or (2048 if device.type == "cpu" else 16_384)
         self._max_padding = max_padding or (64 if device.type == "cpu" else 4096)
-        self._extra, self._cache_name = _last_column_only(model), cache_argument(model) or ""
+        self._extra, self._cache_name = _last_column_only(model), _cache_name(model) or ""
         self._additive_mask = self._model.config._attn_implementation == "eager"
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.clear()
@@ -357,7 +363,7 @@ class FreshRows:
         self.stats = KVStats()
         self._model: Any = model
         self._pad, self._device = pad_token_id, device
-        self._extra, self._cache_name = _last_column_only(model), cache_argument(model) or ""
+        self._extra, self._cache_name = _last_column_only(model), _cache_name(model) or ""
         self._takes_positions = "position_ids" in _parameters(model)
         self.clear()
 
