@@ -110,9 +110,7 @@ def _parameters(model: nn.Module) -> set[str]:
 
 
 def _cache_name(model: nn.Module) -> str | None:
-    return next(
-        (name for name in ("cache", "past_key_values") if name in _parameters(model)), None
-    )  # since 5.24, before
+    return next(iter({"cache", "past_key_values"} & _parameters(model)), None)  # the first since transformers 5.24
 
 
 def _last_column_only(model: nn.Module) -> dict[str, Any]:
