@@ -14,7 +14,7 @@ from rich.table import Table
 
 from backtalk.evaluate import Evaluation, Interval
 from backtalk.study import Comparison, StudyDone, StudyEvent, StudyProgress, StudyRunDone, StudyStarted
-from backtalk.train import EvaluationDone, Event, Notice, RolloutDone, RunDone, RunStarted, StepDone
+from backtalk.train import BenchmarkResult, EvaluationDone, Event, Notice, RolloutDone, RunDone, RunStarted, StepDone
 
 RECENT_STEPS = 10  # that the time left is estimated from
 
@@ -228,6 +228,17 @@ def evaluation_table(evaluation: Evaluation) -> Table:
         table.add_row(f"ended with {reason}", str(count))
     table.add_row("rollouts without a reward", str(evaluation.no_reward))
     table.add_row("seconds", f"{evaluation.seconds:.0f}")
+    return table
+
+
+def benchmark_table(result: BenchmarkResult, dataset: str) -> Table:
+    """pass@k of a dataset, every attempt counted."""
+    evaluation = result.evaluation
+    attempts = sum(task.rollouts for task in evaluation.tasks)
+    solved = sum(task.solved for task in evaluation.tasks)
+    table = Table(dataset, f"{len(evaluation.tasks)} tasks, {solved} of {attempts} attempts solved")
+    for k, interval in result.pass_at.items():
+        table.add_row(f"pass@{k}", interval_text(interval))
     return table
 
 

@@ -1,33 +1,80 @@
-"""`backtalk evaluate`: measure a policy."""
+"""`backtalk evaluate`: measure a policy, on a run's held-out tasks or on a dataset that others wrote."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from backtalk.errors import ConfigError
 from backtalk.interrupts import run
+
+if TYPE_CHECKING:
+    from backtalk.config import TrainConfig
+    from backtalk.train import Benchmark
 
 
 def evaluate(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `backtalk train` made it.")],
-    tasks: Annotated[int | None, typer.Option(min=1, help="Held-out tasks.")] = None,
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A run folder, as `backtalk train` made it.")
+    ] = None,
+    tasks: Annotated[int | None, typer.Option(min=1, help="How many tasks.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Attempts at each, the k of pass@k.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Measure the model that the run began with.")] = False,
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="DATASET", help="A folder of Harbor tasks, or name@version: terminal-bench@2.0."),
+    ] = None,
+    environment: Annotated[
+        str, typer.Option(help="Where a dataset is played: local, or an environment of Harbor's, such as docker.")
+    ] = "local",
+    names: Annotated[
+        list[str] | None, typer.Option("--task", metavar="PATTERN", help="Tasks of a dataset; may be given many times.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Measure this model instead of a run's.")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be given many times."),
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all of it to this file.")] = None,
+    trajectories: Annotated[
+        Path | None, typer.Option(metavar="FILE.parquet", help="Also write every attempt at a dataset to this file.")
+    ] = None,
 ) -> None:
-    """Measure the policy of a run on held-out tasks: pass@1, pass@k, cross-entropy, each with its 95 % interval."""
-    import json
+    """Measure the policy of a run on held-out tasks: pass@1, pass@k, cross-entropy, each with its 95 % interval.
 
+    With --dataset, on tasks that others wrote, five attempts each: `backtalk evaluate runs/mine --dataset my_tasks`, or
+    `backtalk evaluate --model Qwen/Qwen3-8B --dataset terminal-bench@2.0 --environment docker`.
+    """
+    if dataset is not None:
+        from backtalk.train import Benchmark
+
+        config, checkpoint = _policy(folder, model, base, list(settings or []))
+        wanted = tuple(names or ())
+        benchmark = Benchmark(
+            dataset=dataset, environment=environment, attempts=samples or 5, names=wanted, count=tasks
+        )
+        result = _on_dataset(config, benchmark, checkpoint, trajectories)
+    elif folder is None:
+        raise ConfigError("nothing says what to measure; name a RUN, or a --dataset with a RUN or a --model")
+    elif model is not None:
+        raise ConfigError(f"got {folder} and --model {model}, but no --dataset; give --dataset, or leave --model out")
+    else:
+        result = _on_held_out(folder, base, tasks, samples, settings)
+    if json_path is not None:
+        from backtalk.runlog.files import write_bytes
+
+        write_bytes(json_path, json.dumps(result, indent=1).encode())
+
+
+def _on_held_out(
+    folder: Path, base: bool, tasks: int | None, samples: int | None, settings: list[str] | None
+) -> dict[str, Any]:
     from rich.console import Console
 
     from backtalk.progress import RunDisplay, evaluation_table
-    from backtalk.runlog.files import write_bytes
     from backtalk.train import evaluate_run
 
     overrides = list(settings or [])
@@ -37,5 +84,40 @@ def evaluate(
     with RunDisplay(console) as display:
         evaluation = run(evaluate_run(folder, overrides=overrides, base=base, on_event=display.show))
     console.print(evaluation_table(evaluation))
-    if json_path is not None:
-        write_bytes(json_path, json.dumps(evaluation.to_dict(), indent=1).encode())
+    return evaluation.to_dict()
+
+
+def _on_dataset(
+    config: TrainConfig, benchmark: Benchmark, checkpoint: Path | None, trajectories: Path | None
+) -> dict[str, Any]:
+    from rich.console import Console
+
+    from backtalk.progress import RunDisplay, benchmark_table, evaluation_table
+    from backtalk.runlog import write_trajectories
+    from backtalk.train import run_benchmark
+
+    console = Console()
+    with RunDisplay(console) as display:
+        result, groups = run(run_benchmark(config, benchmark, checkpoint=checkpoint, on_event=display.show))
+    console.print(benchmark_table(result, benchmark.dataset))
+    console.print(evaluation_table(result.evaluation))
+    if trajectories is not None:
+        write_trajectories(trajectories, [trajectory for group in groups for trajectory in group])
+    return result.to_dict()
+
+
+def _policy(
+    folder: Path | None, model: str | None, base: bool, overrides: list[str]
+) -> tuple[TrainConfig, Path | None]:
+    """A run's settings and its checkpoint; or another model with them, or with the defaults, and no checkpoint."""
+    from backtalk.config import config_from_dict
+    from backtalk.runlog import RunLog
+    from backtalk.settings import parse_overrides, set_dotted
+
+    if folder is None and model is None:
+        raise ConfigError("nothing says which policy to measure; name a RUN, or --model NAME")
+    tree = {} if folder is None else RunLog(folder).read_config()
+    for key, value in parse_overrides(overrides + ([f"engine.model={model}"] if model else [])).items():
+        set_dotted(tree, key, value)
+    checkpoint = None if folder is None or model is not None or base else RunLog(folder).checkpoint_path
+    return config_from_dict(tree), checkpoint

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from backtalk.envs.base import Task
+from backtalk.envs.base import Task, WorldReport
 from backtalk.envs.dockerfile import read_tree
 from backtalk.envs.terminal import ANSWER, TerminalConfig, TerminalEnv
 from backtalk.errors import ConfigError, TaskError, VerifierError
@@ -120,7 +120,7 @@ async def open_harbor_env(
     config: TerminalConfig | None = None,
     kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> AsyncIterator[HarborTaskEnv]:
-    """The environment of a task from `harbor_tasks`, gone on exit. With `functools.partial` it is an ``OpenEnv``.
+    """The environment of a task from `harbor_tasks`, gone on exit.
 
     Raises:
         ConfigError: the task did not come from `harbor_tasks`.
@@ -145,3 +145,25 @@ async def open_harbor_env(
                 await inner.run_healthcheck()
             verifier = Verifier(task=read, trial_paths=TrialPaths(Path(folder) / "trial"), environment=inner)
             yield HarborTaskEnv(task, sandbox, config, verifier, inner)
+
+
+class HarborWorld:
+    """Harbor's environments for tasks from `harbor_tasks` (a ``World``)."""
+
+    def __init__(
+        self,
+        environment: str = "docker",
+        config: TerminalConfig | None = None,
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        self._environment, self._config, self._kwargs = environment, config, kwargs
+
+    @property
+    def report(self) -> WorldReport:
+        return WorldReport(f"terminal in harbor:{self._environment}", ("what is isolated is up to the provider",))
+
+    def open(self, task: Task) -> AbstractAsyncContextManager[HarborTaskEnv]:
+        return open_harbor_env(task, self._environment, self._config, self._kwargs)
+
+    async def close(self) -> None:
+        """Nothing is kept between episodes."""

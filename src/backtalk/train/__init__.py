@@ -4,6 +4,7 @@ What happens at a step depends only on the settings, the seed and the step's num
 and resumed from its checkpoint goes on to the same numbers as one that was not.
 """
 
+from backtalk.train.benchmark import Benchmark, BenchmarkResult, run_benchmark
 from backtalk.train.events import (
     EvaluationDone,
     Event,
@@ -17,6 +18,8 @@ from backtalk.train.events import (
 from backtalk.train.run import evaluate_run, train
 
 __all__ = [
+    "Benchmark",
+    "BenchmarkResult",
     "EvaluationDone",
     "Event",
     "Notice",
@@ -26,5 +29,6 @@ __all__ = [
     "RunStarted",
     "StepDone",
     "evaluate_run",
+    "run_benchmark",
     "train",
 ]

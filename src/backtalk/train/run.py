@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -13,18 +13,17 @@ from backtalk.config import TrainConfig, config_from_dict, config_to_dict
 from backtalk.engines.guard import guard
 from backtalk.engines.torch import TorchEngine
 from backtalk.engines.torch_checkpoint import find_checkpoint
-from backtalk.envs.base import Env, Task
 from backtalk.errors import ConfigError, DataError, InfrastructureError
 from backtalk.evaluate import Evaluation, evaluate, rollout_metrics, time_metrics
 from backtalk.renderer import Renderer
-from backtalk.rollout import EnvFactory, run_groups
+from backtalk.rollout import run_groups
 from backtalk.runlog import RunLog
 from backtalk.sampler import SamplingParams
 from backtalk.samples import build_samples
 from backtalk.settings import flatten, parse_overrides, set_dotted
-from backtalk.train.events import EvaluationDone, Notice, OnEvent, RolloutDone, RunDone, RunStarted, StepDone
+from backtalk.train.events import EvaluationDone, Notice, OnEvent, RunDone, RunStarted, StepDone
 from backtalk.train.tasks import held_out_tasks, mixed_tasks_of_step, recorded_trajectories, train_tasks
-from backtalk.train.worlds import Worlds
+from backtalk.train.worlds import Worlds, counted
 from backtalk.trajectory import TrajectoryGroup
 
 T = TypeVar("T")
@@ -196,7 +195,7 @@ class Run:
         tasks = mixed_tasks_of_step(self.pools, config.tasks_per_step, config.seed, step)
         groups = await run_groups(
             tasks,
-            self._counted("training", step, len(tasks) * config.group_size),
+            counted(self.worlds.open, "training", step, len(tasks) * config.group_size, self.tell),
             self.engine.sampler(self.params),
             self.renderer,
             config.rollout,
@@ -234,7 +233,7 @@ class Run:
         evaluation, groups = await evaluate(
             self.engine,
             self.held_out,
-            self._counted("evaluation", step, len(self.held_out) * config.samples_per_task),
+            counted(self.worlds.open, "evaluation", step, len(self.held_out) * config.samples_per_task, self.tell),
             self.renderer,
             limits=self.config.rollout,
             params=self.params,
@@ -287,19 +286,3 @@ class Run:
     def _checkpoint(self, log: RunLog) -> None:
         self.engine.save(log.checkpoint_path)
         self.saved_step = self.engine.policy_version
-
-    def _counted(self, phase: str, step: int, total: int) -> EnvFactory:
-        """``open_env`` that tells of every environment it closes."""
-        done = 0
-
-        @asynccontextmanager
-        async def opened(task: Task) -> AsyncIterator[Env]:
-            nonlocal done
-            try:
-                async with self.worlds.open(task) as env:
-                    yield env
-            finally:
-                done += 1
-                self.tell(RolloutDone(phase, step, done, total))
-
-        return opened

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Iterable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from backtalk.config import TrainConfig
 from backtalk.envs.base import Env, Task, World, WorldReport
 from backtalk.errors import ConfigError
+from backtalk.rollout import EnvFactory
+from backtalk.train.events import OnEvent, RolloutDone
 
 
 class Worlds:
@@ -54,3 +56,20 @@ def make_world(name: str, config: TrainConfig) -> World:
             return AwmWorld(which, build(AwmConfig, options, "tasks.source.options."))
         case _:
             raise ConfigError(f"no world is called {name!r}; there are terminal, openenv:WHERE and awm:WHICH")
+
+
+def counted(open_env: EnvFactory, phase: str, step: int, total: int, tell: OnEvent) -> EnvFactory:
+    """``open_env`` that tells of every environment it closes."""
+    done = 0
+
+    @asynccontextmanager
+    async def opened(task: Task) -> AsyncIterator[Env]:
+        nonlocal done
+        try:
+            async with open_env(task) as env:
+                yield env
+        finally:
+            done += 1
+            tell(RolloutDone(phase, step, done, total))
+
+    return opened
