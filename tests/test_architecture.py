@@ -37,7 +37,7 @@ LINES: tuple[frozenset[str], ...] = (
     frozenset({"train"}),
     frozenset({"study"}),
     frozenset({"viewer"}),
-    frozenset({"doctor", "interrupts", "progress", "track"}),
+    frozenset({"doctor", "interrupts", "progress", "serve", "track"}),
     frozenset({"commands"}),
     frozenset({"cli"}),
 )

@@ -14,6 +14,7 @@ import typer
 from backtalk import __version__
 from backtalk.commands.evaluate import evaluate
 from backtalk.commands.import_trajectories import import_trajectories
+from backtalk.commands.serve import serve
 from backtalk.errors import BacktalkError, ConfigError
 from backtalk.interrupts import Interrupted, disk_is_full, run
 
@@ -41,6 +42,7 @@ tasks_app = typer.Typer(help="Tasks as files.", no_args_is_help=True, rich_marku
 app.add_typer(tasks_app, name="tasks")
 app.command("import")(import_trajectories)
 app.command()(evaluate)
+app.command()(serve)
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `backtalk train` made it.")]
 Settings = Annotated[

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from backtalk.commands.policy import policy_settings
 from backtalk.errors import ConfigError
 from backtalk.interrupts import run
 
@@ -51,7 +52,7 @@ def evaluate(
     if dataset is not None:
         from backtalk.train import Benchmark
 
-        config, checkpoint = _policy(folder, model, base, list(settings or []))
+        config, checkpoint = policy_settings(folder, model, base, list(settings or []))
         wanted = tuple(names or ())
         benchmark = Benchmark(
             dataset=dataset, environment=environment, attempts=samples or 5, names=wanted, count=tasks
@@ -104,20 +105,3 @@ def _on_dataset(
     if trajectories is not None:
         write_trajectories(trajectories, [trajectory for group in groups for trajectory in group])
     return result.to_dict()
-
-
-def _policy(
-    folder: Path | None, model: str | None, base: bool, overrides: list[str]
-) -> tuple[TrainConfig, Path | None]:
-    """A run's settings and its checkpoint; or another model with them, or with the defaults, and no checkpoint."""
-    from backtalk.config import config_from_dict
-    from backtalk.runlog import RunLog
-    from backtalk.settings import parse_overrides, set_dotted
-
-    if folder is None and model is None:
-        raise ConfigError("nothing says which policy to measure; name a RUN, or --model NAME")
-    tree = {} if folder is None else RunLog(folder).read_config()
-    for key, value in parse_overrides(overrides + ([f"engine.model={model}"] if model else [])).items():
-        set_dotted(tree, key, value)
-    checkpoint = None if folder is None or model is not None or base else RunLog(folder).checkpoint_path
-    return config_from_dict(tree), checkpoint
