@@ -82,7 +82,7 @@ async def test_calls_are_told_as_calls_and_remembered() -> None:
         ({"messages": [{"role": "robot", "content": "x"}]}, "robot"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "other than text"),
         ({"messages": [USER], "tools": [{"type": "retrieval"}]}, "none of type function"),
-        ({"messages": [{"role": "user", "content": "long " * 600}]}, "max_tokens=500"),
+        ({"messages": [{"role": "user", "content": "long " * 600}]}, "maximum context length is 500"),
     ],
 )
 async def test_what_cannot_be_served_is_named(body: dict[str, Any], said: str) -> None:

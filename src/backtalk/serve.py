@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 REMEMBERED = 4096  # conversations
 
 
+class ContextTooLong(ConfigError):
+    """A history that leaves no room for a reply. Agents look for the code that OpenAI gives it, and summarise."""
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One chat completion as it was asked for."""
@@ -89,7 +93,9 @@ class Endpoint:
         prompt = self._prompt(request, renderer)
         room = self._max_tokens - len(prompt)
         if room < 1:
-            raise ConfigError(f"the history has {len(prompt)} tokens, and max_tokens={self._max_tokens} is the most")
+            raise ContextTooLong(
+                f"this model's maximum context length is {self._max_tokens} tokens, and the history has {len(prompt)}"
+            )
         number = next(self._numbers)
         async with self._sampler(request.params).session(f"serve/{number}") as session:
             completion = await session.sample(prompt, min(room, request.max_tokens))
@@ -176,7 +182,9 @@ def application(endpoint: Endpoint) -> Starlette:
                 raise ConfigError("the body has to be a JSON object")
             return JSONResponse(await endpoint.complete(body))
         except (BacktalkError, ValueError, TypeError) as error:
-            return JSONResponse({"error": {"message": str(error), "type": type(error).__name__}}, status_code=400)
+            code = "context_length_exceeded" if isinstance(error, ContextTooLong) else "invalid_request"
+            said = {"message": str(error), "type": "invalid_request_error", "code": code}
+            return JSONResponse({"error": said}, status_code=400)
 
     async def models(request: HttpRequest) -> JSONResponse:
         return JSONResponse({"object": "list", "data": [{"id": endpoint.name, "object": "model"}]})
