@@ -101,7 +101,7 @@ async def main() -> None:
     parser.add_argument("--boxes", type=int, default=128, help="boxes trained in")
     parser.add_argument("--sessions", type=int, default=4, help="trained episodes in each")
     parser.add_argument("--held-out", type=int, default=64, help="boxes never trained in")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--every", type=int, default=50, help="steps between measurements")
     parser.add_argument("--measured", type=int, default=64, help="episodes of each kind that are measured")
     parser.add_argument("--show", type=int, default=4, help="predictions to print")
