@@ -9,8 +9,6 @@ the task another one is refused. docs/tasks.md lists it all.
 
 from __future__ import annotations
 
-import datetime
-import json
 import math
 import re
 import shlex
@@ -22,7 +20,8 @@ from typing import Any
 from backtalk.envs.base import Task
 from backtalk.envs.dockerfile import World, read_dockerfile, read_tree
 from backtalk.envs.terminal import HOME
-from backtalk.envs.testscript import offline_script
+from backtalk.envs.testscript import modules_of_tests, offline_script
+from backtalk.envs.tomltext import toml_text
 from backtalk.errors import TaskError
 from backtalk.sandboxes.base import SandboxFile
 
@@ -30,21 +29,29 @@ SCHEMA_VERSION = "1.4"
 DEFAULT_IMAGE = "python:3.11-slim-bookworm"  # written where a task names none; the sandbox never uses it
 DEFAULT_TIMEOUT_S = 600.0  # Harbor's, where task.toml says none
 
-# What a sandbox has not got. (section, key) -> values that ask for nothing, and the reason.
+_SHARED = "tests run in the agent's sandbox, after its processes have ended; take it out if the tests work there"
+_BASH = "the agent has bash and submit, no other tools; take it out if the task can be done with those"
+_ONE_USER = "a sandbox has one ordinary user; take it out if the task does not depend on who works"
+_SCRIPT = "a task is scored by its tests/test.sh alone; let that do it"
+# What a sandbox has not got. (section, key) -> values that ask for nothing, and the reason with what to do.
 _REFUSED: Mapping[tuple[str, str], tuple[tuple[object, ...], str]] = {
-    ("agent", "user"): (("root", 0), "a sandbox has one ordinary user"),
-    ("verifier", "user"): (("root", 0), "a sandbox has one ordinary user"),
+    ("agent", "user"): (("root", 0), _ONE_USER),
+    ("verifier", "user"): (("root", 0), _ONE_USER),
     ("verifier", "env"): ((), "tests get the environment's variables; put them under [environment.env]"),
-    ("verifier", "environment"): ((), "tests run in the agent's sandbox, after its processes have ended"),
-    ("verifier", "environment_mode"): (("shared",), "tests run in the agent's sandbox, after its processes have ended"),
-    ("verifier", "import_path"): ((), "a task is scored by its tests/test.sh"),
-    ("verifier", "collect"): ((), "a task is scored by its tests/test.sh"),
-    ("environment", "gpus"): ((), "a sandbox has no GPU"),
+    ("verifier", "environment"): ((), _SHARED),
+    ("verifier", "environment_mode"): (("shared",), _SHARED),
+    ("verifier", "import_path"): ((), _SCRIPT),
+    ("verifier", "collect"): ((), _SCRIPT),
+    ("environment", "gpus"): ((), "a sandbox has no GPU; set it to 0 if the task can be done without"),
     ("environment", "os"): (("linux",), "a sandbox is Linux"),
-    ("environment", "mcp_servers"): ((), "the agent has bash and submit, no other tools"),
-    ("environment", "skills_dir"): ((), "the agent has bash and submit, no other tools"),
-    ("environment", "healthcheck"): ((), "nothing watches a sandbox"),
+    ("environment", "mcp_servers"): ((), _BASH),
+    ("environment", "skills_dir"): ((), _BASH),
+    ("environment", "healthcheck"): (
+        (),
+        "nothing watches a sandbox; start what it waits for in a RUN line, and take it out",
+    ),
 }
+_TERMINAL_BENCH = ("task.yaml", "run-tests.sh")  # what tells a folder of Terminal-Bench before it took Harbor's format
 _CANARY = re.compile(r"\s*(<!--.*canary.*-->|#.*canary.*)\s*", re.IGNORECASE)
 _MARK = "END_OF_SETUP"
 
@@ -60,13 +67,14 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False, world_mod
         TaskError: a file is missing, or the task asks for what a sandbox has not got.
     """
     folder = Path(path)
-    _demand(folder, "task.toml", "instruction.md")
+    _demand(folder, "task.toml")
     toml = _read_toml(folder / "task.toml")
+    _refuse(folder, toml)
+    _demand(folder, "instruction.md")
     if world_model_only:
         toml["metadata"] = toml.get("metadata", {}) | {"world_model_only": True}
     if not _unscored(toml):
         _demand(folder, "tests/test.sh")
-    _refuse(folder, toml)
     own = _pop(toml, "metadata", "backtalk") or {}
     world = _read_world(folder, toml, host_packages)
     instruction = _without_canary(_read_text(folder / "instruction.md"))
@@ -75,6 +83,7 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False, world_mod
     name = _pop(toml, "task", "name")
     trees = {part: _read_part(folder, part, own.get("files", {})) for part in ("tests", "solution")}
     if not _unscored(toml):
+        _add_needs(toml, trees["tests"])
         trees["tests"] = _offline_tests(folder / "tests", trees["tests"], world, host_packages)
     agent_timeout_s = _seconds(folder, toml, "agent")
     verifier_timeout_s = _seconds(folder, toml, "verifier")
@@ -97,10 +106,15 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False, world_mod
     )
 
 
-def _demand(folder: Path, *names: str) -> None:
-    for name in names:
-        if not (folder / name).is_file():
-            raise TaskError(f"task folder {folder} has no {name}; docs/tasks.md shows what belongs in one")
+def _demand(folder: Path, name: str) -> None:
+    if (folder / name).is_file():
+        return
+    if old := [file for file in _TERMINAL_BENCH if (folder / file).is_file()]:
+        raise TaskError(
+            f"task folder {folder} has no {name} but a {old[0]}: it is in the older format of Terminal-Bench; write "
+            "task.toml, instruction.md, environment/Dockerfile and tests/test.sh, as docs/tasks.md shows"
+        )
+    raise TaskError(f"task folder {folder} has no {name}; docs/tasks.md shows what belongs in one")
 
 
 def _unscored(toml: dict[str, Any]) -> bool:
@@ -138,7 +152,8 @@ def load_harbor_tasks(source: str | Path, *, host_packages: bool = False, world_
     folder = Path(source)
     if (folder / "task.toml").is_file() or (folder / "instruction.md").is_file():
         return [read_harbor_task(folder, host_packages=host_packages, world_model_only=world_model_only)]
-    candidates = [d for d in sorted(folder.iterdir()) if (d / "task.toml").exists() or (d / "instruction.md").exists()]
+    marks = ("task.toml", "instruction.md", *_TERMINAL_BENCH)
+    candidates = [d for d in sorted(folder.iterdir()) if any((d / mark).exists() for mark in marks)]
     if not candidates:
         raise TaskError(f"{folder} holds no task folder (one with task.toml and instruction.md)")
     tasks: list[Task] = []
@@ -158,7 +173,7 @@ def load_harbor_tasks(source: str | Path, *, host_packages: bool = False, world_
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode()
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise TaskError(f"{path} is not UTF-8 text: {error}") from error
 
@@ -181,7 +196,10 @@ def _refuse(folder: Path, toml: Mapping[str, Any]) -> None:
         raise TaskError(f"{folder}: a task of several [[steps]] cannot run here; make each step a task of its own")
     for name in ("docker-compose.yaml", "docker-compose.yml"):
         if (folder / "environment" / name).exists():
-            raise TaskError(f"{folder}: environment/{name} asks for several machines, and a sandbox is one")
+            raise TaskError(
+                f"{folder}: environment/{name} asks for several machines, and a sandbox is one; "
+                "start what its other services do in RUN lines of environment/Dockerfile, and remove it"
+            )
     if (folder / "trajectory.json").exists():
         raise TaskError(f"{folder}: trajectory.json is a conversation to go on with; a task here begins at its start")
     for (section, key), (harmless, why) in _REFUSED.items():
@@ -200,6 +218,8 @@ def _read_world(folder: Path, toml: Mapping[str, Any], host_packages: bool) -> W
             "here; write the Dockerfile, or read the task with host_packages=True if nothing in that image matters"
         )
     notes = [f"no Dockerfile: this machine stands in for the image {image}"] if image else []
+    if left := sorted(path.name for path in (folder / "environment").glob("*")):
+        raise TaskError(f"{folder} has environment/{left[0]} but no environment/Dockerfile to COPY it; write one")
     return World(folder / "environment", workdir=HOME, notes=notes)
 
 
@@ -223,6 +243,17 @@ def _offline_tests(
             kept[path] = SandboxFile(content, mode=file.mode, mtime=file.mtime)
             world.notes += notes
     return kept
+
+
+def _add_needs(toml: dict[str, Any], tests: Mapping[str, SandboxFile]) -> None:
+    """Modules that the tests' scripts install and the tests import go to ``needs``: this machine must have them."""
+    texts = {path: file.content.decode("utf-8", "replace") for path, file in tests.items()}
+    scripts, sources = ([text for path, text in texts.items() if path.endswith(end)] for end in (".sh", ".py"))
+    metadata = toml.setdefault("metadata", {})
+    declared = metadata.get("needs", [])
+    new = [name for name in modules_of_tests(scripts, sources) if isinstance(declared, list) and name not in declared]
+    if new:
+        metadata["needs"] = [*declared, *new]
 
 
 def _without_canary(text: str) -> str:
@@ -267,6 +298,11 @@ def _metadata(toml: dict[str, Any], world: World) -> dict[str, Any]:
     asked = [f"{key} = {environment[key]}" for key in ("allow_internet", "network_mode") if environment.get(key)]
     if asked and asked != ["network_mode = no-network"]:
         notes.append(f"{asked[0]}: runs offline all the same")
+    sizes = [
+        f"{key} = {environment[key]}" for key in ("memory", "memory_mb", "storage", "storage_mb") if key in environment
+    ]
+    if sizes:
+        notes.append(f"{', '.join(sizes)}: the run's own limits hold")
     if environment.get("network_mode") == "no-network":
         del environment["network_mode"]
     metadata = toml.pop("metadata", {})
@@ -347,40 +383,6 @@ def _toml_of(task: Task) -> str:
     toml["environment"] = environment | network | ({"env": long_env} if long_env else {})
     toml["metadata"] = metadata | {"backtalk": own}
     try:
-        return _toml_table(toml)
+        return toml_text(toml)
     except TypeError as error:
         raise TaskError(f"metadata of task {task.id!r} cannot be written as TOML: {error}") from error
-
-
-def _toml_table(table: Mapping[str, Any], path: tuple[str, ...] = ()) -> str:
-    """A TOML table: plain keys first, then the tables within, each under its own heading."""
-    plain = [f"{_toml_key(k)} = {_toml_value(v)}\n" for k, v in table.items() if not isinstance(v, Mapping)]
-    inner = [_toml_table(v, (*path, k)) for k, v in table.items() if isinstance(v, Mapping)]
-    heading = f"\n[{'.'.join(map(_toml_key, path))}]\n" if path and (plain or not inner) else ""
-    return heading + "".join(plain) + "".join(inner)
-
-
-def _toml_key(key: object) -> str:
-    if not isinstance(key, str):
-        raise TypeError(f"key {key!r} is not a string")
-    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else _toml_value(key)
-
-
-def _toml_value(value: object) -> str:
-    match value:
-        case bool():
-            return "true" if value else "false"
-        case str():
-            return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-        case int():
-            return repr(int(value))
-        case float():
-            return repr(float(value))
-        case list() | tuple():
-            return "[" + ", ".join(map(_toml_value, value)) + "]"
-        case Mapping():
-            return "{" + ", ".join(f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
-        case datetime.datetime() | datetime.date() | datetime.time():
-            return value.isoformat()
-        case _:
-            raise TypeError(f"{value!r} is a {type(value).__name__}; use text, numbers, true or false, lists, tables")

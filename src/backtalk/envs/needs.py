@@ -12,18 +12,17 @@ from functools import lru_cache
 
 from backtalk.envs.base import Task
 from backtalk.envs.terminal import SANDBOX_PATH
+from backtalk.envs.testscript import programs_of_tests
 from backtalk.errors import TaskError
 
 _NAME = re.compile(r"[\w.+-]+|python3:[A-Za-z_][\w.]*", flags=re.ASCII)
-_PYTEST = re.compile(r"^[ \t]*(?:(?:if|!|time|exec|\w+=\S*)[ \t]+)*pytest\b", flags=re.MULTILINE)
-_PYTEST_MODULE = re.compile(r"\bpython3?[ \t]+(?:-\w+[ \t]+)*-m[ \t]+pytest\b")
 
 
 def missing_tools(task: Task) -> tuple[str, ...]:
     """What the task needs and this machine has not got, sorted.
 
     ``[metadata] needs`` names commands, such as "git", and modules of the system's Python, such as "python3:yaml".
-    A pytest that tests/test.sh runs is needed too: without it the tests would give every attempt 0.
+    A pytest that the tests' scripts run is needed too: without it the tests would give every attempt 0.
 
     Raises:
         TaskError: ``needs`` is no list of such names.
@@ -34,12 +33,8 @@ def missing_tools(task: Task) -> tuple[str, ...]:
             f"task {task.id!r}: [metadata] needs = {declared!r} has to be a list of commands and Python modules, such "
             'as ["git", "python3:yaml"]'
         )
-    script = task.tests["test.sh"].content.decode("utf-8", "replace") if "test.sh" in task.tests else ""
-    needed = {*declared}
-    if _PYTEST.search(script):
-        needed.add("pytest")
-    if _PYTEST_MODULE.search(script):
-        needed.add("python3:pytest")
+    scripts = [file.content.decode("utf-8", "replace") for path, file in task.tests.items() if path.endswith(".sh")]
+    needed = {*declared}.union(*map(programs_of_tests, scripts))
     return tuple(sorted(name for name in needed if not _is_there(name)))
 
 
