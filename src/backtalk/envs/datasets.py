@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from backtalk.envs.base import Task
-from backtalk.envs.harbor import DEFAULT_TIMEOUT_S, read_harbor_task
+from backtalk.envs.harbor import DEFAULT_TIMEOUT_S, add_needs, read_harbor_task
 from backtalk.envs.terminal import HOME
 from backtalk.envs.testscript import offline_script
 from backtalk.errors import ConfigError, DataError, TaskError
@@ -167,6 +167,7 @@ def _scored(task: Task, host_packages: bool) -> Task:
             tests[path] = replace(file, content=content)
             notes += changes
     metadata = dict(task.metadata) | ({"world_notes": notes} if notes else {})
+    add_needs(metadata, task.tests)
     return replace(task, tests=tests, metadata=metadata)
 
 

@@ -83,7 +83,7 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False, world_mod
     name = _pop(toml, "task", "name")
     trees = {part: _read_part(folder, part, own.get("files", {})) for part in ("tests", "solution")}
     if not _unscored(toml):
-        _add_needs(toml, trees["tests"])
+        add_needs(toml.setdefault("metadata", {}), trees["tests"])
         trees["tests"] = _offline_tests(folder / "tests", trees["tests"], world, host_packages)
     agent_timeout_s = _seconds(folder, toml, "agent")
     verifier_timeout_s = _seconds(folder, toml, "verifier")
@@ -245,11 +245,10 @@ def _offline_tests(
     return kept
 
 
-def _add_needs(toml: dict[str, Any], tests: Mapping[str, SandboxFile]) -> None:
+def add_needs(metadata: dict[str, Any], tests: Mapping[str, SandboxFile]) -> None:
     """Modules that the tests' scripts install and the tests import go to ``needs``: this machine must have them."""
     texts = {path: file.content.decode("utf-8", "replace") for path, file in tests.items()}
     scripts, sources = ([text for path, text in texts.items() if path.endswith(end)] for end in (".sh", ".py"))
-    metadata = toml.setdefault("metadata", {})
     declared = metadata.get("needs", [])
     new = [name for name in modules_of_tests(scripts, sources) if isinstance(declared, list) and name not in declared]
     if new:
