@@ -14,41 +14,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from backtalk.envs.shellwords import expand, read_word, split_list, split_words, unquoted
 from backtalk.errors import TaskError
 from backtalk.sandboxes.base import SandboxFile
+from backtalk.sandboxes.dockerfile import (
+    HEREDOC_MARK,
+    NO_EFFECT,
+    SCRIPT,
+    WHY_NOT,
+    Instruction,
+    assignments,
+    is_json,
+    parse_dockerfile,
+    split_flags,
+)
+from backtalk.sandboxes.shellwords import expand, read_word, split_list, split_words
 
-_HEREDOC = re.compile(r"\d*<<(-?)[ \t]*(['\"]?)([A-Za-z_][\w.]*)\2")
 _PACKAGES = re.compile(r"(?:\w+=\S+\s+)*(?:apt-get|apt|apk|yum|dnf|npm|pip3?|python3?\s+-m\s+pip|uv\s+pip|conda)\s")
 _AFTER_PACKAGES = re.compile(r"(?:rm\s+-rf\s+/var/lib/apt/lists/?\*?|ln\s+-sf?\s+/usr/bin/python3\s+/usr/bin/python)$")
 NETWORK = re.compile(r"\b(?:curl|wget|git\s+clone)\b.*\bhttps?://(?!localhost|127\.)")
 _FILE_STATE = re.compile(r"(chmod) ([0-7]{3,4}) (.+)|(touch) -d @(-?\d+) (.+)")
 _ARCHIVE = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz)$")
-_NO_EFFECT = ("LABEL", "MAINTAINER", "EXPOSE", "CMD", "STOPSIGNAL")
-_WHY_NOT = {
-    "USER": "a sandbox has one ordinary user",
-    "ENTRYPOINT": "nothing is started in a sandbox but the agent's shell; start it in a RUN line with '&'",
-    "HEALTHCHECK": "nothing watches a sandbox",
-    "VOLUME": "a sandbox is one private tree, gone after the rollout",
-    "ONBUILD": "no image is built from this one",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Heredoc:
-    body: str
-    expand: bool  # its mark was not quoted
-
-
-@dataclass(frozen=True, slots=True)
-class Instruction:
-    """One instruction, its continued lines joined. ``shell`` is its text with heredocs, as a shell reads it."""
-
-    keyword: str
-    text: str
-    shell: str
-    heredocs: tuple[Heredoc, ...]
-    line: int  # from 1
+_WHY_NOT = WHY_NOT | {"USER": "a sandbox has one ordinary user"}
 
 
 @dataclass
@@ -86,38 +72,6 @@ def read_dockerfile(folder: Path, *, host_packages: bool) -> World:
     return world
 
 
-def parse_dockerfile(text: str) -> Iterator[Instruction]:
-    """Split into instructions: comments out, continued lines joined, heredocs attached."""
-    lines = text.split("\n")
-    at = 0
-    while at < len(lines):
-        start = at
-        joined = ""
-        while at < len(lines):
-            line = lines[at].rstrip("\r")
-            start = start if joined else at
-            at += 1
-            if line.lstrip().startswith("#") or (joined and not line.strip()):
-                continue
-            joined += line
-            if not joined.rstrip().endswith("\\"):
-                break
-            joined = joined.rstrip()[:-1]
-        if not joined.strip():
-            continue
-        keyword, *rest = joined.split(maxsplit=1)
-        text = rest[0].strip() if rest else ""
-        shell, heredocs = text, []
-        if keyword.upper() in ("RUN", "COPY", "ADD"):
-            for match in _heredoc_marks(shell):
-                found = _heredoc(lines, at, match)
-                if found is not None:
-                    heredoc, body, at = found
-                    heredocs.append(heredoc)
-                    shell += "\n" + body
-        yield Instruction(keyword.upper(), text, shell, tuple(heredocs), start + 1)
-
-
 def read_file(path: Path, root: Path) -> SandboxFile:
     """A regular file below ``root``; links are followed as long as they stay below it.
 
@@ -150,10 +104,10 @@ def _carry_out(world: World, instruction: Instruction) -> None:
             words = [word for word in text.split() if not word.startswith("--")]
             world.image = expand(words[0], world.args) if words else ""
         case "ARG":
-            for name, value in _assignments(text, world):
+            for name, value in assignments(text, _variables(world)):
                 world.args[name] = value
         case "ENV":
-            world.env.update(_assignments(text, world))
+            world.env.update(assignments(text, _variables(world)))
         case "WORKDIR":
             world.workdir = _absolute(world, read_word(text, _variables(world)))
             world.folders.add(world.workdir)
@@ -166,14 +120,14 @@ def _carry_out(world: World, instruction: Instruction) -> None:
                 raise TaskError(f"commands are run by bash, and {text} is another shell")
         case "USER" if text.split(":")[0] in ("root", "0"):
             pass  # what it was anyway
-        case keyword if keyword in _NO_EFFECT:
+        case keyword if keyword in NO_EFFECT:
             pass
         case keyword:
             raise TaskError(f"{text!r} cannot be carried out: {_WHY_NOT.get(keyword, 'no such instruction is known')}")
 
 
 def _copy(world: World, instruction: Instruction) -> None:
-    flags, text = _flags(instruction.text)
+    flags, text = split_flags(instruction.text)
     mode = None
     for flag in flags:
         name, _, value = flag.partition("=")
@@ -190,7 +144,7 @@ def _copy(world: World, instruction: Instruction) -> None:
     heredocs = iter(instruction.heredocs)
     for source in sources:
         into_folder = len(sources) > 1 or to.endswith("/") or _absolute(world, to) in world.folders or to == "."
-        if mark := _HEREDOC.fullmatch(source):
+        if mark := HEREDOC_MARK.fullmatch(source):
             heredoc = next(heredocs)
             body = expand(heredoc.body, known) if heredoc.expand else heredoc.body
             files = {mark.group(3): SandboxFile(body.encode())}
@@ -233,16 +187,16 @@ def _sources(world: World, source: str, *, is_add: bool) -> dict[str, SandboxFil
 
 
 def _run(world: World, instruction: Instruction) -> None:
-    flags, command = _flags(instruction.shell)
+    flags, command = split_flags(instruction.shell)
     if any(not flag.startswith(("mount=type=cache", "network=none")) for flag in flags):
         raise TaskError(f"--{' --'.join(flags)} cannot be carried out: there is no image builder here")
-    script = re.fullmatch(r"<<-?\s*(['\"]?)[A-Za-z_][\w.]*\1", instruction.text)
+    script = SCRIPT.fullmatch(instruction.text)
     if script and instruction.heredocs:
         command = instruction.heredocs[0].body.removesuffix("\n")
         first = command.partition("\n")[0]
         if first.startswith("#!") and not re.search(r"\b(ba)?sh\b", first):
             raise TaskError(f"{first} is not bash; write the script to a file with COPY and run that")
-    elif command.startswith("[") and _is_json(command):
+    elif command.startswith("[") and is_json(command):
         command = shlex.join(json.loads(command))
     elif _set_file_states(world, command):
         return
@@ -293,49 +247,6 @@ def _without_packages(world: World, command: str, said: str) -> str | None:
     world.notes += [f"left out, this machine's packages are used: {part}" for part in packages]
     kept = [(before, part) for before, part in parts if not _PACKAGES.match(part) and not _AFTER_PACKAGES.match(part)]
     return "".join(part if not at else f" {before} {part}" for at, (before, part) in enumerate(kept)) or None
-
-
-def _heredoc_marks(shell: str) -> list[re.Match[str]]:
-    open_places = set(unquoted(shell))
-    return [m for m in _HEREDOC.finditer(shell) if m.start() in open_places and shell[m.start() - 1 : m.start()] != "<"]
-
-
-def _heredoc(lines: list[str], at: int, mark: re.Match[str]) -> tuple[Heredoc, str, int] | None:
-    """The heredoc whose body begins at line ``at``, its text for a shell, and the line after it; None if it is none."""
-    for end in range(at, len(lines)):
-        line = lines[end].rstrip("\r")
-        if (line.lstrip("\t") if mark.group(1) else line) == mark.group(3):
-            body = [line.lstrip("\t") if mark.group(1) else line for line in lines[at:end]]
-            text = "\n".join(lines[at : end + 1])
-            return Heredoc("".join(line + "\n" for line in body), expand=not mark.group(2)), text, end + 1
-    return None  # such as 1 << x: no line ends it
-
-
-def _flags(text: str) -> tuple[list[str], str]:
-    flags = []
-    while match := re.match(r"--(\S+)\s+", text):
-        flags.append(match.group(1))
-        text = text[match.end() :]
-    return flags, text
-
-
-def _is_json(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), list)
-    except ValueError:
-        return False
-
-
-def _assignments(text: str, world: World) -> list[tuple[str, str]]:
-    """``A=1 B="x y"``, the older ``A x y``, and ARG's bare ``A``."""
-    words = [word for word in split_words(text) if word]
-    variables = _variables(world)
-    if "=" not in words[0]:
-        return [(words[0], read_word(text[len(words[0]) :].strip(), variables))]
-    pairs = [word.partition("=") for word in words]
-    if any(not sign for _, sign, _ in pairs):
-        raise TaskError(f"{text!r} mixes NAME=VALUE with something else")
-    return [(name, read_word(value, variables)) for name, _, value in pairs]
 
 
 def _variables(world: World) -> dict[str, str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-from backtalk.errors import ConfigError
+from backtalk.errors import ConfigError, SandboxUnavailable
 from backtalk.sandboxes.base import BackendReport, ExecResult, Sandbox, SandboxBackend, SandboxFile, SandboxLimits
 
 __all__ = [
@@ -12,29 +13,79 @@ __all__ = [
     "ExecResult",
     "Sandbox",
     "SandboxBackend",
+    "SandboxChoice",
     "SandboxFile",
     "SandboxLimits",
     "local_sandbox",
 ]
 
+SandboxChoice = Literal["auto", "bubblewrap", "sandlock", "unsafe"]
 
-def local_sandbox(choice: Literal["auto", "bubblewrap", "unsafe"] = "auto") -> SandboxBackend:
-    """The backend for this machine, after a real trial start. Never falls back to one that isolates less.
+
+def local_sandbox(choice: SandboxChoice = "auto", root: str | Path | None = None) -> SandboxBackend:
+    """The backend for this machine, after a real trial start.
+
+    ``auto`` takes the first that works of bubblewrap (as root with a uid for each sandbox, else under the user's own)
+    and sandlock (Landlock and seccomp, where namespaces are blocked), and refuses where neither does. Both deny the
+    network, the machine's files and a way to the verifier; sandlock isolates less, and its report says so first.
+    Never ``unsafe``, which has to be asked for. Containers are `backtalk.harbor.HarborBackend`.
+
+    ``root`` is a file system to start from in place of this machine's programs; bubblewrap alone can.
 
     Raises:
-        SandboxUnavailable: there is no safe one; the message says what to install or to allow.
-        ConfigError: an unknown choice.
+        SandboxUnavailable: there is no safe one; the message says what was tried, and what to install or to allow.
+        ConfigError: an unknown choice, or a ``root`` for a backend that takes none.
     """
+    if root is not None and choice not in ("auto", "bubblewrap"):
+        raise ConfigError(f"sandbox {choice!r} cannot start from a file system of its own; use bubblewrap, or no root")
     match choice:
-        case "auto" | "bubblewrap":
-            from backtalk.sandboxes.bubblewrap import BubblewrapBackend
-            from backtalk.sandboxes.sweep import sweep
-
-            sweep()
-            return BubblewrapBackend()
+        case "auto":
+            return _first_that_works(root)
+        case "bubblewrap":
+            return _bubblewrap(root)
+        case "sandlock":
+            return _sandlock()
         case "unsafe":
             from backtalk.sandboxes.unsafe import UnsafeBackend
 
             return UnsafeBackend()
         case _:
-            raise ConfigError(f"sandbox {choice!r} is not known; use auto, bubblewrap or unsafe")
+            raise ConfigError(
+                f"sandbox {choice!r} is not known; use auto, bubblewrap, sandlock or unsafe. Containers are "
+                "backtalk.harbor.HarborBackend('docker'), which takes the place of local_sandbox(...)"
+            )
+
+
+def _first_that_works(root: str | Path | None) -> SandboxBackend:
+    try:
+        return _bubblewrap(root)
+    except SandboxUnavailable as error:
+        first = str(error)
+    second = "it cannot start from a file system of its own"
+    if root is None:
+        try:
+            return _sandlock(f"sandlock is in force because bubblewrap, tried first, is not available: {first}")
+        except SandboxUnavailable as error:
+            second = str(error)
+    raise SandboxUnavailable(
+        "no safe sandbox works on this machine. Tried, in this order:\n"
+        f"  bubblewrap: {first}\n"
+        f"  sandlock: {second}\n"
+        "Any one of these helps. Or use containers: pip install 'backtalk[harbor]', and "
+        "backtalk.harbor.HarborBackend('docker'). Sandbox 'unsafe' runs everywhere and isolates nothing: for commands "
+        "that you would run yourself"
+    )
+
+
+def _bubblewrap(root: str | Path | None) -> SandboxBackend:
+    from backtalk.sandboxes.bubblewrap import BubblewrapBackend
+    from backtalk.sandboxes.sweep import sweep
+
+    sweep()
+    return BubblewrapBackend() if root is None else BubblewrapBackend(root=str(root))
+
+
+def _sandlock(instead: str = "") -> SandboxBackend:
+    from backtalk.sandboxes.sandlock import SandlockBackend
+
+    return SandlockBackend(instead=instead)

@@ -72,6 +72,7 @@ class BackendReport:
     isolation: Mapping[str, str] = field(default_factory=dict)  # "network" -> "none", "user" -> "uid 100000 outside"
     limits: Mapping[str, str] = field(default_factory=dict)  # "memory" -> "cgroup v1", "processes" -> "rlimit"
     warnings: tuple[str, ...] = ()
+    cannot: Mapping[str, str] = field(default_factory=dict)  # checks of the conformance suite it does not pass, and why
 
 
 class SandboxBackend(Protocol):

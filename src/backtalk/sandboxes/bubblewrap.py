@@ -19,9 +19,11 @@ import asyncio
 import itertools
 import os
 import posixpath
+import shlex
 import threading
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from types import MappingProxyType
 
 from backtalk.errors import BacktalkError, ConfigError, SandboxError, SandboxUnavailable
@@ -30,12 +32,16 @@ from backtalk.sandboxes.cgroup import watch
 from backtalk.sandboxes.holder import Holder
 from backtalk.sandboxes.layers import has_disable_userns, has_size
 from backtalk.sandboxes.probe import Machine, advice, probe
+from backtalk.sandboxes.rootfs import open_root
+from backtalk.sandboxes.rootfs_base import Root
 from backtalk.sandboxes.seccomp import seccomp_program
 from backtalk.sandboxes.shell import Session
 
 _NO_ENV: Mapping[str, str] = MappingProxyType({})
 _MIN_VERSION = (0, 5)
 _TRIAL_TIMEOUT_S = 30.0
+_ENTER_TIMEOUT_S = 20.0
+_TRIAL_COPY_MB = 4096
 
 
 class BubblewrapSandbox:
@@ -45,8 +51,9 @@ class BubblewrapSandbox:
         SandboxError: from any method, when it is broken.
     """
 
-    def __init__(self, holder: Holder, limits: SandboxLimits) -> None:
+    def __init__(self, holder: Holder, limits: SandboxLimits, root: Root | None = None) -> None:
         self._holder = holder
+        self._root = root
         self._session = Session(
             holder, commands=holder.commands, reports=holder.reports, output=holder.output, limits=limits
         )
@@ -59,6 +66,8 @@ class BubblewrapSandbox:
         except SandboxError as error:
             raise SandboxError(f"{error}; {self._session.said() or 'bubblewrap said nothing'}") from error
         await self._session.begin()
+        if self._root is not None and (self._root.env or self._root.workdir):
+            await self._enter(self._root)
 
     async def exec(
         self, command: str, *, timeout_s: float, env: Mapping[str, str] = _NO_ENV, cwd: str | None = None
@@ -91,11 +100,25 @@ class BubblewrapSandbox:
             return await self._holder.get(_inside(path), max_bytes)
 
     async def restart(self) -> None:
-        """End every process and begin a fresh process namespace, shell and environment over the same files."""
+        """End every process and begin a fresh process namespace, shell and environment over the same files.
+
+        The environment is the sandbox's own: what a chosen root's Dockerfile says of it holds until the first restart.
+        """
         async with self._lock:
             await self._session.end()
             self._holder.add_memory()
             await self._session.begin()
+
+    async def _enter(self, root: Root) -> None:
+        """Set the variables and go to the folder that a Dockerfile named.
+
+        Only now that the shell runs, and not again after a restart: what its PATH names may be the agent's by then,
+        and must not be where the next session, or a verifier, finds its programs.
+        """
+        exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in root.env.items())
+        result = await self._session.exec(exports + "true", _ENTER_TIMEOUT_S, {}, root.workdir)
+        if result.exit_code != 0:
+            raise SandboxError(f"{root.name}: its folder or variables cannot be set: {result.output.strip()}")
 
     async def close(self) -> None:
         """End it and everything in it."""
@@ -112,14 +135,23 @@ class BubblewrapBackend:
         SandboxUnavailable: a trial start failed; the message says what to install or to allow.
     """
 
-    def __init__(self, *, use_cgroups: bool = True) -> None:
-        """Look at the machine and start one sandbox for trial. `use_cgroups` False limits by rlimits alone."""
+    def __init__(
+        self, *, use_cgroups: bool = True, root: str | None = None, images: Mapping[str, str] | None = None
+    ) -> None:
+        """Look at the machine and start one sandbox for trial. `use_cgroups` False limits by rlimits alone.
+
+        `root` and `images` choose a root file system (`rootfs.open_root`); it may take a while to unpack or build.
+
+        Raises:
+            ConfigError: `root` is none, or cannot be used.
+        """
         self._machine = probe(use_cgroups=use_cgroups)
         self._count = itertools.count(os.getpid())
         self._refuse_if_missing()
         watch(self._machine.cgroups)
-        self._trial()
-        self._report = _report(self._machine)
+        self._root = open_root(root, self._machine, images=images)
+        why_copied = self._choose_how()
+        self._report = _report(self._machine, self._root, why_copied)
 
     @property
     def report(self) -> BackendReport:
@@ -136,9 +168,9 @@ class BubblewrapBackend:
 
     @asynccontextmanager
     async def _open(self, limits: SandboxLimits) -> AsyncGenerator[BubblewrapSandbox]:
-        uids = self._machine.uid_range
+        uids = self._machine.uid_range[:-1] or self._machine.uid_range  # the last one is for building roots
         uid = uids[next(self._count) % len(uids)] if uids else None
-        sandbox = BubblewrapSandbox(Holder(self._machine, limits, uid), limits)
+        sandbox = BubblewrapSandbox(Holder(self._machine, limits, uid, self._root), limits, self._root)
         try:
             await sandbox.start()
             yield sandbox
@@ -154,6 +186,21 @@ class BubblewrapBackend:
             raise SandboxUnavailable(
                 f"{machine.bwrap} is version {version or 'unknown'}; install bubblewrap 0.8 or newer (0.5 at least)"
             )
+
+    def _choose_how(self) -> str | None:
+        """Try the chosen root as an overlay, else as a copy. Returns why it had to be one."""
+        try:
+            self._trial()
+            return None
+        except SandboxUnavailable as error:
+            if self._root is None:
+                raise
+            self._root = replace(self._root, how="copy")
+            try:
+                self._trial()
+            except SandboxUnavailable:
+                raise error from None
+            return str(error.__cause__)
 
     def _trial(self) -> None:
         """Start one for real. In a thread, for the caller may be inside an event loop."""
@@ -174,7 +221,9 @@ class BubblewrapBackend:
             ) from failures[0]
 
     async def _try_one(self) -> None:
-        async with asyncio.timeout(_TRIAL_TIMEOUT_S), self.open(SandboxLimits()) as sandbox:
+        is_copy = self._root is not None and self._root.how == "copy"
+        limits = SandboxLimits(disk_mb=_TRIAL_COPY_MB) if is_copy else SandboxLimits()
+        async with asyncio.timeout(_TRIAL_TIMEOUT_S), self.open(limits) as sandbox:
             result = await sandbox.exec("[[ ! -w /proc/sys/kernel/core_pattern ]] && echo fine", timeout_s=10)
             if result.output != "fine\n":
                 raise SandboxError(f"a trial command answered {result.output!r}, exit code {result.exit_code}")
@@ -186,7 +235,15 @@ def _inside(path: str) -> str:
     return posixpath.normpath(path).replace("//", "/")
 
 
-def _report(machine: Machine) -> BackendReport:
+def _files(root: Root | None) -> str:
+    if root is None:
+        return "private tree in memory; /usr of the host, read-only"
+    programs = "its programs" if root.programs else "/usr of the host"
+    over = "over" if root.how == "overlay" else "copied from"
+    return f"private tree in memory {over} {root.name}; {programs}, read-only"
+
+
+def _report(machine: Machine, root: Root | None, why_copied: str | None) -> BackendReport:
     """What this backend isolates and limits here, in words."""
     by_group = f"cgroup v{machine.cgroups.version}"
     warnings = []
@@ -200,12 +257,14 @@ def _report(machine: Machine) -> BackendReport:
         warnings.append("only root's own uid is mapped here: commands run under it")
     if seccomp_program() is None:
         warnings.append("no system call filter for this processor")
+    if why_copied is not None:
+        warnings.append(f"the chosen root is copied into each sandbox, within its disk, for no overlay: {why_copied}")
     uid = f"{machine.uid_range[0]} and up" if machine.uid_range else str(machine.uid)
     return BackendReport(
         name="bubblewrap",
         isolation={
             "network": "loopback only",
-            "files": "private tree in memory; /usr of the host, read-only",
+            "files": _files(root),
             "processes": "own namespace, new at every restart",
             "user": f"1000 inside, uid {uid} outside; no capabilities, no new privileges",
             "system calls": "filtered" if seccomp_program() is not None else "not filtered",

@@ -9,6 +9,7 @@ import secrets
 import subprocess
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from backtalk.sandboxes.base import SandboxLimits
@@ -128,6 +129,16 @@ def find_parents() -> CgroupParents:
                     found[controller] = folder
                     break
     return CgroupParents(1, **found) if found else CgroupParents(0)
+
+
+@cache
+def own_groups(controller: str) -> tuple[Path, ...]:
+    """The groups this process began in, as far as they can be seen: its own first, then those above it."""
+    own, mounts = _own_paths(), _mounts()
+    key = controller if controller in own and controller in mounts else ""
+    if key not in own or key not in mounts:
+        return ()
+    return tuple(_upwards(*mounts[key], own[key]))
 
 
 def watch(parents: CgroupParents) -> None:

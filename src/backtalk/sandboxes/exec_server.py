@@ -32,13 +32,14 @@ DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 # fd 0 commands from the trainer, 1 answers, 2 the agent's output pipe, $1 the shell's commands, $2 its reports,
 # $3 and $4 the supervisor's and the shell's text, in sealed files: the agent can open what its own processes have open,
-# and must not change what the next session runs. $5 is bubblewrap's own and closed. The rest is the program that
-# begins a session.
+# and must not change what the next session runs. $5 is bubblewrap's own and closed. After $6 comes the program that
+# begins a session. $6 is a file in memory, shared with the trainer alone, through which files come and go: one
+# program for each way, and no pipe in which somebody's bytes could be taken for an answer.
 _HOLDER = r"""
 # SAFETY: it signals every process it can see, so it must be process 1 of a namespace of its own.
 (( $$ == 1 )) || { echo "the holder is process $$ and not process 1 of a namespace; it refuses to run" >&2; exit 70; }
-exec 3<&"$1" 4>&"$2" 8<&"$3" 9<&"$4"; eval "exec $1<&- $2>&- $3<&- $4<&- $5<&-"; shift 5
-TMPDIR=/dev; umask 022; cd /proc; exec 5>/dev/null; session= reserved= missing=()
+exec 3<&"$1" 4>&"$2" 8<&"$3" 9<&"$4" 6<&"$6"; eval "exec $1<&- $2>&- $3<&- $4<&- $5<&- $6<&-"; shift 6
+TMPDIR=/dev; umask 022; cd /proc; exec 5>/dev/null; session= reserved=
 say() { printf '%s\0' "$1"; }
 alone() { local all=([0-9]*); (( ${#all[@]} == 1 )); }
 end() { # works however the agent left the folders: by what bash can do itself, and from /proc
@@ -99,37 +100,36 @@ folder() { # a folder one can write to, whatever was left there
   [[ -d $1 ]] || { rm -f -- "$1"; mkdir -- "$1"; }
   usable "$1" || chmod u+rwx -- "$1"
 }
-make_room() {
-  local path
-  missing=()
+make_room() { # for a file at each path; folders that are only missing are tar's to make
+  local path above
   for path; do
     if [[ -d $path && ! -L $path ]]; then chmod -R u+rwX -- "$path"; rm -rf -- "$path"; fi
-    path=${path%/*}
-    usable "$path/" || missing+=("$path")
+    path=${path%/*} above=$path
+    until [[ -z $above || -e $above || -L $above ]]; do above=${above%/*}; done
+    usable "$above/" || folder "$path"
   done
-  (( ${#missing[@]} )) || return 0
-  mkdir -p -- "${missing[@]}" || :
-  for path in "${missing[@]}"; do usable "$path/" || folder "$path"; done
 }
 put() {
-  local size count path paths=() said
-  IFS= read -r -d '' size; IFS= read -r -d '' count
+  local count path paths=() said
+  IFS= read -r -d '' count
   while (( count-- > 0 )); do IFS= read -r -d '' path; paths+=("$path"); done
   make_room "${paths[@]}" 2>&5
-  if said=$(head -c "$size" | { tar -xpf - -C / 2>&1 || { cat >&5; false; }; }); then
+  if said=$(exec tar -xpf /proc/self/fd/6 -C / 2>&1); then
     say ok
   else
     said=${said//[\{\}]/}; say "failed ${said:0:500}"
   fi
 }
-get() {
-  local max path
+get() { # head's complaints come through 7, and the end of it: bash's own `wait` can miss such a process's end
+  local max path code
   IFS= read -r -d '' max; IFS= read -r -d '' path
-  if [[ -f $path && -r $path ]]; then
-    printf 'file '; timeout -s KILL 10 head -c "$max" -- "$path" | base64 -w 0; printf '\0'
-  else
-    say none
-  fi
+  [[ -f $path && -r $path ]] || { say none; return; }
+  exec 7< <(exec head -c "$max" -- "$path" 2>&1 >/proc/self/fd/6)
+  read -r -t 10 -u 7; code=$?
+  # It may have become a pipe meanwhile, whose other end nobody opens. Nor may anybody later, so see it dead.
+  if (( code > 128 )); then kill -KILL $!; read -r -u 7; fi
+  exec 7<&-
+  if (( code == 1 )); then say file; else say none; fi
 }
 while IFS= read -r -d '' operation; do
   case $operation in
@@ -149,6 +149,7 @@ exit 0
 
 # Each command opens the output pipe anew: a program that makes its own output non-blocking (node does) must not do
 # so to all that follow. All on one line, so that bash says "line 1" in every error message whatever ran before.
+# The report opens nothing that it cannot do without: an agent may have shut even the root folder.
 # `break`, `continue`, `return` and `exit` in a command find no way around the report, which is in the loop's head.
 SHELL_PROGRAM = (
     r"__id= __line=; \builtin printf 'ready %s\0' $$ >&4; "
@@ -157,7 +158,7 @@ SHELL_PROGRAM = (
     '"$__id" "$__code" "${PWD-}"; '
     r"IFS= \builtin read -r __line </proc/loadavg; \builtin printf '%s\0' "
     '"$__line"; '
-    r"\builtin export -p; \builtin printf '\0'; } >&4 2>/dev/null; fi; __id= __code=0; "
+    r"\builtin export -p; \builtin printf '\0'; } >&4 2>&-; fi; __id= __code=0; "
     r"IFS= \builtin read -r -d '' -u 3 __id && IFS= \builtin read -r -d '' -u 3 __line || \builtin exit 0; do "
     r'\builtin eval -- "$__line" </dev/null >/dev/fd/5 2>&1 3<&- 4>&- 5>&-; __code=$?; '
     r"done; done"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import io
 import json
@@ -12,7 +11,7 @@ import signal
 import subprocess
 import tarfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +37,7 @@ from backtalk.sandboxes.layers import (
 )
 from backtalk.sandboxes.pipes import FrameReader, PipePair, moved_up, sealed_file, write_all
 from backtalk.sandboxes.probe import Machine
+from backtalk.sandboxes.rootfs_base import Root
 from backtalk.sandboxes.seccomp import seccomp_program
 from backtalk.sandboxes.shell import START_TIMEOUT_S, STOP_TIMEOUT_S
 
@@ -47,7 +47,7 @@ _CLOSE_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class _Pipes:
-    """All pipes of one sandbox."""
+    """All pipes of one sandbox, and the file in memory through which its files come and go."""
 
     requests: PipePair
     answers: PipePair
@@ -55,6 +55,7 @@ class _Pipes:
     commands: PipePair
     reports: PipePair
     output: PipePair
+    shared: PipePair
 
     @classmethod
     def make(cls) -> _Pipes:
@@ -62,6 +63,7 @@ class _Pipes:
         try:
             for reading in (False, True, True, False, True, True):
                 made.append(PipePair.to_read() if reading else PipePair.to_write())
+            made.append(PipePair.shared_file())
         except OSError as error:
             for pair in made:
                 os.close(pair.ours)
@@ -77,8 +79,8 @@ class _Pipes:
 class Holder:
     """The outer sandbox with its one trusted process. A `Keeper` of sessions."""
 
-    def __init__(self, machine: Machine, limits: SandboxLimits, uid: int | None) -> None:
-        """Start it. `uid` is the host uid to run under, or None for our own.
+    def __init__(self, machine: Machine, limits: SandboxLimits, uid: int | None, root: Root | None = None) -> None:
+        """Start it. `uid` is the host uid to run under, or None for our own; `root` None is the host's programs.
 
         Raises:
             SandboxError: the kernel refuses pipes, a process or a control group.
@@ -92,11 +94,12 @@ class Holder:
         pipes = _Pipes.make()
         self.commands, self.reports, self.output = pipes.commands.ours, pipes.reports.ours, pipes.output.ours
         self._requests = pipes.requests.ours
+        self._shared = pipes.shared.ours
         self._process: subprocess.Popen[bytes] | None = None
         try:
             if uid is not None:
                 os.fchown(pipes.output.theirs, uid, uid)  # or opening /dev/stderr inside is refused
-            self._process = _spawn(machine, limits, uid, pipes)
+            self._process = _spawn(machine, limits, uid, root, pipes)
             if machine.cgroups.version:
                 self._cgroup = Cgroup(machine.cgroups, limits)
         except OSError as error:
@@ -161,19 +164,20 @@ class Holder:
         archive = _archive(files)
         if len(archive) > (self._limits.disk_mb + 1) << 20:
             raise SandboxError(f"files of {len(archive)} bytes do not fit a disk of {self._limits.disk_mb} MiB")
-        request = frames("put", str(len(archive)), str(len(files)), *files)
-        answer = await self._ask(request + archive, _FILES_TIMEOUT_S)
+        self._check()
+        with _emptied(self._shared):
+            os.pwrite(self._shared, archive, 0)
+            answer = await self._ask(frames("put", str(len(files)), *files), _FILES_TIMEOUT_S)
         if answer != b"ok":
             raise SandboxError(f"could not write files into the sandbox: {answer.decode('utf-8', 'replace')}")
 
     async def get(self, path: str, max_bytes: int) -> bytes | None:
         """Read a file. See `Sandbox.get`."""
-        self._answers.max_bytes = 2 * max_bytes + 4096  # base64 makes 4 bytes of 3
-        answer = await self._ask(frames("get", str(max_bytes + 1), path), _FILES_TIMEOUT_S)
-        kind, _, data = answer.partition(b" ")
-        if kind != b"file":
-            return None
-        content = base64.b64decode(data)
+        self._check()
+        with _emptied(self._shared):
+            if await self._ask(frames("get", str(max_bytes + 1), path), _FILES_TIMEOUT_S) != b"file":
+                return None
+            content = os.pread(self._shared, os.fstat(self._shared).st_size, 0)
         if len(content) > max_bytes:
             raise SandboxError(f"{path} is larger than {max_bytes} bytes; ask for more with max_bytes")
         return content
@@ -199,6 +203,7 @@ class Holder:
         if self._requests >= 0:
             self._answers.close()
             self._info.close()
+            os.close(self._shared)
             os.close(self._requests)  # the holder ends everything when it reads the end
             self._requests = -1
         self._broken = "it is closed"
@@ -236,7 +241,9 @@ def _stopped(process_id: int) -> list[int]:
     return [*map(int, children), process_id]
 
 
-def _spawn(machine: Machine, limits: SandboxLimits, uid: int | None, pipes: _Pipes) -> subprocess.Popen[bytes]:
+def _spawn(
+    machine: Machine, limits: SandboxLimits, uid: int | None, root: Root | None, pipes: _Pipes
+) -> subprocess.Popen[bytes]:
     rlimits = Rlimits(
         processes=limits.processes,
         file_kib=limits.disk_mb << 10,
@@ -258,12 +265,12 @@ def _spawn(machine: Machine, limits: SandboxLimits, uid: int | None, pipes: _Pip
         supervisor = passed(sealed_file(supervisor_program(rlimits).encode()))
         shell = passed(sealed_file(SHELL_PROGRAM.encode()))
         filter_fd = None if rules is None else passed(sealed_file(rules))
-        numbers = (pipes.commands.theirs, pipes.reports.theirs, supervisor, shell, info_reader)
+        numbers = (pipes.commands.theirs, pipes.reports.theirs, supervisor, shell, info_reader, pipes.shared.theirs)
         return subprocess.Popen(
             [
-                *outer_argv(machine, limits, uid, info_fd=pipes.info.theirs, filter_fd=filter_fd),
+                *outer_argv(machine, limits, uid, info_fd=pipes.info.theirs, filter_fd=filter_fd, root=root),
                 *("bash", "--norc", "--noprofile", "-c", program, "holder", *map(str, numbers)),
-                *inner_argv(machine, info_fd=inner_info),
+                *inner_argv(machine, info_fd=inner_info, root=root),
             ],
             stdin=pipes.requests.theirs,
             stdout=pipes.answers.theirs,
@@ -273,6 +280,16 @@ def _spawn(machine: Machine, limits: SandboxLimits, uid: int | None, pipes: _Pip
             cwd="/",
             start_new_session=True,
         )
+
+
+@contextlib.contextmanager
+def _emptied(shared: int) -> Iterator[None]:
+    """Give the memory of a shared file back at the end."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # closed meanwhile
+            os.ftruncate(shared, 0)
 
 
 def _archive(files: Mapping[str, SandboxFile]) -> bytes:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
 import subprocess
+import threading
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 
+from backtalk.errors import BacktalkError, SandboxUnavailable
 from backtalk.sandboxes.cgroup import CgroupParents, find_parents
 
 # As root every sandbox runs under a host uid of its own: above those that containers and people are given.
 _FIRST_UID = 1_900_000_000
 _UID_COUNT = 100_000
+_TRIAL_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +48,34 @@ def probe(*, use_cgroups: bool = True) -> Machine:
         cgroups=find_parents() if use_cgroups else CgroupParents(0),
         blocked_by=_blocked_by(),
     )
+
+
+def tried(start: Callable[[], Coroutine[None, None, None]]) -> None:
+    """Run a trial start. In a thread, for the caller may be inside an event loop.
+
+    Raises:
+        SandboxUnavailable: it failed; the message is what went wrong.
+    """
+    failures: list[BaseException] = []
+
+    async def within_time() -> None:
+        async with asyncio.timeout(_TRIAL_TIMEOUT_S):
+            await start()
+
+    def run() -> None:
+        try:
+            asyncio.run(within_time())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="sandbox-trial")
+    thread.start()
+    thread.join()
+    match failures:
+        case [BacktalkError() | OSError() as error]:  # a time-out is an OSError
+            raise SandboxUnavailable(str(error) or "no answer in time") from error
+        case [error]:
+            raise error
 
 
 def advice(machine: Machine) -> str:

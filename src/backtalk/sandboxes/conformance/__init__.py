@@ -49,7 +49,8 @@ async def conformance(backend: SandboxBackend, *, only: Collection[str] | None =
     """Run every check on `backend`, or those named in `only`, each in a sandbox of its own. In the order of `CHECKS`.
 
     Takes about half a minute. A check that cannot be tried here (no python3 inside, say) is NOT_APPLICABLE with the
-    reason; a sandbox that breaks, hangs or cannot be opened is FAILED. Nothing is raised for what a backend does.
+    reason; a sandbox that breaks, hangs or cannot be opened is FAILED, or CANNOT where its own report names the check.
+    Nothing is raised for what a backend does.
 
     Raises:
         ConfigError: a name in `only` that is no check.
@@ -78,6 +79,8 @@ async def _result(check: Check, backend: SandboxBackend) -> CheckResult:
         return CheckResult(check, Outcome.NOT_APPLICABLE, reason)
     began = time.perf_counter()
     outcome, reason = await _tried(check, backend)
+    if outcome is Outcome.FAILED and check.name in backend.report.cannot:
+        outcome, reason = Outcome.CANNOT, f"{backend.report.cannot[check.name]} ({reason})"
     return CheckResult(check, outcome, reason, time.perf_counter() - began)
 
 

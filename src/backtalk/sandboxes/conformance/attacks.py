@@ -53,16 +53,15 @@ async def _fails(box: Box, *commands: str) -> None:
 async def core_pattern(box: Box) -> None:
     """The program that the kernel runs as root for every crash cannot be set."""
     expect(await box.code("exec 9>>/proc/sys/kernel/core_pattern") != 0, "core_pattern opened for writing")
-    expect(await box.code("[[ -w /proc/sys/kernel/core_pattern ]]") != 0, "core_pattern may be written")
 
 
 async def kernel_settings(box: Box) -> None:
     """No kernel setting and no request to the kernel can be written: /proc/sys, /sys, sysrq."""
-    same(await box.out("find /proc/sys /sys -writable 2>/dev/null | head -n 3"), "")
+    opened = "[[ -f $f ]] && { : >>$f; } 2>/dev/null && echo $f"  # access(2) alone may be told anything
+    writable = "find /proc/sys /sys -writable 2>/dev/null"
+    same(await box.out(f"{writable} | while read -r f; do {opened}; done | head -n 3"), "")
     special = "/proc/sysrq-trigger /proc/sys/kernel/modprobe /proc/sys/kernel/hostname /proc/sys/vm/drop_caches"
-    same(
-        await box.out(f"for f in {special} /proc/irq/*/smp_affinity /proc/acpi/*; do [[ -w $f ]] && echo $f; done"), ""
-    )
+    same(await box.out(f"for f in {special} /proc/irq/*/smp_affinity /proc/acpi/*; do {opened}; done"), "")
 
 
 async def control_groups(box: Box) -> None:
@@ -192,6 +191,8 @@ if platform.machine() != 'x86_64': print('unknown machine')
 elif libc.syscall(0x40000000 + 39) != -1: print('x32')
 """
     said = await box.python(program)
+    if "Bad system call" in said:
+        return  # it was killed for it
     if "unknown machine" in said:
         raise NotApplicable("x86_64 alone has such calls")
     same(said, "")
@@ -220,10 +221,9 @@ async def raised_limits(box: Box) -> None:
 
 async def programs_of_the_machine(box: Box) -> None:
     """The programs and libraries that this machine runs cannot be written."""
-    same(
-        await box.out("for p in /usr/bin /bin /sbin /lib /usr/lib /usr/local/bin; do [[ -w $p ]] && echo $p; done"), ""
-    )
-    await _fails(box, "touch /usr/bin/backtalk-conformance", "truncate -s +0 /usr/bin/env /bin/bash")
+    for folder in ("/usr/bin", "/bin", "/sbin", "/lib", "/usr/lib", "/usr/local/bin"):
+        await _fails(box, f"touch {folder}/backtalk-conformance")
+    await _fails(box, "truncate -s +0 /usr/bin/env", "truncate -s +0 /bin/bash")
 
 
 async def secrets_in_the_environment(box: Box) -> None:

@@ -90,10 +90,12 @@ class Check:
 
 
 class Outcome(StrEnum):
-    """PASSED it was shown; FAILED it was tried, and not so; NOT_APPLICABLE it could not be tried."""
+    """PASSED it was shown; FAILED it was tried, and not so; CANNOT not so, and the backend's own report says it;
+    NOT_APPLICABLE it could not be tried."""
 
     PASSED = "passed"
     FAILED = "failed"
+    CANNOT = "cannot"
     NOT_APPLICABLE = "not applicable"
 
 

@@ -60,7 +60,7 @@ async def abstract_sockets(box: Box) -> None:
         server.bind(name)
         server.listen()
         program = f"import socket\ntry: socket.socket(socket.AF_UNIX).connect({name!r}); print('reached')\n{_ERRNO}"
-        same(await box.python(program), "111\n")
+        expect((said := await box.python(program)) in ("111\n", "1\n", "13\n"), f"it was not refused: {said}")
 
 
 async def raw_sockets(box: Box) -> None:
@@ -78,7 +78,8 @@ async def interfaces_cannot_be_changed(box: Box) -> None:
     """An interface cannot be brought up or down or given another size: not even to what it already is."""
     program = """
 import fcntl, socket
-s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+try: s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+except PermissionError: raise SystemExit  # no socket, no way to it
 for read, write in ((0x8913, 0x8914), (0x8921, 0x8922)):
     now = fcntl.ioctl(s, read, b'lo'.ljust(40, b'\\0'))
     try: fcntl.ioctl(s, write, now); print(hex(write))

@@ -99,9 +99,8 @@ async def signal_to_the_trainer(box: Box) -> None:
     numbers = " ".join(map(str, {os.getpid(), os.getppid()}))
     said = await box.out(f"for p in {numbers}; do kill -0 $p && readlink /proc/$p/exe; done 2>/dev/null")
     expect(os.readlink("/proc/self/exe") not in said, "the trainer can be signalled")
-    same(
-        await box.out("kill -0 -1 2>/dev/null && ls /proc | grep -c '^[0-9]'"), "", "more than its own can be signalled"
-    )
+    counted = await box.out("kill -0 -1 2>/dev/null && ls /proc | grep -c '^[0-9]'")
+    expect(int(counted or "0") <= 4, "more than its own can be signalled")  # its own: at most two shells, ls and grep
 
 
 async def out_of_sight(box: Box) -> None:
