@@ -11,6 +11,7 @@ from rich.console import Console
 from backtalk import doctor
 from backtalk.doctor import GIB, Finding, State, examine, print_findings
 from backtalk.errors import SandboxUnavailable
+from backtalk.sandboxes import BackendReport
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,23 @@ def test_no_safe_sandbox_is_missing_and_says_what_to_install(monkeypatch: pytest
     (finding,) = doctor._sandbox()
     assert finding.state is State.MISSING
     assert finding.fix is not None and "apt-get install bubblewrap" in finding.fix
+
+
+def test_a_fallback_is_a_note_with_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Fallback:
+        report = BackendReport("sandlock", warnings=("because",), cannot={"disk": "no limit"})
+
+    async def works(backend: object) -> None:
+        pass
+
+    monkeypatch.setattr("backtalk.sandboxes.local_sandbox", lambda choice: Fallback())
+    monkeypatch.setattr(doctor, "_try_sandbox", works)
+    first, *rest = doctor._sandbox()
+    assert first.state is State.NOTE and "bubblewrap, sandlock; else none" in first.text
+    assert [(finding.state, finding.text) for finding in rest] == [
+        (State.NOTE, "because"),
+        (State.NOTE, "cannot disk: no limit"),
+    ]
 
 
 def test_printing_names_what_stops_a_run() -> None:

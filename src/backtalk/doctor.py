@@ -28,6 +28,7 @@ from backtalk.sandboxes.base import SandboxBackend, SandboxLimits
 # What the extras bring: the import name of the package, and what it is good for.
 EXTRAS: dict[str, tuple[str, str]] = {
     "lora": ("peft", "adapters instead of all weights: engine.lora_rank"),
+    "sandlock": ("sandlock", "a sandbox where bubblewrap cannot start: Landlock, Linux 6.12"),
     "track": ("trackio", "metrics in a local dashboard: --track trackio"),
     "wandb": ("wandb", "metrics on Weights & Biases: --track wandb"),
     "tensorboard": ("tensorboard", "metrics in event files: --track tensorboard"),
@@ -191,12 +192,19 @@ def _sandbox() -> Iterator[Finding]:
         yield Finding("Sandbox", State.MISSING, "none that is safe works here", str(error))
         return
     report = backend.report
-    yield Finding("Sandbox", State.OK, f"{report.name}; a command ran in it")
+    first = report.name == "bubblewrap"
+    yield Finding(
+        "Sandbox",
+        State.OK if first else State.NOTE,
+        f"{report.name}; a command ran in it (the first that works of: bubblewrap, sandlock; else none)",
+    )
     for title, held in (("isolated", report.isolation), ("limited", report.limits)):
         for name, how in held.items():
             yield Finding("", State.OK, f"{title} {name}: {how}")
     for warning in report.warnings:
         yield Finding("", State.NOTE, warning)
+    for check, reason in report.cannot.items():
+        yield Finding("", State.NOTE, f"cannot {check}: {reason}")
 
 
 async def _try_sandbox(backend: SandboxBackend) -> None:
@@ -242,7 +250,8 @@ def print_conformance(console: Console) -> int:
 
     backend = local_sandbox()
     results = asyncio.run(conformance(backend))
-    styles = {Outcome.PASSED: "green", Outcome.FAILED: "bold red", Outcome.NOT_APPLICABLE: "dim"}
+    styles = {Outcome.PASSED: "green", Outcome.FAILED: "bold red", Outcome.CANNOT: "yellow"}
+    styles |= {Outcome.NOT_APPLICABLE: "dim"}
     for result in results:
         line = Text(f"{result.outcome.value:<16}", style=styles[result.outcome])
         line += Text(f"{result.check.category.value:<11}{result.check.name:<32}{result.check.shows}", style="default")

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from harbor.environments.base import BaseEnvironment, ExecResult  # pyright: ignore[reportMissingImports]
 from harbor.environments.capabilities import (  # pyright: ignore[reportMissingImports]
@@ -26,7 +26,7 @@ from backtalk.envs.base import Task
 from backtalk.envs.dockerfile import World, read_dockerfile
 from backtalk.envs.terminal import HOME, start_world
 from backtalk.errors import SandboxError, SandboxUnavailable, TaskError
-from backtalk.sandboxes import Sandbox, SandboxBackend, SandboxFile, SandboxLimits, local_sandbox
+from backtalk.sandboxes import Sandbox, SandboxBackend, SandboxChoice, SandboxFile, SandboxLimits, local_sandbox
 
 MEMORY_MB = 2048  # where a task says none
 DISK_MB = 1024  # the same; it is memory, so what is not used is not taken
@@ -59,7 +59,7 @@ class BacktalkEnvironment(BaseEnvironment):
     def __init__(
         self,
         *args: Any,
-        sandbox: Literal["auto", "bubblewrap", "unsafe"] = "auto",
+        sandbox: SandboxChoice = "auto",
         host_packages: bool = False,
         offline: bool = False,
         processes: int = PROCESSES,

@@ -20,18 +20,17 @@ import itertools
 import os
 import posixpath
 import shlex
-import threading
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from types import MappingProxyType
 
-from backtalk.errors import BacktalkError, ConfigError, SandboxError, SandboxUnavailable
+from backtalk.errors import ConfigError, SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, SandboxLimits
 from backtalk.sandboxes.cgroup import watch
 from backtalk.sandboxes.holder import Holder
 from backtalk.sandboxes.layers import has_disable_userns, has_size
-from backtalk.sandboxes.probe import Machine, advice, probe
+from backtalk.sandboxes.probe import Machine, advice, probe, tried
 from backtalk.sandboxes.rootfs import open_root
 from backtalk.sandboxes.rootfs_base import Root
 from backtalk.sandboxes.seccomp import seccomp_program
@@ -39,9 +38,13 @@ from backtalk.sandboxes.shell import Session
 
 _NO_ENV: Mapping[str, str] = MappingProxyType({})
 _MIN_VERSION = (0, 5)
-_TRIAL_TIMEOUT_S = 30.0
 _ENTER_TIMEOUT_S = 20.0
 _TRIAL_COPY_MB = 4096
+
+_CANNOT_WITHOUT_CGROUPS = {
+    "memory_of_all_processes": "no writable memory cgroup: rlimits hold for each process alone",
+    "number_of_files": "no writable memory cgroup: the kernel's memory for empty files is not counted",
+}
 
 
 class BubblewrapSandbox:
@@ -203,27 +206,18 @@ class BubblewrapBackend:
             return str(error.__cause__)
 
     def _trial(self) -> None:
-        """Start one for real. In a thread, for the caller may be inside an event loop."""
-        failures: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                asyncio.run(self._try_one())
-            except (BacktalkError, OSError, TimeoutError) as error:
-                failures.append(error)
-
-        thread = threading.Thread(target=run, name="sandbox-trial")
-        thread.start()
-        thread.join()
-        if failures:
+        """Start one for real."""
+        try:
+            tried(self._try_one)
+        except SandboxUnavailable as error:
             raise SandboxUnavailable(
-                f"bubblewrap is installed but does not work here ({failures[0]}); {advice(self._machine)}"
-            ) from failures[0]
+                f"bubblewrap is installed but does not work here ({error}); {advice(self._machine)}"
+            ) from error.__cause__
 
     async def _try_one(self) -> None:
         is_copy = self._root is not None and self._root.how == "copy"
         limits = SandboxLimits(disk_mb=_TRIAL_COPY_MB) if is_copy else SandboxLimits()
-        async with asyncio.timeout(_TRIAL_TIMEOUT_S), self.open(limits) as sandbox:
+        async with self.open(limits) as sandbox:
             result = await sandbox.exec("[[ ! -w /proc/sys/kernel/core_pattern ]] && echo fine", timeout_s=10)
             if result.output != "fine\n":
                 raise SandboxError(f"a trial command answered {result.output!r}, exit code {result.exit_code}")
@@ -276,4 +270,5 @@ def _report(machine: Machine, root: Root | None, why_copied: str | None) -> Back
             "output": "cut while reading",
         },
         warnings=tuple(warnings),
+        cannot={} if machine.cgroups.memory else _CANNOT_WITHOUT_CGROUPS,
     )
