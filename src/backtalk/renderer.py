@@ -34,6 +34,7 @@ from backtalk.tool_formats import (
     how_many,
     open_syntax,
     parse_reply,
+    refuse_control_tokens,
     tag_tokens,
     tool_schemas,
     write_reply,
@@ -68,10 +69,12 @@ class RendererConfig:
     thinking: Literal["off", "keep", "strip"] = "off"
     on_drift: Literal["stop", "fork"] = "stop"
     max_calls_per_turn: int = 1
+    which_calls: Literal["first", "last"] = "first"  # of a reply that holds more
     format_warnings: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in (("thinking", ("off", "keep", "strip")), ("on_drift", ("stop", "fork"))):
+        known = {"thinking": ("off", "keep", "strip"), "on_drift": ("stop", "fork"), "which_calls": ("first", "last")}
+        for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not known; use one of {', '.join(choices)}")
         if self.max_calls_per_turn < 1:
@@ -105,6 +108,7 @@ class Renderer:
         self._for_tools = lru_cache(64)(lambda told: Renderer(tokenizer, told, config, template_options))
         self.encoder = encoder_of(tokenizer)
         self._scan = lru_cache(4096)(self.encoder.scan)
+        refuse_control_tokens(self.tools, self.encoder.control_ids)
         source = self._template_source()
         self.tool_format = config.tool_format or detect_format(source, self.encoder.control_ids, self.tools)
         self._syntax = open_syntax(self.tool_format, self.tools, self.encoder.control_ids)
@@ -226,6 +230,7 @@ class Renderer:
             self.tools,
             Reply(text, stopped, self._thinking, marks),
             max_calls=self.config.max_calls_per_turn,
+            which=self.config.which_calls,
             thinking=self.config.thinking != "off",
             tell_warnings=self.config.format_warnings,
         )

@@ -175,9 +175,9 @@ def has_disable_userns(machine: Machine) -> bool:
 
 def _inner_bwrap(machine: Machine) -> str:
     assert machine.bwrap is not None
-    return (
-        machine.bwrap if machine.bwrap.startswith(("/usr/", "/bin/")) else "/.bwrap"
-    )  # a mount directly under /: no folder above it could be moved away
+    if machine.bwrap.startswith(("/usr/", "/bin/")):
+        return machine.bwrap
+    return "/.bwrap"  # a mount directly under /: there is no folder above it that could be moved away
 
 
 def _tools_of(root: Root) -> list[str]:

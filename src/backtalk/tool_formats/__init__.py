@@ -5,7 +5,7 @@ from __future__ import annotations
 from backtalk.tool_formats.base import CALL_CLOSE, CALL_OPEN, THINK_CLOSE, THINK_OPEN, Mark, Reply, Syntax, ToolFormat
 from backtalk.tool_formats.choose import detect_format, open_syntax, tag_tokens
 from backtalk.tool_formats.reply import how_many, parse_reply, write_reply
-from backtalk.tool_formats.schemas import tool_schemas
+from backtalk.tool_formats.schemas import refuse_control_tokens, tool_schemas
 
 __all__ = [
     "CALL_CLOSE",
@@ -20,6 +20,7 @@ __all__ = [
     "how_many",
     "open_syntax",
     "parse_reply",
+    "refuse_control_tokens",
     "tag_tokens",
     "tool_schemas",
     "write_reply",

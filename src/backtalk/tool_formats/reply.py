@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 from backtalk.envs.base import ParsedAction, ToolCall, ToolSpec
 from backtalk.errors import RenderError
@@ -17,16 +18,21 @@ def parse_reply(
     reply: Reply,
     *,
     max_calls: int = 1,
+    which: Literal["first", "last"] = "first",
     thinking: bool = False,
     tell_warnings: bool = False,
 ) -> ParsedAction:
-    """The calls to run, at most ``max_calls``, and what the policy is told.
+    """The calls to run, at most ``max_calls`` from one end of the reply, and what the policy is told.
 
-    A call that cannot be read or does not fit its tool ends the list: what comes after may rest on it.
-    ``thinking`` says that a reply has to think first; ``tell_warnings``, that the policy hears of format warnings.
+    A call that cannot be read or does not fit its tool ends the list: what comes after may rest on it. So where the
+    last ones count, none is run if one cannot be read. ``thinking`` says that a reply has to think first;
+    ``tell_warnings``, that the policy hears of format warnings.
     """
     reading = syntax.read(reply)
-    problem, calls = reading.problem, reading.calls
+    problem, skipped = reading.problem, 0
+    if which == "last":
+        skipped = len(reading.calls) if problem else max(0, len(reading.calls) - max_calls)
+    calls = reading.calls[skipped:]
     for number, call in enumerate(calls[:max_calls]):
         wrong = what_is_wrong(call, tools)
         if wrong:
@@ -35,11 +41,14 @@ def parse_reply(
     if thinking and not reading.thought and calls:
         reading.warn(f"no {THINK_OPEN}...{THINK_CLOSE} before the call")
     always: list[str] = []
+    if skipped:
+        last = "the last call was" if max_calls == 1 else f"the last {max_calls} calls were"
+        always.append(f"only {last} run; write {how_many(max_calls)} in each reply")
     if len(calls) > max_calls or (calls and problem and len(calls) == max_calls):
         first = "the first call was" if max_calls == 1 else f"the first {max_calls} calls were"
         always.append(f"only {first} run; write {how_many(max_calls)} in each reply")
     elif calls and problem:
-        always.append(f"what follows call {len(calls)} was not run: {problem}")
+        always.append(f"what follows call {skipped + len(calls)} was not run: {problem}")
     if not calls:
         return ParsedAction(reply.text, (), f"[{problem}]")
     warnings = [*always, *reading.warnings]

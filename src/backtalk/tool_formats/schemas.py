@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from backtalk.envs.base import ToolSpec
+from backtalk.errors import ConfigError
 from backtalk.tool_formats.base import Syntax
 from backtalk.tool_formats.values import example
 
 _SOME_TOOL = ToolSpec("tool", "", {"properties": {"argument": {"type": "string"}}})
+
+
+def refuse_control_tokens(tools: Sequence[ToolSpec], controls: Iterable[str]) -> None:
+    """Chat templates write tools down as they are, so a server's description could end a turn.
+
+    Raises:
+        ConfigError: a name, a description or a schema holds the spelling of a control token.
+    """
+    for tool in tools:
+        said = json.dumps([tool.name, tool.description, dict(tool.parameters)], ensure_ascii=False)
+        for token in controls:
+            if token in said:
+                raise ConfigError(f"tool {tool.name!r} holds {token!r}, a control token of this model; reword the tool")
 
 
 def tool_schemas(tools: Sequence[ToolSpec]) -> list[dict[str, object]]:

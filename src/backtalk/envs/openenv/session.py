@@ -1,0 +1,238 @@
+"""One session at an OpenEnv server: one WebSocket, which is one environment of its own there.
+
+OpenEnv's own client opens a new socket where the old one has died, and the next step then lands in a fresh
+environment that nobody has reset. Here a session that has died stays dead, and says where it died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from ipaddress import ip_address
+from typing import Any
+from urllib.parse import urlsplit
+
+from backtalk.errors import ConfigError, InfrastructureError
+
+PROTOCOL = "OpenEnv's WebSocket protocol, as in openenv 0.10 and openenv-core 0.3"
+MAX_MESSAGE_BYTES = 100 * 2**20  # of one answer, as in OpenEnv's own client
+CONNECT_TIMEOUT_S = 10.0
+STEP_TIMEOUT_S = 60.0
+
+
+class OpenEnvError(InfrastructureError):
+    """An OpenEnv server died, stalled, or answered what the protocol does not know."""
+
+
+class OpenEnvRefusal(OpenEnvError):
+    """The server answered with an error of the protocol and lives on. ``code`` is one of OpenEnv's WSErrorCode."""
+
+    def __init__(self, message: str, code: str, data: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.code, self.data = code, data
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a reset or a step gave. ``reward`` is None where the environment gave none."""
+
+    observation: Mapping[str, Any]
+    reward: float | None
+    done: bool
+
+
+class OpenEnvSession:
+    """An environment at a server, from reset to close; made by :func:`connect`, for one task at a time.
+
+    Raises:
+        OpenEnvRefusal: from any method, when the server answers with an error. The session can go on.
+        OpenEnvError: from any method, when the server died, gave no answer in time, or answered nonsense. The session
+            is over: every later call raises too, as a late answer would be taken for that of another call.
+    """
+
+    def __init__(self, socket: Any, url: str, step_timeout_s: float) -> None:
+        self._socket, self.url, self._timeout_s = socket, url, step_timeout_s
+        self._over: str | None = None
+
+    async def reset(self, **arguments: Any) -> Result:
+        """Begin an episode; ``arguments`` are what the environment's reset takes, ``seed`` for example."""
+        return self._result(await self._ask("reset", arguments))
+
+    async def step(self, action: Mapping[str, Any]) -> Result:
+        """Take one action, in the fields of the environment's action schema."""
+        return self._result(await self._ask("step", action))
+
+    async def call_tool(self, name: str, arguments: Mapping[str, Any]) -> Result:
+        """A step that calls a tool of an MCP environment; the observation is as the server has it."""
+        return await self.step({"type": "call_tool", "tool_name": name, "arguments": dict(arguments)})
+
+    async def list_tools(self) -> list[dict[str, Any]]:
+        """The tools of an MCP environment: name, description, input_schema."""
+        observation = (await self.step({"type": "list_tools"})).observation
+        tools = observation.get("tools")
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) and "name" in tool for tool in tools):
+            raise self._nonsense(f"to list_tools {_excerpt(observation)}, which holds no list of tools with names")
+        return tools
+
+    async def state(self) -> dict[str, Any]:
+        """The environment's own state: episode_id, step_count and whatever it adds."""
+        return await self._ask("state", None)
+
+    async def close(self) -> None:
+        """Give the environment back. A connection that is broken already is no error here."""
+        alive, self._over = self._over is None, self._over or "it was closed"
+        try:
+            if alive:
+                with suppress(_closed(), OSError):
+                    await self._socket.send('{"type": "close"}')
+                    await self._socket.close()
+        finally:
+            self._socket.transport.abort()
+
+    async def _ask(self, kind: str, data: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Send one message and read its answer's data."""
+        if self._over is not None:
+            raise OpenEnvError(f"the session at {self.url} is over: {self._over}; open another one")
+        message = json.dumps({"type": kind} if data is None else {"type": kind, "data": data})
+        self._over = f"its {kind} was broken off"  # holds if this is cancelled: the answer may come yet
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                with suppress(_closed()):  # a server that refuses a session says why, and closes
+                    await self._socket.send(message)
+                raw = await self._socket.recv()
+        except TimeoutError:
+            raise self._fail(
+                f"gave no answer to a {kind} within {self._timeout_s:g} s; give it more (step_timeout_s) or see its log"
+            ) from None
+        except (_closed(), OSError) as error:
+            raise self._fail(f"closed the connection during a {kind} ({error}); its own log says why") from error
+        answer = self._read(raw, kind)
+        self._over = None
+        if answer["type"] == "error":
+            raise self._refusal(kind, answer["data"])
+        return answer["data"]
+
+    def _read(self, raw: str | bytes, kind: str) -> dict[str, Any]:
+        try:
+            answer = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise self._nonsense(f"to a {kind} what is not JSON ({error}): {_excerpt(raw)}") from error
+        expected = "state" if kind == "state" else "observation"
+        if (
+            not isinstance(answer, dict)
+            or answer.get("type") not in (expected, "error")
+            or not isinstance(answer.get("data"), dict)
+        ):
+            raise self._nonsense(f"to a {kind} {_excerpt(answer)}, where type {expected!r} and an object data belong")
+        return answer
+
+    def _result(self, data: Mapping[str, Any]) -> Result:
+        observation, reward, done = data.get("observation"), data.get("reward"), data.get("done", False)
+        if not isinstance(observation, dict):
+            raise self._nonsense(f"{_excerpt(data)}, which has no observation")
+        if reward is not None and not _is_finite(reward):
+            raise self._nonsense(f"reward={_excerpt(reward)}, which is no finite number; null says that there is none")
+        if not isinstance(done, bool):
+            raise self._nonsense(f"done={_excerpt(done)}, which is neither true nor false")
+        return Result(observation, None if reward is None else float(reward), done)
+
+    def _refusal(self, kind: str, data: Mapping[str, Any]) -> OpenEnvRefusal:
+        code, message = str(data.get("code", "UNKNOWN")), data.get("message", "no message")
+        return OpenEnvRefusal(
+            f"the server at {self.url} answered a {kind} with the error {code}: {message}", code, data
+        )
+
+    def _nonsense(self, what: str) -> OpenEnvError:
+        return self._fail(f"answered {what}; spoken here is {PROTOCOL}")
+
+    def _fail(self, what: str) -> OpenEnvError:
+        self._over = what
+        return OpenEnvError(f"the server at {self.url} {what}")
+
+
+async def connect(
+    url: str,
+    *,
+    step_timeout_s: float = STEP_TIMEOUT_S,
+    connect_timeout_s: float = CONNECT_TIMEOUT_S,
+    headers: Mapping[str, str] | None = None,
+) -> OpenEnvSession:
+    """A session at the server at ``url`` (http, https, ws or wss). ``$NAME`` in a header is the variable of that name.
+
+    Raises:
+        OpenEnvError: nobody answers there, or somebody who does not speak this protocol.
+        ConfigError: the package that it takes is not there, or the address is none.
+    """
+    try:
+        from websockets.asyncio.client import connect as open_socket
+        from websockets.exceptions import InvalidHandshake, InvalidStatus
+    except ImportError as error:
+        raise ConfigError(missing("websockets")) from error
+    local = is_loopback(url)
+    try:
+        socket = await open_socket(
+            f"{websocket_url(url)}/ws",
+            open_timeout=connect_timeout_s,
+            close_timeout=1.0,
+            max_size=MAX_MESSAGE_BYTES,
+            compression=None if local else "deflate",
+            proxy=None if local else True,
+            ping_timeout=None,  # pings keep a line open; how long an answer may take is step_timeout_s
+            additional_headers={name: os.path.expandvars(value) for name, value in (headers or {}).items()},
+        )
+    except InvalidStatus as error:
+        raise OpenEnvError(
+            f"{url} answers, but opens no WebSocket at /ws (HTTP {error.response.status_code}). A server of "
+            f"an early openenv-core has none, and a private one wants headers; spoken here is {PROTOCOL}"
+        ) from error
+    except (OSError, TimeoutError, InvalidHandshake) as error:
+        raise OpenEnvError(f"no OpenEnv server answers at {url} ({error or type(error).__name__})") from error
+    return OpenEnvSession(socket, url, step_timeout_s)
+
+
+def websocket_url(url: str) -> str:
+    """ws for http and wss for https, without a slash at the end."""
+    scheme, _, rest = url.partition("://")
+    known = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
+    if scheme not in known or not rest:
+        raise ConfigError(f"{url!r} is no address of a server; write one such as http://127.0.0.1:8000")
+    return f"{known[scheme]}://{rest.rstrip('/')}"
+
+
+def is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def missing(package: str) -> str:
+    return f"OpenEnv environments need the package {package}, which is not installed; pip install 'backtalk[openenv]'"
+
+
+@cache
+def _closed() -> type[Exception]:
+    """What a socket raises that was closed; websockets is imported where a session is made, not before."""
+    from websockets.exceptions import ConnectionClosed
+
+    return ConnectionClosed
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
+
+
+def _excerpt(value: Any, width: int = 200) -> str:
+    value = value[: 2 * width] if isinstance(value, str | bytes) else value
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= width else f"{text[:width]}..."

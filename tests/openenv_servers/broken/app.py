@@ -1,0 +1,3 @@
+"""A server that ends at its start."""
+
+raise RuntimeError("no licence found")
