@@ -27,11 +27,12 @@ LINES: tuple[frozenset[str], ...] = (
     frozenset({"encoding", "chat_template"}),
     frozenset({"dialogue"}),
     frozenset({"renderer", "sampler", "advantages", "runlog"}),
-    frozenset({"record", "importers", "objective_config"}),
-    frozenset({"rollout", "selection", "losses"}),
-    frozenset({"samples"}),
+    frozenset({"record", "importers", "exporters", "objective_config"}),
+    frozenset({"attempt"}),
+    frozenset({"rollout", "selection", "losses", "episodes"}),
+    frozenset({"samples", "capture"}),
     frozenset({"objective"}),
-    frozenset({"engines", "hosts", "harbor"}),
+    frozenset({"engines", "hosts", "harbor", "account"}),
     frozenset({"config"}),
     frozenset({"evaluate"}),
     frozenset({"train"}),
@@ -43,7 +44,7 @@ LINES: tuple[frozenset[str], ...] = (
 )
 WORLD_TOWER = (
     *("sandboxes", "envs", "tool_formats", "encoding", "chat_template", "dialogue", "renderer", "sampler", "record"),
-    *("rollout", "runlog", "viewer", "importers", "rfc010"),
+    *("attempt", "rollout", "runlog", "viewer", "importers", "exporters", "episodes", "capture", "rfc010"),
 )
 MATHS_TOWER = ("advantages", "objective_config", "losses", "selection", "samples", "objective")
 NOT_MATHS = ("asyncio", "logging", "pathlib", "os", "io", "shutil", "tempfile", "subprocess", "pyarrow", "json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_what_follows_from_other_settings_is_filled_in() -> None:
         ("steps=1.5", "steps=1.5 is not a whole number"),
         ("steps=true", "steps=True is not a whole number"),
         ("engine.gradient_checkpointing=1", "is not true or false"),
-        ("sandbox=docker", "use one of auto, bubblewrap, unsafe"),
+        ("sandbox=docker", "use one of auto, bubblewrap, sandlock, unsafe"),
         ("rollout=3", "write its settings indented beneath it"),
         ("steps", "write key=value"),
         ("steps=-1", "use steps >= 0"),
@@ -76,6 +77,13 @@ def test_what_follows_from_other_settings_is_filled_in() -> None:
         ("tasks.levels=[]", "leaves no task to train on"),
         ("evaluation.samples_per_task=0", "samples_per_task >= 1"),
         ("rollout.max_turns=0", "max_turns=0"),
+        ("rollout.straggler_factor=0", "use a number >= 1, for example 3, or null for none"),
+        ("terminal.truncate=middle", "use one of both, head, tail"),
+        ("terminal.tools=[submit]", "use [bash, submit], or [bash]"),
+        ("terminal.tools=[bash]", "write one that says what ends the work"),
+        ("renderer.which_calls=best", "use one of first, last"),
+        ("objective.policy.max_staleness=-1", "use 0 or more"),
+        ("objective.policy.length_penalty.most=0", "use >= 0, >= 0 and > 0"),
         ("terminal.command_timeout_s=0", "command_timeout_s=0"),
         ("objective.policy_coeff=-1", "policy_coeff=-1"),
         ("engine.learning_rate=-1", "learning_rate=-1"),
@@ -125,6 +133,24 @@ def test_nan_is_no_number() -> None:
         load_config("triage", ["temperature=.nan"])
     with pytest.raises(ConfigError, match="command_timeout_s='nan' is not a number"):
         load_config("triage", ["terminal.command_timeout_s=nan"])
+
+
+def test_echo_rl_and_dapo_penalties_of_length_can_be_written() -> None:
+    echo_rl = ["objective.policy.length_penalty={per_1000_tokens: 0.01, free_tokens: 20000, most: .inf}"]
+    dapo = {"objective.policy.length_penalty": {"per_1000_tokens": 0.25, "free_tokens": 16384}}
+    for overrides in (echo_rl, dapo):
+        config = load_config("triage", overrides)
+        assert config.objective.policy.length_penalty.free_tokens in (20000, 16384)
+        assert config_from_dict(config_to_dict(config)) == config
+
+
+def test_every_setting_that_the_table_of_rollouts_names_is_one() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "rollouts.md").read_text()
+    known = {key.rsplit(".", n)[0] for key in setting_keys() for n in range(3)}  # groups of settings too
+    answers = [line.split("|")[2] for line in text[text.index("## echo-rl") :].splitlines() if line.startswith("| `")]
+    names = [name for answer in answers for name in re.findall(r"`((?:[a-z]+\.)+[a-z_0-9]+)`", answer)]
+    assert len(answers) > 70 and len(names) > 30
+    assert [name for name in names if name not in known] == []
 
 
 def test_a_coefficient_may_be_a_schedule() -> None:

@@ -37,7 +37,6 @@ def test_the_smallest_task(tmp_path: Path) -> None:
         id="count-lines",
         instruction="Do it.\n",
         tests={"test.sh": SandboxFile(TEST_SH.encode())},
-        agent_timeout_s=600.0,
         verifier_timeout_s=600.0,
     )
 

@@ -5,25 +5,30 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import pytest
 
+from backtalk import attempt as attempt_module
+from backtalk import rollout as rollout_module
+from backtalk.attempt import Deadline
 from backtalk.envs.base import Env, Message, Part, Step, Task, ToolCall, ToolSpec
 from backtalk.errors import ConfigError, SamplerError, SandboxError, VerifierError
 from backtalk.renderer import Renderer, RendererConfig
-from backtalk.rollout import RolloutLimits, run_group, run_groups, run_rollout
+from backtalk.rollout import RolloutLimits, Stragglers, at_once, backoff_s, run_group, run_groups, run_rollout
 from backtalk.sampler import Completion, SamplerSession, ScriptedSampler
+from backtalk.sandboxes.base import SandboxLimits
+from backtalk.sandboxes.capacity import how_many
 from backtalk.trajectory import StopReason, TokenRole, Trajectory, TrajectoryGroup
 from tiny import tiny_tokenizer
 
 CONTEXT, TEMPLATE, ACTION, ENV, WARNING = TokenRole
 ONE_TEXT = {"type": "object", "properties": {"text": {"type": "string"}}}
 TOOLS = (ToolSpec("bash", "Run", ONE_TEXT), ToolSpec("submit", "Answer", ONE_TEXT))
-LIMITS = RolloutLimits(max_turns=4, max_tokens=2000, rollout_timeout_s=20)
+LIMITS = RolloutLimits(max_turns=4, max_tokens=2000, rollout_timeout_s=20, max_retries=0)
 TASK = Task(id="t", instruction="Say it back")
 SECONDS = ("reset_seconds", "sample_seconds", "env_seconds", "score_seconds")
 Hook = Callable[[str], object]
@@ -141,6 +146,7 @@ async def test_a_whole_attempt() -> None:
         "drifts": 0,
         "command_timeouts": 1,
         "truncated_observations": 0,
+        "retries": 0,
         "action_tokens": t.count(ACTION),
         "env_output_tokens": t.count(ENV),
     }
@@ -251,6 +257,18 @@ async def test_calls_that_are_left_out_are_told_in_front_of_the_observation() ->
     assert roles == [WARNING, ENV, WARNING]
     assert t.messages[2]["content"] == first + "one\n[exit code 1]"
     assert (t.stats["invalid_calls"], t.stats["unclean_turns"]) == (0, 1)
+
+
+async def test_the_last_call_may_be_the_one_that_is_run() -> None:
+    t = await attempt(Echo(), TWO, limits=RolloutLimits(max_turns=1), which_calls="last")
+    assert text_of(t, ENV) == ["two"]
+    assert text_of(t, WARNING)[0] == "[only the last call was run; write one call in each reply]\n"
+    world = Echo()
+    t = await attempt(world, "<bash>one</bash><bash>two", limits=RolloutLimits(max_turns=1), which_calls="last")
+    assert "step" not in world.events  # what was meant to be last cannot be read
+    assert t.stats["invalid_calls"] == 1
+    t = await attempt(Echo(), f"<bash>zero</bash>{TWO}", max_calls_per_turn=2, which_calls="last", limits=LIMITS)
+    assert text_of(t, ENV)[:2] == ["one", "two"]
 
 
 @pytest.mark.parametrize("told", [False, True])
@@ -412,16 +430,61 @@ async def test_a_bug_is_raised_and_the_world_closed(phase: str, bug: BaseExcepti
 # --- time ---
 
 
-@pytest.mark.parametrize("phase", ["open", "reset", "step"])
-async def test_the_deadline_covers_setting_up_and_keeps_what_was_said(phase: str) -> None:
-    turns = iter(range(9))
-    hook = hangs if phase != "step" else lambda _: asyncio.sleep(3600) if next(turns) else None
-    world = Echo({phase: hook})
-    t = await attempt(world, "<bash>hello</bash>", limits=RolloutLimits(rollout_timeout_s=0.2))
+@pytest.mark.parametrize("of_task", [False, True])
+@pytest.mark.parametrize("phase", ["open", "reset"])
+async def test_the_deadline_covers_setting_up(phase: str, of_task: bool) -> None:
+    world = Echo({phase: hangs})
+    task = replace(TASK, agent_timeout_s=0.2) if of_task else TASK
+    limits = RolloutLimits(rollout_timeout_s=3600 if of_task else 0.2)
+    policy = scripted("<bash>hello</bash>")
+    t = await run_rollout(task, world.open, policy, renderer(), limits, sample_index=0, key="k")
+    assert (t.stop_reason, t.reward, t.failure, t.segments) == (StopReason.DEADLINE, None, None, ())
+    assert world.events == (["open"] if phase == "open" else ["open", "reset", "close"])
+
+
+@pytest.mark.parametrize("phase", ["sample", "step"])
+async def test_the_deadline_keeps_what_was_said(phase: str) -> None:
+    deadline, turns = Deadline(3600), iter(range(9))
+
+    async def hang_in_the_third_turn() -> None:
+        if next(turns) == 2:
+            deadline.bring_forward(0)
+            await asyncio.sleep(3600)
+
+    world = Echo({"step": lambda _: hang_in_the_third_turn()} if phase == "step" else {})
+    policy = Watching(["<bash>hello</bash>"], [])
+    if phase == "sample":
+        policy.first = hang_in_the_third_turn
+    t = await run_rollout(TASK, world.open, policy, renderer(), LIMITS, sample_index=0, key="k", deadline=deadline)
     assert (t.stop_reason, t.reward, t.failure) == (StopReason.DEADLINE, None, None)
-    assert text_of(t, ENV) == (["hello"] if phase == "step" else [])
-    assert "score" not in world.events
-    assert world.events[-1] == ("open" if phase == "open" else "close")
+    assert t.num_turns == (2 if phase == "sample" else 3)
+    assert text_of(t, ENV) == ["hello", "hello"]
+    assert world.events == ["open", "reset", *["step"] * t.num_turns, "close"]
+
+
+async def test_a_world_that_does_not_let_itself_be_stopped_ends_at_its_next_turn() -> None:
+    async def stubborn() -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+
+    world = Echo({"step": lambda _: stubborn()})
+    t = await attempt(world, "<bash>hello</bash>", limits=RolloutLimits(rollout_timeout_s=0.1))
+    assert (t.stop_reason, t.reward, text_of(t, ENV)) == (StopReason.DEADLINE, None, ["hello"])
+
+
+@pytest.mark.parametrize("bug", [None, ZeroDivisionError("a bug")])
+async def test_a_world_that_does_not_close_is_left_behind(
+    bug: Exception | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(attempt_module, "CLOSE_TIMEOUT_S", 0.1)
+    world = Echo({"close": hangs} | ({"step": breaks(bug)} if bug else {}))
+    if bug is None:
+        t = await attempt(world, "<submit>1</submit>")
+        assert (t.stop_reason, t.reward, t.failure) == (StopReason.SUBMITTED, 1.0, None)
+    else:
+        with pytest.raises(ZeroDivisionError, match="a bug"):
+            await attempt(world, "<submit>1</submit>")
+    assert "a world did not close within 0.1 s" in caplog.text
 
 
 async def test_a_world_that_breaks_because_the_deadline_ended_it_is_at_its_deadline() -> None:
@@ -454,6 +517,88 @@ async def test_cancelling_closes_the_world_and_goes_on_up() -> None:
     assert world.events == ["open", "reset", "step", "close"]
 
 
+# --- worlds that break before anything was said ---
+
+
+class Unsteady(Echo):
+    """A world that breaks in its first ``times`` lives."""
+
+    def breaking(self, phase: str, times: int, error: Exception) -> Unsteady:
+        left = [error] * times
+        self.hooks[phase] = lambda _: breaks(left.pop())(phase) if left else None
+        return self
+
+
+@pytest.fixture
+def at_once_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retries do not wait."""
+    monkeypatch.setattr(rollout_module, "BACKOFF_S", 0.0)
+
+
+@pytest.mark.usefixtures("at_once_again")
+@pytest.mark.parametrize("phase", ["open", "reset"])
+async def test_a_world_that_broke_before_anything_was_said_is_made_again(phase: str) -> None:
+    world = Unsteady().breaking(phase, 2, SandboxError("not yet"))
+    t = await attempt(world, "<bash>a</bash>", "<submit>1</submit>", limits=RolloutLimits(max_retries=2))
+    assert (t.stop_reason, t.reward, t.failure) == (StopReason.SUBMITTED, 1.0, None)
+    assert t.stats["retries"] == 2
+    assert text_of(t, CONTEXT) == ["Say it back"]  # once: nothing of the lost worlds is in it
+    lost = ["open"] if phase == "open" else ["open", "reset", "close"]
+    assert world.events == [*lost * 2, "open", "reset", "step", "step", "score", "close"]
+
+
+@pytest.mark.usefixtures("at_once_again")
+async def test_a_sampler_that_failed_at_the_first_word_is_asked_again_with_the_same_key() -> None:
+    class Unready(Watching):
+        async def first(self) -> None:
+            if len(self.keys) == 1:
+                raise SamplerError("out of memory")
+
+    sampler = Unready(["<submit>1</submit>"], [])
+    t = await attempt(Echo(), sampler=sampler, limits=RolloutLimits(max_retries=1))
+    assert (t.reward, t.stats["retries"], sampler.keys) == (1.0, 1, ["k", "k"])
+
+
+@pytest.mark.usefixtures("at_once_again")
+async def test_a_world_that_stays_broken_is_given_up() -> None:
+    world = Unsteady().breaking("reset", 99, SandboxError("gone"))
+    t = await attempt(world, "<submit>1</submit>", limits=RolloutLimits(max_retries=3))
+    assert t.failure is not None and t.failure.message == "gone"
+    assert (t.stats["retries"], world.events.count("open")) == (3, 4)
+
+
+@pytest.mark.usefixtures("at_once_again")
+@pytest.mark.parametrize("phase", ["step", "score"])
+async def test_what_was_said_is_kept_and_not_tried_again(phase: str) -> None:
+    world = Unsteady().breaking(phase, 1, SandboxError("late") if phase == "step" else VerifierError("no number"))
+    t = await attempt(world, "<submit>1</submit>", limits=RolloutLimits(max_retries=5))
+    assert (t.stop_reason, t.num_turns, t.stats["retries"]) == (StopReason.FAILED, 1, 0)
+    assert world.events.count("open") == 1
+
+
+@pytest.mark.usefixtures("at_once_again")
+async def test_a_verifier_that_fails_is_not_tried_again_even_where_nothing_was_said() -> None:
+    world = Unsteady().breaking("score", 1, VerifierError("no number"))
+    t = await attempt(world, "<submit>1</submit>", limits=RolloutLimits(max_tokens=5, max_retries=5))
+    assert t.failure is not None and (t.num_turns, t.failure.where) == (0, "score")
+    assert world.events.count("open") == 1
+
+
+async def test_no_retry_waits_beyond_the_time_of_the_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_module, "BACKOFF_S", 4000.0)  # at least half of it
+    world = Unsteady().breaking("reset", 99, SandboxError("gone"))
+    t = await attempt(world, "<submit>1</submit>", limits=RolloutLimits(max_retries=99, rollout_timeout_s=1000))
+    assert t.failure is not None and t.failure.message == "gone"
+    assert world.events.count("open") == 1
+
+
+def test_waits_double_and_the_key_alone_shortens_them() -> None:
+    waits = [backoff_s("train/0/t/0", retry) for retry in range(4)]
+    assert waits == [backoff_s("train/0/t/0", retry) for retry in range(4)]
+    assert all(2**retry / 2 <= wait <= 2**retry for retry, wait in enumerate(waits))
+    assert len({backoff_s(f"train/0/t/{i}", 0) for i in range(64)}) == 64
+
+
 # --- order and history ---
 
 
@@ -465,6 +610,9 @@ class Watching(ScriptedSampler):
         self.asked: list[tuple[tuple[int, ...], int | None]] = []
         self.keys: list[str] = []
         self.events = events
+
+    async def first(self) -> None:
+        """Before it answers."""
 
     @asynccontextmanager
     async def session(self, key: str) -> AsyncIterator[SamplerSession]:  # type: ignore[override]
@@ -481,6 +629,7 @@ class WatchingSession:
     inner: SamplerSession
 
     async def sample(self, token_ids: Sequence[int], max_tokens: int | None = None) -> Completion:
+        await self.sampler.first()
         self.sampler.asked.append((tuple(token_ids), max_tokens))
         return await self.inner.sample(token_ids, max_tokens)
 
@@ -584,7 +733,72 @@ async def test_ctrl_c_closes_every_world() -> None:
     assert all(world.events == ["open", "reset", "step", "close"] for world in worlds)
 
 
+# --- the slowest of a step ---
+
+
+async def test_the_slowest_ends_when_most_are_done() -> None:
+    worlds = [Echo({"step": hangs} if i == 4 else {}) for i in range(10)]
+    unopened = iter(worlds)
+    limits, policy = RolloutLimits(straggler_factor=2, rollout_timeout_s=3600), scripted("<submit>1</submit>")
+    group = await run_group(
+        replace(TASK, agent_timeout_s=3600),
+        lambda task: next(unopened).open(task),
+        policy,
+        renderer(),
+        limits,
+        group_size=10,
+        key="k",
+    )
+    assert group.rewards == (*[1.0] * 4, None, *[1.0] * 5)
+    assert group.trajectories[4].stop_reason is StopReason.DEADLINE
+    assert text_of(group.trajectories[4], ACTION) == ["<submit>1</submit><|im_end|>"]  # said, though not answered
+    assert all(world.events[-1] == "close" for world in worlds)
+
+
+async def test_stragglers_get_so_many_times_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
+    stragglers = Stragglers(10, 3.0)
+    slow_ones = [Deadline(600), Deadline(600)]
+    with ExitStack() as running:
+        running.enter_context(stragglers.watch(slow_ones[0]))
+        for seconds in (1, 2, 3, 4, 5, 6, 7, 8):
+            with stragglers.watch(Deadline(600)):
+                now += seconds
+        assert slow_ones[0].left_s == 600 - 36  # eight of ten are not most of them
+        with stragglers.watch(Deadline(600)):
+            now += 9
+        # Nine of ten took 1 to 9 s, 5 s at the median: 15 s are allowed, and 45 have gone.
+        assert slow_ones[0].left_s == 15 - 45
+        late = Deadline(600)
+        with stragglers.watch(late):  # one that begins only now
+            assert late.left_s == 15
+    assert slow_ones[1].left_s == 600 - 45  # begun beside it, and not one of this step
+
+
+async def test_without_a_factor_each_has_its_time() -> None:
+    stragglers, slow_one = Stragglers(2, None), Deadline(600)
+    with stragglers.watch(slow_one):
+        for _ in range(5):
+            with stragglers.watch(Deadline(600)):
+                pass
+        assert slow_one.left_s > 60
+
+
+async def test_how_many_at_once() -> None:
+    assert at_once(RolloutLimits(concurrency=7)) == 7
+    small, large = SandboxLimits(memory_mb=256), SandboxLimits(memory_mb=1 << 40)
+    assert at_once(RolloutLimits(), large) == 1 <= at_once(RolloutLimits(), small)
+    assert how_many(large) == 1
+
+
 async def test_limits_check_themselves() -> None:
+    with pytest.raises(ConfigError, match="max_retries=-1"):
+        RolloutLimits(max_retries=-1)
+    with pytest.raises(ConfigError, match=r"straggler_factor=0\.5 would end rollouts that are faster than most"):
+        RolloutLimits(straggler_factor=0.5)
+    with pytest.raises(ConfigError, match="concurrency=0 leaves no room"):
+        RolloutLimits(concurrency=0)
     with pytest.raises(ConfigError, match="max_turns=0 leaves no room"):
         RolloutLimits(max_turns=0)
     with pytest.raises(ConfigError, match="group_size=0 makes no attempt"):

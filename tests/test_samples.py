@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 import torch
 
 from backtalk.errors import ConfigError
-from backtalk.objective_config import ObjectiveConfig, PolicyOptions
+from backtalk.evaluate import row_metrics
+from backtalk.objective import objective
+from backtalk.objective_config import LengthPenalty, ObjectiveConfig, PolicyOptions
 from backtalk.samples import (
     Sample,
     TokenCounts,
@@ -67,6 +73,72 @@ def test_a_failed_row_stays_and_is_outside_the_baseline() -> None:
         env_output_tokens=9, warning_tokens=3, target_tokens=9,
     )  # fmt: skip
     assert TokenCounts.of(samples, "warning_plus_env").target_tokens == 12
+
+
+def pulls(samples: Sequence[Sample], config: ObjectiveConfig) -> list[list[float]]:
+    """d(total)/d(logprob) at ratio 1, of each row's two action tokens and its first observation token."""
+    batch = collate(samples, pad_token_id=0)
+    logprobs_BT = batch.sampling_logprobs_BT.clone().requires_grad_()
+    total, _ = objective(logprobs_BT, batch, TokenCounts.of(samples), config)
+    (gradient_BT,) = torch.autograd.grad(total, logprobs_BT)
+    return [[round(x, 6) for x in row] for row in gradient_BT[:, [3, 4, 6]].tolist()]
+
+
+def test_what_a_partial_group_weighs() -> None:
+    # Four rows, two of them scored: advantages 0.5 and -0.5 about their own mean. Every row is one of the four that
+    # both means divide by, whatever it lacks: an action weighs 1 / (4 * 2), an observation token 1 / (4 * 4).
+    rows = (trajectory(0, 1.0), trajectory(1, None, failed=True), trajectory(2, 0.0), trajectory(3, None))
+    config = ObjectiveConfig(world_model_coeff=1.0, policy=PolicyOptions(advantage="dr_grpo"))
+    world = -1 / 16
+    assert pulls(build_samples(TrajectoryGroup("t", rows), config), config) == [
+        [-0.0625, -0.0625, world],
+        [0, 0, world],
+        [0.0625, 0.0625, world],
+        [0, 0, world],
+    ]
+    # One scored row has nothing to be compared with.
+    lone = TrajectoryGroup("t", (trajectory(0, 1.0), trajectory(1, None)))
+    assert pulls(build_samples(lone, config), config) == [[0, 0, -1 / 8]] * 2
+    # token_mean counts the actions of rows without a reward too, so a failure makes no other row heavier: 1 / 8.
+    by_token = replace(config, policy_normalizer="token_mean")
+    samples = build_samples(TrajectoryGroup("t", rows), by_token)
+    assert [row[0] for row in pulls(samples, by_token)] == [-0.0625, 0, 0.0625, 0]
+
+
+def test_length_costs_reward_before_advantages_and_the_recorded_reward_stays() -> None:
+    long = replace(trajectory(0, 1.0), segments=(*trajectory().segments, Segment(ENV_OUTPUT, (20,) * 3000, turn=0)))
+    group = TrajectoryGroup("t", (long, trajectory(1, 1.0), trajectory(2, None)))
+    # 7 tokens after the prompt, and 3007; 7 are free: echo-rl's penalty at 0.1 for 1000 tokens is 0.3.
+    penalty = LengthPenalty(per_1000_tokens=0.1, free_tokens=7, most=math.inf)
+    config = ObjectiveConfig(policy=PolicyOptions(advantage="dr_grpo", length_penalty=penalty))
+    samples = build_samples(group, config)
+    assert [s.advantage for s in samples] == pytest.approx([-0.15, 0.15, 0.0])
+    assert [s.length_penalty for s in samples] == pytest.approx([0.3, 0.0, 0.0])
+    assert row_metrics(samples, config)["length_penalty"] == pytest.approx(0.15)  # of the two that have a reward
+    assert group.rewards == (1.0, 1.0, None)
+    assert [s.length_penalty for s in build_samples(group)] == [0, 0, 0]
+
+
+def test_the_soft_overlong_punishment_of_dapo() -> None:
+    # L_max = 20480, L_cache = 4096: nothing up to 16384, then ((L_max - L_cache) - L) / L_cache, and -1 from 20480 on.
+    penalty = LengthPenalty(per_1000_tokens=1000 / 4096, free_tokens=20480 - 4096, most=1.0)
+    assert [penalty.of(tokens) for tokens in (0, 16384, 17408, 18432, 20480, 99999)] == [0, 0, 0.25, 0.5, 1, 1]
+
+
+@pytest.mark.parametrize(("now", "bound", "trained"), [(None, 0, True), (3, 0, True), (5, 1, False), (5, 2, True)])
+def test_rows_that_are_too_old_keep_the_world_model_term_alone(now: int | None, bound: int, trained: bool) -> None:
+    group = TrajectoryGroup("t", (trajectory(0, 1.0), trajectory(1, 0.0)))  # sampled by version 3
+    config = ObjectiveConfig(world_model_coeff=1.0, policy=PolicyOptions(advantage="dr_grpo", max_staleness=bound))
+    samples = build_samples(group, config, policy_version=now)
+    action = 1 / 8 if trained else 0  # 0.5 / (2 rows * 2 actions)
+    assert pulls(samples, config) == [[-action, -action, -1 / 8], [action, action, -1 / 8]]
+    assert row_metrics(samples, config)["staleness"] == (0 if now is None else now - 3)
+    assert row_metrics(samples, config)["stale_rows"] == (0 if trained else 2)
+
+
+def test_rows_of_a_later_policy_are_refused() -> None:
+    with pytest.raises(ValueError, match="sampled by policy version 3, and version 2 is to learn from it"):
+        build_samples(TrajectoryGroup("t", (trajectory(),)), policy_version=2)
 
 
 def test_greedy_samples_are_refused() -> None:

@@ -136,6 +136,37 @@ async def test_long_output_keeps_its_head_and_tail(env: TerminalEnv) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("kept", "parts"),
+    [
+        ("head", [("0123456789", OUT), ("\n[14 characters left out at the end]\n", SAID), ("[exit code 1]", SAID)]),
+        (
+            "tail",
+            [("[14 characters left out at the beginning]\n", SAID), ("efghijklmn", OUT), ("\n[exit code 1]", SAID)],
+        ),
+        ("both", [("01234", OUT), ("\n[14 characters left out]\n", SAID), ("jklmn", OUT), ("\n[exit code 1]", SAID)]),
+    ],
+)
+async def test_what_stays_of_a_long_output(backend: SandboxBackend, kept: Any, parts: list[tuple[str, Any]]) -> None:
+    config = TerminalConfig(max_output_chars=10, truncate=kept)
+    async with open_terminal_env(task_of(RIGHT_ANSWER), backend, config) as env:
+        await env.reset()
+        assert await parts_of(env, "printf 0123456789a; printf bcdefghijklmn; false") == parts
+        assert await parts_of(env, "printf 0123456789") == [("0123456789", OUT)]
+
+
+async def test_a_terminal_without_submit(backend: SandboxBackend) -> None:
+    config = TerminalConfig(system_prompt="You work in a Linux shell.", tools=("bash",))
+    test = "if [ -e done ]; then echo 1; else echo 0; fi > /logs/verifier/reward.txt"
+    async with open_terminal_env(task_of(test), backend, config) as env:
+        await env.reset()
+        assert [tool.name for tool in env.tools] == ["bash"]
+        step = await env.step(submit("2"))
+        assert (step.done, step.messages[0].text) == (False, "[unknown tool submit; the tool is bash]")
+        await parts_of(env, "touch done")
+        assert await env.score() == 1.0
+
+
 async def test_output_beyond_the_sandbox_limit_is_told(env: TerminalEnv) -> None:
     step = await env.step(bash("head -c 200000 /dev/zero | tr '\\0' x"))
     assert step.truncated

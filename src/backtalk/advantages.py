@@ -20,9 +20,9 @@ def group_advantages(
     dr_grpo  r - mean                                    Dr. GRPO, arXiv 2503.20783, section 3.2
     rloo     r - mean of the others                      RLOO, arXiv 2402.14740, eq. 8
 
-    A reward of None is outside the baseline (the world broke, or nobody scored the attempt): it moves
-    neither the mean nor the spread, and its own advantage is 0. Equal rewards give exact zeros, and so
-    does a single reward.
+    A reward of None is outside the baseline (the world broke, time ran out, or nobody scored the attempt): it
+    moves neither the mean nor the spread, and its own advantage is 0. n counts the others. Equal rewards give
+    exact zeros, and so does a single reward.
     """
     known = [reward for reward in rewards if reward is not None]
     if any(not math.isfinite(reward) for reward in known):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from backtalk import settings
 from backtalk.engines.torch import TorchConfig
@@ -19,6 +19,7 @@ from backtalk.errors import ConfigError
 from backtalk.objective_config import ObjectiveConfig
 from backtalk.renderer import RendererConfig
 from backtalk.rollout import RolloutLimits
+from backtalk.sandboxes import SandboxChoice
 from backtalk.settings import parse_overrides, read_settings, set_dotted
 
 # Fields of the settings below that a run does not offer: they follow from others (see _derived), or stay as they are.
@@ -106,7 +107,7 @@ class TrainConfig:
     group_size: int = 8
     temperature: float = 1.0
     checkpoint_every: int = 5
-    sandbox: Literal["auto", "bubblewrap", "unsafe"] = "auto"
+    sandbox: SandboxChoice = "auto"
     tasks: TaskConfig = field(default_factory=TaskConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     renderer: RendererConfig = field(default_factory=RendererConfig)

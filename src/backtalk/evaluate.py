@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 
 from backtalk.engines.base import Engine
 from backtalk.envs.base import Task
+from backtalk.objective_config import ObjectiveConfig
 from backtalk.renderer import Renderer
 from backtalk.rollout import EnvFactory, RolloutLimits, run_groups
 from backtalk.sampler import SamplingParams
+from backtalk.samples import Sample
 from backtalk.trajectory import StopReason, TokenRole, Trajectory, TrajectoryGroup
 
 SOLVED = 1.0  # a rollout with at least this reward counts as solved
@@ -103,9 +105,10 @@ async def evaluate(
     """Run ``samples_per_task`` rollouts of each task and score every text with the policy as it stands.
 
     The same ``key`` and ``params.seed`` draw with the same random numbers, so that a comparison before and
-    after is a paired one. Returns the measurement and the trajectories it rests on.
+    after is a paired one. Returns the measurement and the trajectories it rests on. Slow rollouts have their time
+    here (no ``straggler_factor``): to end them would measure the quick ones.
     """
-    started = time.monotonic()
+    started, limits = time.monotonic(), dataclasses.replace(limits, straggler_factor=None)
     sampler = engine.sampler(params)
     groups = await run_groups(tasks, open_env, sampler, renderer, limits, group_size=samples_per_task, key=key)
     rollouts = [trajectory for group in groups for trajectory in group]
@@ -182,10 +185,21 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
         "rollouts": len(rollouts),
         "no_reward": len(rollouts) - len(rewards),
         "failed": sum(t.failure is not None for t in rollouts),
+        "retries": sum(t.stats.get("retries", 0.0) for t in rollouts),
         "role_confusion": confused / turns if turns else math.nan,  # share of turns that hold an observation's format
         "groups_with_signal": sum(spread),  # the others have advantage 0 and teach through the world term alone
         **per_rollout,
         **{f"stop_{reason.value}": mean([float(t.stop_reason is reason) for t in rollouts]) for reason in StopReason},
+    }
+
+
+def row_metrics(samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
+    """Plain numbers about the rows of one update: how old, how many too old for the policy term, what length cost."""
+    rows = [sample for sample in samples if sample.branch == 0]
+    return {
+        "staleness": max((row.staleness for row in rows), default=0),
+        "stale_rows": sum(row.staleness > config.policy.max_staleness for row in rows),
+        "length_penalty": mean([row.length_penalty for row in rows if row.has_reward]),
     }
 
 

@@ -57,6 +57,30 @@ class Schedule:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LengthPenalty:
+    """What a long attempt costs: taken off its reward before advantages, while the recorded one stays the verifier's.
+
+    With ``most`` infinite it is echo-rl's. DAPO's soft overlong punishment (arXiv 2503.14476, section 3.4), from 0 at
+    L_max - L_cache down to -1 at L_max, has most = 1, free_tokens = L_max - L_cache, per_1000_tokens = 1000 / L_cache.
+    """
+
+    per_1000_tokens: float = 0.0  # 0 is no penalty
+    free_tokens: int = 0
+    most: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.per_1000_tokens < math.inf and self.free_tokens >= 0 and self.most > 0):
+            raise ConfigError(
+                f"policy.length_penalty has per_1000_tokens={self.per_1000_tokens}, free_tokens={self.free_tokens}, "
+                f"most={self.most}, which would reward length, or do nothing; use >= 0, >= 0 and > 0"
+            )
+
+    def of(self, tokens: int) -> float:
+        """For so many tokens after the prompt: actions, observations and the scaffold around them."""
+        return min(self.most, self.per_1000_tokens * max(0, tokens - self.free_tokens) / 1000)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyOptions:
     """Other published forms of the policy term. The default is GRPO's, without KL."""
 
@@ -64,11 +88,15 @@ class PolicyOptions:
     advantage: AdvantageEstimator = "grpo"
     kl_coeff: float = 0.0  # of KL(policy || reference); the reference is the model that the run began with
     max_importance_ratio: float | None = None  # cap on p_trainer / p_sampler; None takes the sampler's word
+    max_staleness: int = 0  # updates since a row was sampled; older ones carry the world-model term alone
+    length_penalty: LengthPenalty = field(default_factory=LengthPenalty)
 
     def __post_init__(self) -> None:
         _check_choices(self, loss=PolicyLoss, advantage=AdvantageEstimator)
         if not 0 <= self.kl_coeff < math.inf:
             raise ConfigError(f"policy.kl_coeff={self.kl_coeff} rewards leaving the reference; use >= 0, 0 for none")
+        if self.max_staleness < 0:
+            raise ConfigError(f"policy.max_staleness={self.max_staleness} would refuse fresh rows; use 0 or more")
         if self.max_importance_ratio is None:
             return
         if not 1 <= self.max_importance_ratio < math.inf:

@@ -22,6 +22,7 @@ _COUNTS = (
     "drifts",  # histories that had to be rewritten
     "command_timeouts",
     "truncated_observations",
+    "retries",  # tries before this one, in worlds that broke
 )
 
 
@@ -98,6 +99,12 @@ class Record:
         """The world broke: no reward, and everything so far stays."""
         self.stop_reason, self.reward = StopReason.FAILED, None
         self.failure = Failure(self.where, type(error).__name__, str(error))
+
+    @property
+    def may_be_retried(self) -> bool:
+        """Whether the world broke before the policy said anything: nothing is lost then, and nothing selected by it."""
+        spoke = any(segment.role is TokenRole.ACTION for segment in self.segments)
+        return self.failure is not None and self.failure.where != "score" and not spoke
 
     def trajectory(self, task: Task, sample_index: int, policy_version: int) -> Trajectory:
         trajectory = Trajectory(

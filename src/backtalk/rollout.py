@@ -1,41 +1,31 @@
-"""One attempt at one task, from an empty world to a trajectory; and many attempts at once.
+"""Many attempts at once, each tried again where its world broke before it had begun.
 
-Endings are values. Where the world breaks (InfrastructureError), the attempt has no reward, and what had been said
-by then is kept; any other exception is a bug and is raised.
+A rollout is one attempt at one task; its record is a trajectory. docs/rollouts.md states the rules.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median
 
-from backtalk.envs.base import Env, Message, ParsedAction, Part, Step, Task
-from backtalk.errors import ConfigError, InfrastructureError, VerifierError
-from backtalk.record import Record
+from backtalk.attempt import Deadline, EnvFactory, RolloutLimits, attempt
+from backtalk.envs.base import Task
+from backtalk.errors import ConfigError
 from backtalk.renderer import Renderer
-from backtalk.sampler import Sampler, SamplerSession
-from backtalk.trajectory import StopReason, TokenRole, Trajectory, TrajectoryGroup
+from backtalk.sampler import Sampler
+from backtalk.sandboxes.base import SandboxLimits
+from backtalk.trajectory import Trajectory, TrajectoryGroup
 
-EnvFactory = Callable[[Task], AbstractAsyncContextManager[Env]]
+__all__ = ["EnvFactory", "RolloutLimits", "Stragglers", "at_once", "run_group", "run_groups", "run_rollout"]
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RolloutLimits:
-    """Where an attempt ends at the latest."""
-
-    max_turns: int = 16
-    max_tokens: int = 16_384  # of a whole history: prompt, actions, observations
-    max_tokens_per_turn: int = 2_048  # of one action
-    rollout_timeout_s: float = 600.0  # from opening the world to the last turn; scoring has as long again
-    concurrency: int = 64  # attempts at once
-
-    def __post_init__(self) -> None:
-        for name in ("max_turns", "max_tokens", "max_tokens_per_turn", "rollout_timeout_s", "concurrency"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} leaves no room for an attempt; use a number above 0")
+BACKOFF_S = 1.0  # before the first retry, at most; twice as long before each further one
+MOST_ARE = 0.9  # share of a step's rollouts that has to be done before the others are hurried
+ELSEWHERE = 64  # rollouts at once where the machine cannot be asked
 
 
 async def run_rollout(
@@ -47,106 +37,80 @@ async def run_rollout(
     *,
     sample_index: int,
     key: str,
+    deadline: Deadline | None = None,
 ) -> Trajectory:
-    """One attempt. Its world is closed before this returns or raises, and an InfrastructureError is in the record.
+    """One attempt, in a fresh world again where one broke before the policy had said anything.
 
-    The deadline covers setting up the world too. Scoring comes after the session is closed, so that the other
-    attempts at the sampler do not wait for it.
+    Time for all of it, set-up and waiting included, is the smaller of the limits' and the task's.
     """
-    record, version = Record(), sampler.policy_version
-    try:
-        async with AsyncExitStack() as worlds:
-            deadline = asyncio.timeout(limits.rollout_timeout_s)
-            try:
-                async with deadline, sampler.session(key) as session:
-                    with record.phase("reset"):
-                        env = await worlds.enter_async_context(open_env(task))
-                        messages = await env.reset()
-                    renderer = renderer.for_tools(env.tools)
-                    record.say(messages)
-                    record.add(renderer.render_prompt(messages))
-                    record.stop_reason = await _play(env, session, renderer, limits, record)
-            except (TimeoutError, InfrastructureError):
-                if not deadline.expired():
-                    raise
-                record.stop_reason = StopReason.DEADLINE
-            else:
-                with record.phase("score"):
-                    record.reward = await _score(env, limits)
-            record.where = "close"
-    except InfrastructureError as error:
-        if record.where != "close":  # a world that breaks when all is said and scored takes nothing away
-            record.fail(error)
+    version = sampler.policy_version
+    deadline = deadline or Deadline(time_for(task, limits))
+    record = await attempt(task, open_env, sampler, renderer, limits, deadline, key=key)
+    for retry in range(limits.max_retries):
+        wait_s = backoff_s(key, retry)
+        if not record.may_be_retried or wait_s >= deadline.left_s:
+            break
+        await asyncio.sleep(wait_s)
+        record = await attempt(task, open_env, sampler, renderer, limits, deadline, key=key)
+        record.stats["retries"] = retry + 1.0
     return record.trajectory(task, sample_index, version)
 
 
-async def _play(
-    env: Env, session: SamplerSession, renderer: Renderer, limits: RolloutLimits, record: Record
-) -> StopReason:
-    """Turn after turn, until something ends it."""
-    for turn in range(limits.max_turns):
-        room = limits.max_tokens - len(record.token_ids)
-        if room < 1:
-            return StopReason.MAX_TOKENS
-        with record.phase("sample"):
-            completion = await session.sample(tuple(record.token_ids), min(room, limits.max_tokens_per_turn))
-        action = renderer.parse_action(completion.token_ids, completion.stopped)
-        record.act(completion, action, turn)
-        if action.error and len(record.token_ids) >= limits.max_tokens:
-            return StopReason.MAX_TOKENS  # cut by the history's end, not badly written
-        record.stats["invalid_calls"] += {call.tool for call in action.calls}.isdisjoint(t.name for t in env.tools)
-        record.stats["unclean_turns"] += bool(action.error or action.warnings)
-        record.stats["role_confusions"] += renderer.imitates_observation(completion.token_ids)
-        steps: list[Step] = []
+def time_for(task: Task, limits: RolloutLimits) -> float:
+    """Seconds from opening the world to the last turn."""
+    return min(limits.rollout_timeout_s, task.agent_timeout_s)
+
+
+def backoff_s(key: str, retry: int) -> float:
+    """How long to wait before a retry, counted from 0: doubling, and the key shortens it by up to half.
+
+    So that a run can be repeated, and rollouts whose worlds broke together do not come back together.
+    """
+    digest = hashlib.sha256(f"{key}/{retry}".encode()).digest()
+    share = int.from_bytes(digest[:8], "big") / 2**64
+    return BACKOFF_S * 2**retry * (1 - share / 2)
+
+
+def at_once(limits: RolloutLimits, sandbox: SandboxLimits | None = None) -> int:
+    """``limits.concurrency``; where it is None, as many as this machine holds sandboxes with these limits."""
+    if limits.concurrency is not None:
+        return limits.concurrency
+    if sys.platform != "linux":
+        return ELSEWHERE
+    from backtalk.sandboxes.capacity import how_many
+
+    return how_many(sandbox or SandboxLimits())
+
+
+class Stragglers:
+    """Ends the slowest rollouts of a step, so that they do not hold it; off where ``factor`` is None.
+
+    When nine in ten are done, each of the others ends ``factor`` times their median duration after its beginning.
+    Its deadline is then that much earlier, with the same consequences.
+    """
+
+    def __init__(self, rollouts: int, factor: float | None) -> None:
+        self._factor, self._most = factor, math.ceil(MOST_ARE * rollouts)
+        self._running: set[Deadline] = set()
+        self._durations_s: list[float] = []
+
+    @contextmanager
+    def watch(self, deadline: Deadline) -> Iterator[None]:
+        """For as long as the rollout of this deadline runs."""
+        self._running.add(deadline)
+        self._hurry()
         try:
-            with record.phase("step"):
-                await _carry_out(action, env, steps)
-        finally:  # if the world breaks at the second call, what it said to the first is kept
-            _observe(steps, action, turn, renderer, limits, record)
-        if steps[-1].done:
-            return StopReason.SUBMITTED if steps[-1].submitted else StopReason.ENV_DONE
-        if len(record.token_ids) >= limits.max_tokens:
-            return StopReason.MAX_TOKENS
-    return StopReason.MAX_TURNS
+            yield
+        finally:
+            self._running.remove(deadline)
+            self._durations_s.append(deadline.elapsed_s)
+            self._hurry()
 
-
-async def _carry_out(action: ParsedAction, env: Env, steps: list[Step]) -> None:
-    """The calls in order, up to the first that ends the episode; what was wrong is an answer too."""
-    if action.error:
-        steps.append(Step((Message("tool", (Part(action.error, TokenRole.WARNING),)),)))
-    for call in action.calls:
-        step = await env.step(call)
-        steps.append(replace(step, messages=tuple(replace(m, tool=m.tool or call.tool) for m in step.messages)))
-        if step.done:
-            return
-
-
-def _observe(
-    steps: Sequence[Step], action: ParsedAction, turn: int, renderer: Renderer, limits: RolloutLimits, record: Record
-) -> None:
-    """Append one observation of all that was said; after the last turn too, as that teaches as well."""
-    messages = [message for step in steps for message in step.messages]
-    dropped = 0
-    if messages or (steps and not steps[-1].done):
-        if action.notice and messages:
-            messages[0] = replace(messages[0], parts=(Part(action.notice, TokenRole.WARNING), *messages[0].parts))
-        dropped = record.observe(messages, renderer, turn, limits.max_tokens)
-    record.stats["command_timeouts"] += sum(step.timed_out for step in steps)
-    record.stats["truncated_observations"] += dropped > 0 or any(step.truncated for step in steps)
-
-
-async def _score(env: Env, limits: RolloutLimits) -> float | None:
-    guard = asyncio.timeout(limits.rollout_timeout_s)  # the environment's own limit ends it long before
-    try:
-        async with guard:
-            reward = await env.score()
-    except TimeoutError as error:
-        if not guard.expired():
-            raise
-        raise VerifierError(f"no reward: scoring did not end within {limits.rollout_timeout_s:g} s") from error
-    if reward is not None and not math.isfinite(reward):
-        raise VerifierError(f"the verifier gave reward={reward}, which is not finite; it has to be a number or None")
-    return reward
+    def _hurry(self) -> None:
+        if self._factor is not None and len(self._durations_s) >= self._most:
+            allowed_s = self._factor * median(self._durations_s)
+            for deadline in self._running:
+                deadline.bring_forward(allowed_s)
 
 
 async def run_group(
@@ -173,22 +137,26 @@ async def run_groups(
     group_size: int,
     key: str,
 ) -> list[TrajectoryGroup]:
-    """A group for each task, in order; at most ``limits.concurrency`` attempts at once, over all of them.
+    """A group for each task, in order; at most ``at_once(limits)`` attempts at once, over all of them.
 
     A failed attempt touches no other. A bug, or Ctrl-C, ends them all, closes their worlds and is raised.
     """
     if group_size < 1:
         raise ConfigError(f"group_size={group_size} makes no attempt; use group_size >= 1")
-    places = asyncio.Semaphore(limits.concurrency)
+    places = asyncio.Semaphore(at_once(limits))
+    stragglers = Stragglers(len(tasks) * group_size, limits.straggler_factor)
 
-    async def attempt(task: Task, index: int) -> Trajectory:
+    async def rollout(task: Task, index: int) -> Trajectory:
         async with places:
-            name = f"{key}/{task.id}/{index}"
-            return await run_rollout(task, open_env, sampler, renderer, limits, sample_index=index, key=name)
+            name, deadline = f"{key}/{task.id}/{index}", Deadline(time_for(task, limits))
+            with stragglers.watch(deadline):
+                return await run_rollout(
+                    task, open_env, sampler, renderer, limits, sample_index=index, key=name, deadline=deadline
+                )
 
     try:
         async with asyncio.TaskGroup() as attempts:
-            groups = [[attempts.create_task(attempt(task, i)) for i in range(group_size)] for task in tasks]
+            groups = [[attempts.create_task(rollout(task, i)) for i in range(group_size)] for task in tasks]
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None  # as it was raised, so that callers can catch it by its class
     return [

@@ -54,8 +54,8 @@ class RowCounts:
 class Sample:
     """One branch of a trajectory as tensors of one length T.
 
-    ``has_reward`` False (the rollout failed, ran into its deadline, or nobody scores it): the row
-    carries the world-model term alone. ``temperature`` is the one its actions were drawn at.
+    ``has_reward`` False (the rollout failed, ran into its deadline, is too stale, or nobody scores it): the
+    row carries the world-model term alone. ``temperature`` is the one its actions were drawn at.
     ``world_scale`` multiplies the weight of target tokens; where it is 0 a token is none.
     """
 
@@ -73,6 +73,8 @@ class Sample:
     task_id: str = ""
     sample_index: int = 0
     policy_version: int = 0
+    staleness: int = 0  # updates since that version
+    length_penalty: float = 0.0  # taken off the reward before advantages
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
@@ -103,12 +105,17 @@ class Sample:
 
 
 def build_samples(
-    group: TrajectoryGroup, config: ObjectiveConfig | None = None, *, temperature: float = 1.0
+    group: TrajectoryGroup,
+    config: ObjectiveConfig | None = None,
+    *,
+    temperature: float = 1.0,
+    policy_version: int | None = None,
 ) -> list[Sample]:
     """The samples of a group, one for each branch of each trajectory, failed ones too.
 
     ``temperature`` is the sampler's. At 0 (greedy) there is no distribution to take a ratio in, so it
-    is refused with ConfigError.
+    is refused with ConfigError. ``policy_version`` is the one about to learn, None the one that sampled: where it is
+    more than ``policy.max_staleness`` ahead, the group carries the world-model term alone.
     """
     if temperature <= 0:
         raise ConfigError(
@@ -116,10 +123,21 @@ def build_samples(
             "sample with temperature > 0, for example 1.0"
         )
     config = config or ObjectiveConfig()
-    advantages = group_advantages(group.rewards, estimator=config.policy.advantage)
+    staleness = _staleness(group, policy_version)
+    # Tokens after the prompt; what a later branch takes over from an earlier one has no turn, and counts once.
+    lengths = [sum(len(segment) for segment in trajectory.segments if segment.turn is not None) for trajectory in group]
+    penalties = [config.policy.length_penalty.of(length) for length in lengths]
+    rewards = [
+        None if trajectory.reward is None or staleness > config.policy.max_staleness else trajectory.reward - penalty
+        for trajectory, penalty in zip(group, penalties, strict=True)
+    ]
+    advantages = group_advantages(rewards, estimator=config.policy.advantage)
     samples: list[Sample] = []
-    for trajectory, advantage, scale in zip(group, advantages, world_scales(group, config), strict=True):
-        branches = to_samples(trajectory, advantage=advantage, temperature=temperature)
+    for i, (trajectory, scale) in enumerate(zip(group, world_scales(group, config), strict=True)):
+        branches = [
+            replace(branch, has_reward=rewards[i] is not None, staleness=staleness, length_penalty=penalties[i])
+            for branch in to_samples(trajectory, advantage=advantages[i], temperature=temperature)
+        ]
         if scale is not None:
             parts = torch.tensor(scale, dtype=torch.float32).split([len(branch) for branch in branches])
             branches = [replace(branch, world_scale=part) for branch, part in zip(branches, parts, strict=True)]
@@ -129,6 +147,16 @@ def build_samples(
             branches = [replace(branch, elsewhere=row - counts) for branch, counts in zip(branches, own, strict=True)]
         samples += branches
     return samples
+
+
+def _staleness(group: TrajectoryGroup, policy_version: int | None) -> int:
+    staleness = 0 if policy_version is None else policy_version - group.policy_version
+    if staleness < 0:
+        raise ValueError(
+            f"group of task {group.task_id!r} was sampled by policy version {group.policy_version}, and version "
+            f"{policy_version} is to learn from it; pass the version that the engine is at"
+        )
+    return staleness
 
 
 def to_samples(trajectory: Trajectory, *, advantage: float = 0.0, temperature: float = 1.0) -> list[Sample]:

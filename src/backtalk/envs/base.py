@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ class Task:
     workdir: str = "/home/agent"
     tests: Mapping[str, SandboxFile] = field(default_factory=dict)  # under /tests, uploaded after the agent
     solution: Mapping[str, SandboxFile] = field(default_factory=dict)  # under /solution, for oracles only
-    agent_timeout_s: float = 600.0
+    agent_timeout_s: float = math.inf  # of an attempt, its set-up included
     verifier_timeout_s: float = 60.0
     fold: Split | None = None  # what the dataset itself says of the split
     metadata: Mapping[str, Any] = field(default_factory=dict)

@@ -148,7 +148,7 @@ def _task(row: Any, folder: Path | None, host_packages: bool, world_model_only: 
         env=_env(given),
         tests={_below("tests", p): f for p, f in _tree(given, "tests", "test.sh").items()},
         solution={_below("solution", p): f for p, f in _tree(given, "solution", "solve.sh").items()},
-        agent_timeout_s=_seconds(given, "agent_timeout_s"),
+        agent_timeout_s=_seconds(given, "agent_timeout_s", math.inf),
         verifier_timeout_s=_seconds(given, "verifier_timeout_s"),
         metadata=metadata,
     )
@@ -316,7 +316,9 @@ def _env(given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _seconds(given: Mapping[str, Any], name: str, otherwise: float = DEFAULT_TIMEOUT_S) -> float:
-    value = given.get(name, otherwise)
+    if name not in given:
+        return otherwise
+    value = given[name]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise TaskError(f"{name}: {value!r} is no number of seconds above 0")
     return float(value)

@@ -85,7 +85,7 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False, world_mod
     if not _unscored(toml):
         add_needs(toml.setdefault("metadata", {}), trees["tests"])
         trees["tests"] = _offline_tests(folder / "tests", trees["tests"], world, host_packages)
-    agent_timeout_s = _seconds(folder, toml, "agent")
+    agent_timeout_s = _seconds(folder, toml, "agent", math.inf)
     verifier_timeout_s = _seconds(folder, toml, "verifier")
     env = _environment(folder, toml, world)
     workdir = _pop(toml, "environment", "workdir") or world.workdir
@@ -267,10 +267,10 @@ def _pop(toml: dict[str, Any], section: str, key: str) -> Any:
     return toml.get(section, {}).pop(key, None)
 
 
-def _seconds(folder: Path, toml: dict[str, Any], section: str) -> float:
+def _seconds(folder: Path, toml: dict[str, Any], section: str, otherwise: float = DEFAULT_TIMEOUT_S) -> float:
     value = _pop(toml, section, "timeout_sec")
     if value is None:
-        return DEFAULT_TIMEOUT_S
+        return otherwise
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise TaskError(f"{folder / 'task.toml'}: [{section}] timeout_sec = {value!r} is no number of seconds above 0")
     return float(value)
@@ -375,7 +375,8 @@ def _toml_of(task: Task) -> str:
     long_env = {name: value for name, value in task.env.items() if "\n" in value}
     toml["schema_version"] = SCHEMA_VERSION
     toml["task"] = {"name": name} | toml.get("task", {})
-    toml["agent"] = toml.get("agent", {}) | {"timeout_sec": task.agent_timeout_s}
+    if math.isfinite(task.agent_timeout_s):
+        toml["agent"] = toml.get("agent", {}) | {"timeout_sec": task.agent_timeout_s}
     toml["verifier"] = toml.get("verifier", {}) | {"timeout_sec": task.verifier_timeout_s}
     environment = toml.get("environment", {})
     network = {} if {"allow_internet", "network_mode"} & set(environment) else {"network_mode": "no-network"}

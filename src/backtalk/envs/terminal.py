@@ -11,13 +11,14 @@ import math
 import posixpath
 import secrets
 import shlex
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+from typing import Literal
 
 from backtalk.envs.base import Message, Part, Step, Task, ToolCall, ToolSpec, WorldReport
-from backtalk.errors import SandboxError, TaskError, VerifierError
+from backtalk.errors import ConfigError, SandboxError, TaskError, VerifierError
 from backtalk.sandboxes.base import ExecResult, Sandbox, SandboxBackend, SandboxFile, SandboxLimits
 from backtalk.trajectory import TokenRole
 
@@ -70,20 +71,35 @@ mkdir -p /logs/verifier
 """
 
 
+TOOLS: Mapping[str, ToolSpec] = {tool.name: tool for tool in (BASH, SUBMIT)}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TerminalConfig:
     """How a terminal is offered to the agent."""
 
     system_prompt: str = "You work in a Linux shell. Run commands with bash, and finish with submit."
+    tools: tuple[str, ...] = ("bash", "submit")  # without submit only a budget ends an attempt, and no answer is given
     command_timeout_s: float = 30.0
-    max_output_chars: int = 8000  # of one command; the middle of a longer output is left out
+    max_output_chars: int = 8000  # of one command
+    truncate: Literal["both", "head", "tail"] = "both"  # what stays of a longer output
+    root: str | None = None  # file system to start from: a folder, `docker export`'s tar, a Dockerfile; else our own
     sandbox: SandboxLimits = field(default_factory=SandboxLimits)
 
     def __post_init__(self) -> None:
         if self.command_timeout_s <= 0 or self.max_output_chars < 2:
-            raise ValueError(
+            raise ConfigError(
                 f"command_timeout_s={self.command_timeout_s} and max_output_chars={self.max_output_chars}: "
                 "need more than 0 seconds and at least 2 characters"
+            )
+        if self.truncate not in ("both", "head", "tail"):
+            raise ConfigError(f"truncate={self.truncate!r} keeps nothing known; use both, head or tail")
+        if "bash" not in self.tools or len(set(self.tools)) < len(self.tools) or not TOOLS.keys() >= {*self.tools}:
+            raise ConfigError(f"terminal.tools={list(self.tools)} is no terminal; use [bash, submit], or [bash]")
+        if "submit" not in self.tools and "submit" in self.system_prompt:
+            raise ConfigError(
+                f"system_prompt={self.system_prompt!r} speaks of submit, which is not among tools={list(self.tools)}; "
+                "write one that says what ends the work"
             )
 
 
@@ -107,7 +123,7 @@ class TerminalEnv:
 
     @property
     def tools(self) -> tuple[ToolSpec, ...]:
-        return (BASH, SUBMIT)
+        return tuple(TOOLS[name] for name in self.config.tools)
 
     async def reset(self) -> tuple[Message, ...]:
         """Put the files, run the setup, and say what is to be done.
@@ -124,17 +140,18 @@ class TerminalEnv:
         """Run a command, or take the answer. A call that cannot be carried out is told so, as a WARNING."""
         if self._answer is not None:
             raise RuntimeError(f"task {self.task.id!r} was submitted; there is no step after that")
+        if call.tool not in self.config.tools:
+            known = "the tools are bash and submit" if len(self.config.tools) > 1 else "the tool is bash"
+            return _warn(call, f"[unknown tool {call.tool}; {known}]")
         match call.tool:
             case "bash":
                 return await self._bash(call) if _has_text(call, "command") else _missing(call, "command")
-            case "submit":
+            case _:
                 if not _has_text(call, "answer"):
                     return _missing(call, "answer")
                 # Kept here until the agent's processes are gone, so that none of them can change it.
                 self._answer = call.arguments["answer"]
                 return Step((), done=True, submitted=True)
-            case _:
-                return _warn(call, f"[unknown tool {call.tool}; the tools are bash and submit]")
 
     async def score(self) -> float | None:
         """Run the tests on what the agent left behind, in a fresh process namespace, and read the reward.
@@ -176,7 +193,7 @@ class TerminalEnv:
     async def _bash(self, call: ToolCall) -> Step:
         timeout_s = self.config.command_timeout_s
         result = await self._sandbox.exec(call.arguments["command"], timeout_s=timeout_s)
-        parts, truncated = _observation(result, timeout_s, self.config.max_output_chars)
+        parts, truncated = _observation(result, self.config)
         return Step((Message("tool", parts, tool=call.tool),), timed_out=result.timed_out, truncated=truncated)
 
 
@@ -253,29 +270,34 @@ def _test_command(task: Task, box: str, *, answered: bool) -> str:
     )
 
 
-def _observation(result: ExecResult, timeout_s: float, max_chars: int) -> tuple[tuple[Part, ...], bool]:
+def _observation(result: ExecResult, config: TerminalConfig) -> tuple[tuple[Part, ...], bool]:
     """The parts of a command's observation, and whether some of its output was left out."""
     output, notices = result.output, []
-    parts: list[Part] = []
-    if len(output) > max_chars:
-        head, tail = output[: max_chars // 2], output[-(max_chars - max_chars // 2) :]
-        left_out = f"[{len(output) - max_chars} characters left out]\n"
-        notice = Part(left_out if head.endswith("\n") else "\n" + left_out, TokenRole.WARNING)
-        parts += [Part(head, TokenRole.ENV_OUTPUT), notice, Part(tail, TokenRole.ENV_OUTPUT)]
-    elif output:
-        parts.append(Part(output, TokenRole.ENV_OUTPUT))
+    parts = _shortened(output, config.max_output_chars, config.truncate)
     if result.dropped_bytes:
         notices.append(f"[{result.dropped_bytes} bytes more were dropped]")
     if result.timed_out:
-        notices.append(f"[timed out after {timeout_s:g} s; the command was stopped]")
+        notices.append(f"[timed out after {config.command_timeout_s:g} s; the command was stopped]")
     elif result.exit_code != 0:
         notices.append(f"[exit code {result.exit_code}]")
     elif not parts and not notices:
         notices.append("[no output]")
     if notices:
-        own_line = "\n" if output and not output.endswith("\n") else ""
+        own_line = "\n" if parts and not parts[-1].text.endswith("\n") else ""
         parts.append(Part(own_line + "\n".join(notices), TokenRole.WARNING))
-    return tuple(parts), len(output) > max_chars or result.dropped_bytes > 0
+    return tuple(parts), len(output) > config.max_output_chars or result.dropped_bytes > 0
+
+
+def _shortened(output: str, max_chars: int, kept: str) -> list[Part]:
+    """An output in its parts, with a notice of how much is left out where it was."""
+    if len(output) <= max_chars:
+        return [Part(output, TokenRole.ENV_OUTPUT)] if output else []
+    first = {"both": max_chars // 2, "head": max_chars, "tail": 0}[kept]
+    head, tail = output[:first], output[len(output) - (max_chars - first) :]
+    where = {"both": "", "head": " at the end", "tail": " at the beginning"}[kept]
+    own_line = "\n" if head and not head.endswith("\n") else ""
+    notice = Part(f"{own_line}[{len(output) - max_chars} characters left out{where}]\n", TokenRole.WARNING)
+    return [part for part in (Part(head, TokenRole.ENV_OUTPUT), notice, Part(tail, TokenRole.ENV_OUTPUT)) if part.text]
 
 
 def _warn(call: ToolCall, text: str) -> Step:

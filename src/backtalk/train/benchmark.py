@@ -127,7 +127,7 @@ def _named(task: Task, patterns: Sequence[str]) -> bool:
 
 def _world(config: TrainConfig, benchmark: Benchmark) -> World:
     if benchmark.environment == LOCAL:
-        return TerminalWorld(local_sandbox(config.sandbox), config.terminal)
+        return TerminalWorld(local_sandbox(config.sandbox, root=config.terminal.root), config.terminal)
     from backtalk.harbor.tasks import HarborWorld
 
     return HarborWorld(benchmark.environment, config.terminal)

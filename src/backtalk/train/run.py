@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -14,9 +15,9 @@ from backtalk.engines.guard import guard
 from backtalk.engines.torch import TorchEngine
 from backtalk.engines.torch_checkpoint import find_checkpoint
 from backtalk.errors import ConfigError, DataError, InfrastructureError
-from backtalk.evaluate import Evaluation, evaluate, rollout_metrics, time_metrics
+from backtalk.evaluate import Evaluation, evaluate, rollout_metrics, row_metrics, time_metrics
 from backtalk.renderer import Renderer
-from backtalk.rollout import run_groups
+from backtalk.rollout import at_once, run_groups
 from backtalk.runlog import RunLog
 from backtalk.sampler import SamplingParams
 from backtalk.samples import build_samples
@@ -182,6 +183,7 @@ class Run:
         self.params = SamplingParams(
             temperature=config.temperature, max_tokens=config.rollout.max_tokens_per_turn, seed=config.seed
         )
+        self.limits = replace(config.rollout, concurrency=at_once(config.rollout, config.terminal.sandbox))
         self.recorded = recorded_trajectories(config, len(self.engine.tokenizer), tell)
         self.saved_step = 0  # policy version of the checkpoint; 0 has none, it is the model itself
 
@@ -198,7 +200,7 @@ class Run:
             counted(self.worlds.open, "training", step, len(tasks) * config.group_size, self.tell),
             self.engine.sampler(self.params),
             self.renderer,
-            config.rollout,
+            self.limits,
             group_size=config.group_size,
             key=f"train/{step}",
         )
@@ -211,13 +213,18 @@ class Run:
         """One optimizer step, its metrics on disk, and a checkpoint where one is due."""
         config, started = self.config, time.monotonic()
         objective = config.objective.at(step)
-        samples = [s for group in groups for s in build_samples(group, objective, temperature=config.temperature)]
+        now = self.engine.policy_version
+        samples = [
+            sample
+            for group in groups
+            for sample in build_samples(group, objective, temperature=config.temperature, policy_version=now)
+        ]
         learned = await self.engine.train_step(samples, objective)
         seconds = time_metrics(groups, rollout_seconds, time.monotonic() - started)
         rolled = rollout_metrics(groups)
         for line in guard(rolled, objective):  # the engine logs its own
             self.tell(Notice(f"step {step}: {line}"))
-        metrics = rolled | learned | seconds
+        metrics = rolled | row_metrics(samples, objective) | learned | seconds
         log.write_metrics(step, metrics)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             self._checkpoint(log)
@@ -235,7 +242,7 @@ class Run:
             self.held_out,
             counted(self.worlds.open, "evaluation", step, len(self.held_out) * config.samples_per_task, self.tell),
             self.renderer,
-            limits=self.config.rollout,
+            limits=self.limits,
             params=self.params,
             samples_per_task=config.samples_per_task,
             recorded=self.recorded,

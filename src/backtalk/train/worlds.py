@@ -43,7 +43,7 @@ def make_world(name: str, config: TrainConfig) -> World:
             from backtalk.envs.terminal import TerminalWorld
             from backtalk.sandboxes import local_sandbox
 
-            return TerminalWorld(local_sandbox(config.sandbox), config.terminal)
+            return TerminalWorld(local_sandbox(config.sandbox, root=config.terminal.root), config.terminal)
         case "openenv":
             from backtalk.envs.openenv import OpenEnvConfig, OpenEnvWorld
             from backtalk.settings import build

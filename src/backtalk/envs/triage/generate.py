@@ -48,7 +48,6 @@ def triage_task(seed: int, level: int) -> Task:
         files=dict(sorted(box.files.items())),
         tests={"test.sh": _script(_TEST.format(answer=question.answer, check=question.check))},
         solution={"solve.sh": _script(_SOLUTION.format(solve=question.solve))},
-        agent_timeout_s=120.0,
         verifier_timeout_s=20.0,
         metadata=_metadata(question, builder.__name__, level),
     )
