@@ -1,48 +1,79 @@
-"""What the local sandbox costs, beside a bare subprocess in the same run: start, exec, restart, stop, memory.
+"""What the local sandbox costs, beside a bare subprocess and podman in the same run. Prints a table in Markdown.
 
-    python benchmarks/sandbox.py --sandboxes 1 16 64
+    python benchmarks/sandbox.py
+    setpriv --reuid 1000 --regid 1000 --clear-groups python benchmarks/sandbox.py    # root, as an ordinary user
 
-With N sandboxes, all N do the same thing at once, and so do N bare subprocesses (`bash -c true`), in alternation.
-Times are medians over everything one sandbox waited for; the ratio is to the bare subprocess at the same N, which is
-what stays comparable on a busy or slow machine. "cpu" is processor time of the trainer's own process per operation:
-what it takes from the event loop.
+With N at once, all N sandboxes do the same thing at the same time, and so do N bare subprocesses (`bash -c true`), in
+alternation. Times are medians in milliseconds of what each of them waited; in brackets the ratio to the bare
+subprocess at the same N, which is what stays comparable on a busy or slow machine.
+
+A rollout is a whole episode of a terminal task without a policy: a fresh sandbox, files, four commands, a restart,
+tests, a reward. The bare rollout is the same commands and tests, each in a `bash -c` of its own in a temporary folder.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import os
+import platform
+import shutil
 import statistics
+import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
+from backtalk.envs.base import Task, ToolCall
+from backtalk.envs.terminal import TerminalConfig, open_terminal_env
 from backtalk.sandboxes import Sandbox, SandboxBackend, SandboxFile, SandboxLimits, local_sandbox
+from backtalk.sandboxes.pool import PooledBackend
 
 LIMITS = SandboxLimits()
+COMMANDS = ("ls -la", "grep -c ERROR app.log", "sort app.log | uniq -c | head -3", "echo 42 >answer")
+TEST = '[ "$(cat answer)" = 42 ]; echo $((1 - $?)) >{reward}'
+LOG = "".join(f"{'ERROR' if i % 7 == 0 else 'INFO'} request {i % 13}\n" for i in range(400)).encode()
+TASK = Task(
+    id="benchmark",
+    instruction="write 42",
+    files={"/home/agent/app.log": SandboxFile(LOG)},
+    tests={"test.sh": SandboxFile(TEST.format(reward="/logs/verifier/reward.txt").encode(), 0o755)},
+)
+ULIMITS = ("--ulimit", "nofile=4096:4096", "--ulimit", "nproc=4096:4096")  # podman's own may not be set everywhere
+BOMB = "bomb() { while :; do bomb & done; }; bomb & sleep 0.5"
 
 
-@dataclass
-class Measured:
-    """Milliseconds one kind of operation took."""
+class Table:
+    """Rows of milliseconds or other numbers, one column for each N."""
 
-    wall_ms: list[float] = field(default_factory=list)
-    cpu_ms: list[float] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.samples: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
+        self.cells: dict[tuple[str, int], str] = {}
 
-    async def together(self, operations: Iterable[Callable[[], Awaitable[object]]]) -> None:
-        """Start all at once; note what each waited, and the trainer's processor time per operation."""
+    async def together(self, row: str, n: int, operations: Iterable[Callable[[], Awaitable[object]]]) -> None:
+        """Start all at once; note what each waited."""
 
         async def timed(operation: Callable[[], Awaitable[object]]) -> None:
             began = time.perf_counter()
             await operation()
-            self.wall_ms.append(1e3 * (time.perf_counter() - began))
+            self.samples[row, n].append(1e3 * (time.perf_counter() - began))
 
-        began_cpu, operations = time.process_time(), list(operations)
-        await asyncio.gather(*map(timed, operations))
-        self.cpu_ms.append(1e3 * (time.process_time() - began_cpu) / len(operations))
+        await asyncio.gather(*map(timed, list(operations)))
+
+    def markdown(self, columns: list[int]) -> str:
+        shown = [*dict.fromkeys(row for row, _ in self.samples), *dict.fromkeys(row for row, _ in self.cells)]
+        for (row, n), samples in self.samples.items():
+            median, bare = statistics.median(samples), statistics.median(self.samples[BARE, n])
+            ratio = "" if row == BARE else f" ({median / bare:.1f}x)"
+            self.cells[row, n] = f"{median:.{0 if median >= 100 else 3}{'f' if median >= 100 else 'g'}}{ratio}"
+        lines = [["at once", *map(str, columns)], ["---"] * (len(columns) + 1)]
+        lines += [[row, *(self.cells.get((row, n), "") for n in columns)] for row in shown]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+BARE = "bare `bash -c true`, ms"
 
 
 async def bare() -> None:
@@ -52,73 +83,186 @@ async def bare() -> None:
 
 
 async def run_true(box: Sandbox, command: str) -> None:
-    result = await box.exec(command, timeout_s=60)
+    result = await box.exec(command, timeout_s=120)
     if result.exit_code != 0:
         raise RuntimeError(f"{command!r} answered {result}")
 
 
 def memory_mib() -> float:
-    """Proportional memory of all bubblewrap and bash processes below this one."""
+    """Proportional memory of all processes below this one."""
     parents, total_kib = {}, 0
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
     for process in parents:
         above = parents.get(process, 0)
         while above not in (0, os.getpid()):
             above = parents.get(above, 0)
         if above:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
                 total_kib += next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
     return total_kib / 1024
 
 
-async def measure(backend: SandboxBackend, count: int, rounds: int) -> tuple[dict[str, Measured], float]:
-    """Let `count` sandboxes live through every operation, `rounds` times."""
-    names = "bare start exec-builtin exec-program put-get restart stop".split()
-    found = {name: Measured() for name in names}
-    memory = 0.0
+async def operations(table: Table, name: str, backend: SandboxBackend, n: int, rounds: int) -> None:
+    """Let `n` sandboxes live through every operation, `rounds` times."""
+    file = {"/srv/new/file": SandboxFile(b"x" * 1000)}
     for _ in range(rounds):
         boxes: list[Sandbox] = []
-        stacks = [contextlib.AsyncExitStack() for _ in range(count)]
+        stacks = [AsyncExitStack() for _ in range(n)]
 
-        async def start(stack: contextlib.AsyncExitStack, boxes: list[Sandbox] = boxes) -> None:
+        async def start(stack: AsyncExitStack, boxes: list[Sandbox] = boxes) -> None:
             boxes.append(await stack.enter_async_context(backend.open(LIMITS)))
 
-        async def put_get(box: Sandbox) -> None:
-            await box.put({"/srv/file": SandboxFile(b"x" * 1000)})
-            await box.get("/srv/file")
+        await table.together(BARE, n, [bare] * n)
+        began = time.perf_counter()
+        await table.together(f"{name}: start", n, [lambda stack=stack: start(stack) for stack in stacks])
+        table.cells[f"{name}: starts a second", n] = f"{n / (time.perf_counter() - began):.0f}"
+        table.cells[f"{name}: memory of its processes each, MiB", n] = f"{memory_mib() / n:.1f}"
+        for _ in range(3 if n > 64 else 6):
+            await table.together(BARE, n, [bare] * n)
+            await table.together(f"{name}: exec `true`", n, [lambda box=box: run_true(box, "true") for box in boxes])
+            await table.together(
+                f"{name}: exec `/bin/true`", n, [lambda box=box: run_true(box, "/bin/true") for box in boxes]
+            )
+        await table.together(f"{name}: put", n, [lambda box=box: box.put(file) for box in boxes])
+        await table.together(f"{name}: get", n, [lambda box=box: box.get("/srv/new/file") for box in boxes])
+        await table.together(f"{name}: restart", n, [lambda box=box: box.restart() for box in boxes])
+        await table.together(f"{name}: stop", n, [lambda stack=stack: stack.aclose() for stack in stacks])
 
-        await found["bare"].together([bare] * count)
-        await found["start"].together([lambda stack=stack: start(stack) for stack in stacks])
-        memory = memory_mib() / count
-        for _ in range(5):
-            await found["bare"].together([bare] * count)
-            await found["exec-builtin"].together([lambda box=box: run_true(box, "true") for box in boxes])
-            await found["exec-program"].together([lambda box=box: run_true(box, "/bin/true") for box in boxes])
-        await found["put-get"].together([lambda box=box: put_get(box) for box in boxes])
-        await found["restart"].together([lambda box=box: box.restart() for box in boxes])
-        await found["stop"].together([lambda stack=stack: stack.aclose() for stack in stacks])
-    return found, memory
+
+async def rollout(backend: SandboxBackend) -> float:
+    async with open_terminal_env(TASK, backend, TerminalConfig(sandbox=LIMITS)) as env:
+        await env.reset()
+        for command in COMMANDS:
+            await env.step(ToolCall("bash", {"command": command}))
+        return await env.score() or 0.0
+
+
+async def bare_rollout() -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "app.log").write_bytes(LOG)
+        for command in (*COMMANDS, TEST.format(reward="reward.txt")):
+            process = await asyncio.create_subprocess_exec(
+                "bash", "-c", command, cwd=folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+            )
+            await process.communicate()
+        return float(Path(folder, "reward.txt").read_text())
+
+
+async def rollouts(table: Table, row: str, n: int, one: Callable[[], Awaitable[float]]) -> None:
+    """`n` at once, each followed by the next."""
+    left = max(64, 2 * n)
+
+    async def worker() -> None:
+        nonlocal left
+        while left > 0:
+            left -= 1
+            reward = await one()
+            if reward != 1.0:
+                raise RuntimeError(f"a rollout of {row} ended with reward {reward}")
+
+    count, began = left, time.perf_counter()
+    await asyncio.gather(*[worker() for _ in range(n)])
+    table.cells[row, n] = f"{count / (time.perf_counter() - began):.1f}"
+
+
+async def ends(table: Table, name: str, backend: SandboxBackend, count: int) -> None:
+    """How long the end of a sandbox takes in which processes breed up to the limit."""
+    seconds = []
+    for _ in range(count):
+        stack = AsyncExitStack()
+        box = await stack.enter_async_context(backend.open(LIMITS))
+        await box.exec(BOMB, timeout_s=5)
+        began = time.perf_counter()
+        await stack.aclose()
+        seconds.append(time.perf_counter() - began)
+    p50, p95 = statistics.median(seconds), sorted(seconds)[int(0.95 * (count - 1))]
+    table.cells[f"{name}: end with a fork bomb in it, p50 / p95 of {count}, ms", 1] = (
+        f"{1e3 * p50:.0f} / {1e3 * p95:.0f}"
+    )
+
+
+class Podman:
+    """As much of podman as is measured here: this machine's /usr over an empty tree, no network, overlay on top."""
+
+    @asynccontextmanager
+    async def container(self, root: Path) -> AsyncGenerator[str]:
+        limits = ("--memory", f"{LIMITS.memory_mb}m", "--pids-limit", str(LIMITS.processes), *ULIMITS)
+        name = await self._podman(
+            *("run", "--detach", "--network", "none", *limits, "--volume", "/usr:/usr:ro"),
+            *("--rootfs", f"{root}:O", "/usr/bin/sleep", "1000"),
+        )
+        try:
+            yield name
+        finally:
+            await self._podman("rm", "--force", "--time", "0", name)
+
+    async def measure(self, table: Table, n: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder)
+            for path in ("proc", "sys", "dev", "etc", "tmp", "run", "usr", "var/tmp"):
+                (root / path).mkdir(parents=True)
+            for path in ("bin", "sbin", "lib", "lib64"):
+                (root / path).symlink_to(f"usr/{path}")
+            stacks, names = [AsyncExitStack() for _ in range(n)], []
+
+            async def start(stack: AsyncExitStack) -> None:
+                names.append(await stack.enter_async_context(self.container(root)))
+
+            await table.together("podman: start", n, [lambda stack=stack: start(stack) for stack in stacks])
+            await table.together(BARE, n, [bare] * n)
+            for _ in range(3):
+                await table.together(
+                    "podman: exec `/bin/true`",
+                    n,
+                    [lambda name=name: self._podman("exec", name, "true") for name in names],
+                )
+            await table.together("podman: stop", n, [lambda stack=stack: stack.aclose() for stack in stacks])
+
+    async def _podman(self, *arguments: str) -> str:
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec("podman", *arguments, stdout=pipe, stderr=pipe)
+        said, complaint = await process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"podman {' '.join(arguments)}: {complaint.decode().strip()}")
+        return said.decode().strip()
+
+
+async def measure(args: argparse.Namespace) -> str:
+    table, backend = Table(), local_sandbox()
+    name = backend.report.name
+    for n in args.at_once:
+        await operations(table, name, backend, n, max(2, args.starts // n))
+    for n in args.at_once:
+        await rollouts(table, "bare: rollouts a second", n, bare_rollout)
+        await rollouts(table, f"{name}: rollouts a second", n, lambda: rollout(backend))
+        async with PooledBackend(backend) as pool:
+            await rollouts(table, f"{name} in a pool: rollouts a second", n, lambda pool=pool: rollout(pool))
+        async with PooledBackend(backend, ready=args.ready) as pool:
+            row = f"{name} in a pool, {args.ready} ready: rollouts a second"
+            await rollouts(table, row, n, lambda pool=pool: rollout(pool))
+    await ends(table, name, backend, args.ends)
+    if shutil.which("podman"):
+        for n in (n for n in args.at_once if n <= args.podman):
+            await Podman().measure(table, n)
+    return table.markdown(args.at_once)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sandboxes", type=int, nargs="+", default=[1, 16, 64], help="how many at once")
-    parser.add_argument("--operations", type=int, default=64, help="starts to measure at least, for each number")
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument("--starts", type=int, default=64, help="sandboxes to start at least, for each number at once")
+    parser.add_argument("--ready", type=int, default=4, help="sandboxes that the pool starts ahead")
+    parser.add_argument("--ends", type=int, default=40, help="sandboxes to end with a fork bomb in them")
+    parser.add_argument("--podman", type=int, default=16, help="most containers at once; 0 leaves podman out")
     args = parser.parse_args()
-    backend = local_sandbox()
-    print(f"{backend.report.name}: {dict(backend.report.limits)}")
-    for count in args.sandboxes:
-        found, memory = asyncio.run(measure(backend, count, max(2, args.operations // count)))
-        yardstick = statistics.median(found["bare"].wall_ms)
-        print(f"\n{count} at once, {memory:.1f} MiB each")
-        print(f"{'':14}{'median ms':>10}{'best ms':>9}{'x bare':>8}{'cpu ms':>8}")
-        for name, measured in found.items():
-            median = statistics.median(measured.wall_ms)
-            cpu = statistics.median(measured.cpu_ms)
-            print(f"{name:14}{median:10.2f}{min(measured.wall_ms):9.2f}{median / yardstick:8.2f}{cpu:8.2f}")
+    load = os.getloadavg()[0]
+    who = "root" if os.getuid() == 0 else f"uid {os.getuid()}"
+    found = asyncio.run(measure(args))
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, as {who}, load {load:.1f} before")
+    print(f"podman: {'beside it' if shutil.which('podman') and args.podman else 'not measured'}\n\n{found}")
 
 
 if __name__ == "__main__":

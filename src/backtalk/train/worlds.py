@@ -42,8 +42,10 @@ def make_world(name: str, config: TrainConfig) -> World:
         case "terminal":
             from backtalk.envs.terminal import TerminalWorld
             from backtalk.sandboxes import local_sandbox
+            from backtalk.sandboxes.pool import PooledBackend
 
-            return TerminalWorld(local_sandbox(config.sandbox, root=config.terminal.root), config.terminal)
+            backend = local_sandbox(config.sandbox, root=config.terminal.root)
+            return TerminalWorld(PooledBackend(backend), config.terminal)  # no more at once than the machine carries
         case "openenv":
             from backtalk.envs.openenv import OpenEnvConfig, OpenEnvWorld
             from backtalk.settings import build
