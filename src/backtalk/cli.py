@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from backtalk import __version__
+from backtalk.commands.account import account
+from backtalk.commands.capture import capture
 from backtalk.commands.evaluate import evaluate
+from backtalk.commands.export import export
 from backtalk.commands.import_trajectories import import_trajectories
 from backtalk.commands.serve import serve
 from backtalk.errors import BacktalkError, ConfigError
@@ -42,6 +45,9 @@ tasks_app = typer.Typer(help="Tasks as files.", no_args_is_help=True, rich_marku
 app.add_typer(tasks_app, name="tasks")
 app.command("import")(import_trajectories)
 app.command()(evaluate)
+app.command()(capture)
+app.command()(account)
+app.command()(export)
 app.command()(serve)
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `backtalk train` made it.")]

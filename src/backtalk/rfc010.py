@@ -1,9 +1,9 @@
 """Trajectories as OpenEnv's RFC 010 describes them: token ids, a role a token, and three masks.
 
-RFC 010 is a draft (2026-06-14). Its four roles are fewer than ours: TEMPLATE is written as ``context``, so which given
-tokens were the chat template's is lost. Where one segment ends and the next begins, turns, tools and branches are no
-part of the RFC; they are kept under ``metadata``, which other readers may drop, and are then found again from the
-masks, where every run of action tokens begins a turn. Ids, logprobs and masks are kept exactly.
+RFC 010 is a draft (2026-06-14). Its four roles are fewer than ours: TEMPLATE is written as ``context``. That it was the
+chat template's, where one segment ends and the next begins, turns, tools and branches are no part of the RFC; they are
+kept under ``metadata``, so that what is written comes back whole. Other readers may drop that; turns are then found
+again from the masks, where every run of action tokens begins one. Ids, logprobs and masks are kept in any case.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def to_rfc010(trajectory: Trajectory, world_loss_target: Rfc010Target = "env_onl
             "failure": failure and {"where": failure.where, "error": failure.error, "message": failure.message},
             "stats": dict(trajectory.stats),
             "segments": [
-                {"length": len(s), "turn": s.turn, "tool": s.tool, "branch": s.branch} for s in trajectory.segments
+                {"role": s.role.name, "length": len(s), "turn": s.turn, "tool": s.tool, "branch": s.branch}
+                for s in trajectory.segments
             ],
         },
     }
@@ -167,9 +168,15 @@ def _segments(
     start = 0
     for part in _runs(roles) if kept is None else kept:
         end = start + int(part["length"])
-        if end > len(ids) or len(set(roles[start:end])) > 1:
+        role = (
+            TokenRole[part["role"]]
+            if "role" in part
+            else roles[start]
+            if start < end <= len(ids)
+            else TokenRole.CONTEXT
+        )
+        if end > len(ids) or {ROLE_NAMES[one] for one in roles[start:end]} - {ROLE_NAMES[role]}:
             raise DataError(f"metadata.segments does not fit the masks at tokens {start} to {end}; leave it out")
-        role = roles[start] if end > start else TokenRole.CONTEXT
         sampled = None
         if role is TokenRole.ACTION and logprobs is not None:
             sampled = tuple(_finite(logprobs[t], t) for t in range(start, end))

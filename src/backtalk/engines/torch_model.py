@@ -17,7 +17,7 @@ from torch import nn
 
 from backtalk.errors import ConfigError
 
-BASE_MODEL = "base"
+EMBEDDED = {"base": "base_model", "shop": "shop_model"}  # the models in the package: name, folder of assets
 HUB_TIMEOUT_S = 10.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -48,11 +48,11 @@ def model_location(model: str) -> str:
     Raises:
         ConfigError: the embedded model is not installed, a path that does not exist, or a name and no network.
     """
-    if model == BASE_MODEL:
-        folder = Path(str(resources.files("backtalk"))) / "assets" / "base_model"
+    if model in EMBEDDED:
+        folder = Path(str(resources.files("backtalk"))) / "assets" / EMBEDDED[model]
         if not (folder / "config.json").is_file():
             raise ConfigError(
-                f"model='base' is the model that ships with backtalk, but {folder} does not hold it; "
+                f"model={model!r} is a model that ships with backtalk, but {folder} does not hold it; "
                 "reinstall backtalk, or pass the folder or Hugging Face name of another model"
             )
         return str(folder)

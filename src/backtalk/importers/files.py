@@ -126,7 +126,7 @@ def import_record(
     inner = outer
     if source == "atif" and isinstance(outer, Mapping) and "trajectory" in outer:
         inner = mapping(outer["trajectory"], "the trajectory")
-    about = _about(outer, inner, name)
+    about = about_of(outer, inner, name)
     observations = Observations(
         renderer=None if renderer_of is None else renderer_of(_tools(outer, inner)),
         role=options.observation_role,
@@ -164,7 +164,8 @@ def _main_detail(record: Any) -> Any:
     return details[0]
 
 
-def _about(outer: Any, inner: Any, name: str) -> About:
+def about_of(outer: Any, inner: Any, name: str) -> About:
+    """What a record says beside its tokens; ``inner`` is the document inside it, or the record itself."""
     if not isinstance(outer, Mapping):
         return About(task_id=name)
     task = first_of(outer, "task_id", "task", "scenario")

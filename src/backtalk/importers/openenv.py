@@ -1,12 +1,13 @@
 """OpenEnv: EpisodeRecord (messages), TrainingTrace (token ids), and episodes of its Agent World Model environment.
 
 Read against openenv 0.10.0. An EpisodeRecord has no token ids, so nothing in it is an action; a TrainingTrace has.
+Where ``backtalk.exporters`` wrote the record, it also has the roles, and comes back as it was.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from backtalk.envs.base import Part
@@ -15,6 +16,7 @@ from backtalk.importers.chat import ChatMessage, openai_messages, trajectory_fro
 from backtalk.importers.observations import Observations
 from backtalk.importers.plain import mapping, required
 from backtalk.importers.turns import About, OnDrift, trajectory_from_turns, turns_of
+from backtalk.rfc010 import from_rfc010
 from backtalk.trajectory import TokenRole, Trajectory
 
 
@@ -32,6 +34,8 @@ def trajectory_from_openenv(
         DataError: none of the three, or what the importer of that one refuses.
     """
     record = mapping(record, "an OpenEnv record")
+    if (own := _written_by_us(record)) is not None:
+        return from_rfc010(own, task_id=about.task_id, sample_index=about.sample_index)
     if record.get("turns") is not None:
         return trajectory_from_turns(turns_of(record), about, observations, on_drift)
     if record.get("messages") is not None:
@@ -41,6 +45,39 @@ def trajectory_from_openenv(
     else:
         raise DataError(f"an OpenEnv record has turns, messages or steps, this one only {sorted(record)[:12]}")
     return trajectory_from_chat(messages, about, observations, keep_reasoning=keep_reasoning)
+
+
+def _written_by_us(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The record of RFC 010 inside one that we wrote; None where another wrote it."""
+    extra = record.get("extra")
+    if isinstance(extra, Mapping) and isinstance(extra.get("rfc010"), Mapping):
+        return dict(extra["rfc010"])
+    turns = record.get("turns") or ()
+    rows = [mapping(turn, f"turn {t}") for t, turn in enumerate(turns)] if isinstance(turns, (list, tuple)) else []
+    whole = (rows[0].get("metadata") or {}).get("backtalk") if rows else None
+    return None if whole is None else _whole(rows, mapping(whole, "what is said of the whole trajectory"))
+
+
+def _whole(turns: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of the whole trajectory: what was before the first action, then action and observation in turn."""
+    columns: dict[str, list[Any]] = {name: [] for name in ("token_ids", "obs_mask", "warning_mask", "logprobs")}
+    columns["action_mask"] = []
+
+    def add(said: Mapping[str, Any], sampled: Sequence[int] = (), logprobs: Sequence[float] = ()) -> None:
+        n, rest = len(sampled), len(said["token_ids"])
+        columns["token_ids"] += [*sampled, *said["token_ids"]]
+        columns["action_mask"] += [1] * n + [0] * rest
+        columns["logprobs"] += [*logprobs, *([None] * rest)]
+        for name in ("obs_mask", "warning_mask"):
+            columns[name] += [*([0] * n), *said[name]]
+
+    add(about["before"])
+    for t, turn in enumerate(turns):
+        prompt = list(turn["prompt_token_ids"])
+        if prompt and columns["token_ids"][-len(prompt) :] != prompt:
+            raise DataError(f"the prompt of turn {t} is not what the turns before it add up to; the trace was changed")
+        add(turn["metadata"]["observation"], turn["completion_token_ids"], turn["per_token_logps"])
+    return {**columns, **about}
 
 
 def awm_messages(episode: Mapping[str, Any], prompt: str | None = None) -> list[ChatMessage]:

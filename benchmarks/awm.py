@@ -1,0 +1,89 @@
+"""What an episode of the Agent World Model costs: in this process, in a child, and over OpenEnv on the loopback.
+
+    python benchmarks/awm.py
+
+Medians and the 95th percentile in milliseconds. A reset is a fresh copy of the database; over a server it is a new
+connection too. The call is a search of the shop by category.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from statistics import median, quantiles
+from urllib.request import urlopen
+
+from backtalk.envs.awm import AwmConfig, AwmEnv, AwmWorld, awm_tasks
+from backtalk.envs.base import ToolCall
+
+EPISODES, CALLS = 40, 25
+SEARCH = ToolCall("search_products", {"category": "lamps", "sort_by": "price"})
+
+
+async def timed(work: Callable[[], Awaitable[object]]) -> float:
+    began = time.perf_counter()
+    await work()
+    return 1000 * (time.perf_counter() - began)
+
+
+async def measure(world: AwmWorld, source: str) -> dict[str, list[float]]:
+    """Milliseconds of each reset, call and score."""
+    task = awm_tasks(source)[0]
+    found: dict[str, list[float]] = {"reset": [], "call": [], "score": []}
+    for _ in range(EPISODES + 2):
+        env: AwmEnv
+        async with world.open(task) as env:
+            found["reset"].append(await timed(env.reset))
+            for _ in range(CALLS):
+                found["call"].append(await timed(lambda env=env: env.step(SEARCH)))
+            found["score"].append(await timed(env.score))
+    await world.close()
+    return {what: times[2 * len(times) // (EPISODES + 2) :] for what, times in found.items()}  # two to warm up
+
+
+@contextmanager
+def served() -> Iterator[str]:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = str(place.getsockname()[1])
+    command = (sys.executable, "-m", "uvicorn", "backtalk.envs.awm.server:app", "--port", port, "--log-level", "error")
+    process = subprocess.Popen(command)
+    try:
+        for _ in range(600):
+            time.sleep(0.1)
+            try:
+                urlopen(f"http://127.0.0.1:{port}/health", timeout=1).close()
+                break
+            except OSError:
+                continue
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def main() -> None:
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+    print(f"{machine}, Python {platform.python_version()}")
+    rows = {
+        "in process": asyncio.run(measure(AwmWorld("shop-ten", AwmConfig()), "awm:shop-ten")),
+        "child": asyncio.run(measure(AwmWorld("shop-ten", AwmConfig(run="child")), "awm:shop-ten")),
+    }
+    with served() as url:
+        rows["OpenEnv server"] = asyncio.run(measure(AwmWorld(url, AwmConfig()), f"awm:{url}#shop"))
+    base = {what: median(times) for what, times in rows["in process"].items()}
+    for where, found in rows.items():
+        for what, times in found.items():
+            ratio = f"x{median(times) / base[what]:.1f}"
+            print(f"{where:15} {what:6} {median(times):7.2f} ms, p95 {quantiles(times, n=20)[-1]:7.2f} ms  {ratio:>6}")
+
+
+if __name__ == "__main__":
+    main()

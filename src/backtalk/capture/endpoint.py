@@ -1,0 +1,241 @@
+"""A model behind an OpenAI-compatible API as an author.
+
+Two ways to ask. With messages (``/chat/completions``) the server renders the conversation itself, so what comes back
+was sampled from its tokens, not ours: the text is tokenised anew and is not an action that can be trained, unless the
+server says which ids it was given and which it sampled, and they are ours. With tokens (``/completions``, as vLLM
+serves it) our ids go in and sampled ids come out.
+
+A logprob counts only at temperature 1: servers differ on whether theirs are of before or after the temperature.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from backtalk.capture.author import Reply, Seen, text_of
+from backtalk.envs.base import Message, ToolCall
+from backtalk.errors import ConfigError, SamplerError
+from backtalk.sampler import Completion
+from backtalk.tool_formats import tool_schemas
+
+SHOWN = 300  # characters of a server's refusal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointConfig:
+    """Where a model answers and how it is asked."""
+
+    url: str  # up to and with the version, http://127.0.0.1:8000/v1
+    model: str
+    tokens: bool = False  # ask with token ids, see above
+    temperature: float = 1.0
+    timeout_s: float = 300.0  # of one request
+    attempts: int = 6  # at one request, while the server is busy, broken or away
+    first_wait_s: float = 1.0  # before the second; doubled each time
+    key_variable: str = "BACKTALK_API_KEY"  # the environment variable that holds the key, if the server wants one
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"endpoint {self.url!r} is no URL; write it as in http://127.0.0.1:8000/v1")
+        if self.temperature < 0 or self.attempts < 1 or not self.timeout_s > 0 or self.first_wait_s < 0:
+            raise ConfigError(
+                f"temperature={self.temperature}, attempts={self.attempts}, timeout_s={self.timeout_s}, "
+                f"first_wait_s={self.first_wait_s}: need >= 0, >= 1, > 0 and >= 0"
+            )
+        if self.tokens and self.temperature != 1:
+            raise ConfigError(
+                f"temperature={self.temperature} with token ids: whether a server's logprobs are of before or after "
+                "the temperature cannot be told, and they are wanted for training; use 1, or leave --tokens out"
+            )
+
+
+# What servers are asked beside the conversation, the first that is not refused: with ids and logprobs as vLLM and
+# SGLang give them and nothing cutting the distribution, plainly, and under the names of OpenAI's later models.
+def _chat_options(config: EndpointConfig, max_tokens: int) -> tuple[dict[str, Any], ...]:
+    plain = {"temperature": config.temperature, "max_tokens": max_tokens}
+    ids = {"return_token_ids": True, "logprobs": True, "top_logprobs": 0, "top_p": 1, "top_k": -1}
+    return ({**plain, **ids}, plain, {"max_completion_tokens": max_tokens})
+
+
+@dataclass(slots=True)
+class Endpoint:
+    """One episode's conversation with a server (an ``Author``)."""
+
+    config: EndpointConfig
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    call_id: str | None = None  # of the call that the next messages answer
+    accepted: int = 0  # which of the chat options the server takes
+
+    async def reply(self, seen: Seen) -> Reply:
+        return await self._by_tokens(seen) if self.config.tokens else await self._by_messages(seen)
+
+    # --- messages ---
+
+    async def _by_messages(self, seen: Seen) -> Reply:
+        self.messages += _openai(seen.messages, self.call_id)
+        asked: dict[str, Any] = {"model": self.config.model, "messages": self.messages}
+        if seen.tools:
+            asked["tools"] = tool_schemas(seen.tools)
+        options = _chat_options(self.config, seen.max_tokens)
+        while True:
+            status, answer = await self._post("chat/completions", {**asked, **options[self.accepted]})
+            if status == 200:
+                break
+            if status not in (400, 422) or self.accepted + 1 == len(options):
+                raise _refused(self.config, status, answer)
+            self.accepted += 1
+        choice = _choice(answer, self.config)
+        said = choice.get("message") or {}
+        text, calls = said.get("content") or "", said.get("tool_calls") or []
+        call, text = _read_call(calls[0], text) if calls else (None, text)
+        kept = {"role": "assistant", "content": text, **({"tool_calls": calls[:1]} if call else {})}
+        self.messages.append(kept)
+        self.call_id = str(calls[0].get("id")) if call else None
+        sampled = _sampled(answer, choice, seen) if self.config.temperature == 1 else None
+        return Reply(text=text, call=call, sampled=sampled, cut=choice.get("finish_reason") == "length")
+
+    # --- tokens ---
+
+    async def _by_tokens(self, seen: Seen) -> Reply:
+        asked = {
+            "model": self.config.model,
+            "prompt": list(seen.token_ids),
+            "max_tokens": seen.max_tokens,
+            "temperature": self.config.temperature,
+            "top_p": 1,
+            "top_k": -1,
+            "logprobs": 1,
+            "return_token_ids": True,
+            "skip_special_tokens": False,
+            "stop_token_ids": sorted(seen.stop_token_ids),
+        }
+        status, answer = await self._post("completions", asked)
+        if status != 200:
+            raise _refused(self.config, status, answer)
+        sampled = _sampled(answer, _choice(answer, self.config), seen, own_prompt=True)
+        if sampled is None:
+            raise SamplerError(
+                f"{self.config.url} gave back no token ids with logprobs that continue ours; a server has to know "
+                "return_token_ids (vLLM does), and --tokenizer has to be its model's. Or leave --tokens out"
+            )
+        return Reply(sampled=sampled)
+
+    # --- the wire ---
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
+        """Status and answer, after as many attempts as it takes or is allowed.
+
+        Raises:
+            SamplerError: the server cannot be reached, or stays busy or broken.
+        """
+        httpx = _httpx()
+        key = os.environ.get(self.config.key_variable)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        problem = ""
+        async with httpx.AsyncClient(timeout=self.config.timeout_s, headers=headers) as client:
+            for attempt in range(self.config.attempts):
+                wait_s = self.config.first_wait_s * 2**attempt
+                try:
+                    response = await client.post(f"{self.config.url.rstrip('/')}/{path}", json=body)
+                    if response.status_code not in (408, 409, 429) and response.status_code < 500:
+                        return response.status_code, _body(response.text)
+                    problem = f"status {response.status_code}: {response.text[:SHOWN]}"
+                    wait_s = max(wait_s, _seconds(response.headers.get("retry-after")))
+                except httpx.HTTPError as error:
+                    problem = f"{type(error).__name__}: {error}"
+                if attempt + 1 < self.config.attempts:
+                    await asyncio.sleep(wait_s)
+        raise SamplerError(
+            f"{self.config.url} did not answer after {self.config.attempts} attempts ({problem}); "
+            "is the server running, and the URL right?"
+        )
+
+
+def _httpx() -> Any:
+    try:
+        import httpx
+    except ImportError as error:
+        raise ConfigError("asking an endpoint needs httpx; type: pip install 'backtalk[capture]'") from error
+    return httpx
+
+
+def _openai(messages: Sequence[Message], call_id: str | None) -> list[dict[str, Any]]:
+    """In OpenAI's format. What answers a call is one message; what answers no call, as a parse error, is the user's."""
+    if any(message.role != "tool" for message in messages):
+        return [{"role": m.role if m.role != "tool" else "user", "content": m.text} for m in messages]
+    answered = {"role": "tool", "tool_call_id": call_id} if call_id else {"role": "user"}
+    return [{**answered, "content": text_of(messages)}]
+
+
+def _read_call(call: Any, text: str) -> tuple[ToolCall | None, str]:
+    """A tool call; as text where its arguments are no JSON object, so that the policy is told what is wrong."""
+    function = call.get("function") or {}
+    name, written = str(function.get("name")), function.get("arguments") or "{}"
+    try:
+        arguments = json.loads(written) if isinstance(written, str) else written
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        return None, f"{text}\n{name} {written}".strip()
+    return ToolCall(name, arguments), text
+
+
+def _sampled(answer: Any, choice: Any, seen: Seen, *, own_prompt: bool = False) -> Completion | None:
+    """The sampled ids with their logprobs, where the server says them and they continue just our tokens."""
+    prompt = answer.get("prompt_token_ids") or choice.get("prompt_token_ids")
+    ids, logprobs = choice.get("token_ids"), _logprobs(choice.get("logprobs"))
+    if (prompt is None and not own_prompt) or (prompt is not None and tuple(prompt) != seen.token_ids):
+        return None
+    if not ids or logprobs is None or len(ids) != len(logprobs):
+        return None
+    stopped = choice.get("finish_reason") != "length"
+    if stopped and ids[-1] not in seen.stop_token_ids:  # it ended in some way that our tokens do not show
+        return None
+    return Completion(tuple(ids), logprobs, stopped)
+
+
+def _logprobs(found: Any) -> tuple[float, ...] | None:
+    """Of the sampled tokens, as /chat/completions (``content``) and /completions (``token_logprobs``) give them."""
+    if not isinstance(found, Mapping):
+        return None
+    entries = found.get("content")
+    values = found.get("token_logprobs") if entries is None else [entry.get("logprob") for entry in entries]
+    known = values and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
+    return tuple(map(float, values)) if values and known else None
+
+
+def _choice(answer: Any, config: EndpointConfig) -> dict[str, Any]:
+    choices = answer.get("choices") if isinstance(answer, Mapping) else None
+    if not choices or not isinstance(choices[0], Mapping):
+        raise SamplerError(f"{config.url} answered without a choice: {str(answer)[:SHOWN]}; is it the right URL?")
+    return dict(choices[0])
+
+
+def _refused(config: EndpointConfig, status: int, answer: Any) -> SamplerError:
+    hint = ""
+    if status in (401, 403):
+        hint = f"; put the key in the environment variable {config.key_variable}"
+    elif status == 404:
+        hint = f"; is the URL right (it ends in /v1), and is a model {config.model!r} served there?"
+    return SamplerError(f"{config.url} refused with status {status}: {str(answer)[:SHOWN]}{hint}")
+
+
+def _body(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _seconds(text: str | None) -> float:
+    """Retry-After, where it is a number of seconds; a minute at most."""
+    try:
+        return min(max(float(text or 0), 0.0), 60.0)
+    except ValueError:
+        return 0.0

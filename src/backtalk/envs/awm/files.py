@@ -1,0 +1,171 @@
+"""The files that Agent World Model scenarios are published in: seven of JSON lines, each row of one scenario.
+
+Read against AgentWorldModel-1K (arXiv 2602.10090) and the environment of OpenEnv that serves it. What a scenario is:
+a FastAPI program over SQLite, the schema and the rows that its database begins with, tasks, and for each task code
+that looks at the database before and after.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backtalk.errors import DataError
+
+SCENARIOS, TASKS, SCHEMAS, SAMPLES = "gen_scenario.jsonl", "gen_tasks.jsonl", "gen_db.jsonl", "gen_sample.jsonl"
+PROGRAMS, SQL_VERIFIERS, CODE_VERIFIERS = "gen_envs.jsonl", "gen_verifier.jsonl", "gen_verifier.pure_code.jsonl"
+FILES = (SCENARIOS, TASKS, SCHEMAS, SAMPLES, PROGRAMS, SQL_VERIFIERS, CODE_VERIFIERS)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contents:
+    """What differs from episode to episode of one program: the rows it begins with, the task, its verifiers."""
+
+    task: str
+    task_idx: int
+    inserts: tuple[str, ...] = field(repr=False)  # SQL, in order
+    verifiers: Mapping[str, str] = field(default_factory=dict, repr=False)  # Python source by mode: code, sql
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scenario:
+    """One world: a program, its database, and tasks in it."""
+
+    name: str
+    description: str
+    program: str = field(repr=False)  # Python source of a FastAPI app called ``app``
+    schema: tuple[str, ...] = field(repr=False)  # SQL, in order
+    inserts: tuple[str, ...] = field(repr=False)
+    tasks: tuple[str, ...] = field(repr=False)
+    verifiers: Mapping[str, Mapping[int, str]] = field(default_factory=dict, repr=False)  # by mode and task_idx
+
+    def contents(self, task_idx: int) -> Contents:
+        """The rows and one task as the files have them."""
+        if not 0 <= task_idx < len(self.tasks):
+            raise DataError(f"{self.name} has tasks 0 to {len(self.tasks) - 1}, got task_idx={task_idx}")
+        found = {mode: codes[task_idx] for mode, codes in self.verifiers.items() if task_idx in codes}
+        return Contents(task=self.tasks[task_idx], task_idx=task_idx, inserts=self.inserts, verifiers=found)
+
+
+def scenario_key(name: str) -> str:
+    """How scenarios are looked up: lower case, all but letters and digits as one underscore."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def read_scenarios(folder: Path) -> dict[str, Scenario]:
+    """Every scenario that has a program, by its key. The description and the verifiers may be missing.
+
+    Raises:
+        DataError: a file is missing or no JSON lines, or a program has no database or no tasks.
+    """
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
+        raise DataError(f"{folder} is no Agent World Model dataset: it has no {', '.join(missing)}")
+    described = {
+        scenario_key(_get(row, "name", at)): row.get("description", "") for at, row in _rows(folder, SCENARIOS)
+    }
+    tasks = _by_scenario(folder, TASKS, "tasks")
+    schemas, samples = _by_scenario(folder, SCHEMAS, "db_schema"), _by_scenario(folder, SAMPLES, "sample_data")
+    verifiers: dict[str, dict[str, dict[int, str]]] = {
+        "code": _verifiers(folder, CODE_VERIFIERS),
+        "sql": _verifiers(folder, SQL_VERIFIERS),
+    }
+    scenarios = {}
+    for key, program in _by_scenario(folder, PROGRAMS, "full_code").items():
+        for name, found in ((TASKS, tasks), (SCHEMAS, schemas), (SAMPLES, samples)):
+            if key not in found:
+                raise DataError(f"{folder / PROGRAMS} has a program for {key!r}, and {name} says nothing of it")
+        scenarios[key] = Scenario(
+            name=key,
+            description=described.get(key, ""),
+            program=program,
+            schema=tuple(_schema(schemas[key], f"{key} in {SCHEMAS}")),
+            inserts=tuple(_inserts(samples[key], f"{key} in {SAMPLES}")),
+            tasks=tuple(tasks[key]),
+            verifiers={mode: codes[key] for mode, codes in verifiers.items() if key in codes},
+        )
+    return scenarios
+
+
+def write_scenario(scenario: Scenario, folder: Path) -> None:
+    """One scenario as the seven files; what ``read_scenarios`` gives back is equal."""
+    name = {"scenario": scenario.name}
+    tables = [{"name": _table(ddl), "ddl": ddl, "indexes": []} for ddl in scenario.schema]
+    inserts: dict[str, list[str]] = {}
+    for statement in scenario.inserts:
+        inserts.setdefault(_table(statement), []).append(statement)
+    sample = {"tables": [{"table_name": table, "insert_statements": rows} for table, rows in inserts.items()]}
+    rows: dict[str, Sequence[Mapping[str, Any]]] = {
+        SCENARIOS: [{"name": scenario.name, "description": scenario.description}],
+        TASKS: [name | {"tasks": list(scenario.tasks)}],
+        SCHEMAS: [name | {"db_schema": {"tables": tables}}],
+        SAMPLES: [name | {"tables_count": len(inserts), "inserts_count": len(scenario.inserts), "sample_data": sample}],
+        PROGRAMS: [name | {"full_code": scenario.program}],
+    }
+    for mode, file in (("sql", SQL_VERIFIERS), ("code", CODE_VERIFIERS)):
+        rows[file] = [
+            name | {"task_idx": idx, "task": scenario.tasks[idx], "verification": {"code": code, "raw_response": "{}"}}
+            for idx, code in scenario.verifiers.get(mode, {}).items()
+        ]
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, lines in rows.items():
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (folder / file).write_text(text, encoding="utf-8")
+
+
+def _rows(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each row is, and the row."""
+    try:
+        lines = (folder / name).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{folder / name} cannot be read: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        at = f"{folder / name}:{number}"
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{at} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{at} is not a JSON object")
+        yield at, row
+
+
+def _get(row: Mapping[str, Any], key: str, at: str) -> Any:
+    if key not in row:
+        raise DataError(f"{at} has no {key!r}, only {sorted(row)}")
+    return row[key]
+
+
+def _by_scenario(folder: Path, name: str, key: str) -> dict[str, Any]:
+    return {scenario_key(_get(row, "scenario", at)): _get(row, key, at) for at, row in _rows(folder, name)}
+
+
+def _verifiers(folder: Path, name: str) -> dict[str, dict[int, str]]:
+    found: dict[str, dict[int, str]] = {}
+    for at, row in _rows(folder, name):
+        code = _get(row, "verification", at).get("code")
+        if isinstance(code, str) and code.strip():  # some rows of the published files hold none
+            found.setdefault(scenario_key(_get(row, "scenario", at)), {})[int(_get(row, "task_idx", at))] = code
+    return found
+
+
+def _schema(schema: Any, at: str) -> Iterator[str]:
+    for table in _get(schema, "tables", at):
+        statements = [table.get("ddl") or "", *(table.get("indexes") or ())]
+        yield from (text for text in map(str.strip, statements) if text)
+
+
+def _inserts(sample: Any, at: str) -> Iterator[str]:
+    for item in _get(sample, "tables", at) if isinstance(sample, dict) else sample:
+        statements = [item] if isinstance(item, str) else item.get("insert_statements") or ()
+        yield from (text for text in map(str.strip, statements) if text)
+
+
+def _table(statement: str) -> str:
+    match = re.match(r"\s*(?:CREATE TABLE(?: IF NOT EXISTS)?|INSERT INTO)\s+[\"`\[]?(\w+)", statement, re.IGNORECASE)
+    return match[1] if match else ""

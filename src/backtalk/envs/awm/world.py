@@ -1,0 +1,140 @@
+"""The tasks of a source "awm:WHICH", and the world that they are played in."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import cache
+from itertools import count
+from typing import Any
+
+from backtalk.envs.awm.config import AwmConfig
+from backtalk.envs.awm.env import AwmEnv
+from backtalk.envs.awm.library import GENERATED, SHIPPED, open_library
+from backtalk.envs.awm.session import Session
+from backtalk.envs.awm.shop import SEEDS_FROM, TASK_COUNT, shop_contents
+from backtalk.envs.base import Task, ToolSpec, WorldReport
+from backtalk.errors import ConfigError
+
+
+def awm_tasks(source: str) -> list[Task]:
+    """Every task of "awm:shop", "awm:shop-ten", "awm:tickets", "awm:FOLDER[#SCENARIO]" or "awm:URL[#SCENARIO]".
+
+    Raises:
+        ConfigError: there is no such source.
+        DataError: the files cannot be read.
+        InfrastructureError: the server does not answer.
+    """
+    where, scenario = _parts(source.removeprefix("awm:"))
+    if where == GENERATED:
+        return [_generated(source, seed) for seed in range(SEEDS_FROM, SEEDS_FROM + TASK_COUNT)]
+    if is_url(where):
+        from backtalk.envs.awm.remote import list_remote
+
+        listed = list_remote(where)
+    else:
+        listed = open_library(where).listed()
+    names = [row["name"] for row in listed]
+    if scenario is not None and scenario not in names:
+        raise ConfigError(f"{where} has no scenario {scenario!r}; it has {', '.join(names[:20])}")
+    return [
+        _task(f"{row['name']}/{idx}", source, text, scenario=row["name"], task_idx=idx, description=row["description"])
+        for row in listed
+        if scenario in (None, row["name"])
+        for idx, text in enumerate(row["tasks"])
+    ]
+
+
+class AwmWorld:
+    """Episodes of the scenarios of one source (a ``World``). A program is executed when it is first played.
+
+    Raises:
+        ConfigError: there is no such source, or what it needs is not installed.
+    """
+
+    def __init__(self, which: str, config: AwmConfig) -> None:
+        self._where, _ = _parts(which)
+        self._config = config
+        self._remote = is_url(self._where)
+        self._server: Any = None
+        self._child: Any = None
+        self._episodes = count()
+        if config.verifier == "sql" and not self._remote:
+            raise ConfigError(
+                "verifier=sql leaves the verdict to a language model that a server asks; play on one (awm:http://...), "
+                "or use verifier=code"
+            )
+        if self._remote:
+            from backtalk.envs.awm.remote import remote_world
+
+            self._server = remote_world(self._where, config)
+            return
+        self._library = open_library(self._where)
+        if self._where in SHIPPED:
+            self._library.program(next(iter(self._library.scenarios)))  # says at once what is not installed
+
+    @property
+    def report(self) -> WorldReport:
+        if self._remote:
+            return WorldReport(f"Agent World Model on {self._where}")
+        if self._config.run == "child":
+            return WorldReport(f"Agent World Model, {self._where}, in a process of its own")
+        warning = f"the programs in {self._where} run inside this process, with its rights; run=child gives them one"
+        return WorldReport(f"Agent World Model, {self._where}", () if self._where in SHIPPED else (warning,))
+
+    def tools(self, scenario: str) -> tuple[ToolSpec, ...]:
+        """What an agent is offered in a scenario that is played here, beside ``done``."""
+        return self._library.program(scenario).tools
+
+    @asynccontextmanager
+    async def open(self, task: Task) -> AsyncIterator[AwmEnv]:
+        session = self._session(task)
+        try:
+            yield AwmEnv(task, session, self._config)
+        finally:
+            await session.close()
+
+    async def close(self) -> None:
+        for held in (self._child, self._server):
+            if held is not None:
+                await held.close()
+
+    def _session(self, task: Task) -> Session:
+        chosen = {name: task.metadata[name] for name in ("task_idx", "seed") if name in task.metadata}
+        name, timeout_s = task.metadata["scenario"], self._config.call_timeout_s
+        if self._remote:
+            from backtalk.envs.awm.remote import RemoteSession
+
+            return RemoteSession(self._server, {**self._config.reset, "scenario": name, **chosen})
+        if self._config.run == "here":
+            return self._library.session(name, **chosen, call_timeout_s=timeout_s)
+        from backtalk.envs.awm.child import ChildLibrary, ChildSession
+
+        self._child = self._child or ChildLibrary(self._where, timeout_s)
+        return ChildSession(self._child, next(self._episodes), {"name": name, **chosen, "call_timeout_s": timeout_s})
+
+
+def is_url(where: str) -> bool:
+    return where.startswith(("http://", "https://", "ws://", "wss://"))
+
+
+@cache
+def _generated(source: str, seed: int) -> Task:
+    contents, task = shop_contents(seed)
+    description = _description(GENERATED)
+    about = {"scenario": GENERATED, "seed": seed, "kind": task.kind, "description": description}
+    return _task(f"shop-{seed}", source, contents.task, **about)
+
+
+@cache
+def _description(where: str) -> str:
+    return open_library(where).scenarios[where].description
+
+
+def _task(name: str, source: str, text: str, **about: object) -> Task:
+    return Task(id=name, instruction=text, world=source, metadata=about)
+
+
+def _parts(which: str) -> tuple[str, str | None]:
+    where, _, scenario = which.partition("#")
+    return where, scenario or None
