@@ -118,7 +118,7 @@ def train(
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Settings that come with Backtalk, for example triage.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="A Hugging Face causal LM, a folder with one, or base (the embedded model).")
+        str | None, typer.Option(help="A Hugging Face causal LM, a folder with one, base or shop (embedded).")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder. Without it: a new one in runs/.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out from its checkpoint.")] = False,

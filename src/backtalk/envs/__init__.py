@@ -34,7 +34,7 @@ def load_tasks(
     """``count`` tasks of one split: made from the seed ("triage"), or drawn by it from those that a source holds.
 
     A source that holds fewer gives what it holds, sorted by id. ``levels`` matter to triage only, and ``options`` are
-    those of an "openenv:WHERE"; the others, and what else a source can be, are those of ``read_tasks``.
+    those of an "openenv:WHERE" or "awm:WHICH"; the others, and what else a source can be, are those of ``read_tasks``.
 
     Raises:
         ConfigError: there is no such source.
@@ -52,7 +52,9 @@ def load_tasks(
         made = openenv_tasks(source, options, split=split, count=count, seed=seed)
         _check_ids(made)
         return [_marked(task, world_model_only) for task in made]
-    every = read_tasks(source, host_packages=host_packages, world_model_only=world_model_only, on_skip=on_skip)
+    every = read_tasks(
+        source, host_packages=host_packages, world_model_only=world_model_only, options=options, on_skip=on_skip
+    )
     tasks = sorted((task for task in every if task.split is split), key=lambda task: task.id)
     if not tasks and not may_be_empty:
         raise TaskError(
@@ -69,6 +71,7 @@ def read_tasks(
     *,
     host_packages: bool = False,
     world_model_only: bool = False,
+    options: Mapping[str, Any] = MappingProxyType({}),
     on_skip: Callable[[str], None] | None = None,
 ) -> list[Task]:
     """Every task of a source that can run on this machine, whatever its split.
@@ -83,7 +86,7 @@ def read_tasks(
     """
     from backtalk.envs.needs import missing_tools
 
-    every = [_marked(task, world_model_only) for task in _read(source, host_packages, world_model_only)]
+    every = [_marked(task, world_model_only) for task in _read(source, host_packages, world_model_only, options)]
     _check_ids(every)
     missing = {task.id: ", ".join(missing_tools(task)) for task in every}
     for name, tools in missing.items():
@@ -95,11 +98,11 @@ def read_tasks(
     return [task for task in every if not missing[task.id]]
 
 
-def _read(source: str, host_packages: bool, world_model_only: bool) -> list[Task]:
+def _read(source: str, host_packages: bool, world_model_only: bool, options: Mapping[str, Any]) -> list[Task]:
     if source.startswith("awm:"):
         from backtalk.envs.awm import awm_tasks
 
-        return awm_tasks(source)
+        return awm_tasks(source, options)
     if source in WRITTEN:
         from backtalk.envs.harbor import load_harbor_tasks
 

@@ -53,7 +53,7 @@ class RemoteSession:
             await self._world.end(session)
 
 
-def list_remote(url: str) -> list[dict[str, Any]]:
+def list_remote(url: str, headers: Mapping[str, str]) -> list[dict[str, Any]]:
     """The scenarios of a server: name, description, tasks. Blocks, and works inside a running loop too.
 
     Raises:
@@ -63,7 +63,7 @@ def list_remote(url: str) -> list[dict[str, Any]]:
 
     def ask() -> None:
         try:
-            found.append(asyncio.run(_list(url)))
+            found.append(asyncio.run(_list(url, headers)))
         except Exception as error:
             found.append(error)
 
@@ -75,8 +75,8 @@ def list_remote(url: str) -> list[dict[str, Any]]:
     return found[0]
 
 
-async def _list(url: str) -> list[dict[str, Any]]:
-    session = await connect(url)
+async def _list(url: str, headers: Mapping[str, str]) -> list[dict[str, Any]]:
+    session = await connect(url, headers=headers)
     try:
         answer = await session.call_tool("__list_scenarios__", {})
     finally:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import cache
 from itertools import count
+from types import MappingProxyType
 from typing import Any
 
 from backtalk.envs.awm.config import AwmConfig
@@ -17,8 +18,10 @@ from backtalk.envs.base import Task, ToolSpec, WorldReport
 from backtalk.errors import ConfigError
 
 
-def awm_tasks(source: str) -> list[Task]:
+def awm_tasks(source: str, options: Mapping[str, Any] = MappingProxyType({})) -> list[Task]:
     """Every task of "awm:shop", "awm:shop-ten", "awm:tickets", "awm:FOLDER[#SCENARIO]" or "awm:URL[#SCENARIO]".
+
+    ``options`` are those of ``AwmConfig``; a server is asked with their ``headers``.
 
     Raises:
         ConfigError: there is no such source.
@@ -31,7 +34,7 @@ def awm_tasks(source: str) -> list[Task]:
     if is_url(where):
         from backtalk.envs.awm.remote import list_remote
 
-        listed = list_remote(where)
+        listed = list_remote(where, options.get("headers") or {})
     else:
         listed = open_library(where).listed()
     names = [row["name"] for row in listed]
