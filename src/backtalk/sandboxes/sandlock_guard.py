@@ -100,8 +100,8 @@ def _serve(requests: int, answers: int, session_id: int) -> None:
                 if kind == b"end":
                     ended = _kill_all(lambda _id, _tick: True, _END_TIMEOUT_S)
                 else:
-                    tick, last_id, shell_id = map(int, rest)
-                    ended = _kill_all(_newer(tick, last_id, shell_id), _STOP_TIMEOUT_S)
+                    tick, shell_id = map(int, rest)
+                    ended = _kill_all(_newer(tick, shell_id), _STOP_TIMEOUT_S)
                 os.write(answers, number + (b" ok\0" if ended else b" failed\0"))
         for process_id in _children(os.getpid()):
             if process_id != session_id:
@@ -109,8 +109,8 @@ def _serve(requests: int, answers: int, session_id: int) -> None:
                     os.waitpid(process_id, os.WNOHANG)
 
 
-def _newer(tick: int, last_id: int, shell_id: int) -> Callable[[int, int], bool]:
-    return lambda process_id, began: process_id == shell_id or began > tick or (began == tick and process_id > last_id)
+def _newer(tick: int, shell_id: int) -> Callable[[int, int], bool]:
+    return lambda process_id, began: process_id == shell_id or began >= tick
 
 
 def _kill_all(chosen: Callable[[int, int], bool], timeout_s: float) -> bool:

@@ -135,7 +135,7 @@ class Guarded:
         return "no answer"
 
     async def stop(self, tick: int, last_id: int, shell_id: int) -> bool:
-        return await self._ask("stop", str(tick), str(last_id), str(shell_id), timeout_s=STOP_TIMEOUT_S) == "ok"
+        return await self._ask("stop", str(tick), str(shell_id), timeout_s=STOP_TIMEOUT_S) == "ok"
 
     async def lost(self) -> int:
         assert self._lost is not None
