@@ -120,7 +120,7 @@ def test_a_training_trace_has_the_sampled_ids_and_where_the_observations_are() -
     assert everything["turns"][0]["metadata"]["observation"]["obs_mask"] == [0, 1, 1, 1, 0]
 
 
-@pytest.mark.parametrize("trajectory", [SAMPLED, BRANCHED, SCRIPTED_FIRST, FAILED], ids=str)
+@pytest.mark.parametrize("trajectory", [SAMPLED, BRANCHED, SCRIPTED_FIRST, FAILED])
 def test_a_training_trace_is_openenvs_and_comes_back_whole(trajectory: Trajectory) -> None:
     _, trace_class = openenv()
     record = wire(to_training_trace(trajectory))
@@ -128,7 +128,7 @@ def test_a_training_trace_is_openenvs_and_comes_back_whole(trajectory: Trajector
     assert read_back(trace_class.model_validate(record).model_dump()) == trajectory
 
 
-@pytest.mark.parametrize("trajectory", [SAMPLED, BRANCHED, SCRIPTED], ids=str)
+@pytest.mark.parametrize("trajectory", [SAMPLED, BRANCHED, SCRIPTED])
 def test_an_episode_record_is_openenvs_and_comes_back_whole(trajectory: Trajectory) -> None:
     record_class, _ = openenv()
     record = record_class(**wire(to_episode_record(trajectory))).to_dict()

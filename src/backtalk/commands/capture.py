@@ -71,11 +71,7 @@ def capture(
         raise ConfigError("nothing says who plays; give one of --script FILE, --human and --endpoint URL")
     _refuse_unless_new(out)
     console = Console()
-    lines: list[str] = []
-    if script is not None:
-        from backtalk.capture import read_script
-
-        lines = read_script(script)
+    lines = _lines(script)
     authors = _authors(lines, endpoint, model, tokens, temperature, console)
     config = _config(world, list(settings or []), max_turns, len(lines), human)
     captured = run(_play(world, task, seed, authors, config, tokenizer, episodes))
@@ -92,6 +88,12 @@ def _refuse_unless_new(out: Path) -> None:
         raise ConfigError(f"--out {out} ends in {out.suffix!r}; end the name in .parquet or .jsonl")
     if out.exists():
         raise ConfigError(f"{out} is there already; choose another name")
+
+
+def _lines(script: Path | None) -> list[str]:
+    from backtalk.capture import read_script
+
+    return [] if script is None else read_script(script)
 
 
 def _authors(
