@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -326,6 +328,29 @@ async def test_a_server_that_gives_no_ids_cannot_be_asked_with_tokens() -> None:
     assert trajectory.failure is not None and "has to know return_token_ids" in trajectory.failure.message
     with pytest.raises(ConfigError, match="before or after the temperature"):
         EndpointConfig(url="http://x/v1", model="m", tokens=True, temperature=0.7)
+
+
+async def test_our_own_server_says_what_it_sampled_in_every_turn() -> None:
+    pytest.importorskip("uvicorn", reason="pip install 'backtalk[serve]'")
+    from backtalk.sampler import SamplingParams, ScriptedSampler
+    from backtalk.serve import Endpoint as Served
+    from backtalk.serve import serve
+
+    commands = (ToolCall("bash", {"command": "ls"}), ToolCall("bash", {"command": "pwd"}), DONE)
+    written = {str(turn): renderer().encode_action(call) for turn, call in enumerate(commands)}
+    # It opens a session for each request, and numbers them.
+    policy = ScriptedSampler(lambda key: [key.removeprefix("serve/")], written.__getitem__)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    served = Served(renderer(), lambda params: policy, SamplingParams(max_tokens=64), max_tokens=2048)
+    serving = asyncio.create_task(serve(served, host="127.0.0.1", port=port))
+    where = EndpointConfig(url=f"http://127.0.0.1:{port}/v1", model="m", attempts=12, first_wait_s=0.01)
+    trajectory = await played(Endpoint(where))
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+    assert [s.token_ids for s in trajectory.segments if s.role is ACTION] == [*written.values()]
+    assert (trajectory.reward, "unsampled_turns" in trajectory.stats) == (3.0, False)
 
 
 async def test_a_reply_that_was_cut_ends_without_an_end() -> None:
