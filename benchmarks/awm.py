@@ -1,4 +1,4 @@
-"""What an episode of the Agent World Model costs: in this process, in a child, and over OpenEnv on the loopback.
+"""Measures what a rollout of the Agent World Model costs in this process, in a sandbox and over OpenEnv on loopback.
 
     python benchmarks/awm.py
 
@@ -14,13 +14,16 @@ import platform
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from statistics import median, quantiles
 from urllib.request import urlopen
 
-from backtalk.envs.awm import AwmConfig, AwmEnv, AwmWorld, awm_tasks
+from backtalk.envs.awm import AwmConfig, AwmEnv, AwmWorld, awm_tasks, write_scenario
+from backtalk.envs.awm.library import open_library
 from backtalk.envs.base import ToolCall
 
 EPISODES, CALLS = 40, 25
@@ -72,10 +75,10 @@ def served() -> Iterator[str]:
 def main() -> None:
     machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     print(f"{machine}, Python {platform.python_version()}")
-    rows = {
-        "in process": asyncio.run(measure(AwmWorld("shop-ten", AwmConfig()), "awm:shop-ten")),
-        "child": asyncio.run(measure(AwmWorld("shop-ten", AwmConfig(run="child")), "awm:shop-ten")),
-    }
+    rows = {"in process": asyncio.run(measure(AwmWorld("shop-ten", AwmConfig()), "awm:shop-ten"))}
+    with tempfile.TemporaryDirectory() as folder:  # a copy of the shop is a stranger's
+        write_scenario(open_library("shop").scenarios["shop"], Path(folder))
+        rows["sandbox"] = asyncio.run(measure(AwmWorld(folder, AwmConfig()), f"awm:{folder}"))
     with served() as url:
         rows["OpenEnv server"] = asyncio.run(measure(AwmWorld(url, AwmConfig()), f"awm:{url}#shop"))
     base = {what: median(times) for what, times in rows["in process"].items()}

@@ -1,4 +1,4 @@
-"""The Agent World Model: its files, our two worlds in them, episodes here, in a child and on a server.
+"""The Agent World Model: its files, our two worlds in them, episodes here and on a server.
 
 Real FastAPI programs over real SQLite; the server is OpenEnv's, on the loopback.
 """
@@ -325,24 +325,7 @@ async def test_done_releases_the_episode(shop: AwmWorld) -> None:
     assert (after.reward_type, after.done) == ("episode_already_done", True)
 
 
-# --- a child, and a server ---
-
-
-async def test_a_folder_plays_in_a_child_that_may_die(tmp_path: Path) -> None:
-    scenario = open_library("tickets").scenarios["tickets"]
-    route = "@app.get('/die', operation_id='die')\nasync def die():\n    print('bye')\n    os._exit(7)\n\n\n"
-    deadly = scenario.program.replace('@app.get("/agents"', route + '@app.get("/agents"')
-    write_scenario(replace(scenario, program=deadly), tmp_path)
-    assert "run=child" in AwmWorld(str(tmp_path), AwmConfig()).report.warnings[0]
-    world = AwmWorld(str(tmp_path), AwmConfig(run="child"))
-    tasks = awm_tasks(f"awm:{tmp_path}")
-    try:
-        assert (await play(world, tasks[6], calls(*DESK[6])))[0] == 1.0
-        with pytest.raises(InfrastructureError, match="ended with status 7"):
-            await play(world, tasks[6], calls(("die", {})))
-        assert (await play(world, tasks[5], calls(*DESK[5])))[0] == 1.0  # in a new one
-    finally:
-        await world.close()
+# --- a server ---
 
 
 @pytest.fixture(scope="module")

@@ -428,6 +428,29 @@ def test_a_server_ends_with_whoever_started_it() -> None:
     raise AssertionError(f"the server, process {int(run.stdout)}, outlived its parent")
 
 
+async def test_a_server_gets_no_secret_that_it_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = ("WANDB_API_KEY", "HF_TOKEN", "HTTPS_PROXY", "AWS_SECRET_ACCESS_KEY", "LICENCE_OF_THE_GAME")
+    for name in secrets:
+        monkeypatch.setenv(name, "s3cret-7d1f")
+    monkeypatch.setenv("LC_TIME", "C.UTF-8")
+    seen = {}
+    for given in ((), ("LICENCE_OF_THE_GAME",)):
+        world = OpenEnvWorld(str(SERVERS / "plain"), OpenEnvConfig(env={"LEVEL": "3"}, pass_env=given))
+        try:
+            async with world.open(Task(id="t", instruction="")) as env:
+                await env.reset()
+                said = (await env.step(ToolCall("act", {"say": "variables"}))).messages[0].text
+        finally:
+            await world.close()
+        seen[given] = json.loads(said)
+        assert seen[given]["LEVEL"] == "3" and seen[given]["LC_TIME"] == "C.UTF-8"
+        assert seen[given]["PATH"] == os.environ["PATH"]
+    assert seen[()].keys().isdisjoint(secrets) and "s3cret-7d1f" not in seen[()].values()
+    assert {name for name, value in seen["LICENCE_OF_THE_GAME",].items() if value == "s3cret-7d1f"} == {secrets[-1]}
+    with pytest.raises(ConfigError, match="pass_env names NOT_THERE, not set here; export it"):
+        OpenEnvWorld(str(SERVERS / "plain"), OpenEnvConfig(pass_env=("NOT_THERE",)))
+
+
 async def test_a_provider_runs_containers(renderer: Renderer) -> None:
     where = {"provider": "openenv_servers.provider:LocalProvider", "provider_options": {"region": "here"}}
     (trajectory,) = await play("docker:plain", renderer, [hermes("act", say="end 1")], **where)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from backtalk.sandboxes.base import SandboxFile
 from backtalk.trajectory import TokenRole
@@ -64,6 +64,22 @@ class Part:
 
     text: str
     role: TokenRole
+
+
+def shortened(text: str, max_chars: int, role: TokenRole, keep: Literal["both", "head", "tail"] = "both") -> list[Part]:
+    """Return a text as parts of a role: one, or none where it is empty; of a longer one ``max_chars`` characters.
+
+    ``keep`` says which: half of them from either end, or all from the head or the tail. A WARNING says how many are
+    left out.
+    """
+    if len(text) <= max_chars:
+        return [Part(text, role)] if text else []
+    first = {"both": max_chars // 2, "head": max_chars, "tail": 0}[keep]
+    head, tail = text[:first], text[len(text) - (max_chars - first) :]
+    where = {"both": "", "head": " at the end", "tail": " at the beginning"}[keep]
+    own_line = "\n" if head and not head.endswith("\n") else ""
+    notice = Part(f"{own_line}[{len(text) - max_chars} characters left out{where}]\n", TokenRole.WARNING)
+    return [part for part in (Part(head, role), notice, Part(tail, role)) if part.text]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal
 
-from backtalk.envs.base import Message, Part, Step, Task, ToolCall, ToolSpec, WorldReport
+from backtalk.envs.base import Message, Part, Step, Task, ToolCall, ToolSpec, WorldReport, shortened
 from backtalk.errors import ConfigError, SandboxError, TaskError, VerifierError
 from backtalk.sandboxes.base import ExecResult, Sandbox, SandboxBackend, SandboxFile, SandboxLimits
 from backtalk.trajectory import TokenRole
@@ -273,7 +273,7 @@ def _test_command(task: Task, box: str, *, answered: bool) -> str:
 def _observation(result: ExecResult, config: TerminalConfig) -> tuple[tuple[Part, ...], bool]:
     """The parts of a command's observation, and whether some of its output was left out."""
     output, notices = result.output, []
-    parts = _shortened(output, config.max_output_chars, config.truncate)
+    parts = shortened(output, config.max_output_chars, TokenRole.ENV_OUTPUT, config.truncate)
     if result.dropped_bytes:
         notices.append(f"[{result.dropped_bytes} bytes more were dropped]")
     if result.timed_out:
@@ -286,18 +286,6 @@ def _observation(result: ExecResult, config: TerminalConfig) -> tuple[tuple[Part
         own_line = "\n" if parts and not parts[-1].text.endswith("\n") else ""
         parts.append(Part(own_line + "\n".join(notices), TokenRole.WARNING))
     return tuple(parts), len(output) > config.max_output_chars or result.dropped_bytes > 0
-
-
-def _shortened(output: str, max_chars: int, kept: str) -> list[Part]:
-    """An output in its parts, with a notice of how much is left out where it was."""
-    if len(output) <= max_chars:
-        return [Part(output, TokenRole.ENV_OUTPUT)] if output else []
-    first = {"both": max_chars // 2, "head": max_chars, "tail": 0}[kept]
-    head, tail = output[:first], output[len(output) - (max_chars - first) :]
-    where = {"both": "", "head": " at the end", "tail": " at the beginning"}[kept]
-    own_line = "\n" if head and not head.endswith("\n") else ""
-    notice = Part(f"{own_line}[{len(output) - max_chars} characters left out{where}]\n", TokenRole.WARNING)
-    return [part for part in (Part(head, TokenRole.ENV_OUTPUT), notice, Part(tail, TokenRole.ENV_OUTPUT)) if part.text]
 
 
 def _warn(call: ToolCall, text: str) -> Step:

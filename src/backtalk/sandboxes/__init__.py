@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +23,9 @@ __all__ = [
 SandboxChoice = Literal["auto", "bubblewrap", "sandlock", "unsafe"]
 
 
-def local_sandbox(choice: SandboxChoice = "auto", root: str | Path | None = None) -> SandboxBackend:
+def local_sandbox(
+    choice: SandboxChoice = "auto", root: str | Path | None = None, readable: Sequence[str] = ()
+) -> SandboxBackend:
     """The backend for this machine, after a real trial start.
 
     ``auto`` takes the first that works of bubblewrap (as root with a uid for each sandbox, else under the user's own)
@@ -31,6 +34,7 @@ def local_sandbox(choice: SandboxChoice = "auto", root: str | Path | None = None
     Never ``unsafe``, which has to be asked for. Containers are `backtalk.harbor.HarborBackend`.
 
     ``root`` is a file system to start from in place of this machine's programs; bubblewrap alone can.
+    ``readable`` are folders of this machine that are shown read-only at their own paths, beside its programs.
 
     Raises:
         SandboxUnavailable: there is no safe one; the message says what was tried, and what to install or to allow.
@@ -40,11 +44,11 @@ def local_sandbox(choice: SandboxChoice = "auto", root: str | Path | None = None
         raise ConfigError(f"sandbox {choice!r} cannot start from a file system of its own; use bubblewrap, or no root")
     match choice:
         case "auto":
-            return _first_that_works(root)
+            return _first_that_works(root, readable)
         case "bubblewrap":
-            return _bubblewrap(root)
+            return _bubblewrap(root, readable)
         case "sandlock":
-            return _sandlock()
+            return _sandlock(readable)
         case "unsafe":
             from backtalk.sandboxes.unsafe import UnsafeBackend
 
@@ -56,15 +60,16 @@ def local_sandbox(choice: SandboxChoice = "auto", root: str | Path | None = None
             )
 
 
-def _first_that_works(root: str | Path | None) -> SandboxBackend:
+def _first_that_works(root: str | Path | None, readable: Sequence[str]) -> SandboxBackend:
     try:
-        return _bubblewrap(root)
+        return _bubblewrap(root, readable)
     except SandboxUnavailable as error:
         first = str(error)
     second = "it cannot start from a file system of its own"
     if root is None:
         try:
-            return _sandlock(f"sandlock is in force because bubblewrap, tried first, is not available: {first}")
+            instead = f"sandlock is in force because bubblewrap, tried first, is not available: {first}"
+            return _sandlock(readable, instead)
         except SandboxUnavailable as error:
             second = str(error)
     raise SandboxUnavailable(
@@ -77,15 +82,15 @@ def _first_that_works(root: str | Path | None) -> SandboxBackend:
     )
 
 
-def _bubblewrap(root: str | Path | None) -> SandboxBackend:
+def _bubblewrap(root: str | Path | None, readable: Sequence[str]) -> SandboxBackend:
     from backtalk.sandboxes.bubblewrap import BubblewrapBackend
     from backtalk.sandboxes.sweep import sweep
 
     sweep()
-    return BubblewrapBackend() if root is None else BubblewrapBackend(root=str(root))
+    return BubblewrapBackend(root=None if root is None else str(root), readable=readable)
 
 
-def _sandlock(instead: str = "") -> SandboxBackend:
+def _sandlock(readable: Sequence[str], instead: str = "") -> SandboxBackend:
     from backtalk.sandboxes.sandlock import SandlockBackend
 
-    return SandlockBackend(instead=instead)
+    return SandlockBackend(instead=instead, readable=readable)

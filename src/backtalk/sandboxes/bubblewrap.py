@@ -20,7 +20,7 @@ import itertools
 import os
 import posixpath
 import shlex
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from types import MappingProxyType
@@ -139,11 +139,17 @@ class BubblewrapBackend:
     """
 
     def __init__(
-        self, *, use_cgroups: bool = True, root: str | None = None, images: Mapping[str, str] | None = None
+        self,
+        *,
+        use_cgroups: bool = True,
+        root: str | None = None,
+        images: Mapping[str, str] | None = None,
+        readable: Sequence[str] = (),
     ) -> None:
         """Look at the machine and start one sandbox for trial. `use_cgroups` False limits by rlimits alone.
 
         `root` and `images` choose a root file system (`rootfs.open_root`); it may take a while to unpack or build.
+        `readable` are folders of this machine that are shown read-only, where no root is chosen.
 
         Raises:
             ConfigError: `root` is none, or cannot be used.
@@ -152,9 +158,9 @@ class BubblewrapBackend:
         self._count = itertools.count(os.getpid())
         self._refuse_if_missing()
         watch(self._machine.cgroups)
-        self._root = open_root(root, self._machine, images=images)
+        self._root, self._readable = open_root(root, self._machine, images=images), tuple(readable)
         why_copied = self._choose_how()
-        self._report = _report(self._machine, self._root, why_copied)
+        self._report = _report(self._machine, self._root, self._readable, why_copied)
 
     @property
     def report(self) -> BackendReport:
@@ -173,7 +179,8 @@ class BubblewrapBackend:
     async def _open(self, limits: SandboxLimits) -> AsyncGenerator[BubblewrapSandbox]:
         uids = self._machine.uid_range[:-1] or self._machine.uid_range  # the last one is for building roots
         uid = uids[next(self._count) % len(uids)] if uids else None
-        sandbox = BubblewrapSandbox(Holder(self._machine, limits, uid, self._root), limits, self._root)
+        holder = Holder(self._machine, limits, uid, self._root, self._readable)
+        sandbox = BubblewrapSandbox(holder, limits, self._root)
         try:
             await sandbox.start()
             yield sandbox
@@ -237,7 +244,7 @@ def _files(root: Root | None) -> str:
     return f"private tree in memory {over} {root.name}; {programs}, read-only"
 
 
-def _report(machine: Machine, root: Root | None, why_copied: str | None) -> BackendReport:
+def _report(machine: Machine, root: Root | None, readable: Sequence[str], why_copied: str | None) -> BackendReport:
     """What this backend isolates and limits here, in words."""
     by_group = f"cgroup v{machine.cgroups.version}"
     warnings = []
@@ -258,7 +265,7 @@ def _report(machine: Machine, root: Root | None, why_copied: str | None) -> Back
         name="bubblewrap",
         isolation={
             "network": "loopback only",
-            "files": _files(root),
+            "files": ", ".join((_files(root), *readable)),
             "processes": "own namespace, new at every restart",
             "user": f"1000 inside, uid {uid} outside; no capabilities, no new privileges",
             "system calls": "filtered" if seccomp_program() is not None else "not filtered",

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import tarfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +79,14 @@ class _Pipes:
 class Holder:
     """The outer sandbox with its one trusted process. A `Keeper` of sessions."""
 
-    def __init__(self, machine: Machine, limits: SandboxLimits, uid: int | None, root: Root | None = None) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        limits: SandboxLimits,
+        uid: int | None,
+        root: Root | None = None,
+        readable: Sequence[str] = (),
+    ) -> None:
         """Start it. `uid` is the host uid to run under, or None for our own; `root` None is the host's programs.
 
         Raises:
@@ -99,7 +106,7 @@ class Holder:
         try:
             if uid is not None:
                 os.fchown(pipes.output.theirs, uid, uid)  # or opening /dev/stderr inside is refused
-            self._process = _spawn(machine, limits, uid, root, pipes)
+            self._process = _spawn(machine, limits, uid, root, readable, pipes)
             if machine.cgroups.version:
                 self._cgroup = Cgroup(machine.cgroups, limits)
         except OSError as error:
@@ -242,7 +249,12 @@ def _stopped(process_id: int) -> list[int]:
 
 
 def _spawn(
-    machine: Machine, limits: SandboxLimits, uid: int | None, root: Root | None, pipes: _Pipes
+    machine: Machine,
+    limits: SandboxLimits,
+    uid: int | None,
+    root: Root | None,
+    readable: Sequence[str],
+    pipes: _Pipes,
 ) -> subprocess.Popen[bytes]:
     rlimits = Rlimits(
         processes=limits.processes,
@@ -265,10 +277,13 @@ def _spawn(
         supervisor = passed(sealed_file(supervisor_program(rlimits).encode()))
         shell = passed(sealed_file(SHELL_PROGRAM.encode()))
         filter_fd = None if rules is None else passed(sealed_file(rules))
+        outer = outer_argv(
+            *(machine, limits, uid), info_fd=pipes.info.theirs, filter_fd=filter_fd, root=root, readable=readable
+        )
         numbers = (pipes.commands.theirs, pipes.reports.theirs, supervisor, shell, info_reader, pipes.shared.theirs)
         return subprocess.Popen(
             [
-                *outer_argv(machine, limits, uid, info_fd=pipes.info.theirs, filter_fd=filter_fd, root=root),
+                *outer,
                 *("bash", "--norc", "--noprofile", "-c", program, "holder", *map(str, numbers)),
                 *inner_argv(machine, info_fd=inner_info, root=root),
             ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from backtalk.sandboxes import rootfs_mount as mount
@@ -55,10 +56,20 @@ def outer_argv(
     info_fd: int,
     filter_fd: int | None,
     root: Root | None = None,
+    readable: Sequence[str] = (),
 ) -> list[str]:
-    """What starts the holder: files, network, host name. `uid` None keeps the trainer's own."""
+    """What starts the holder: files, network, host name. `uid` None keeps the trainer's own.
+
+    `readable` are folders of this machine that are shown read-only at their own paths.
+    """
     assert machine.bwrap is not None
-    argv = _mount_argv(root, limits, uid) if root is not None else []
+    argv, shown = [], {path: path for path in readable}
+    if root is not None:
+        argv = _mount_argv(root, limits, uid)
+    elif readable and uid is not None:  # another uid may not enter the folders above them, such as /root
+        shown = {path: f"{mount.PLACE}/readable{number}" for number, path in enumerate(readable)}
+        trees = {place: path for path, place in shown.items()}
+        argv = mount_argv({"how": "show", "lower": None, "trees": trees, "uid": uid, "bytes": RESERVE_BYTES})
     argv += drop_argv(machine, uid)
     # Not --die-with-parent: a trainer killed during a start would take bubblewrap's outer process with it before that
     # lets its child go on, which would then wait for ever. The holder ends when its requests do, and all with it.
@@ -71,6 +82,8 @@ def outer_argv(
     else:
         argv += ["--bind", mount.ROOT, "/"]
     argv += _programs_of_root(root) if root is not None and root.programs else programs_of_host(machine)
+    for path, source in shown.items():
+        argv += ["--ro-bind", source, path]
     if root is None:
         for path, target in LINKS_OF_HOST.items():
             argv += ["--symlink", target, path]

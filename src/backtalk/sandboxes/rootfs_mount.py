@@ -37,7 +37,7 @@ def main(plan: dict, command: list[str]) -> None:
     _new_namespaces(by_root)
     # Opened before anything is mounted, for they may lie in /tmp. A user must take along what is mounted below.
     flags = _CLONE if by_root else _CLONE | _RECURSIVE
-    paths = {LOWER: plan["lower"], **plan["trees"]}
+    paths = ({LOWER: plan["lower"]} if plan["lower"] else {}) | plan["trees"]
     trees = {place: _call("open_tree", _OPEN_TREE, _HERE, path.encode(), flags) for place, path in paths.items()}
     if how == "overlay" and owner is not None:
         _show_as(trees[LOWER], os.stat(plan["lower"]), owner)

@@ -14,7 +14,7 @@ import asyncio
 import itertools
 import os
 import tempfile
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,15 +69,15 @@ class SandlockSandbox:
         SandboxError: from any method, when it is broken.
     """
 
-    def __init__(self, folder: Path, limits: SandboxLimits, uid: int | None) -> None:
-        self._root, self._uid, self._limits = folder / "root", uid, limits
+    def __init__(self, folder: Path, limits: SandboxLimits, uid: int | None, readable: Sequence[str] = ()) -> None:
+        self._root, self._uid, self._limits, self._readable = folder / "root", uid, limits, readable
         self._root.mkdir(mode=0o755)
         (folder / "trash").mkdir(mode=0o700)
         alternatives(folder / "alternatives")
         if uid is not None:
             os.chown(self._root, uid, uid)
         self._files = RootedFiles(self._root, folder / "trash", uid)
-        self._guarded = guarded = Guarded(folder, limits, uid, self._make_usable)
+        self._guarded = guarded = Guarded(folder, limits, uid, self._make_usable, readable)
         self._session = Session(
             guarded,
             commands=guarded.commands.ours,
@@ -136,7 +136,7 @@ class SandlockSandbox:
 
     def _make_usable(self) -> None:
         """Before a session, when no process of the agent's is left: what the next one trusts is written anew."""
-        for path in ("/", "/dev", "/proc", *programs(), *SESSION_FOLDERS):
+        for path in ("/", "/dev", "/proc", *programs(), *self._readable, *SESSION_FOLDERS):
             self._files.make_folder(path, 0o1777 if path in _SHARED else 0o755)
         for path, text in FIXED_FILES.items():
             own = text.replace(":1000:1000:", f":{self._own()}:{self._own()}:").replace(":1000:", f":{self._own()}:")
@@ -155,12 +155,13 @@ class SandlockBackend:
         SandboxUnavailable: sandlock is not installed, or a trial start failed; the message says what to do.
     """
 
-    def __init__(self, *, instead: str = "") -> None:
+    def __init__(self, *, instead: str = "", readable: Sequence[str] = ()) -> None:
         """Look at the machine and start one sandbox for trial, which must deny what it promises to deny.
 
         `instead` is why a backend that isolates more is not in force; the report tells it.
+        `readable` are folders of this machine that are shown read-only, beside its programs.
         """
-        self._instead = instead
+        self._instead, self._readable = instead, tuple(readable)
         if find_spec("sandlock") is None:
             raise SandboxUnavailable(f"sandlock is not installed; type: {_INSTALL} (it needs Linux 6.12)")
         if seccomp_program(sockets=False) is None:
@@ -214,7 +215,7 @@ class SandlockBackend:
         folder.chmod(0o711)  # another uid passes through to its root
         try:
             uid = self._uids[next(self._count) % len(self._uids)] if self._uids else None
-            sandbox = SandlockSandbox(folder, limits, uid)
+            sandbox = SandlockSandbox(folder, limits, uid, self._readable)
             try:
                 await sandbox.start()
                 yield sandbox

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,8 +53,16 @@ done
 class Guarded:
     """A `Keeper` over guards, one for each session. `before` makes the files ready for a session."""
 
-    def __init__(self, folder: Path, limits: SandboxLimits, uid: int | None, before: Callable[[], None]) -> None:
-        """`folder` holds the sandbox's ``root``, and ``alternatives``."""
+    def __init__(
+        self,
+        folder: Path,
+        limits: SandboxLimits,
+        uid: int | None,
+        before: Callable[[], None],
+        readable: Sequence[str] = (),
+    ) -> None:
+        """`folder` holds the sandbox's ``root``, and ``alternatives``; `readable` are folders shown read-only."""
+        self._readable = readable
         self._folder, self._limits, self._uid, self._before = folder, limits, uid, before
         self.commands, self.reports, self.output = PipePair.to_write(), PipePair.to_read(), PipePair.to_read()
         self._guard: subprocess.Popen[bytes] | None = None
@@ -71,7 +79,7 @@ class Guarded:
         self._before()
         requests, answers = PipePair.to_write(), PipePair.to_read()
         settings = {
-            **_policy(self._folder, self._limits),
+            **_policy(self._folder, self._limits, self._readable),
             "uid": self._uid,
             "command": ["/bin/bash", "-c", _supervisor(self._limits), "supervisor", name, _SHELL],
             "requests": requests.theirs,
@@ -214,12 +222,13 @@ def _supervisor(limits: SandboxLimits) -> str:
     return "\n".join(f"ulimit {flag} {value}" for flag, value in wanted) + _SUPERVISOR
 
 
-def _policy(folder: Path, limits: SandboxLimits) -> dict[str, Any]:
+def _policy(folder: Path, limits: SandboxLimits, readable: Sequence[str]) -> dict[str, Any]:
     """Where the package lies, the filter, the guard's own Landlock domain, and the session's narrower one."""
     rules = seccomp_program(sockets=False)
     assert rules is not None  # the backend refuses such a machine
     root, others = f"{folder}/root", f"{folder}/alternatives"
-    code = [*programs(), *sorted(str(path) for pattern in _CODE_OF_ETC for path in Path("/etc").glob(pattern))]
+    of_etc = sorted(str(path) for pattern in _CODE_OF_ETC for path in Path("/etc").glob(pattern))
+    code = [*programs(), *readable, *of_etc]
     devices = {f"/dev/{name}" for name in os.listdir("/dev")} - {*_DEVICES, "/dev/shm"}
     return {
         "packages": _packages(),

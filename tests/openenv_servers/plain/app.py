@@ -55,6 +55,8 @@ async def play(receive: Any, send: Any) -> None:
                 await answer(observed("over").replace("null", amount).replace("false", "true"))
             case ["step", "maybe"]:
                 await answer(observed("?").replace("false", '"maybe"'))
+            case ["step", "variables"]:
+                await answer(observed(json.dumps(dict(os.environ))))
             case ["step", "garbage"]:
                 await answer('{"type": "observation", "data": {')
             case ["step", "alien"]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from backtalk.errors import ConfigError
+from backtalk.sandboxes import SandboxChoice, SandboxLimits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,8 +19,9 @@ class AwmConfig:
     # Which answer carries the reward: that of ``verify``, or that of ``done`` where a server scores there.
     reward_at: Literal["verify", "done"] = "verify"
     show_verdict: bool = True  # as the observation of the last action; what is learned from it is ENV_OUTPUT
-    # A folder's programs: in this process ("here"), or in one of their own ("child"), which they can only bring down.
-    run: Literal["here", "child"] = "here"
+    # Where the programs and verifiers of a folder run; those of the worlds that ship with Backtalk run in this process.
+    sandbox: SandboxChoice = "auto"
+    limits: SandboxLimits = field(default_factory=lambda: SandboxLimits(output_bytes=2**20))  # of each such sandbox
     max_result_chars: int = 8000  # of one call; the middle of a longer result is left out
     call_timeout_s: float = 30.0
     reset: Mapping[str, Any] = field(default_factory=dict)  # further arguments of a server's reset, as llm_model

@@ -12,7 +12,7 @@ from typing import Any
 
 from backtalk.envs.awm.config import AwmConfig
 from backtalk.envs.awm.session import Answer, Session
-from backtalk.envs.base import Message, Part, Step, Task, ToolCall, ToolSpec
+from backtalk.envs.base import Message, Part, Step, Task, ToolCall, ToolSpec, shortened
 from backtalk.errors import InfrastructureError, TaskError, VerifierError
 from backtalk.trajectory import TokenRole
 
@@ -142,12 +142,8 @@ def observed(observation: Mapping[str, Any], max_chars: int) -> tuple[tuple[Part
     text = said if isinstance(said, str) else json.dumps(said, sort_keys=True, ensure_ascii=False)
     warning = observation.get("warning")
     parts = [Part(f"{warning}\n", TokenRole.WARNING)] if warning else []
-    if len(text) <= max_chars:
-        parts.append(Part(text, TokenRole.ENV_OUTPUT) if text else Part("[no output]", TokenRole.WARNING))
-        return tuple(parts), False
-    head, tail = text[: max_chars // 2], text[-(max_chars - max_chars // 2) :]
-    notice = Part(f"\n[{len(text) - max_chars} characters left out]\n", TokenRole.WARNING)
-    return (*parts, Part(head, TokenRole.ENV_OUTPUT), notice, Part(tail, TokenRole.ENV_OUTPUT)), True
+    parts += shortened(text, max_chars, TokenRole.ENV_OUTPUT) or [Part("[no output]", TokenRole.WARNING)]
+    return tuple(parts), len(text) > max_chars
 
 
 def _said(tool: str, parts: tuple[Part, ...]) -> Message:

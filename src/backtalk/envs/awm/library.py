@@ -1,4 +1,4 @@
-"""Scenarios that can be played in this process."""
+"""Finds the scenarios of a source, and plays those that ship with Backtalk in this process."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ SHIPPED = {"shop": "shop", "shop-ten": "shop", "tickets": "tickets"}  # names, a
 
 
 class Library:
-    """Scenarios by name. A program is executed when it is first asked for.
+    """Scenarios by name. A program is executed in this process when it is first asked for.
 
-    ``seeded`` says that the shop among them is ours, so that a seed can fill it.
+    ``shipped`` says that they were read from this package's own files: they may be executed in the trainer, and a seed
+    can fill the shop among them. No name in a file decides it.
     """
 
-    def __init__(self, scenarios: Mapping[str, Scenario], *, seeded: bool = False) -> None:
-        self.scenarios, self._seeded = scenarios, seeded
+    def __init__(self, scenarios: Mapping[str, Scenario], *, shipped: bool = False) -> None:
+        self.scenarios, self.shipped = scenarios, shipped
         self._programs: dict[str, Program] = {}
 
     def program(self, name: str) -> Program:
@@ -46,7 +47,7 @@ class Library:
     def _contents(self, scenario: Scenario, task_idx: int | None, seed: int | None) -> Contents:
         if task_idx is not None:
             return scenario.contents(task_idx)
-        if seed is not None and self._seeded and scenario.name == GENERATED:
+        if seed is not None and self.shipped and scenario.name == GENERATED:
             return shop_contents(seed)[0]
         raise DataError(f"an episode of {scenario.name} needs a task_idx, or for the shop that ships here a seed")
 
@@ -66,7 +67,7 @@ def open_library(where: str) -> Library:
         TaskError: it holds no scenario.
     """
     if where in SHIPPED:
-        return Library(_shipped(SHIPPED[where]), seeded=True)
+        return Library(_shipped(SHIPPED[where]), shipped=True)
     folder = Path(where).expanduser()
     if not folder.is_dir():
         raise ConfigError(

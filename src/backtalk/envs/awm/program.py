@@ -1,7 +1,7 @@
 """A scenario's program, executed once in this process and called without a socket.
 
 Each call is bound to the database of its episode, so that one program serves them all. The program has the rights of
-this process: it is code that somebody wrote into a dataset. ``child.py`` runs it in a process of its own.
+this process: it is code that somebody wrote into a dataset. ``isolation`` runs this module in a sandbox.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from urllib.parse import quote, urlencode
 from backtalk.envs.awm.database import EpisodeDatabase, build_image, current_database, new_database
 from backtalk.envs.awm.files import Contents, Scenario
 from backtalk.envs.base import ToolSpec
+from backtalk.envs.tool_schemas import plain_schema
 from backtalk.errors import ConfigError, DataError
 
 METHODS = ("get", "post", "put", "delete", "patch")
-NOT_SHOWN = frozenset({"title", "example", "examples"})  # of a schema: names and samples that only cost tokens
 
 
 class Reply(NamedTuple):
@@ -87,16 +87,21 @@ class Program:
         return Reply(content.decode("utf-8", "replace"), status)
 
 
+def missing_package(name: str | None) -> str:
+    """Return the error message for a package that scenarios are written with and that is not installed."""
+    return (
+        "scenarios of the Agent World Model are FastAPI programs over SQLAlchemy, and this Python has no "
+        f"{name}; pip install 'backtalk[awm]', or play them on a server: awm:http://HOST:PORT"
+    )
+
+
 def _execute(scenario: Scenario) -> Any:
     """Run the program's source and give its app. The line that makes its engine is replaced, as OpenEnv does."""
     try:
         from fastapi import FastAPI
         from sqlalchemy.pool import NullPool
     except ImportError as error:
-        raise ConfigError(
-            "scenarios of the Agent World Model are FastAPI programs over SQLAlchemy, and this Python has no "
-            f"{error.name}; pip install 'backtalk[awm]', or play them on a server: awm:http://HOST:PORT"
-        ) from error
+        raise ConfigError(missing_package(error.name)) from error
     module = ModuleType(f"awm_scenario_{scenario.name}")
     vars(module).update(_awm_connect=current_database.get, _awm_pool=NullPool)
     made = r"\1create_engine('sqlite://', creator=_awm_connect, poolclass=_awm_pool)"
@@ -131,7 +136,7 @@ def _read_tools(document: Mapping[str, Any]) -> tuple[dict[str, Operation], tupl
                 required += [parameter["name"]] if parameter.get("required") else []
                 places.setdefault(parameter["in"], set()).add(parameter["name"])
             body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
-            body = _resolved(body, document)
+            body = plain_schema(body, document)
             properties |= body.get("properties", {})
             required += body.get("required", ())
             operations[name] = Operation(method.upper(), path, frozenset(places["path"]), frozenset(places["query"]))
@@ -141,24 +146,8 @@ def _read_tools(document: Mapping[str, Any]) -> tuple[dict[str, Operation], tupl
 
 
 def _parameter_schema(parameter: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
-    schema = _resolved(parameter.get("schema", {}), document)
+    schema = plain_schema(parameter.get("schema", {}), document)
     return schema | ({"description": parameter["description"]} if parameter.get("description") else {})
-
-
-def _resolved(schema: Any, document: Mapping[str, Any], depth: int = 0) -> Any:
-    """A schema that stands by itself: references replaced by what they name."""
-    if isinstance(schema, list):
-        return [_resolved(item, document, depth) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    if "$ref" in schema and depth < 16:  # a schema may name itself
-        target: Any = document
-        for part in schema["$ref"].removeprefix("#/").split("/"):
-            target = target[part]
-        return _resolved(target, document, depth + 1)
-    # An argument may be called "title", and then its schema is an object.
-    shown = {key: value for key, value in schema.items() if key not in NOT_SHOWN or isinstance(value, Mapping)}
-    return {key: _resolved(value, document, depth) for key, value in shown.items()}
 
 
 async def _request(app: Any, operation: Operation, arguments: Mapping[str, Any]) -> tuple[int, bytes]:

@@ -22,7 +22,7 @@ def served_library() -> Library:
     folder = os.environ.get("AWM_DATA_DIR")
     if folder:
         return open_library(folder)
-    return Library({**open_library("shop").scenarios, **open_library("tickets").scenarios}, seeded=True)
+    return Library({**open_library("shop").scenarios, **open_library("tickets").scenarios}, shipped=True)
 
 
 class Episodes:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import cache
-from itertools import count
 from types import MappingProxyType
 from typing import Any
 
 from backtalk.envs.awm.config import AwmConfig
 from backtalk.envs.awm.env import AwmEnv
-from backtalk.envs.awm.library import GENERATED, SHIPPED, open_library
+from backtalk.envs.awm.library import GENERATED, open_library
 from backtalk.envs.awm.session import Session
 from backtalk.envs.awm.shop import SEEDS_FROM, TASK_COUNT, shop_contents
 from backtalk.envs.base import Task, ToolSpec, WorldReport
@@ -51,8 +50,11 @@ def awm_tasks(source: str, options: Mapping[str, Any] = MappingProxyType({})) ->
 class AwmWorld:
     """Episodes of the scenarios of one source (a ``World``). A program is executed when it is first played.
 
+    The programs of "awm:shop", "awm:shop-ten" and "awm:tickets" run in this process, a folder's in sandboxes.
+
     Raises:
         ConfigError: there is no such source, or what it needs is not installed.
+        SandboxUnavailable: a folder's programs cannot be isolated on this machine.
     """
 
     def __init__(self, which: str, config: AwmConfig) -> None:
@@ -60,8 +62,7 @@ class AwmWorld:
         self._config = config
         self._remote = is_url(self._where)
         self._server: Any = None
-        self._child: Any = None
-        self._episodes = count()
+        self._isolation: Any = None
         if config.verifier == "sql" and not self._remote:
             raise ConfigError(
                 "verifier=sql leaves the verdict to a language model that a server asks; play on one (awm:http://...), "
@@ -73,20 +74,24 @@ class AwmWorld:
             self._server = remote_world(self._where, config)
             return
         self._library = open_library(self._where)
-        if self._where in SHIPPED:
+        if self._library.shipped:
             self._library.program(next(iter(self._library.scenarios)))  # says at once what is not installed
+        else:
+            from backtalk.envs.awm.isolation import Isolation
+
+            self._isolation = Isolation(self._where, self._library.scenarios, config)
 
     @property
     def report(self) -> WorldReport:
         if self._remote:
             return WorldReport(f"Agent World Model on {self._where}")
-        if self._config.run == "child":
-            return WorldReport(f"Agent World Model, {self._where}, in a process of its own")
-        warning = f"the programs in {self._where} run inside this process, with its rights; run=child gives them one"
-        return WorldReport(f"Agent World Model, {self._where}", () if self._where in SHIPPED else (warning,))
+        if self._isolation is not None:
+            backend = self._isolation.backend.report
+            return WorldReport(f"Agent World Model, {self._where}, in {backend.name}", backend.warnings)
+        return WorldReport(f"Agent World Model, {self._where}")
 
     def tools(self, scenario: str) -> tuple[ToolSpec, ...]:
-        """What an agent is offered in a scenario that is played here, beside ``done``."""
+        """Return what an agent is offered in a scenario that ships with Backtalk, beside ``done``."""
         return self._library.program(scenario).tools
 
     @asynccontextmanager
@@ -98,7 +103,7 @@ class AwmWorld:
             await session.close()
 
     async def close(self) -> None:
-        for held in (self._child, self._server):
+        for held in (self._isolation, self._server):
             if held is not None:
                 await held.close()
 
@@ -109,12 +114,9 @@ class AwmWorld:
             from backtalk.envs.awm.remote import RemoteSession
 
             return RemoteSession(self._server, {**self._config.reset, "scenario": name, **chosen})
-        if self._config.run == "here":
-            return self._library.session(name, **chosen, call_timeout_s=timeout_s)
-        from backtalk.envs.awm.child import ChildLibrary, ChildSession
-
-        self._child = self._child or ChildLibrary(self._where, timeout_s)
-        return ChildSession(self._child, next(self._episodes), {"name": name, **chosen, "call_timeout_s": timeout_s})
+        if self._isolation is not None:
+            return self._isolation.session(name, chosen["task_idx"])
+        return self._library.session(name, **chosen, call_timeout_s=timeout_s)
 
 
 def is_url(where: str) -> bool:

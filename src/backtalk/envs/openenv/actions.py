@@ -9,10 +9,8 @@ from inspect import cleandoc
 from typing import Any
 
 from backtalk.envs.base import ToolSpec
+from backtalk.envs.tool_schemas import plain_schema, resolve_reference
 from backtalk.errors import ConfigError
-
-MAX_DEPTH = 8  # of definitions inside definitions: a schema that contains itself ends there
-VALUES = ("const", "default", "enum", "examples", "required")  # keywords that hold values, not schemas
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +50,7 @@ def mcp_actions(listed: Iterable[Mapping[str, Any]]) -> tuple[Action, ...]:
     for tool in listed:
         schema = tool.get("input_schema") or tool.get("inputSchema") or {"type": "object", "properties": {}}
         text = str(tool.get("description") or f"Call {tool['name']}.")
-        actions.append(Action(ToolSpec(str(tool["name"]), cleandoc(text), _plain(schema, schema, 0)), None))
+        actions.append(Action(ToolSpec(str(tool["name"]), cleandoc(text), plain_schema(schema, schema)), None))
     return tuple(actions)
 
 
@@ -63,7 +61,7 @@ def _typed(branch: Mapping[str, Any], schema: Mapping[str, Any], name: str | Non
     spelled = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", title.removesuffix("Action") or title).lower()
     parameters = {
         **{key: value for key, value in branch.items() if key in ("type", "required", "additionalProperties")},
-        "properties": {field: _plain(inner, schema, 0) for field, inner in fields.items() if field not in fixed},
+        "properties": {field: plain_schema(inner, schema) for field, inner in fields.items() if field not in fixed},
     }
     if "required" in parameters:
         parameters["required"] = [field for field in parameters["required"] if field in parameters["properties"]]
@@ -74,9 +72,9 @@ def _typed(branch: Mapping[str, Any], schema: Mapping[str, Any], name: str | Non
 
 def _branches(schema: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The object schemas that an action may be of."""
-    schema = _resolved(schema, schema)
+    schema = resolve_reference(schema, schema)
     union = schema.get("oneOf") or schema.get("anyOf") or [schema]
-    return [_resolved(branch, schema) for branch in union if isinstance(branch, Mapping)]
+    return [resolve_reference(branch, schema) for branch in union if isinstance(branch, Mapping)]
 
 
 def _fields(branch: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
@@ -84,31 +82,3 @@ def _fields(branch: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     found = branch.get("properties")
     fields = found.items() if isinstance(found, Mapping) else ()
     return {name: inner for name, inner in fields if name != "metadata" and isinstance(inner, Mapping)}
-
-
-def _resolved(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a reference to a definition stands for, with what is written beside it."""
-    name = schema.get("$ref")
-    if not isinstance(name, str):
-        return schema
-    definitions = root.get("$defs") or root.get("definitions") or {}
-    return {**definitions.get(name.rpartition("/")[2], {}), **{k: v for k, v in schema.items() if k != "$ref"}}
-
-
-def _plain(schema: Any, root: Mapping[str, Any], depth: int) -> Any:
-    """A schema without references, and without the titles that only repeat names: prompts are short, and complete."""
-    if isinstance(schema, list):
-        return [_plain(item, root, depth) for item in schema]
-    if not isinstance(schema, Mapping):
-        return schema
-    if "$ref" in schema:
-        return _plain(_resolved(schema, root), root, depth + 1) if depth < MAX_DEPTH else {}
-    plain = {}
-    for key, value in schema.items():
-        if key == "properties" and isinstance(value, Mapping):  # whose keys are names
-            plain[key] = {name: _plain(inner, root, depth) for name, inner in value.items()}
-        elif key in VALUES:
-            plain[key] = value
-        elif key not in ("title", "$defs", "definitions", "$schema", "discriminator"):
-            plain[key] = _plain(value, root, depth)
-    return plain

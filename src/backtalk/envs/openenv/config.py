@@ -56,7 +56,8 @@ class OpenEnvConfig:
     step_timeout_s: float = 60.0
     start_timeout_s: float = 120.0
     headers: Mapping[str, str] = field(default_factory=dict)  # for a URL; $NAME is the variable of that name
-    env: Mapping[str, str] = field(default_factory=dict)  # variables of a server that is started here
+    env: Mapping[str, str] = field(default_factory=dict)  # variables of a server that is started here, with values
+    pass_env: tuple[str, ...] = ()  # names of variables of this process that it gets too; their values are not stored
     provider: str | None = None  # who runs a container: "module:Class" of an OpenEnv provider; None is local Docker
     provider_options: Mapping[str, Any] = field(default_factory=dict)  # of its constructor
 

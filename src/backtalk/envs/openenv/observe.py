@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from backtalk.envs.base import Part
+from backtalk.envs.base import Part, shortened
 from backtalk.envs.openenv.config import DEFAULT_ROLES, ROLES
 from backtalk.trajectory import TokenRole
 
@@ -27,8 +27,9 @@ def observe(observation: Mapping[str, Any], roles: Mapping[str, str], max_chars:
             own_line = "\n" if parts and not parts[-1].text.endswith("\n") else ""
             if own_line or label:
                 parts.append(Part(own_line + label, TokenRole.WARNING))
-            cut = _cut(part, max_chars)
-            parts, truncated, label = [*parts, *cut], truncated or len(cut) > 1, ""
+            parts += shortened(part.text, max_chars, part.role)
+            label = ""
+            truncated |= len(part.text) > max_chars
     return tuple(parts), truncated
 
 
@@ -61,13 +62,3 @@ def _block(block: Mapping[str, Any], role: TokenRole) -> Part:
     """Text as it is; of an image or a sound, only that it was there."""
     text = block.get("text")
     return Part(text, role) if isinstance(text, str) else Part(f"[{block['type']} left out]", TokenRole.WARNING)
-
-
-def _cut(part: Part, max_chars: int) -> list[Part]:
-    text = part.text
-    if len(text) <= max_chars:
-        return [part]
-    head, tail = text[: max_chars // 2], text[len(text) - (max_chars - max_chars // 2) :]
-    left_out = f"[{len(text) - max_chars} characters left out]\n"
-    notice = Part(left_out if not head or head.endswith("\n") else f"\n{left_out}", TokenRole.WARNING)
-    return [each for each in (Part(head, part.role), notice, Part(tail, part.role)) if each.text]

@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from contextlib import suppress
 from http.client import HTTPException
 from importlib import import_module
@@ -27,6 +27,12 @@ from backtalk.errors import ConfigError
 
 MAX_STARTS = 6  # of one folder's server in a run: one that keeps dying is broken
 LOG_TAIL_CHARS = 2000
+# Variables of this process that a folder's server gets: what programs need in order to run. Nothing that may hold a
+# secret: no token or key, no proxy (its address may hold a password).
+KEPT = frozenset(
+    "CONDA_PREFIX HOME JAVA_HOME LANG LANGUAGE LD_LIBRARY_PATH LOGNAME PATH SHELL TMPDIR TZ USER VIRTUAL_ENV".split()
+)
+KEPT_PREFIXES = ("LC_", "PYTHON")
 LOCAL_DOCKER = "openenv.core.containers.runtime.providers:LocalDockerProvider"
 
 
@@ -113,7 +119,7 @@ class LocalServer:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", launcher, str(self._folder), self._app, str(listening.fileno())],
                 cwd=self._folder,
-                env={**os.environ, **self._config.env},
+                env={**passed_environment(self._config.pass_env, KEPT, KEPT_PREFIXES), **self._config.env},
                 stdin=subprocess.PIPE,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
@@ -176,7 +182,8 @@ class ProvidedServer:
     def start(self) -> str:
         if self._url is not None:
             return self._url
-        options = {"env_vars": dict(self._config.env)} if self._config.env else {}
+        variables = {**passed_environment(self._config.pass_env), **self._config.env}
+        options = {"env_vars": variables} if variables else {}
         atexit.register(self.stop)  # a container that nobody stops costs money
         try:
             if hasattr(self._provider, "start_container"):
@@ -222,6 +229,20 @@ def find_app(folder: Path) -> str:
         f"{folder} is no OpenEnv environment: it has neither an openenv.yaml that names its app nor server/app.py; "
         "make one with: openenv init NAME"
     )
+
+
+def passed_environment(
+    named: Iterable[str], kept: Set[str] = frozenset(), prefixes: tuple[str, ...] = ()
+) -> dict[str, str]:
+    """Return the variables of this process that a server is given: those named, those kept, those that begin so.
+
+    Raises:
+        ConfigError: a named one is not set here.
+    """
+    if missing := [name for name in named if name not in os.environ]:
+        raise ConfigError(f"pass_env names {', '.join(missing)}, not set here; export it, or leave it out of pass_env")
+    wanted = {*named, *kept}
+    return {name: value for name, value in os.environ.items() if name in wanted or name.startswith(prefixes)}
 
 
 def get_json(url: str, *, timeout_s: float, headers: Mapping[str, str] | None = None) -> Any:
