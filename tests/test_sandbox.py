@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -63,6 +64,24 @@ async def test_nothing_is_mounted_but_what_is_meant(box: BubblewrapSandbox) -> N
     names = set((await out(box, "env | cut -d= -f1")).split())
     assert names == {"HOME", "USER", "LOGNAME", "SHELL", "PATH", "LANG", "TZ", "TERM", "PWD", "SHLVL", "_"}
     assert await out(box, "grep ^Seccomp: /proc/self/status") == "Seccomp:\t2\n"
+
+
+async def test_a_folder_of_this_machine_can_be_shown_and_not_written_to() -> None:
+    backend_or_skip()
+    with tempfile.TemporaryDirectory() as above:  # which no other uid may enter, as root's home
+        shown, hidden = Path(above, "shown"), Path(above, "hidden")
+        for folder in (shown, hidden):
+            folder.mkdir(mode=0o755)
+            (folder / "note").write_text("read me\n")
+        backend = BubblewrapBackend(readable=[str(shown)])
+        assert str(shown) in backend.report.isolation["files"]
+        async with backend.open(SandboxLimits()) as box:
+            assert (await box.exec(f"cat {shown}/note", timeout_s=10)).output == "read me\n"
+            assert (await box.exec(f"echo x >{shown}/note; echo x >{shown}/new", timeout_s=10)).exit_code != 0
+            assert (await box.exec(f"ls {above}", timeout_s=10)).output == "shown\n"
+            await box.restart()
+            assert (await box.exec(f"cat {shown}/note", timeout_s=10)).output == "read me\n"
+        assert (shown / "note").read_text() == "read me\n" and not (shown / "new").exists()
 
 
 async def test_only_two_processes_are_to_be_seen(box: BubblewrapSandbox) -> None:

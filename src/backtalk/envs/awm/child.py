@@ -71,9 +71,10 @@ async def _carry_out(episodes: dict[int, LocalSession], given: dict[str, Any]) -
 @lru_cache(MAX_PROGRAMS)
 def _program(file: str) -> Program:
     row = json.loads(Path(file).read_text("utf-8"))
+    row |= {name: tuple(row[name]) for name in ("schema", "inserts", "tasks")}
     for mode, codes in row["verifiers"].items():  # JSON has no keys that are numbers
         row["verifiers"][mode] = {int(task_idx): code for task_idx, code in codes.items()}
-    return Program(Scenario(**{name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}))
+    return Program(Scenario(**row))
 
 
 def _packed(answer: Answer) -> dict[str, Any]:

@@ -125,8 +125,9 @@ class Child:
         """Open the sandbox and see the process answer."""
         try:
             self._sandbox = await self._stack.enter_async_context(backend.open(self._limits))
-            python, paths = shlex.quote(sys._base_executable), shlex.quote(":".join(search_path()))
-            command = _START.format(python=python, paths=paths, answers=ANSWERS_FD)
+            python = getattr(sys, "_base_executable", sys.executable)  # not that of a virtual environment
+            named = {"python": shlex.quote(python), "paths": shlex.quote(":".join(search_path()))}
+            command = _START.format(answers=ANSWERS_FD, **named)
             await self._sandbox.exec(command, timeout_s=START_TIMEOUT_S)
             await self.ask({"do": "hello"})
         except BaseException:
