@@ -213,6 +213,9 @@ async def test_an_answer_that_is_none_costs_one_rollout(place: Path) -> None:
         ):
             with pytest.raises(InfrastructureError, match=said):
                 await call(world, tasks[0], "forge", text=forged)
+            (child,) = world._isolation._children.values()
+            while not child.lost:  # the answer to its release goes nowhere either
+                await asyncio.sleep(0.01)
 
 
 async def test_what_a_program_prints_is_no_answer(place: Path) -> None:
@@ -283,6 +286,4 @@ def test_without_a_sandbox_it_refuses(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_what_is_shown_of_this_machine_is_python_alone() -> None:
     for folder in readable_folders():
-        path = Path(folder)
-        assert path.name in ("site-packages", "dist-packages", "backtalk") or (path / "bin").is_dir(), folder
-        assert not (path / ".git").exists() and path != Path.home()
+        assert Path(folder).name in ("site-packages", "dist-packages", "backtalk", "bin", "lib", "lib64"), folder

@@ -7,8 +7,8 @@ import os
 import re
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,26 +56,16 @@ def tried(start: Callable[[], Coroutine[None, None, None]]) -> None:
     Raises:
         SandboxUnavailable: it failed; the message is what went wrong.
     """
-    failures: list[BaseException] = []
 
     async def within_time() -> None:
         async with asyncio.timeout(_TRIAL_TIMEOUT_S):
             await start()
 
-    def run() -> None:
+    with ThreadPoolExecutor(1, thread_name_prefix="sandbox-trial") as thread:
         try:
-            asyncio.run(within_time())
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=run, name="sandbox-trial")
-    thread.start()
-    thread.join()
-    match failures:
-        case [BacktalkError() | OSError() as error]:  # a time-out is an OSError
+            thread.submit(asyncio.run, within_time()).result()
+        except (BacktalkError, OSError) as error:  # a time-out is an OSError
             raise SandboxUnavailable(str(error) or "no answer in time") from error
-        case [error]:
-            raise error
 
 
 def advice(machine: Machine) -> str:

@@ -115,7 +115,7 @@ class Child:
     def __init__(self, config: AwmConfig) -> None:
         self._limits, self._timeout_s = config.limits, config.call_timeout_s + GRACE_S
         self._stack = AsyncExitStack()
-        self._sandbox: Sandbox | None = None
+        self._sandbox: Sandbox  # from `start` on
         self._files: dict[str, str] = {}  # that hold scenarios in the sandbox, by scenario
         self._asking: set[asyncio.Task[Any]] = set()
         self._numbers, self.episodes = count(), count()
@@ -139,39 +139,42 @@ class Child:
         if scenario.name not in self._files:
             file = f"scenarios/{len(self._files)}.json"  # in its home, whose path is another in an unsafe sandbox
             self._files[scenario.name] = file
-            await self._whole(self._put(f"/home/agent/{file}", json.dumps(asdict(scenario)).encode()))
+            content = SandboxFile(json.dumps(asdict(scenario)).encode())
+            await asyncio.shield(self._begin(self._sandbox.put({f"/home/agent/{file}": content})))
         return self._files[scenario.name]
 
     async def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Send one request and return its answer."""
-        return await self._whole(self._ask(request))
+        return await asyncio.shield(self.tell(request))
+
+    def tell(self, request: Mapping[str, Any]) -> asyncio.Task[dict[str, Any]]:
+        """Send one request, whose answer nobody has to wait for."""
+        return self._begin(self._ask(request))
 
     async def close(self) -> None:
         self.lost = self.lost or "its process was ended"
         await self._stack.aclose()
 
-    async def _whole(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do it to its end even where this caller is cancelled: half a command would cost all the others the child."""
-        task = asyncio.ensure_future(work)
+    def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Begin what goes on where its caller is cancelled: half a command would cost all the others the child."""
+
+        async def until_lost() -> T:
+            try:
+                return await work
+            except SandboxError as error:
+                raise await self._lose(str(error)) from error
+
+        task = asyncio.ensure_future(until_lost())
         self._asking.add(task)
         task.add_done_callback(self._asking.discard)
-        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # a caller may be gone
-        return await asyncio.shield(task)
-
-    async def _put(self, file: str, content: bytes) -> None:
-        try:
-            await self._living().put({file: SandboxFile(content)})
-        except SandboxError as error:
-            raise await self._lose(str(error)) from error
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # its caller may be gone
+        return task
 
     async def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         number = next(self._numbers)
         timeout_s = START_TIMEOUT_S if request["do"] == "hello" else self._timeout_s
         command = _ASK.format(request=shlex.quote(json.dumps({"number": number, **request})))
-        try:
-            result = await self._living().exec(command, timeout_s=timeout_s)
-        except SandboxError as error:
-            raise await self._lose(str(error)) from error
+        result = await self._sandbox.exec(command, timeout_s=timeout_s)
         if result.timed_out:
             raise await self._lose(f"it gave no answer to {request['do']} within {timeout_s:g} s")
         if result.exit_code != 0:
@@ -189,11 +192,6 @@ class Child:
         if "failed" in found:
             raise InfrastructureError(str(found["failed"])[:2000])
         return found
-
-    def _living(self) -> Sandbox:
-        if self.lost or self._sandbox is None:
-            raise InfrastructureError(f"the process of this scenario is lost: {self.lost or 'it was not started'}")
-        return self._sandbox
 
     async def _lose(self, why: str) -> InfrastructureError:
         self.lost = self.lost or why
@@ -224,8 +222,7 @@ class IsolatedSession:
 
     async def close(self) -> None:
         if self._child is not None and not self._child.lost:
-            with suppress(InfrastructureError):
-                await self._ask("release")
+            self._child.tell({"do": "release", "episode": self._episode})  # it may be busy until a time limit
 
     async def _ask(self, do: str, **given: Any) -> dict[str, Any]:
         if self._child is None:
@@ -242,16 +239,14 @@ def search_path() -> list[str]:
 def readable_folders() -> list[str]:
     """Return the folders of Python that a sandbox does not show by itself, none inside another.
 
-    Of Backtalk only the package, for the folder above it may be somebody's checkout with secrets in it.
+    Of Backtalk only the package, and of Python's prefix not all: around them may lie a checkout, or somebody's home.
     """
     package = Path(__file__).parents[2]
-    wanted = [sys.base_prefix, str(package), *(path for path in search_path() if path != str(package.parent))]
-    above = [f"{path}/" for path in wanted]
-    return [
-        path
-        for path in dict.fromkeys(wanted)
-        if not f"{path}/".startswith(SHOWN) and not any(path.startswith(folder) for folder in above)
-    ]
+    python = [Path(sys.base_prefix, name) for name in ("bin", "lib", "lib64")]
+    wanted = [*(str(path) for path in python if path.is_dir() and not path.is_symlink()), str(package)]
+    wanted += [path for path in search_path() if path != str(package.parent)]
+    seen = (*SHOWN, *(f"{path}/" for path in wanted))
+    return [path for path in dict.fromkeys(wanted) if f"{path}/" not in SHOWN and not path.startswith(seen)]
 
 
 def _tool(tool: Any) -> ToolSpec:

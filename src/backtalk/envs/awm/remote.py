@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from backtalk.envs.awm.config import AwmConfig
@@ -59,20 +59,8 @@ def list_remote(url: str, headers: Mapping[str, str]) -> list[dict[str, Any]]:
     Raises:
         InfrastructureError: nobody answers there, or it is another environment.
     """
-    found: list[Any] = []
-
-    def ask() -> None:
-        try:
-            found.append(asyncio.run(_list(url, headers)))
-        except Exception as error:
-            found.append(error)
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join()
-    if isinstance(found[0], Exception):
-        raise found[0]
-    return found[0]
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, _list(url, headers)).result()
 
 
 async def _list(url: str, headers: Mapping[str, str]) -> list[dict[str, Any]]:
