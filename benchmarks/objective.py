@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from backtalk.engines.torch import TorchConfig, TorchEngine
+from backtalk.engines.torch import TorchEngine
+from backtalk.engines.torch_config import TorchConfig
 from backtalk.engines.torch_head import head_logprobs
 from backtalk.objective_config import ObjectiveConfig
 from backtalk.samples import Sample, build_samples

@@ -179,3 +179,27 @@ def test_the_world_tower_runs_without_torch() -> None:
 
 def test_the_command_line_answers_help_without_torch() -> None:
     assert not loaded_after("import backtalk.cli, backtalk.doctor") & {"torch", "transformers", "matplotlib"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--help"],
+        ["settings"],
+        ["settings", "--schema"],
+        ["train", "--preset", "triage", "--set", "steps=many"],
+        ["train", "--preset", "shop", "--set", "engine.lerning_rate=1"],
+        ["train", "--preset", "triage", "--set", "engine.device=", "--set", "group_size=1"],
+        ["train", "--preset", "triage", "--set", "tasks.source={name: openenv:x, options: {seed: 3}}"],
+        ["study", "demo", "--set", "steps=many"],
+    ],
+    ids=" ".join,
+)
+def test_settings_are_read_and_refused_without_anything_heavy(arguments: list[str], tmp_path: Path) -> None:
+    code = "from contextlib import redirect_stdout, suppress; import backtalk.cli, io\n"
+    code += f"sys.argv = ['backtalk', *{arguments}]\n"
+    code += "with suppress(SystemExit), redirect_stdout(io.StringIO()): backtalk.cli.main()"
+    assert not loaded_after(code) & {"torch", "transformers", "numpy", "pyarrow", "matplotlib"}
+    assert not loaded_after("from backtalk.config import load_config; load_config('triage')") & set(HEAVY) - {
+        "pydantic"
+    }

@@ -17,7 +17,8 @@ from torch import Tensor
 from backtalk.engines.copied import copied_tokens
 from backtalk.engines.guard import guard
 from backtalk.engines.metrics import StepRecord, token_metrics
-from backtalk.engines.torch import TorchConfig, TorchEngine
+from backtalk.engines.torch import TorchEngine
+from backtalk.engines.torch_config import TorchConfig
 from backtalk.evaluate import rollout_metrics
 from backtalk.objective import objective
 from backtalk.objective_config import ObjectiveConfig, PolicyOptions

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from backtalk.engines import torch as torch_engine
-from backtalk.engines.torch import TorchConfig, TorchEngine
+from backtalk.engines.torch import TorchEngine
+from backtalk.engines.torch_config import TorchConfig
 from backtalk.engines.torch_logprobs import TokenScorer
 from backtalk.engines.torch_packing import Layout, packs_apart, plan
 from backtalk.errors import ConfigError

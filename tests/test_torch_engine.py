@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from backtalk.engines import torch_head
-from backtalk.engines.base import Checkpointable
-from backtalk.engines.torch import TorchConfig, TorchEngine
-from backtalk.engines.torch_checkpoint import find_checkpoint, write_atomically
+from backtalk.engines.checkpoint import find_checkpoint, write_atomically
+from backtalk.engines.torch import TorchEngine
+from backtalk.engines.torch_config import TorchConfig
 from backtalk.errors import ConfigError, DataError
 from backtalk.objective_config import ObjectiveConfig
 from backtalk.sampler import SamplingParams
@@ -331,7 +331,6 @@ async def test_a_loaded_run_continues_to_the_bit(model_dir: Path, tmp_path: Path
     assert second.policy_version == 2
     assert await go(second, steps[2:]) == expected[2:]
     assert torch.equal(weights(second), weights(whole))
-    assert isinstance(second, Checkpointable)
 
 
 async def test_bfloat16_keeps_updates_that_round_away(model_dir: Path) -> None:
@@ -354,7 +353,7 @@ async def test_a_checkpoint_is_a_model_folder(model_dir: Path, tmp_path: Path) -
     for settings in ({}, {"lora_rank": 2}):
         engine = make_engine(model_dir, learning_rate=1e-2, **settings)
         await engine.train_step(build_samples(make_group(MIXED)), BOTH)
-        engine.save(tmp_path / "checkpoint")  # the second one takes the place of the first
+        write_atomically(tmp_path / "checkpoint", engine.save)  # the second one takes the place of the first
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint" / "model")
         ids_BT = torch.arange(30)[None]
         with torch.no_grad():
@@ -366,7 +365,7 @@ async def test_a_checkpoint_is_a_model_folder(model_dir: Path, tmp_path: Path) -
 
 def test_a_failed_save_leaves_the_old_checkpoint(model_dir: Path, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
-    make_engine(model_dir).save(folder)
+    write_atomically(folder, make_engine(model_dir).save)
 
     def full_disk(fresh: Path) -> None:
         (fresh / "half").write_text("x")
@@ -376,8 +375,10 @@ def test_a_failed_save_leaves_the_old_checkpoint(model_dir: Path, tmp_path: Path
         write_atomically(folder, full_disk)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
     make_engine(model_dir).load(folder)
+    assert find_checkpoint(folder) == folder
     folder.rename(tmp_path / ".checkpoint.old")  # a crash between the two renames
-    assert find_checkpoint(folder).name == ".checkpoint.old"
+    assert find_checkpoint(folder) == tmp_path / ".checkpoint.old"
+    assert find_checkpoint(tmp_path / "other") is None
 
 
 def test_checkpoints_that_do_not_fit_are_refused(model_dir: Path, tmp_path: Path) -> None:

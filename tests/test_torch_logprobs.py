@@ -207,7 +207,8 @@ def test_nothing_trained_leaves_no_graph() -> None:
 
 
 def test_the_head_of_a_saved_model_is_its_own(tmp_path: Path) -> None:
-    from backtalk.engines.torch import TorchConfig, TorchEngine
+    from backtalk.engines.torch import TorchEngine
+    from backtalk.engines.torch_config import TorchConfig
     from tiny import tiny_model_dir
 
     for tied in (True, False):

@@ -17,7 +17,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from backtalk.engines.torch import TorchConfig, TorchEngine
+from backtalk.engines.torch import TorchEngine
+from backtalk.engines.torch_config import TorchConfig
 from backtalk.objective_config import ObjectiveConfig
 from backtalk.renderer import Renderer
 from backtalk.samples import build_samples

@@ -33,12 +33,19 @@ class RolloutLimits:
     """Where a rollout ends at the latest, and how many run at once."""
 
     max_turns: int = 16
-    max_tokens: int = 16_384  # of a whole history: prompt, actions, observations
-    max_tokens_per_turn: int = 2_048  # of one action
-    rollout_timeout_s: float = 600.0  # from opening the world to the last turn, all tries; scoring has as long again
-    max_retries: int = 2  # in a fresh world, where one broke before the policy had said anything
-    straggler_factor: float | None = None  # see rollout.Stragglers; None lets each have its time
-    concurrency: int | None = None  # rollouts at once; None is what this machine holds
+    """Actions of one rollout."""
+    max_tokens: int = 16_384
+    """Tokens of a whole history: prompt, actions, observations."""
+    max_tokens_per_turn: int = 2_048
+    """Tokens of one action."""
+    rollout_timeout_s: float = 600.0
+    """Seconds from opening the environment to the last turn, retries included; scoring has as long again."""
+    max_retries: int = 2
+    """In a fresh environment, where one broke before the policy had said anything."""
+    straggler_factor: float | None = None
+    """Ends what takes so many times as long as the median of a step; null lets each have its time."""
+    concurrency: int | None = None
+    """Rollouts at once; null is what this machine holds."""
 
     def __post_init__(self) -> None:
         for name in ("max_turns", "max_tokens", "max_tokens_per_turn", "rollout_timeout_s", "concurrency"):

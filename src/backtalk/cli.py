@@ -18,6 +18,7 @@ from backtalk.commands.evaluate import evaluate
 from backtalk.commands.export import export
 from backtalk.commands.import_trajectories import import_trajectories
 from backtalk.commands.serve import serve
+from backtalk.commands.settings import settings as list_settings
 from backtalk.errors import BacktalkError, ConfigError
 from backtalk.interrupts import Interrupted, disk_is_full, run
 
@@ -49,6 +50,7 @@ app.command()(capture)
 app.command()(account)
 app.command()(export)
 app.command()(serve)
+app.command("settings")(list_settings)
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as `backtalk train` made it.")]
 Settings = Annotated[
@@ -179,14 +181,10 @@ def _resolve(
         raise ConfigError("nothing says what to train; type `backtalk train --preset triage`, or name a CONFIG.yaml")
     from backtalk.config import config_from_dict, load_config
     from backtalk.runlog import RunLog
-    from backtalk.settings import parse_overrides, set_dotted
 
     if source is not None or out is None:
         return load_config(str(source), overrides)
-    tree = RunLog(out).read_config()
-    for key, value in parse_overrides(overrides).items():
-        set_dotted(tree, key, value)
-    return config_from_dict(tree)
+    return config_from_dict(RunLog(out).read_config(), overrides)
 
 
 def _new_folder(name: str) -> Path:
@@ -264,10 +262,11 @@ def study(
 
     `backtalk study demo` trains GRPO and GRPO+ECHO side by side, in minutes on two cores.
     """
-    from backtalk.progress import StudyDisplay, comparison_table
     from backtalk.study import load_study, run_study
 
     plan = load_study(source, seeds=seeds, overrides=list(settings or []))
+    from backtalk.progress import StudyDisplay, comparison_table
+
     folder = out or _new_folder(plan.name)
     console = _console()
     try:

@@ -6,14 +6,16 @@ only puts them together.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from backtalk import settings
-from backtalk.engines.torch import TorchConfig
+from backtalk.engines.choose import EngineConfig, engine_config_class
+from backtalk.engines.torch_config import TorchConfig
 from backtalk.envs.terminal import TerminalConfig
 from backtalk.errors import ConfigError
 from backtalk.objective_config import ObjectiveConfig
@@ -25,7 +27,6 @@ from backtalk.settings import parse_overrides, read_settings, set_dotted
 # Fields of the settings below that a run does not offer: they follow from others (see _derived), or stay as they are.
 NOT_OFFERED = frozenset(
     {
-        "engine.seed",
         "engine.threads",
         "engine.betas",
         "engine.weight_decay",
@@ -38,17 +39,25 @@ NOT_OFFERED = frozenset(
 OPTION_GROUPS = ("objective.policy", "objective.world", "renderer", "terminal")
 
 
+E = TypeVar("E", bound=EngineConfig)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskSource:
     """One of several sources of tasks, and how it is taken."""
 
-    # triage, workbench, a folder, a .jsonl or .parquet file, hf:owner/name[:split], openenv:WHERE, awm:WHICH
     name: str
-    weight: float = 1.0  # this over the sum of all weights is its share of the tasks of a step
-    levels: tuple[int, ...] | None = None  # of triage; None is tasks.levels
-    world_model_only: bool = False  # nobody scores them: they teach through the world-model term alone
-    host_packages: bool = False  # leave out what installs packages: this machine has them already
-    options: Mapping[str, Any] = field(default_factory=dict)  # of its world: OpenEnvConfig's, AwmConfig's
+    """triage, workbench, a folder, a .jsonl or .parquet file, hf:owner/name[:split], openenv:WHERE, awm:WHICH."""
+    weight: float = 1.0
+    """This over the sum of all weights is its share of the tasks of a step."""
+    levels: tuple[int, ...] | None = None
+    """Of triage; null is tasks.levels."""
+    world_model_only: bool = False
+    """Nobody scores them: they teach through the world-model term alone."""
+    host_packages: bool = False
+    """Leave out what installs packages: this machine has them already."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of its environment: OpenEnvConfig's, AwmConfig's."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -58,14 +67,31 @@ class TaskSource:
             )
         if self.levels == ():
             raise ConfigError(f"tasks.source: levels=[] of {self.name!r} leaves no task; use levels such as [1, 2]")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        match self.name.partition(":")[0]:
+            case "openenv":
+                from backtalk.envs.openenv.config import OpenEnvConfig as kind
+            case "awm":
+                from backtalk.envs.awm.config import AwmConfig as kind
+            case _ if self.options and (":" not in self.name or self.name.startswith("hf:")):
+                raise ConfigError(
+                    f"tasks.source: {self.name!r} takes no options, got {dict(self.options)}; leave them out"
+                )
+            case _:
+                return
+        settings.build(kind, self.options, "tasks.source.options.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskConfig:
     """Which tasks a run trains on and is measured on; the split between them is by task id."""
 
-    source: tuple[str | TaskSource, ...] = ("triage",)  # one or several
-    levels: tuple[int, ...] = (1, 2)  # of triage
+    source: str | tuple[str | TaskSource, ...] = ("triage",)
+    """One or several: triage, workbench, a folder or file of tasks, hf:NAME, openenv:WHERE, awm:WHICH."""
+    levels: tuple[int, ...] = (1, 2)
+    """Difficulty of triage."""
 
     def __post_init__(self) -> None:
         if not self.levels:
@@ -76,7 +102,8 @@ class TaskConfig:
     @property
     def sources(self) -> tuple[TaskSource, ...]:
         """The sources, each with its weight and its levels."""
-        each = (one if isinstance(one, TaskSource) else TaskSource(name=one) for one in self.source)
+        several = (self.source,) if isinstance(self.source, str) else self.source
+        each = (one if isinstance(one, TaskSource) else TaskSource(name=one) for one in several)
         return tuple(replace(one, levels=one.levels or self.levels) for one in each)
 
 
@@ -84,10 +111,14 @@ class TaskConfig:
 class EvaluationConfig:
     """How the policy is measured on held-out tasks, before the first step and after the last."""
 
-    tasks: int = 64  # 0 leaves evaluation out
+    tasks: int = 64
+    """Held-out tasks; 0 leaves evaluation out."""
     samples_per_task: int = 4
-    every: int = 0  # steps between further evaluations; 0 is none
-    recorded_path: str | None = None  # trajectories of another policy; None is the package's own, for its own model
+    """Rollouts of each, the k of pass@k."""
+    every: int = 0
+    """Steps between further evaluations; 0 is none."""
+    recorded_path: str | None = None
+    """Trajectories of another policy, a Parquet file; null is the package's own, for its own model."""
 
     def __post_init__(self) -> None:
         if self.tasks < 0 or self.samples_per_task < 1 or self.every < 0:
@@ -98,23 +129,30 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
-    """All settings of one training run."""
+class TrainConfig(Generic[E]):
+    """All settings of one training run; ``engine`` holds those of the engine that ``engine.kind`` names."""
 
     seed: int = 0
+    """Of tasks, sampling and fresh adapters."""
     steps: int = 50
+    """Optimizer steps."""
     tasks_per_step: int = 8
+    """Groups of a step."""
     group_size: int = 8
+    """Rollouts of each task of a step."""
     temperature: float = 1.0
+    """Of sampling, above 0."""
     checkpoint_every: int = 5
+    """Steps between checkpoints."""
     sandbox: SandboxChoice = "auto"
+    """Where commands run; auto takes the best that works here, never unsafe."""
     tasks: TaskConfig = field(default_factory=TaskConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     renderer: RendererConfig = field(default_factory=RendererConfig)
     rollout: RolloutLimits = field(default_factory=RolloutLimits)
     terminal: TerminalConfig = field(default_factory=TerminalConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    engine: TorchConfig = field(default_factory=TorchConfig)
+    engine: E = field(default_factory=TorchConfig)  # pyright: ignore[reportAssignmentType]
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 0), ("tasks_per_step", 1), ("group_size", 1), ("checkpoint_every", 1)):
@@ -133,7 +171,7 @@ class TrainConfig:
 
 
 def load_config(source: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> TrainConfig:
-    """Settings from a preset's name or a YAML file, then ``overrides`` by dotted key.
+    """Return settings from a preset's name or a YAML file, then ``overrides`` by dotted key.
 
     A file may name another as its ``base`` and say only what differs. Overrides are a mapping
     ``{"objective.world_model_coeff": 0.05}`` or strings ``"objective.world_model_coeff=0.05"``.
@@ -141,29 +179,33 @@ def load_config(source: str | Path, overrides: Mapping[str, Any] | Sequence[str]
     Raises:
         ConfigError: no such file or preset, an unknown key, a value of the wrong kind, settings that cannot work.
     """
-    tree = read_settings(source)
+    return config_from_dict(read_settings(source), overrides)
+
+
+def config_from_dict(tree: Mapping[str, Any], overrides: Mapping[str, Any] | Sequence[str] = ()) -> TrainConfig:
+    """Return settings from nested plain data, such as a run folder's config.yaml holds, then ``overrides``."""
+    tree = copy.deepcopy(dict(tree))
     for key, value in parse_overrides(overrides).items():
         set_dotted(tree, key, value)
-    return config_from_dict(tree)
-
-
-def config_from_dict(tree: Mapping[str, Any]) -> TrainConfig:
-    """Settings from nested plain data, such as a run folder's config.yaml holds."""
-    return settings.build(TrainConfig, tree, derived=_derived(tree), hidden=NOT_OFFERED)
-
-
-def _derived(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """What follows from other settings; where those are wrong, building them says so."""
-    rollout = tree.get("rollout")
-    max_tokens = rollout.get("max_tokens") if isinstance(rollout, Mapping) else None
-    return {"engine.seed": tree.get("seed", 0), "objective.max_seq_len": max_tokens or RolloutLimits().max_tokens}
+    engine, rollout = tree.get("engine"), tree.get("rollout")
+    kind = engine.get("kind", "torch") if isinstance(engine, Mapping) else "torch"
+    longest = rollout.get("max_tokens") if isinstance(rollout, Mapping) else None
+    derived = {"objective.max_seq_len": longest or RolloutLimits().max_tokens}
+    return settings.build(TrainConfig[engine_config_class(kind)], tree, hidden=NOT_OFFERED, derived=derived)
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
-    """The offered settings as nested plain data, ready for YAML; the inverse of :func:`config_from_dict`."""
-    return settings.to_plain(config, hidden=NOT_OFFERED)
+    """Return the offered settings as nested plain data, ready for YAML; the inverse of :func:`config_from_dict`."""
+    return settings.to_plain(config, TrainConfig[type(config.engine)], NOT_OFFERED)
 
 
-def setting_keys() -> list[str]:
-    """Every setting of a run by its dotted key."""
-    return settings.setting_keys(TrainConfig, hidden=NOT_OFFERED)
+def setting_schemas(kind: str = "torch") -> dict[str, dict[str, Any]]:
+    """Return the JSON Schema of every setting of a run by its dotted key, with the settings of one kind of engine."""
+    return settings.setting_schemas(TrainConfig[engine_config_class(kind)], hidden=NOT_OFFERED)
+
+
+def json_schema(kind: str = "torch") -> dict[str, Any]:
+    """Return the JSON Schema of a file of settings, for editors."""
+    schema = settings.json_schema(TrainConfig[engine_config_class(kind)], NOT_OFFERED)
+    schema["properties"]["base"] = {"type": "string", "description": "A preset or file that this one differs from."}
+    return schema

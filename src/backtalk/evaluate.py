@@ -14,10 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import comb
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from backtalk.engines.base import Engine
 from backtalk.envs.base import Task
@@ -25,8 +22,13 @@ from backtalk.objective_config import ObjectiveConfig
 from backtalk.renderer import Renderer
 from backtalk.rollout import EnvFactory, RolloutLimits, run_groups
 from backtalk.sampler import SamplingParams
-from backtalk.samples import Sample
 from backtalk.trajectory import StopReason, TokenRole, Trajectory, TrajectoryGroup
+
+if TYPE_CHECKING:  # a study is read, and refused, without numpy or PyTorch
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from backtalk.samples import Sample
 
 SOLVED = 1.0  # a rollout with at least this reward counts as solved
 RESAMPLES = 2000
@@ -252,30 +254,34 @@ def ratio_interval(pairs: Sequence[tuple[float, float]], seed: int = 0) -> Inter
     """
     if sum(b for _, b in pairs) <= 0:
         return None
-    return _bootstrap(np.array(pairs, dtype=np.float64), _ratio, seed)
+    return _bootstrap(pairs, _ratio, seed)
 
 
 def difference_interval(rows: Sequence[tuple[float, float, float, float]], seed: int = 0) -> Interval | None:
     """sum(a) / sum(b) - sum(c) / sum(d) over rows (a, b, c, d), one a task, so that both see the same tasks."""
     if sum(row[1] for row in rows) <= 0 or sum(row[3] for row in rows) <= 0:
         return None
-    numbers = np.array(rows, dtype=np.float64)
-    return _bootstrap(numbers, lambda sums: _ratio(sums[..., :2]) - _ratio(sums[..., 2:]), seed)
+    return _bootstrap(rows, lambda sums: _ratio(sums[..., :2]) - _ratio(sums[..., 2:]), seed)
 
 
 def _ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    import numpy as np
+
     with np.errstate(invalid="ignore", divide="ignore"):  # a resample without any token says nothing
         return sums[..., 0] / sums[..., 1]
 
 
 def _bootstrap(
-    rows: NDArray[np.float64], statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]], seed: int
+    rows: Sequence[Sequence[float]], statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]], seed: int
 ) -> Interval:
     """A statistic of column sums, with a percentile bootstrap over the rows; no bounds for a single row."""
-    value = float(statistic(rows.sum(axis=0)))
+    import numpy as np
+
+    numbers = np.array(rows, dtype=np.float64)
+    value = float(statistic(numbers.sum(axis=0)))
     if len(rows) < 2:
         return Interval(value)
     picks = np.random.default_rng(seed).integers(len(rows), size=(RESAMPLES, len(rows)))
-    drawn = statistic(rows[picks].sum(axis=1))
+    drawn = statistic(numbers[picks].sum(axis=1))
     low, high = np.quantile(drawn[np.isfinite(drawn)], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(value, float(low), float(high))

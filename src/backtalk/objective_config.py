@@ -64,9 +64,12 @@ class LengthPenalty:
     L_max - L_cache down to -1 at L_max, has most = 1, free_tokens = L_max - L_cache, per_1000_tokens = 1000 / L_cache.
     """
 
-    per_1000_tokens: float = 0.0  # 0 is no penalty
+    per_1000_tokens: float = 0.0
+    """Taken off the reward for 1,000 tokens; 0 is no penalty."""
     free_tokens: int = 0
+    """Tokens that cost nothing."""
     most: float = 1.0
+    """Largest penalty; inf for no bound."""
 
     def __post_init__(self) -> None:
         if not (0 <= self.per_1000_tokens < math.inf and self.free_tokens >= 0 and self.most > 0):
@@ -86,9 +89,12 @@ class PolicyOptions:
 
     loss: PolicyLoss = "clip"
     advantage: AdvantageEstimator = "grpo"
-    kl_coeff: float = 0.0  # of KL(policy || reference); the reference is the model that the run began with
-    max_importance_ratio: float | None = None  # cap on p_trainer / p_sampler; None takes the sampler's word
-    max_staleness: int = 0  # updates since a row was sampled; older ones carry the world-model term alone
+    kl_coeff: float = 0.0
+    """Weight of KL(policy || reference); the reference is the model that the run began with."""
+    max_importance_ratio: float | None = None
+    """Upper bound of p_trainer / p_sampler; null takes the sampler's word."""
+    max_staleness: int = 0
+    """Updates since a row was sampled; older ones carry the world-model term alone."""
     length_penalty: LengthPenalty = field(default_factory=LengthPenalty)
 
     def __post_init__(self) -> None:
@@ -119,15 +125,24 @@ class WorldOptions:
     away adds 0 and stays in the mean.
     """
 
-    weights: Mapping[str, float] | None = None  # by role (env_output, warning, template) or tool:NAME; else 1
-    max_tokens_per_observation: int | None = None  # the first ones of each turn's targets; None is all
-    min_valid_calls: float = 0.0  # gate: share of a rollout's turns that held a valid call
-    min_clean_turns: float = 0.0  # gate: share of a rollout's turns that parsed without any warning
-    min_correct: float = 0.0  # gate: share of solved rollouts among those of a group that feed the term
-    loss: WorldLoss = "cross_entropy"  # PaW: clipped_mae
-    entropy_share: float = 1.0  # PaW: share of a group's turns, of highest action entropy, that keep their observation
-    return_adaptive: bool = False  # PaW: weight 1 - the group's mean reward
-    temperature: Literal["one", "sampling"] = "one"  # of the log-probabilities of targets
+    weights: Mapping[str, float] | None = None
+    """Of target tokens, by role (env_output, warning, template) or tool:NAME; else 1."""
+    max_tokens_per_observation: int | None = None
+    """The first target tokens of each turn; null is all."""
+    min_valid_calls: float = 0.0
+    """Gate: share of a rollout's turns that held a valid call."""
+    min_clean_turns: float = 0.0
+    """Gate: share of a rollout's turns that parsed without any warning."""
+    min_correct: float = 0.0
+    """Gate: share of solved rollouts among those of a group that feed the term."""
+    loss: WorldLoss = "cross_entropy"
+    """clipped_mae is PaW's."""
+    entropy_share: float = 1.0
+    """PaW: share of a group's turns, of highest action entropy, that keep their observation."""
+    return_adaptive: bool = False
+    """PaW: weight 1 - the group's mean reward."""
+    temperature: Literal["one", "sampling"] = "one"
+    """Of the log-probabilities of targets."""
 
     def __post_init__(self) -> None:
         _check_choices(self, loss=WorldLoss, temperature=Literal["one", "sampling"])
@@ -164,12 +179,17 @@ class ObjectiveConfig:
     """What is minimised. ``policy_coeff=0`` learns from observations alone and needs no verifier."""
 
     policy_coeff: float = 1.0
-    world_model_coeff: float | Schedule = 0.05  # lambda
-    clip: tuple[float, float] = (0.2, 0.2)  # eps_low, eps_high of the ratio
+    """0 learns from observations alone and needs no verifier."""
+    world_model_coeff: float | Schedule = 0.05
+    """Lambda: a number, or a schedule {points: {0: 0.05, 100: 0}, shape: linear or steps}."""
+    clip: tuple[float, float] = (0.2, 0.2)
+    """eps_low, eps_high of the ratio."""
     policy_normalizer: PolicyNormalizer = "sequence_mean"
     world_normalizer: WorldNormalizer = "sequence_mean"
     world_loss_target: WorldLossTarget = "env_only"
-    max_seq_len: int | None = None  # tokens; the L of fixed_length, and used by nothing else
+    """Which roles of tokens the world-model term learns."""
+    max_seq_len: int | None = None
+    """Tokens; the L of fixed_length, and used by nothing else."""
     policy: PolicyOptions = field(default_factory=PolicyOptions)
     world: WorldOptions = field(default_factory=WorldOptions)
 

@@ -1,24 +1,27 @@
-"""Nested plain data from YAML, and how it becomes checked settings.
+"""Settings: nested plain data from YAML, and how it becomes checked classes.
 
-A settings dataclass lives beside what it sets. A key nobody knows is an error that names the nearest one.
+A settings class is a frozen dataclass that lives beside what it sets. pydantic compares the data with its fields and
+types; this module reads YAML, and says what to type instead where something is wrong.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import enum
-import math
-import types
-import typing
-from collections.abc import Mapping, Sequence
-from importlib import resources
+import json
+import os
+import sys
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import cache, reduce
+from importlib import import_module, resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from backtalk.errors import ConfigError
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+    from pydantic_core import ErrorDetails
 
 MAX_BASES = 20  # files in a chain of ``base``: more are a circle
 
@@ -44,7 +47,12 @@ def read_settings(source: str | Path, folder: Path | None = None, above: Sequenc
     if "arms" in tree:
         raise ConfigError(f"{source} is a study, not a run; start it with: backtalk study {source}")
     base = tree.pop("base", None)
-    return tree if base is None else _merge(read_settings(str(base), folder, [*above, str(source)]), tree)
+    if base is None:
+        return tree
+    below = read_settings(str(base), folder, [*above, str(source)])
+    if isinstance(engine := tree.get("engine"), Mapping) and "kind" in engine:
+        _choose_engine(below, engine["kind"])
+    return _merge(below, tree)
 
 
 def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
@@ -62,6 +70,8 @@ def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, A
 
 def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
     """Put one value into nested data by its dotted key; whether the key exists is checked when it is built."""
+    if key == "engine.kind":
+        _choose_engine(tree, value)
     *path, last = key.split(".")
     for name in path:
         below = tree.get(name)
@@ -69,6 +79,13 @@ def set_dotted(tree: dict[str, Any], key: str, value: Any) -> None:
             below = tree[name] = {}
         tree = below
     tree[last] = value
+
+
+def _choose_engine(tree: dict[str, Any], kind: Any) -> None:
+    """Drop the settings of one engine where another is chosen, whose own they are not."""
+    engine = tree.get("engine")
+    if isinstance(engine, Mapping) and engine.get("kind", "torch") != kind:
+        del tree["engine"]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -133,143 +150,216 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return merged
 
 
-# ---------------------------------------------------------------- plain data to checked dataclasses and back
-
-
-def setting_keys(kind: Any, prefix: str = "", hidden: frozenset[str] = frozenset()) -> list[str]:
-    """Every setting of a dataclass by its dotted key, but the ``hidden`` ones."""
-    keys: list[str] = []
-    for name, hint in _hints(kind).items():
-        key = f"{prefix}{name}"
-        if key not in hidden:
-            keys += setting_keys(hint, f"{key}.", hidden) if dataclasses.is_dataclass(hint) else [key]
-    return keys
-
-
-def to_plain(value: Any, prefix: str = "", hidden: frozenset[str] = frozenset()) -> Any:
-    """Settings as nested plain data, ready for YAML: the inverse of :func:`build`."""
-    if dataclasses.is_dataclass(value):
-        names = [item.name for item in dataclasses.fields(value) if f"{prefix}{item.name}" not in hidden]
-        return {name: to_plain(getattr(value, name), f"{prefix}{name}.", hidden) for name in names}
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, tuple):
-        return [to_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {key: to_plain(item) for key, item in value.items()}
-    return str(value) if isinstance(value, Path) else value
+# ---------------------------------------------------------------- plain data to checked settings and back
 
 
 def build(
-    kind: type[T],
+    kind: Any,
     tree: Any,
     prefix: str = "",
-    *,
-    derived: Mapping[str, Any] | None = None,
-    hidden: frozenset[str] = frozenset(),
-    known: Sequence[str] | None = None,
-) -> T:
-    """A settings dataclass from nested plain data, every key and kind of value checked.
+    hidden: Collection[str] = (),
+    derived: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
+    """Return settings of class ``kind`` (a dataclass or a pydantic model) from nested plain data, all of it checked.
 
-    ``derived`` holds values of ``hidden`` fields, by dotted key. ``known`` are the keys to look for the nearest among.
+    ``prefix`` stands before every key in messages; ``hidden`` are the dotted keys of settings that are not offered, and
+    ``derived`` the values of some of them.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong kind, settings that cannot work.
     """
+    from pydantic import ValidationError
+
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{prefix.rstrip('.') or 'the file'} holds {tree!r}; write its settings indented beneath it")
-    known = known or setting_keys(kind, prefix, hidden)
-    hints = _hints(kind)
-    values = {name: derived[prefix + name] for name in hints if derived and prefix + name in derived}
-    nested = {name: tree.get(name) for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
-    for name, value in {**nested, **tree}.items():
-        key = f"{prefix}{name}"
-        if name not in hints or key in hidden:
-            raise ConfigError(_unknown(key, known))
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint):
-            tree_below = {} if value is None else value
-            below = build(typing.cast(type, hint), tree_below, f"{key}.", derived=derived, hidden=hidden, known=known)
-            values[name] = below
-        else:
-            values[name] = _coerce(key, hint, value)
+    plain = _plain(tree)
+    for key, value in flatten(plain).items():
+        if key in hidden:
+            raise ConfigError(_unknown(kind, key, prefix, hidden))
+        if value != value:  # nan passes every check for a bound
+            raise ConfigError(f"{prefix}{key}={value!r} is not a number")
+    for key, value in derived.items():
+        if isinstance(plain.get(key.partition(".")[0]), Mapping | None):
+            set_dotted(plain, key, value)
+    while True:
+        try:
+            return _adapter(kind).validate_json(json.dumps(plain), strict=True, extra="forbid")
+        except ValidationError as error:
+            mistakes = error.errors(include_url=False)
+            if not any([_mend(plain, mistake) for mistake in mistakes]):
+                raise _explain(kind, plain, mistakes, prefix, hidden) from None
+
+
+def to_plain(value: Any, kind: Any = None, hidden: Collection[str] = ()) -> dict[str, Any]:
+    """Return settings as nested plain data, ready for YAML: the inverse of :func:`build`."""
+    tree = _adapter(kind or type(value)).dump_python(value, mode="json", warnings=False)
+    for key in hidden:
+        *path, last = key.split(".")
+        reduce(dict.__getitem__, path, tree).pop(last, None)
+    return tree
+
+
+def json_schema(kind: Any, hidden: Collection[str] = ()) -> dict[str, Any]:
+    """Return the JSON Schema of the settings of class ``kind``; the string under a field describes it."""
+    from pydantic import TypeAdapter
+
+    # Of a list of them, because an adapter takes no configuration for a dataclass itself.
+    described = TypeAdapter(list[kind], config={"extra": "forbid", "use_attribute_docstrings": True})
+    schema = described.json_schema(mode="validation")
+    top = schema["$defs"].pop(schema["items"]["$ref"].rpartition("/")[2]) | {"$defs": schema["$defs"]}
+    for key in hidden:
+        *path, last = key.split(".")
+        reduce(lambda node, name: _resolve(node["properties"][name], top), path, top)["properties"].pop(last, None)
+    return top
+
+
+def setting_schemas(
+    kind: Any, prefix: str = "", hidden: Collection[str] = (), *, alternatives: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Return the JSON Schema of every setting by its dotted key.
+
+    A value that may also be a group of settings is one setting, unless ``alternatives`` asks for those of the group.
+    """
+    top = json_schema(kind, hidden)
+
+    def below(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, item in _resolve(node, top).get("properties", {}).items():
+            key = f"{prefix}{name}"
+            if "$ref" in item:
+                yield from below(item, f"{key}.")
+                continue
+            yield key, item
+            for group in _references(item) if alternatives else ():
+                yield from below(group, f"{key}.")
+
+    return dict(below(top, prefix))
+
+
+def import_path(path: str, key: str) -> Any:
+    """Return what ``package.module:Name`` names; modules in the current folder are found too.
+
+    Raises:
+        ConfigError: there is no such module, or no such name in it. ``key`` is the setting that holds the path.
+    """
+    module, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
-        return kind(**values)
-    except ConfigError:
-        raise
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"settings {prefix.rstrip('.') or 'of the run'} cannot work: {error}") from error
+        return reduce(getattr, name.split("."), import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"{key}={path!r} cannot be imported ({error}); write package.module:Name, and start from the folder that "
+            "holds the package, or install it"
+        ) from error
 
 
-def _unknown(key: str, keys: Sequence[str]) -> str:
-    sections = sorted({k.rsplit(".", 1)[0] for k in keys if "." in k})
-    near = difflib.get_close_matches(key, [*keys, *sections], n=1, cutoff=0.6)
-    if not near:  # right name, wrong place
-        near = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]][:1]
-    hint = f"did you mean {near[0]!r}?" if near else f"the settings are {', '.join(keys)}"
-    return f"unknown setting {key!r}; {hint}"
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
-def _hints(kind: Any) -> dict[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {item.name: hints[item.name] for item in dataclasses.fields(kind)}
+def _plain(value: Any) -> Any:
+    """Return ``value`` as JSON can hold it: a date or a path as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if value is None or type(value) in (bool, int, float, str) else str(value)
 
 
-def _coerce(key: str, hint: Any, value: Any) -> Any:
-    """One value as its type hint wants it: numbers, text, choices, tuples, optionals."""
-    origin = typing.get_origin(hint)
-    arguments = typing.get_args(hint)
-    match hint:
-        case _ if origin in (typing.Union, types.UnionType):
-            if value is None and type(None) in arguments:
-                return None
-            groups = [a for a in arguments if dataclasses.is_dataclass(a)]
-            if groups and isinstance(value, Mapping):  # a number, or a group of settings in its place
-                return build(typing.cast(type, groups[0]), value, f"{key}.")
-            return _coerce(key, next(a for a in arguments if a is not type(None) and a not in groups), value)
-        case _ if origin is Literal:
-            return _choice(key, value, {a: a for a in arguments})
-        case _ if origin is tuple:
-            if not isinstance(value, list | tuple):
-                value = [value]
-            inner = arguments[0] if arguments[-1] is Ellipsis else None
-            if inner is None and len(value) != len(arguments):
-                raise ConfigError(f"{key}={value!r} has {len(value)} values; write {len(arguments)}")
-            return tuple(_coerce(key, inner or arguments[i], v) for i, v in enumerate(value))
-        case _ if isinstance(origin, type) and issubclass(origin, Mapping):
-            if not isinstance(value, Mapping):
-                raise ConfigError(f"{key}={value!r} is no mapping; write it as {{name: value}}")
-            numbered = {int(k) if arguments[0] is int and str(k).isdigit() else k: v for k, v in value.items()}
-            return {_coerce(key, arguments[0], k): _coerce(f"{key}.{k}", arguments[1], v) for k, v in numbered.items()}
-        case _ if isinstance(hint, type) and issubclass(hint, enum.Enum):
-            return _choice(key, value, {member.value: member for member in hint})
-        case _ if hint is Any:
-            return value
-        case _ if hint is Path:
-            return Path(str(value))
+def _resolve(node: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    return top["$defs"][node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+
+
+def _references(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if "$ref" in node:
+        yield node
+    for item in (*node.get("anyOf", ()), *([node["items"]] if "items" in node else ())):
+        yield from _references(item)
+
+
+def _path(plain: Any, mistake: ErrorDetails) -> list[str | int]:
+    """Return where a mistake is: its place without the names of a union's members, which are none of the data's."""
+    path: list[str | int] = []
+    for part in mistake["loc"]:
+        if part in plain if isinstance(plain, dict) else isinstance(plain, list) and part in range(len(plain)):
+            plain = plain[part]
+            path.append(part)
+    return path
+
+
+def _mend(plain: dict[str, Any], mistake: ErrorDetails) -> bool:
+    """Put the value in that a person meant and YAML read otherwise; False where there is none."""
+    value, path = mistake["input"], _path(plain, mistake)
+    match mistake["type"]:
+        case "float_type" if isinstance(value, str):  # 1e-4, without a dot, is text in YAML 1.1
+            try:
+                meant: Any = float(value)
+            except ValueError:
+                return False
+            if meant != meant:
+                return False
+        case "string_type" if isinstance(value, int | float) and not isinstance(value, bool):
+            meant = str(value)
+        case "tuple_type" | "list_type" if not isinstance(value, list):  # a list of one
+            meant = [value]
+        case "dataclass_type" | "model_type" if value is None:  # a heading with nothing beneath it
+            meant = {}
         case _:
-            return _scalar(key, hint, value)
+            return False
+    holder: Any = reduce(lambda node, part: node[part], path[:-1], plain)
+    holder[path[-1]] = meant
+    return True
 
 
-def _choice(key: str, value: Any, choices: Mapping[Any, Any]) -> Any:
-    if value in choices:
-        return choices[value]
-    raise ConfigError(f"{key}={value!r} is no choice; use one of {', '.join(str(c) for c in choices)}")
+def _explain(
+    kind: Any, plain: dict[str, Any], mistakes: list[ErrorDetails], prefix: str, hidden: Collection[str]
+) -> ConfigError:
+    """Return what to tell a person about the weightiest mistake; a union has one of each of its members."""
+    order = ("value_error", "extra_forbidden", "unexpected_keyword_argument", "literal_error", "missing")
+    ranks = [order.index(one["type"]) if one["type"] in order else len(order) for one in mistakes]
+    paths = [_path(plain, one) for one in mistakes]
+    best = min(range(len(mistakes)), key=lambda n: (ranks[n], -len(paths[n])))
+    mistake, value = mistakes[best], mistakes[best]["input"]
+    key = prefix + ".".join(map(str, paths[best]))
+    context = mistake.get("ctx", {})
+    match mistake["type"]:
+        case "value_error":
+            error = context["error"]
+            where = key.rstrip(".") or "of the run"
+            return error if isinstance(error, ConfigError) else ConfigError(f"settings {where} cannot work: {error}")
+        case "extra_forbidden" | "unexpected_keyword_argument":
+            return ConfigError(_unknown(kind, key.removeprefix(prefix), prefix, hidden))
+        case "missing" if isinstance(value, list):
+            return ConfigError(f"{key}={value!r} has {len(value)} values, which is too few")
+        case "missing":
+            return ConfigError(f"{'.'.join(filter(None, [key, str(mistake['loc'][-1])]))} is missing; write it too")
+        case "too_long":
+            return ConfigError(f"{key}={value!r} has {len(value)} values; write {context['max_length']}")
+        case "literal_error" | "enum":
+            choices = context["expected"].replace("'", "").replace(" or ", ", ")
+            near = difflib.get_close_matches(str(value), choices.split(", "), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            return ConfigError(f"{key}={value!r} is no choice; use one of {choices}{hint}")
+        case "dataclass_type" | "model_type":
+            return ConfigError(f"{key} holds {value!r}; write its settings indented beneath it")
+        case "dict_type" | "mapping_type":
+            return ConfigError(f"{key}={value!r} is no mapping; write it as {{name: value}}")
+        case other:
+            wanted = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text"}
+            named = wanted.get(other.partition("_")[0])
+            return ConfigError(f"{key}={value!r} is not {named}" if named else f"{key}={value!r}: {mistake['msg']}")
 
 
-def _scalar(key: str, hint: Any, value: Any) -> Any:
-    wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
-    if hint is bool and isinstance(value, bool):
-        return value
-    if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if hint is float and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 1e-4, without a dot, as text
-            number = float(value)
-        except (TypeError, ValueError):
-            number = math.nan
-        if not math.isnan(number):  # which passes every check for a bound
-            return number
-    raise ConfigError(f"{key}={value!r} is not {wanted}")
+def _unknown(kind: Any, key: str, prefix: str, hidden: Collection[str]) -> str:
+    """Return what to tell a person about a key that is no setting, with the nearest that is one."""
+    keys = list(setting_schemas(kind, prefix, hidden))
+    known = [*setting_schemas(kind, prefix, hidden, alternatives=True), *{k.rpartition(".")[0] for k in keys}]
+    plain_key = ".".join(part for part in (prefix + key).split(".") if not part.isdigit())
+    near = difflib.get_close_matches(plain_key, known, n=1, cutoff=0.6)
+    if not near:  # right name, wrong place
+        near = [k for k in known if k.rpartition(".")[2] == plain_key.rpartition(".")[2]][:1]
+    hint = f"did you mean {near[0]!r}?" if near else f"the settings are {', '.join(keys)}"
+    return f"unknown setting {prefix + key!r}; {hint}"

@@ -139,7 +139,8 @@ def _score(
 ) -> tuple[list[Account], list[Loss]]:
     """Each episode with its losses, and those of one step over all, from one forward pass at temperature 1."""
     from backtalk.account import account_of, advantages_of, three_losses
-    from backtalk.engines.torch import TorchConfig, TorchEngine
+    from backtalk.engines.torch import TorchEngine
+    from backtalk.engines.torch_config import TorchConfig
 
     engine = TorchEngine(TorchConfig(model=model))
     longest = getattr(engine.model.config, "max_position_embeddings", None)

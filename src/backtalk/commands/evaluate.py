@@ -50,9 +50,9 @@ def evaluate(
     `backtalk evaluate --model Qwen/Qwen3-8B --dataset terminal-bench@2.0 --environment docker`.
     """
     if dataset is not None:
+        config, checkpoint = policy_settings(folder, model, base, list(settings or []))
         from backtalk.train import Benchmark
 
-        config, checkpoint = policy_settings(folder, model, base, list(settings or []))
         wanted = tuple(names or ())
         benchmark = Benchmark(
             dataset=dataset, environment=environment, attempts=samples or 5, names=wanted, count=tasks
@@ -73,14 +73,15 @@ def evaluate(
 def _on_held_out(
     folder: Path, base: bool, tasks: int | None, samples: int | None, settings: list[str] | None
 ) -> dict[str, Any]:
+    overrides = list(settings or [])
+    overrides += [f"evaluation.tasks={tasks}"] if tasks else []
+    overrides += [f"evaluation.samples_per_task={samples}"] if samples else []
+    policy_settings(folder, None, base, overrides)  # a mistake is found before PyTorch is loaded
     from rich.console import Console
 
     from backtalk.progress import RunDisplay, evaluation_table
     from backtalk.train import evaluate_run
 
-    overrides = list(settings or [])
-    overrides += [f"evaluation.tasks={tasks}"] if tasks else []
-    overrides += [f"evaluation.samples_per_task={samples}"] if samples else []
     console = Console()
     with RunDisplay(console) as display:
         evaluation = run(evaluate_run(folder, overrides=overrides, base=base, on_event=display.show))

@@ -30,13 +30,13 @@ def serve(
     Example: `backtalk serve runs/mine`, then give an agent http://127.0.0.1:8000/v1 and any key.
     """
     config, checkpoint = policy_settings(folder, model, base, list(settings or []))
-    from backtalk.engines.torch import TorchEngine
+    from backtalk.engines.choose import open_engine
     from backtalk.renderer import Renderer
     from backtalk.sampler import SamplingParams
     from backtalk.serve import Endpoint
     from backtalk.serve import serve as serve_forever
 
-    engine = TorchEngine(config.engine)
+    engine = open_engine(config.engine, seed=config.seed)
     if checkpoint is not None:
         engine.load(checkpoint)
     limits = config.rollout

@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +22,7 @@ from torch import Tensor
 from backtalk.engines import torch_checkpoint as checkpoints
 from backtalk.engines.guard import guard
 from backtalk.engines.metrics import StepRecord, token_metrics
+from backtalk.engines.torch_config import TorchConfig
 from backtalk.engines.torch_logprobs import Scores, TokenScorer
 from backtalk.engines.torch_model import (
     add_lora,
@@ -59,57 +59,15 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TorchConfig:
-    """Model and optimizer of the embedded engine."""
-
-    model: str = "base"  # the embedded model, a folder, or a Hugging Face name
-    learning_rate: float = 1e-4  # constant after warm-up
-    warmup_steps: int = 0  # linear, from learning_rate / warmup_steps
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.95)
-    grad_clip_norm: float = 1.0  # global L2 norm; inf switches clipping off
-    max_tokens_per_microbatch: int = 8192  # padding included; changes memory and speed, not results
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 on a GPU, else float32
-    device: str = "auto"
-    packing: Literal["auto", "on", "off"] = "auto"  # several samples in a row; auto: where attention is made for it
-    gradient_checkpointing: bool = False  # less memory, one more forward pass
-    lora_rank: int = 0  # 0 trains every weight
-    threads: int | None = None  # of PyTorch on the CPU; None leaves it alone
-    seed: int = 0  # of fresh LoRA adapters: nothing else here is random
-
-    def __post_init__(self) -> None:
-        least = {
-            "learning_rate": 0,
-            "warmup_steps": 0,
-            "weight_decay": 0,
-            "max_tokens_per_microbatch": 1,
-            "lora_rank": 0,
-            "threads": 1,
-        }
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and not lowest <= value < math.inf:
-                raise ConfigError(f"{name}={value} cannot work; use a number >= {lowest}")
-        if not self.grad_clip_norm > 0:
-            raise ConfigError(f"grad_clip_norm={self.grad_clip_norm} would stop every update; use > 0, or inf for none")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"betas={self.betas} cannot work; use two numbers in [0, 1), for example (0.9, 0.95)")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float64"):
-            raise ConfigError(f"dtype={self.dtype!r} is unknown; use 'auto', 'float32', 'bfloat16' or 'float64'")
-        if self.packing not in ("auto", "on", "off"):
-            raise ConfigError(f"packing={self.packing!r} is unknown; use 'auto', 'on' or 'off'")
-
-
 class TorchEngine:
-    """See ``Engine`` and ``Checkpointable``.
+    """An ``Engine`` over one model of transformers. ``seed`` is that of fresh LoRA adapters: nothing else is random.
 
     All computing is done by one worker thread of its own, in the order asked for. Not safe for use from
     several event loops at once. The same config, samples and machine give the same bits (on a GPU up to
     PyTorch's own non-deterministic kernels). No random number is drawn in a train step.
     """
 
-    def __init__(self, config: TorchConfig) -> None:
+    def __init__(self, config: TorchConfig, *, seed: int = 0) -> None:
         self.config = config
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -120,7 +78,7 @@ class TorchEngine:
         self.tokenizer = load_tokenizer(self.location)
         self._dtype = resolve_dtype(config.dtype, self.device)
         self.model: Any = load_model(self.location, self.device, self._dtype)
-        self._peft: Any = add_lora(self.model, config.lora_rank, config.seed) if config.lora_rank else None
+        self._peft: Any = add_lora(self.model, config.lora_rank, seed) if config.lora_rank else None
         if config.gradient_checkpointing:
             enable_checkpointing(self.model)
         packs = config.packing == "on" or (config.packing == "auto" and packing_pays(self.model))
@@ -220,12 +178,8 @@ class TorchEngine:
         return await self._in_worker(lambda: self._score(trajectories))
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint, all or nothing; ``folder/model`` loads with AutoModelForCausalLM.
-
-        Raises:
-            DataError: it cannot be written; an older checkpoint at ``folder`` is unharmed.
-        """
-        self._executor.submit(checkpoints.write_atomically, Path(folder), self._write).result()
+        """Write a checkpoint into ``folder``, which is made; ``folder/model`` loads with AutoModelForCausalLM."""
+        self._executor.submit(self._write, Path(folder)).result()
 
     def load(self, folder: Path) -> None:
         """Continue where ``save`` left off, to the bit on the same machine.
@@ -233,7 +187,7 @@ class TorchEngine:
         Raises:
             DataError: no checkpoint, a damaged one, or one of another model or kind of training.
         """
-        self._executor.submit(self._read, checkpoints.find_checkpoint(Path(folder))).result()
+        self._executor.submit(self._read, Path(folder)).result()
 
     # All that follows runs in the worker thread.
 
@@ -341,6 +295,7 @@ class TorchEngine:
         return [[x for _ in row for x in next(one)] for row in branches]
 
     def _write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         with quiet_transformers():
             if self._peft is None:
                 self.model.save_pretrained(folder / "model")

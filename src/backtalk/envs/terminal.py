@@ -79,11 +79,15 @@ class TerminalConfig:
     """How a terminal is offered to the agent."""
 
     system_prompt: str = "You work in a Linux shell. Run commands with bash, and finish with submit."
-    tools: tuple[str, ...] = ("bash", "submit")  # without submit only a budget ends an attempt, and no answer is given
+    tools: tuple[str, ...] = ("bash", "submit")
+    """[bash, submit] or [bash]; without submit only a budget ends a rollout, and no answer is given."""
     command_timeout_s: float = 30.0
-    max_output_chars: int = 8000  # of one command
-    truncate: Literal["both", "head", "tail"] = "both"  # what stays of a longer output
-    root: str | None = None  # file system to start from: a folder, `docker export`'s tar, a Dockerfile; else our own
+    max_output_chars: int = 8000
+    """Of the output of one command."""
+    truncate: Literal["both", "head", "tail"] = "both"
+    """What stays of a longer output."""
+    root: str | None = None
+    """Root file system to start from: a folder, `docker export`'s tar, a Dockerfile; null is our own."""
     sandbox: SandboxLimits = field(default_factory=SandboxLimits)
 
     def __post_init__(self) -> None:

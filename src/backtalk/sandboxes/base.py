@@ -15,7 +15,8 @@ class SandboxLimits:
     memory_mb: int = 512
     processes: int = 64
     disk_mb: int = 64
-    output_bytes: int = 65_536  # kept of one command's output; the rest is read, counted and dropped
+    output_bytes: int = 65_536
+    """Bytes kept of one command's output; the rest is read, counted and dropped."""
 
 
 @dataclass(frozen=True, slots=True)

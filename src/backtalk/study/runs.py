@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backtalk.config import TrainConfig, config_from_dict, config_to_dict, setting_keys
+from backtalk.config import TrainConfig, config_from_dict, config_to_dict, setting_schemas
 from backtalk.errors import BacktalkError, ConfigError
 from backtalk.runlog import RunLog
 from backtalk.runlog.files import write_bytes
-from backtalk.settings import flatten, parse_overrides, read_settings, read_yaml, set_dotted
+from backtalk.settings import flatten, parse_overrides, read_settings, read_yaml
 from backtalk.study.table import Comparison, compare
 
 POLL_S = 0.5
@@ -49,10 +49,8 @@ class Study:
 
     def config(self, arm: str, seed: int) -> TrainConfig:
         """The settings of one run."""
-        tree = read_settings(self.base, self.folder)
-        for key, value in {**self.settings, **self.arms[arm], "seed": seed}.items():
-            set_dotted(tree, key, value)
-        return config_from_dict(tree)
+        overrides = {**self.settings, **self.arms[arm], "seed": seed}
+        return config_from_dict(read_settings(self.base, self.folder), overrides)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +94,7 @@ def load_study(source: str | Path, *, seeds: Sequence[int] | None = None, overri
         ConfigError: no such file, unknown keys, or settings that no run could have.
     """
     tree, folder = read_yaml(source)
-    if "arms" not in tree and tree.keys() & {key.partition(".")[0] for key in setting_keys()}:
+    if "arms" not in tree and tree.keys() & {key.partition(".")[0] for key in setting_schemas()}:
         raise ConfigError(f"{source} is a run, not a study; start it with: backtalk train {source}")
     known = {"name", "base", "seeds", "settings", "arms"}
     if unknown := sorted(tree.keys() - known):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from backtalk.config import TrainConfig
-from backtalk.engines.torch import TorchEngine
+from backtalk.engines.choose import open_engine
 from backtalk.envs import read_tasks
 from backtalk.envs.base import Task, World
 from backtalk.envs.terminal import TerminalWorld
@@ -71,7 +71,7 @@ async def run_benchmark(
     tell = on_event or (lambda event: None)
     tasks = await benchmark_tasks(benchmark, tell)
     world = _world(config, benchmark)
-    engine = TorchEngine(config.engine)
+    engine = open_engine(config.engine, seed=config.seed)
     if checkpoint is not None:
         engine.load(checkpoint)
     limit = config.rollout.max_tokens_per_turn

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from backtalk.config import TrainConfig, config_from_dict, config_to_dict
+from backtalk.engines.checkpoint import find_checkpoint, write_atomically
+from backtalk.engines.choose import open_engine
 from backtalk.engines.guard import guard
-from backtalk.engines.torch import TorchEngine
-from backtalk.engines.torch_checkpoint import find_checkpoint
 from backtalk.errors import ConfigError, DataError, InfrastructureError
 from backtalk.evaluate import Evaluation, evaluate, rollout_metrics, row_metrics, time_metrics
 from backtalk.renderer import Renderer
@@ -21,7 +21,7 @@ from backtalk.rollout import at_once, run_groups
 from backtalk.runlog import RunLog
 from backtalk.sampler import SamplingParams
 from backtalk.samples import build_samples
-from backtalk.settings import flatten, parse_overrides, set_dotted
+from backtalk.settings import flatten
 from backtalk.train.events import EvaluationDone, Notice, OnEvent, RunDone, RunStarted, StepDone
 from backtalk.train.tasks import held_out_tasks, mixed_tasks_of_step, recorded_trajectories, train_tasks
 from backtalk.train.worlds import Worlds, counted
@@ -111,19 +111,17 @@ async def evaluate_run(
         DataError: the folder is no run, or has no checkpoint yet.
     """
     log = RunLog(folder)
-    tree = log.read_config()
-    for key, value in parse_overrides(overrides).items():
-        set_dotted(tree, key, value)
-    config = config_from_dict(tree)
+    config = config_from_dict(log.read_config(), overrides)
     if config.evaluation.tasks == 0:
         raise ConfigError("evaluation.tasks=0 leaves nothing to measure; pass evaluation.tasks=64")
-    if not base and not _has_checkpoint(log.checkpoint_path):
+    checkpoint = find_checkpoint(log.checkpoint_path)
+    if not base and checkpoint is None:
         raise DataError(
             f"{log.folder} has no checkpoint yet; wait for one, or measure the model it began with (--base)"
         )
     run = Run(config, on_event or (lambda event: None))
-    if not base:
-        run.engine.load(log.checkpoint_path)
+    if not base and checkpoint is not None:
+        run.engine.load(checkpoint)
     try:
         evaluation, _ = await run.evaluate(run.engine.policy_version)
     finally:
@@ -160,14 +158,6 @@ def _check_world(groups: Sequence[TrajectoryGroup], what: str) -> None:
         )
 
 
-def _has_checkpoint(folder: Path) -> bool:
-    try:
-        find_checkpoint(folder)
-    except DataError:
-        return False
-    return True
-
-
 class Run:
     """The parts of one run, put together from its settings."""
 
@@ -176,7 +166,7 @@ class Run:
         self.pools = train_tasks(config, tell)
         self.held_out = held_out_tasks(config)
         self.worlds = Worlds((*(task for pool in self.pools for task in pool.tasks), *self.held_out), config)
-        self.engine = TorchEngine(config.engine)
+        self.engine = open_engine(config.engine, seed=config.seed)
         self.renderer = Renderer(
             self.engine.tokenizer, (), config.renderer
         )  # each rollout takes it for its world's tools
@@ -268,8 +258,8 @@ class Run:
             DataError: the checkpoint is damaged, or gone.
             ConfigError: the run has done more steps than it is asked for.
         """
-        if _has_checkpoint(log.checkpoint_path):
-            self.engine.load(log.checkpoint_path)
+        if (checkpoint := find_checkpoint(log.checkpoint_path)) is not None:
+            self.engine.load(checkpoint)
         elif log.last_step() >= log.read_config()["checkpoint_every"]:  # by then there was one
             raise DataError(
                 f"{log.folder} has {log.last_step() + 1} steps on record and its checkpoint is gone, so resuming would "
@@ -291,5 +281,5 @@ class Run:
             self._checkpoint(log)
 
     def _checkpoint(self, log: RunLog) -> None:
-        self.engine.save(log.checkpoint_path)
+        write_atomically(log.checkpoint_path, self.engine.save)
         self.saved_step = self.engine.policy_version

@@ -151,7 +151,7 @@ def recorded_trajectories(config: TrainConfig, vocab_size: int, tell: OnEvent) -
         return []
     if config.evaluation.recorded_path is not None:
         path = Path(config.evaluation.recorded_path)
-    elif config.engine.model == "base" and any(source.name == "triage" for source in config.tasks.sources):
+    elif getattr(config.engine, "model", None) == "base" and "triage" in {one.name for one in config.tasks.sources}:
         path = Path(str(resources.files("backtalk").joinpath("assets/recorded/held_out.parquet")))
         if not path.exists():
             tell(Notice(f"{path} is missing, so the cross-entropy on recorded trajectories is not measured"))

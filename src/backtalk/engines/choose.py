@@ -1,0 +1,46 @@
+"""Which engine a run drives: its settings by ``engine.kind``, and the engine by its settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backtalk.engines.base import Engine, OpensEngine
+from backtalk.engines.torch_config import TorchConfig
+from backtalk.errors import ConfigError
+from backtalk.settings import import_path
+
+EngineConfig = TorchConfig | OpensEngine
+
+
+def engine_config_class(kind: Any) -> type[EngineConfig]:
+    """Return the class of an engine's settings; no engine is imported by this, but a user's own module is.
+
+    Raises:
+        ConfigError: there is no such kind, or it names no class that opens an engine.
+    """
+    match kind:
+        case "torch":
+            return TorchConfig
+        case str() if ":" in kind:
+            found = import_path(kind, "engine.kind")
+            if not isinstance(found, type) or not callable(getattr(found, "open", None)):
+                raise ConfigError(
+                    f"engine.kind={kind!r} names {found!r}, which opens no engine; name a dataclass of settings with a "
+                    "method open(self, *, seed) that returns an Engine"
+                )
+            return found
+        case _:
+            raise ConfigError(
+                f"engine.kind={kind!r} is no engine; use torch, or my_module:MyEngineConfig for one of your own"
+            )
+
+
+def open_engine(config: EngineConfig, *, seed: int = 0) -> Engine:
+    """Return the engine that ``config`` describes, imported only now."""
+    match config:
+        case TorchConfig():
+            from backtalk.engines.torch import TorchEngine
+
+            return TorchEngine(config, seed=seed)
+        case _:
+            return config.open(seed=seed)

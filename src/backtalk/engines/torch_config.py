@@ -1,0 +1,63 @@
+"""Settings of the embedded engine, apart from it so that reading settings does not load PyTorch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from backtalk.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TorchConfig:
+    """Model and optimizer of the embedded engine: one process, one device."""
+
+    kind: Literal["torch"] = "torch"
+    """Which engine: torch, or the class of your own engine's settings as my_module:MyEngineConfig."""
+    model: str = "base"
+    """The embedded model (base, shop), a folder, or a Hugging Face name."""
+    learning_rate: float = 1e-4
+    """Constant after warm-up."""
+    warmup_steps: int = 0
+    """Linear warm-up, from learning_rate / warmup_steps."""
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip_norm: float = 1.0
+    """Largest global L2 norm of the gradient; inf switches clipping off."""
+    max_tokens_per_microbatch: int = 8192
+    """Padding included; changes memory and speed, not results."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Of weights; auto is bfloat16 on a GPU, else float32."""
+    device: str = "auto"
+    """A device of PyTorch's, such as cuda:0; auto is the first GPU, else the CPU."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Several samples in a row; auto packs where attention is made for it."""
+    gradient_checkpointing: bool = False
+    """Less memory for one more forward pass."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters; 0 trains every weight."""
+    threads: int | None = None
+    """Of PyTorch on the CPU; null leaves it alone."""
+
+    def __post_init__(self) -> None:
+        least = {
+            "learning_rate": 0,
+            "warmup_steps": 0,
+            "weight_decay": 0,
+            "max_tokens_per_microbatch": 1,
+            "lora_rank": 0,
+            "threads": 1,
+        }
+        for name, lowest in least.items():
+            value = getattr(self, name)
+            if value is not None and not lowest <= value < math.inf:
+                raise ConfigError(f"{name}={value} cannot work; use a number >= {lowest}")
+        if not self.grad_clip_norm > 0:
+            raise ConfigError(f"grad_clip_norm={self.grad_clip_norm} would stop every update; use > 0, or inf for none")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas={self.betas} cannot work; use two numbers in [0, 1), for example (0.9, 0.95)")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float64"):
+            raise ConfigError(f"dtype={self.dtype!r} is unknown; use 'auto', 'float32', 'bfloat16' or 'float64'")
+        if self.packing not in ("auto", "on", "off"):
+            raise ConfigError(f"packing={self.packing!r} is unknown; use 'auto', 'on' or 'off'")
