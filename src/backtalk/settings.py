@@ -204,8 +204,8 @@ def json_schema(kind: Any, hidden: Collection[str] = ()) -> dict[str, Any]:
     from pydantic import TypeAdapter
 
     # Of a list of them, because an adapter takes no configuration for a dataclass itself.
-    described = TypeAdapter(list[kind], config={"extra": "forbid", "use_attribute_docstrings": True})
-    schema = described.json_schema(mode="validation")
+    several: Any = list.__class_getitem__(kind)
+    schema = TypeAdapter(several, config={"extra": "forbid", "use_attribute_docstrings": True}).json_schema()
     top = schema["$defs"].pop(schema["items"]["$ref"].rpartition("/")[2]) | {"$defs": schema["$defs"]}
     for key in hidden:
         *path, last = key.split(".")
@@ -243,7 +243,7 @@ def import_path(path: str, key: str) -> Any:
     """
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+        sys.path.insert(0, os.getcwd())  # as for `python -m`
     try:
         return reduce(getattr, name.split("."), import_module(module))
     except (ImportError, AttributeError, ValueError) as error:
@@ -280,11 +280,12 @@ def _references(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from _references(item)
 
 
-def _path(plain: Any, mistake: ErrorDetails) -> list[str | int]:
+def _path(plain: Any, mistake: ErrorDetails) -> list[Any]:
     """Return where a mistake is: its place without the names of a union's members, which are none of the data's."""
-    path: list[str | int] = []
+    path: list[Any] = []
+    part: Any
     for part in mistake["loc"]:
-        if part in plain if isinstance(plain, dict) else isinstance(plain, list) and part in range(len(plain)):
+        if part in (plain if isinstance(plain, dict) else range(len(plain)) if isinstance(plain, list) else ()):
             plain = plain[part]
             path.append(part)
     return path
