@@ -24,7 +24,7 @@ from urllib.request import urlopen
 
 from backtalk.envs.awm import AwmConfig, AwmEnv, AwmWorld, awm_tasks, write_scenario
 from backtalk.envs.awm.library import open_library
-from backtalk.envs.base import ToolCall
+from backtalk.messages import ToolCall
 
 EPISODES, CALLS = 40, 25
 SEARCH = ToolCall("search_products", {"category": "lamps", "sort_by": "price"})

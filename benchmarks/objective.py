@@ -32,11 +32,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from backtalk.engines.torch import TorchEngine
-from backtalk.engines.torch_config import TorchConfig
-from backtalk.engines.torch_head import head_logprobs
-from backtalk.objective_config import ObjectiveConfig
-from backtalk.samples import Sample, build_samples
+from backtalk.engines.torch.config import TorchConfig
+from backtalk.engines.torch.engine import TorchEngine
+from backtalk.engines.torch.head import head_logprobs
+from backtalk.objective.config import ObjectiveConfig
+from backtalk.objective.samples import Sample, build_samples
 from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
 
 MIB = 2**20

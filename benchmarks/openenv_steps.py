@@ -25,8 +25,9 @@ from typing import Any
 
 from openenv.core.generic_client import GenericEnvClient
 
-from backtalk.envs.base import Task, ToolCall
 from backtalk.envs.openenv import OpenEnvConfig, OpenEnvWorld
+from backtalk.messages import ToolCall
+from backtalk.tasks.task import Task
 
 SERVERS = Path(__file__).resolve().parent.parent / "tests/openenv_servers"
 STEPS = 20  # of one side before the other has its turn

@@ -18,8 +18,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from backtalk.envs.base import Message, Part, ToolCall, ToolSpec
-from backtalk.renderer import Action, Renderer
+from backtalk.language.renderer import Action, Renderer
+from backtalk.messages import Message, Part, ToolCall, ToolSpec
 from backtalk.trajectory import TokenRole
 
 SCHEMA = {"type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}

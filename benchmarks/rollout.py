@@ -18,9 +18,9 @@ from statistics import median
 
 import torch
 
-from backtalk.config import load_config
-from backtalk.runlog import RunLog
-from backtalk.train import train
+from backtalk.run.config import load_config
+from backtalk.run.log import RunLog
+from backtalk.run.train import train
 
 
 def main() -> None:

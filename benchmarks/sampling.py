@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from backtalk.engines.torch_sampler import TorchSampler
-from backtalk.sampler import SamplingParams
+from backtalk.engines.torch.sampler import TorchSampler
+from backtalk.rollout.sampler import SamplingParams
 
 STOP_IDS = range(160)  # of 2048: a random model stops with probability 1/13 at each token
 

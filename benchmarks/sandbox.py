@@ -26,10 +26,11 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
-from backtalk.envs.base import Task, ToolCall
 from backtalk.envs.terminal import TerminalConfig, open_terminal_env
+from backtalk.messages import ToolCall
 from backtalk.sandboxes import Sandbox, SandboxBackend, SandboxFile, SandboxLimits, local_sandbox
 from backtalk.sandboxes.pool import PooledBackend
+from backtalk.tasks.task import Task
 
 LIMITS = SandboxLimits()
 COMMANDS = ("ls -la", "grep -c ERROR app.log", "sort app.log | uniq -c | head -3", "echo 42 >answer")

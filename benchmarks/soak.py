@@ -29,14 +29,17 @@ from pathlib import Path
 
 from leftovers import command_lines, mounts, orphans, own_state, parent_of, settled, shared_mib, wait_until_gone
 
-from backtalk.envs.base import Env, Step, Task, ToolCall
+from backtalk.envs.base import Env, Step
 from backtalk.envs.terminal import BASH, SUBMIT, TerminalConfig, TerminalEnv, open_terminal_env
-from backtalk.renderer import Renderer
-from backtalk.rollout import EnvFactory, RolloutLimits, run_groups
-from backtalk.runlog import RunLog
-from backtalk.sampler import ScriptedSampler
+from backtalk.language.renderer import Renderer
+from backtalk.messages import ToolCall
+from backtalk.rollout.groups import EnvFactory, run_groups
+from backtalk.rollout.limits import RolloutLimits
+from backtalk.rollout.sampler import ScriptedSampler
+from backtalk.run.log import RunLog
 from backtalk.sandboxes import SandboxBackend, SandboxFile, local_sandbox
 from backtalk.sandboxes.pool import PooledBackend
+from backtalk.tasks.task import Task
 from backtalk.trajectory import StopReason, Trajectory
 
 GROUP = 4

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from backtalk.engines.torch_model import model_location
+from backtalk.engines.torch.model import model_location
+from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.objective import objective
-from backtalk.objective_config import ObjectiveConfig
-from backtalk.renderer import Renderer, RendererConfig
-from backtalk.sampler import Completion, SamplingParams
-from backtalk.samples import Sample, TokenCounts, collate
+from backtalk.objective.config import ObjectiveConfig
+from backtalk.objective.samples import Sample, TokenCounts, collate
+from backtalk.rollout.sampler import Completion, SamplingParams
 from backtalk.trajectory import Trajectory
 
 

@@ -19,14 +19,15 @@ from textworld_express import TextWorldExpressEnv
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from backtalk.config import load_config
-from backtalk.envs import load_tasks
-from backtalk.envs.base import Split, Task, ToolCall
 from backtalk.envs.openenv import OpenEnvConfig, OpenEnvWorld
-from backtalk.renderer import Renderer
-from backtalk.rollout import run_groups
-from backtalk.sampler import ScriptedSampler
+from backtalk.language.renderer import Renderer
+from backtalk.messages import ToolCall
+from backtalk.rollout.groups import run_groups
+from backtalk.rollout.sampler import ScriptedSampler
+from backtalk.run.config import load_config
+from backtalk.run.sources import load_tasks
 from backtalk.settings import build
+from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import TokenRole, Trajectory
 
 GAMES, STEPS, BATCH, LEARNING_RATE = 64, 40, 4, 2e-3

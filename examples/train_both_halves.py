@@ -6,9 +6,10 @@ python examples/train_both_halves.py runs/example
 import asyncio
 import sys
 
-from backtalk.config import load_config
-from backtalk.runlog import RunLog
-from backtalk.train import StepDone, train
+from backtalk.run.config import load_config
+from backtalk.run.events import StepDone
+from backtalk.run.log import RunLog
+from backtalk.run.train import train
 from backtalk.trajectory import TokenRole
 
 config = load_config("triage", {"steps": 5, "evaluation.tasks": 0, "objective.world_model_coeff": 0.05})

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from backtalk.errors import SandboxUnavailable
-from backtalk.sandboxes.bubblewrap import BubblewrapBackend
+from backtalk.sandboxes.bubblewrap.backend import BubblewrapBackend
 
 
 def backend_or_skip(*, use_cgroups: bool = True) -> BubblewrapBackend:

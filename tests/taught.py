@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from backtalk.envs import load_tasks
-from backtalk.envs.base import Message, Part, Split, ToolCall
 from backtalk.envs.terminal import BASH, SUBMIT, TerminalConfig
-from backtalk.renderer import Renderer
+from backtalk.language.renderer import Renderer
+from backtalk.messages import Message, Part, ToolCall
+from backtalk.run.sources import load_tasks
+from backtalk.tasks.task import Split
 from backtalk.trajectory import TokenRole
 from tiny import tiny_model_dir
 

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from backtalk.envs.base import Split
 from backtalk.envs.terminal import BASH, SUBMIT, TerminalConfig
-from backtalk.envs.triage import triage_task
-from backtalk.renderer import Renderer
-from backtalk.runlog import write_trajectories
+from backtalk.language.renderer import Renderer
+from backtalk.run.log import write_trajectories
+from backtalk.tasks.task import Split
+from backtalk.tasks.triage import triage_task
 from backtalk.trajectory import Segment, StopReason, TokenRole, Trajectory
 from record import read, record, unpack, unpack_call
 from sessions import Session, ordinary_session, triage_session

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from backtalk.envs.base import Message, Part, ToolCall
 from backtalk.envs.terminal import TerminalConfig, open_terminal_env
 from backtalk.errors import InfrastructureError
+from backtalk.messages import Message, Part, ToolCall
 from backtalk.sandboxes import local_sandbox
 from backtalk.sandboxes.base import SandboxBackend
 from backtalk.trajectory import TokenRole

@@ -10,10 +10,10 @@ import shlex
 from dataclasses import dataclass
 from random import Random
 
-from backtalk.envs.base import Task
-from backtalk.envs.triage import triage_task
-from backtalk.envs.triage.box import HOSTS, KEYS, SERVICES
 from backtalk.sandboxes.base import SandboxFile
+from backtalk.tasks.task import Task
+from backtalk.tasks.triage import triage_task
+from backtalk.tasks.triage.box import HOSTS, KEYS, SERVICES
 
 WORDS = (
     "apple river stone bread window garden paper music winter summer yellow green letter market bridge orange silver "

@@ -22,7 +22,8 @@ from backtalk.envs.awm.shop import (
     ShopTask,
     shop_contents,
 )
-from backtalk.envs.base import Message, Split, Task, ToolCall
+from backtalk.messages import Message, ToolCall
+from backtalk.tasks.task import Split, Task
 
 FIRST_SEED = 1_000_000  # far from the seeds that "awm:shop" offers
 LOOKING_AROUND = "Look around in the shop."

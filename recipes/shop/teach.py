@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFas
 
 from backtalk.envs.awm import AwmConfig, AwmWorld
 from backtalk.envs.awm.env import DONE
-from backtalk.renderer import Renderer
+from backtalk.language.renderer import Renderer
 from backtalk.trajectory import Segment, TokenRole
 from explore import FIRST_SEED, Session, explore, texts, train_seeds
 

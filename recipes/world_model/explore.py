@@ -11,13 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from backtalk.envs.base import Split, Task, ToolCall
 from backtalk.envs.terminal import BASH, SUBMIT, TerminalConfig, TerminalWorld
-from backtalk.envs.triage import triage_tasks
-from backtalk.renderer import Renderer
-from backtalk.rollout import RolloutLimits, run_rollout
-from backtalk.sampler import ScriptedSampler
+from backtalk.language.renderer import Renderer
+from backtalk.messages import ToolCall
+from backtalk.rollout.groups import run_rollout
+from backtalk.rollout.limits import RolloutLimits
+from backtalk.rollout.sampler import ScriptedSampler
 from backtalk.sandboxes import local_sandbox
+from backtalk.tasks.task import Split, Task
+from backtalk.tasks.triage import triage_tasks
 from backtalk.trajectory import Trajectory
 
 TURNS = 4

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from backtalk.engines.copied import copied_tokens
-from backtalk.engines.torch import TorchEngine
-from backtalk.samples import to_samples
+from backtalk.engines.torch.engine import TorchEngine
+from backtalk.objective.samples import to_samples
 from backtalk.trajectory import TokenRole, Trajectory
 
 

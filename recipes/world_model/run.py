@@ -17,13 +17,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from backtalk.engines.torch import TorchEngine
-from backtalk.engines.torch_config import TorchConfig
-from backtalk.objective_config import ObjectiveConfig
-from backtalk.renderer import Renderer
-from backtalk.samples import build_samples
+from backtalk.engines.torch.config import TorchConfig
+from backtalk.engines.torch.engine import TorchEngine
+from backtalk.language.renderer import Renderer
+from backtalk.objective.config import ObjectiveConfig
+from backtalk.objective.samples import build_samples
 from backtalk.trajectory import Trajectory, TrajectoryGroup
-from backtalk.viewer.curves import finish, new_figure
+from backtalk.viewer.web.curves import finish, new_figure
 from explore import Episodes, record, shuffled
 from measure import measure, predictions
 

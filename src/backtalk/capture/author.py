@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from backtalk.envs.base import Message, ToolCall, ToolSpec
 from backtalk.errors import SamplerError
-from backtalk.sampler import Completion
+from backtalk.messages import Message, ToolCall, ToolSpec
+from backtalk.rollout.sampler import Completion
 
 
 class Left(SamplerError):

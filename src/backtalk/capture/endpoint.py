@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from backtalk.capture.author import Reply, Seen, text_of
-from backtalk.envs.base import Message, ToolCall
 from backtalk.errors import ConfigError, SamplerError
-from backtalk.sampler import Completion
-from backtalk.tool_formats import tool_schemas
+from backtalk.language.tool_formats import tool_schemas
+from backtalk.messages import Message, ToolCall
+from backtalk.rollout.sampler import Completion
 
 SHOWN = 300  # characters of a server's refusal
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from backtalk.capture.author import Reply
-from backtalk.envs.base import ToolCall, ToolSpec
 from backtalk.errors import ConfigError
+from backtalk.messages import ToolCall, ToolSpec
 
 
 def read_action(line: str, tools: Sequence[ToolSpec]) -> Reply:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from backtalk.capture.author import Left, Reply, Seen
 from backtalk.capture.lines import read_action
-from backtalk.envs.base import Message
 from backtalk.errors import ConfigError, DataError
+from backtalk.messages import Message
 
 
 class Script:

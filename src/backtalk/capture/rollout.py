@@ -7,10 +7,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from backtalk.capture.author import Author, Left, Reply, Seen
-from backtalk.envs.base import Env, Message, Part, Step, Task, ToolCall, ToolSpec
-from backtalk.renderer import Renderer
-from backtalk.rollout import EnvFactory, RolloutLimits, run_rollout
-from backtalk.sampler import Completion
+from backtalk.envs.base import Env, Step
+from backtalk.language.renderer import Renderer
+from backtalk.messages import Message, Part, ToolCall, ToolSpec
+from backtalk.rollout.groups import EnvFactory, run_rollout
+from backtalk.rollout.limits import RolloutLimits
+from backtalk.rollout.sampler import Completion
+from backtalk.tasks.task import Task
 from backtalk.trajectory import StopReason, TokenRole, Trajectory
 
 

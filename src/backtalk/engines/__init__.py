@@ -1,0 +1,1 @@
+"""Engines: what holds a policy, samples from it and trains it."""

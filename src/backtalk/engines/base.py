@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:  # settings name an engine's, and are read without PyTorch
-    from backtalk.objective_config import ObjectiveConfig
-    from backtalk.sampler import Sampler, SamplingParams
-    from backtalk.samples import Sample
+    from backtalk.objective.config import ObjectiveConfig
+    from backtalk.objective.samples import Sample
+    from backtalk.rollout.sampler import Sampler, SamplingParams
     from backtalk.trajectory import Trajectory
 
 

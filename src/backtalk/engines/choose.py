@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from backtalk.engines.base import Engine, OpensEngine
-from backtalk.engines.torch_config import TorchConfig
+from backtalk.engines.torch.config import TorchConfig
 from backtalk.errors import ConfigError
 from backtalk.settings import import_path
 
@@ -39,7 +39,7 @@ def open_engine(config: EngineConfig, *, seed: int = 0) -> Engine:
     """Return the engine that ``config`` describes, imported only now."""
     match config:
         case TorchConfig():
-            from backtalk.engines.torch import TorchEngine
+            from backtalk.engines.torch.engine import TorchEngine
 
             return TorchEngine(config, seed=seed)
         case _:

@@ -11,7 +11,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from backtalk.samples import Sample
+from backtalk.objective.samples import Sample
 from backtalk.trajectory import TokenRole
 
 COPIED_RUN = 3  # tokens; shorter matches are mostly chance

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from backtalk.objective_config import ObjectiveConfig
+from backtalk.objective.config import ObjectiveConfig
 
 # Beyond it the policy's share of a step is below a tenth. A coefficient that is right for one model can be ten times
 # too large for another: RFC 010 of OpenEnv found 0.05 stable for Qwen3-8B, a collapse with GLM-4.5-Air, and 0.005

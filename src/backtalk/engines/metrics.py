@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from backtalk.engines.copied import copied_tokens
-from backtalk.losses import kl_to_reference, sequence_ratio
-from backtalk.objective import policy_weights, world_weights
-from backtalk.objective_config import ObjectiveConfig
-from backtalk.samples import Batch, Sample, TokenCounts, collate, is_action, policy_tokens, target_tokens
+from backtalk.objective.config import ObjectiveConfig
+from backtalk.objective.forms import kl_to_reference, sequence_ratio
+from backtalk.objective.loss import policy_weights, world_weights
+from backtalk.objective.samples import Batch, Sample, TokenCounts, collate, is_action, policy_tokens, target_tokens
 from backtalk.trajectory import TokenRole
 
 SHARES = ("context", "template", "action", "env_output", "warning")

@@ -17,17 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal
 
-from backtalk.envs.base import Message, Part, Step, Task, ToolCall, ToolSpec, WorldReport, shortened
+from backtalk.envs.base import Step, WorldReport
 from backtalk.errors import ConfigError, SandboxError, TaskError, VerifierError
-from backtalk.sandboxes.base import ExecResult, Sandbox, SandboxBackend, SandboxFile, SandboxLimits
+from backtalk.messages import Message, Part, ToolCall, ToolSpec, shortened
+from backtalk.sandboxes.base import DEFAULT_PATH, HOME, ExecResult, Sandbox, SandboxBackend, SandboxFile, SandboxLimits
+from backtalk.tasks.task import Task
 from backtalk.trajectory import TokenRole
 
-HOME = "/home/agent"
 ANSWER = "/logs/agent/answer.txt"
 REWARD_JSON = "/logs/verifier/reward.json"
 REWARD_TXT = "/logs/verifier/reward.txt"
 SETUP_TIMEOUT_S = 120.0
-SANDBOX_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 BASH = ToolSpec(
     "bash",
@@ -51,7 +51,7 @@ SUBMIT = ToolSpec(
 # Tests start from this and the task's own variables; nothing that the agent exported reaches them.
 # PYTHONNOUSERSITE: Python would run a sitecustomize module that the agent left in its home.
 _TEST_ENV = {
-    "PATH": SANDBOX_PATH,
+    "PATH": DEFAULT_PATH,
     "HOME": HOME,
     "USER": "agent",
     "LANG": "C.UTF-8",

@@ -31,7 +31,7 @@ def local_sandbox(
     ``auto`` takes the first that works of bubblewrap (as root with a uid for each sandbox, else under the user's own)
     and sandlock (Landlock and seccomp, where namespaces are blocked), and refuses where neither does. Both deny the
     network, the machine's files and a way to the verifier; sandlock isolates less, and its report says so first.
-    Never ``unsafe``, which has to be asked for. Containers are `backtalk.harbor.HarborBackend`.
+    Never ``unsafe``, which has to be asked for. Containers are `backtalk.sandboxes.harbor.backend.HarborBackend`.
 
     ``root`` is a file system to start from in place of this machine's programs; bubblewrap alone can.
     ``readable`` are folders of this machine that are shown read-only at their own paths, beside its programs.
@@ -56,7 +56,7 @@ def local_sandbox(
         case _:
             raise ConfigError(
                 f"sandbox {choice!r} is not known; use auto, bubblewrap, sandlock or unsafe. Containers are "
-                "backtalk.harbor.HarborBackend('docker'), which takes the place of local_sandbox(...)"
+                "backtalk.sandboxes.harbor.backend.HarborBackend('docker'), which takes the place of local_sandbox(...)"
             )
 
 
@@ -77,20 +77,20 @@ def _first_that_works(root: str | Path | None, readable: Sequence[str]) -> Sandb
         f"  bubblewrap: {first}\n"
         f"  sandlock: {second}\n"
         "Any one of these helps. Or use containers: pip install 'backtalk[harbor]', and "
-        "backtalk.harbor.HarborBackend('docker'). Sandbox 'unsafe' runs everywhere and isolates nothing: for commands "
-        "that you would run yourself"
+        "backtalk.sandboxes.harbor.backend.HarborBackend('docker'). Sandbox 'unsafe' runs everywhere and isolates "
+        "nothing: for commands that you would run yourself"
     )
 
 
 def _bubblewrap(root: str | Path | None, readable: Sequence[str]) -> SandboxBackend:
-    from backtalk.sandboxes.bubblewrap import BubblewrapBackend
-    from backtalk.sandboxes.sweep import sweep
+    from backtalk.sandboxes.bubblewrap.backend import BubblewrapBackend
+    from backtalk.sandboxes.machine.sweep import sweep
 
     sweep()
     return BubblewrapBackend(root=None if root is None else str(root), readable=readable)
 
 
 def _sandlock(readable: Sequence[str], instead: str = "") -> SandboxBackend:
-    from backtalk.sandboxes.sandlock import SandlockBackend
+    from backtalk.sandboxes.sandlock.backend import SandlockBackend
 
     return SandlockBackend(instead=instead, readable=readable)

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from backtalk.errors import ConfigError, SandboxError
 from backtalk.sandboxes.base import BackendReport, Sandbox, SandboxBackend, SandboxLimits
-from backtalk.sandboxes.capacity import STARTS_PER_CORE, cores, how_many, memory_is_short
+from backtalk.sandboxes.machine.capacity import STARTS_PER_CORE, cores, how_many, memory_is_short
 
 _CHECK_TIMEOUT_S = 10.0
 _MEMORY_PAUSE_S = 0.05

@@ -30,10 +30,10 @@ from types import MappingProxyType
 
 from backtalk.errors import ConfigError, SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, SandboxLimits
-from backtalk.sandboxes.exec_server import SHELL_PROGRAM, Rlimits, supervisor_program
-from backtalk.sandboxes.pipes import PipePair, sealed_file
-from backtalk.sandboxes.probe import probe
-from backtalk.sandboxes.shell import Session
+from backtalk.sandboxes.machine.probe import probe
+from backtalk.sandboxes.session.exec_server import SHELL_PROGRAM, Rlimits, supervisor_program
+from backtalk.sandboxes.session.pipes import PipePair, sealed_file
+from backtalk.sandboxes.session.shell import Session
 
 _NO_ENV: Mapping[str, str] = MappingProxyType({})
 _MARK = "BACKTALK_UNSAFE_SANDBOX"  # in the environment of all its processes: how we find them again

@@ -1,0 +1,1 @@
+"""Show run folders: in a terminal, and as web pages."""

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backtalk.advantages import group_advantages
-from backtalk.objective_config import ObjectiveConfig, WorldNormalizer
-from backtalk.selection import is_target_role, world_scales
+from backtalk.objective.advantages import group_advantages
+from backtalk.objective.config import ObjectiveConfig, WorldNormalizer
+from backtalk.objective.selection import is_target_role, world_scales
 from backtalk.settings import build
 from backtalk.trajectory import TokenRole, Trajectory, TrajectoryGroup
 

@@ -12,8 +12,10 @@ from typing import Any
 
 from backtalk.envs.awm.config import AwmConfig
 from backtalk.envs.awm.session import Answer, Session
-from backtalk.envs.base import Message, Part, Step, Task, ToolCall, ToolSpec, shortened
+from backtalk.envs.base import Step
 from backtalk.errors import InfrastructureError, TaskError, VerifierError
+from backtalk.messages import Message, Part, ToolCall, ToolSpec, shortened
+from backtalk.tasks.task import Task
 from backtalk.trajectory import TokenRole
 
 DONE = ToolSpec(

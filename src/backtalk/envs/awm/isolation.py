@@ -25,10 +25,10 @@ from backtalk.envs.awm.config import AwmConfig
 from backtalk.envs.awm.files import Scenario
 from backtalk.envs.awm.program import missing_package
 from backtalk.envs.awm.session import Answer
-from backtalk.envs.base import ToolSpec
 from backtalk.errors import ConfigError, InfrastructureError, SandboxError, SandboxUnavailable
+from backtalk.messages import ToolSpec
 from backtalk.sandboxes import Sandbox, SandboxBackend, SandboxFile, local_sandbox
-from backtalk.sandboxes.probe import tried
+from backtalk.sandboxes.machine.probe import tried
 
 T = TypeVar("T")
 

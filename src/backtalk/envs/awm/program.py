@@ -17,9 +17,9 @@ from urllib.parse import quote, urlencode
 
 from backtalk.envs.awm.database import EpisodeDatabase, build_image, current_database, new_database
 from backtalk.envs.awm.files import Contents, Scenario
-from backtalk.envs.base import ToolSpec
 from backtalk.envs.tool_schemas import plain_schema
 from backtalk.errors import ConfigError, DataError
+from backtalk.messages import ToolSpec
 
 METHODS = ("get", "post", "put", "delete", "patch")
 

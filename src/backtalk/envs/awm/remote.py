@@ -10,10 +10,10 @@ from typing import Any
 
 from backtalk.envs.awm.config import AwmConfig
 from backtalk.envs.awm.session import Answer
-from backtalk.envs.base import ToolSpec
 from backtalk.envs.openenv import OpenEnvConfig, OpenEnvSession, OpenEnvWorld, Result, connect
 from backtalk.envs.openenv.actions import mcp_actions
 from backtalk.errors import InfrastructureError
+from backtalk.messages import ToolSpec
 
 
 def remote_world(url: str, config: AwmConfig) -> OpenEnvWorld:

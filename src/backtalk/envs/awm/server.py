@@ -12,8 +12,8 @@ from typing import Any
 
 from backtalk.envs.awm.library import Library, open_library
 from backtalk.envs.awm.session import Answer, LocalSession
-from backtalk.envs.base import ToolSpec
 from backtalk.errors import ConfigError, DataError
+from backtalk.messages import ToolSpec
 
 MAX_EPISODES = 256  # at once
 

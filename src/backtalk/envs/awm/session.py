@@ -17,8 +17,8 @@ from backtalk.envs.awm.database import as_files, new_database
 from backtalk.envs.awm.files import Contents
 from backtalk.envs.awm.program import Program
 from backtalk.envs.awm.verifier import run_verifier
-from backtalk.envs.base import ToolSpec
 from backtalk.errors import VerifierError
+from backtalk.messages import ToolSpec
 
 # What a reward type earns; any other earns 0. The numbers are the published environment's.
 REWARDS = {"complete": 1.0, "incomplete": 0.1, "tool_not_found": -1.0, "invalid_args": -1.0}

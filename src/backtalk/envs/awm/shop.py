@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from backtalk.envs.awm.checks import SQL_VERIFIER, code_verifier
 from backtalk.envs.awm.files import Contents
-from backtalk.envs.base import ToolCall
+from backtalk.messages import ToolCall
 
 TASK_COUNT = 4000  # of the generated tasks "awm:shop" offers, one in five held out
 SEEDS_FROM = 1  # seed 0 is the shop of the files

@@ -13,8 +13,10 @@ from backtalk.envs.awm.env import AwmEnv
 from backtalk.envs.awm.library import GENERATED, open_library
 from backtalk.envs.awm.session import Session
 from backtalk.envs.awm.shop import SEEDS_FROM, TASK_COUNT, shop_contents
-from backtalk.envs.base import Task, ToolSpec, WorldReport
+from backtalk.envs.base import WorldReport
 from backtalk.errors import ConfigError
+from backtalk.messages import ToolSpec
+from backtalk.tasks.task import Task
 
 
 def awm_tasks(source: str, options: Mapping[str, Any] = MappingProxyType({})) -> list[Task]:

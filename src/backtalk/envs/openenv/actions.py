@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from inspect import cleandoc
 from typing import Any
 
-from backtalk.envs.base import ToolSpec
 from backtalk.envs.tool_schemas import plain_schema, resolve_reference
 from backtalk.errors import ConfigError
+from backtalk.messages import ToolSpec
 
 
 @dataclass(frozen=True, slots=True)

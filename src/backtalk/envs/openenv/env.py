@@ -9,12 +9,14 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
-from backtalk.envs.base import Message, Part, Step, Task, ToolCall, ToolSpec, WorldReport
+from backtalk.envs.base import Step, WorldReport
 from backtalk.envs.openenv.actions import Action, is_tool_environment, mcp_actions, typed_actions
 from backtalk.envs.openenv.config import OpenEnvConfig
 from backtalk.envs.openenv.observe import observe
 from backtalk.envs.openenv.server import get_json, server_for
 from backtalk.envs.openenv.session import PROTOCOL, OpenEnvError, OpenEnvRefusal, OpenEnvSession, Result, connect
+from backtalk.messages import Message, Part, ToolCall, ToolSpec
+from backtalk.tasks.task import Task
 from backtalk.trajectory import TokenRole
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from backtalk.envs.base import Part, shortened
 from backtalk.envs.openenv.config import DEFAULT_ROLES, ROLES
+from backtalk.messages import Part, shortened
 from backtalk.trajectory import TokenRole
 
 

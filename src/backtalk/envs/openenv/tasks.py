@@ -9,10 +9,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from backtalk.envs.base import Split, Task
 from backtalk.envs.openenv.config import OpenEnvConfig
 from backtalk.errors import TaskError
 from backtalk.settings import build
+from backtalk.tasks.task import Split, Task
 
 
 def openenv_tasks(source: str, options: Mapping[str, Any], *, split: Split, count: int, seed: int = 0) -> list[Task]:

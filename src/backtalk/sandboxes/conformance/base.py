@@ -10,7 +10,6 @@ from enum import StrEnum
 
 from backtalk.sandboxes.base import BackendReport, ExecResult, Sandbox, SandboxBackend, SandboxFile, SandboxLimits
 
-HOME = "/home/agent"  # where a session starts, and what tasks name
 LIMITS = SandboxLimits(memory_mb=96, processes=24, disk_mb=16)
 WAIT_S = 20.0  # for a command that ends by itself; a loaded machine takes its time
 COUNT = "all=(/proc/[0-9]*); echo ${#all[@]}"  # of processes, by bash alone

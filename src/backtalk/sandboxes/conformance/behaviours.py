@@ -7,7 +7,8 @@ import signal
 import time
 
 from backtalk.errors import ConfigError
-from backtalk.sandboxes.conformance.base import HOME, LIMITS, Box, Category, Failure, expect, made, same
+from backtalk.sandboxes.base import HOME
+from backtalk.sandboxes.conformance.base import LIMITS, Box, Category, Failure, expect, made, same
 
 
 async def output_and_exit_code(box: Box) -> None:

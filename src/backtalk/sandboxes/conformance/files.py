@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 
 from backtalk.errors import ConfigError, SandboxError
-from backtalk.sandboxes.base import SandboxFile
-from backtalk.sandboxes.conformance.base import HOME, Box, Category, Failure, NotApplicable, expect, made, same
+from backtalk.sandboxes.base import HOME, SandboxFile
+from backtalk.sandboxes.conformance.base import Box, Category, Failure, NotApplicable, expect, made, same
 
 
 async def put_and_get(box: Box) -> None:

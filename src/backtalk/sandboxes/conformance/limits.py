@@ -6,7 +6,8 @@ import asyncio
 import time
 
 from backtalk.errors import SandboxError
-from backtalk.sandboxes.conformance.base import COUNT, HOME, LIMITS, Box, Category, Failure, expect, made, same
+from backtalk.sandboxes.base import HOME
+from backtalk.sandboxes.conformance.base import COUNT, LIMITS, Box, Category, Failure, expect, made, same
 
 _HOLD = "(head -c 40M /dev/zero | tail -c 40M | { sleep 0.5; wc -c; }) 2>/dev/null &"  # tail keeps it all
 _FORKS = "bash -c 'for i in {1..60}; do sleep 1101 & done; wait' 2>/dev/null"

@@ -11,7 +11,8 @@ import os
 import time
 
 from backtalk.errors import SandboxError
-from backtalk.sandboxes.conformance.base import HOME, Box, Category, expect, made, same
+from backtalk.sandboxes.base import HOME
+from backtalk.sandboxes.conformance.base import Box, Category, expect, made, same
 
 _KILL = ("kill -9 -1", "kill -9 $$", "kill -9 $PPID", "kill -9 1", "kill -STOP -1", "kill -STOP $$ $PPID")
 _SHELL = (

@@ -1,0 +1,174 @@
+"""`backtalk account`: who made an episode's tokens, and what ordinary RL and ECHO learn from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from backtalk.cli.import_trajectories import Source
+from backtalk.cli.interrupts import run
+from backtalk.errors import DataError
+
+if TYPE_CHECKING:
+    from backtalk.evidence.account import Account, Loss
+    from backtalk.exchange.read import Format, Imported
+    from backtalk.language.renderer import Renderer
+    from backtalk.trajectory import Trajectory
+
+CHARACTERS = "characters"
+
+
+def account(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="EPISODE...", help="Files of trajectories: ours, or any that import reads.")
+    ],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="What to count in: characters, a folder or a Hugging Face name. Without it: the model's."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Also the losses of this model, from one forward pass: base, a folder or a name.")
+    ] = None,
+    source: Annotated[
+        Source | None, typer.Option("--format", help="What wrote the files. Without it: found out by their fields.")
+    ] = None,
+    coeff: Annotated[float, typer.Option(min=0, help="ECHO's world_model_coeff.")] = 0.05,
+    advantage: Annotated[
+        float | None,
+        typer.Option(help="Of every episode. Without it: by the group where there is one, else the reward itself."),
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write all of it to this file.")] = None,
+) -> None:
+    """Count an episode's tokens by who made them, and say how many learnable ones ordinary RL throws away.
+
+    With --model: the loss of GRPO, of ECHO and of the world term alone, and the cross-entropy, from one forward pass.
+    Token ids in a file are those of --model, or of base. Exits with 1 where a record was refused.
+
+    Example: `backtalk account episode.json captured.jsonl --tokenizer characters --model base`.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from backtalk.cli.account_tables import tables
+    from backtalk.evidence.account import account_of
+
+    kind = None if source is None else source.value
+    unit = tokenizer or model or "base"
+    whose = model or (unit if unit != CHARACTERS else "base")
+    counted = _read(files, kind, unit, whose)
+    accounts = [account_of(one) for one in counted.trajectories]
+    scored, step = [], []
+    if model is not None:
+        own = counted if unit == model else _read(files, kind, model, model)
+        scored, step = _score(own.trajectories, model, coeff, advantage)
+    console = Console()
+    for part in tables(accounts, unit, scored, step, model, coeff):
+        console.print(part, soft_wrap=isinstance(part, Text))
+        console.print()
+    for refusal in counted.refusals:
+        console.print(f"- refused: {refusal.where}: {refusal.reason}", markup=False, highlight=False, soft_wrap=True)
+    if json_path is not None:
+        from backtalk.run.log import write_bytes
+
+        write_bytes(json_path, json.dumps(_json(unit, coeff, accounts, scored, step), indent=1).encode())
+    if counted.refusals:
+        raise typer.Exit(1)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _renderer(name: str) -> Renderer:
+    from backtalk.engines.torch.model import model_location
+    from backtalk.language.renderer import Renderer, RendererConfig
+
+    return Renderer.from_pretrained(model_location(name), (), RendererConfig(on_drift="fork"))
+
+
+def _read(files: Sequence[Path], source: Format | None, unit: str, whose: str) -> Imported:
+    """The episodes in tokens of ``unit``. Ids in the files are those of ``whose``, and go over by their text."""
+    from backtalk.evidence.account import recounted, transcribed
+    from backtalk.evidence.account.characters import characters
+    from backtalk.run.log.sources import read_episodes, rendered
+
+    origin = _renderer(whose)
+    target = None if unit == CHARACTERS else origin if unit == whose else _renderer(unit)
+    as_they_are = rendered(origin.for_tools)
+
+    def read(record: Any, kind: Format | None, where: str) -> Trajectory:
+        written = None if kind is None else transcribed(record, kind, where)
+        if written is not None:
+            return written if target is None else rendered(target.for_tools)(record, kind, where)
+        found = as_they_are(record, kind, where)
+        _check_ids(found, origin, whose)
+        if target is origin:
+            return found
+        return recounted(found, origin.encoder.decode, characters if target is None else partial(_encode, target))
+
+    found = read_episodes(files, read, source)
+    if not found.trajectories:
+        reasons = "; ".join(f"{refusal.where}: {refusal.reason}" for refusal in found.refusals)
+        raise DataError(f"there is no episode to account for. {reasons or 'The files are empty'}")
+    return found
+
+
+def _encode(renderer: Renderer, text: str) -> Sequence[int]:
+    return renderer.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _check_ids(trajectory: Trajectory, renderer: Renderer, whose: str) -> None:
+    size = renderer.tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
+    strange = max(trajectory.token_ids, default=0)
+    if strange >= size:
+        raise DataError(
+            f"token id {strange} is none of the {size} of {whose}; pass the --model that these tokens are of"
+        )
+
+
+# ---------------------------------------------------------------- scoring
+
+
+def _score(
+    trajectories: Sequence[Trajectory], model: str, coeff: float, advantage: float | None
+) -> tuple[list[Account], list[Loss]]:
+    """Each episode with its losses, and those of one step over all, from one forward pass at temperature 1."""
+    from backtalk.engines.torch.config import TorchConfig
+    from backtalk.engines.torch.engine import TorchEngine
+    from backtalk.evidence.account import account_of, advantages_of, three_losses
+
+    engine = TorchEngine(TorchConfig(model=model))
+    longest = getattr(engine.model.config, "max_position_embeddings", None)
+    for one in trajectories:
+        length = max(sum(map(len, branch)) for branch in one.branches)
+        if longest is not None and length > longest:
+            raise DataError(
+                f"{one.task_id} has {length} tokens and the context of {model} holds {longest}; pass a model with a "
+                "longer context, or leave --model out"
+            )
+    logprobs = run(engine.score(list(trajectories)))
+    advantages = advantages_of(trajectories) if advantage is None else [advantage] * len(trajectories)
+    each = [
+        account_of(one, scores, advantage=gain, world_model_coeff=coeff)
+        for one, scores, gain in zip(trajectories, logprobs, advantages, strict=True)
+    ]
+    return each, three_losses(trajectories, logprobs, advantages, world_model_coeff=coeff)
+
+
+def _json(
+    unit: str, coeff: float, accounts: Sequence[Account], scored: Sequence[Account], step: Sequence[Loss]
+) -> dict[str, Any]:
+    from backtalk.evidence.account import total_of
+
+    found: dict[str, Any] = {"tokenizer": unit, "total": total_of(accounts).to_dict()}
+    found["episodes"] = [one.to_dict() for one in accounts]
+    if scored:
+        found["world_model_coeff"] = coeff
+        found["losses"] = {loss.name: asdict(loss) for loss in step}
+        found["scored"] = [one.to_dict() for one in scored]
+    return found

@@ -1,0 +1,125 @@
+"""What `backtalk account` prints: episodes side by side, then turns and tools of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from backtalk.evidence.account import KINDS, Account, Kind, Loss, Tally, total_of
+
+COLUMNS = 4  # so many episodes have a column each; of more only the sum is shown
+SPOKEN: tuple[Kind, ...] = ("action", "env_output", "warning")
+MUCH = 0.1  # nats a token between recorded logprobs and the model's
+
+Rows = Iterable[tuple[str, Callable[[Account], str]]]
+
+
+def tables(
+    accounts: Sequence[Account],
+    unit: str,
+    scored: Sequence[Account] = (),
+    step: Sequence[Loss] = (),
+    model: str | None = None,
+    coeff: float = 0.05,
+) -> Iterator[RenderableType]:
+    """``accounts`` in tokens of ``unit``; ``scored`` the same episodes in the model's own, with losses."""
+    total = total_of(scored or accounts, step)
+    yield _side_by_side(f"Tokens, in {unit}", accounts, total_of(accounts), _token_rows())
+    if scored:
+        yield _side_by_side(f"Losses of {model}, from one forward pass", scored, total, _loss_rows(coeff))
+    whose = f"in tokens of {model}" if scored else f"in {unit}"
+    turns = sorted(total.turns.items())
+    yield _breakdown(f"By turn, {whose}", {f"{turn} {tool}": found for (turn, tool), found in turns})
+    yield _breakdown(f"By tool, {whose}", total.tools)
+    yield Text("\n".join(f"- {note}" for note in _notes(accounts, scored)))
+
+
+def _side_by_side(title: str, accounts: Sequence[Account], total: Account, rows: Rows) -> Table:
+    columns = [*(accounts if len(accounts) <= COLUMNS else ()), *([total] if len(accounts) > 1 else ())]
+    table = _table(title, [one.name for one in columns])
+    for label, cell in rows:
+        table.add_row(label, *map(cell, columns))
+    return table
+
+
+def _token_rows() -> Rows:
+    yield "reward", lambda one: _number(one.reward, "g")
+    yield "turns", lambda one: f"{one.num_turns:,}"
+    for kind in KINDS:
+        yield kind, lambda one, kind=kind: f"{one.whole.tokens[kind]:,}"
+    yield "learnable", lambda one: f"{one.whole.learnable:,}"
+    yield "discarded by RL", lambda one: f"{one.whole.tokens['env_output']:,}"
+    yield "share discarded", lambda one: _number(one.whole.discarded_share, ".1%")
+    yield "per action token", lambda one: _ratio(one.whole)
+
+
+def _loss_rows(coeff: float) -> Rows:
+    yield "advantage", lambda one: _number(one.advantage, "+.3f")
+    for kind in SPOKEN:
+        yield f"CE of {kind}", lambda one, kind=kind: _number(one.whole.cross_entropy(kind), ".4f")
+    for name, label in (("grpo", "GRPO"), ("echo", f"ECHO, {coeff:g}"), ("verifier_free", "verifier-free")):
+        yield label, lambda one, name=name: _of(one, name, lambda loss: f"{loss.total:+.4f}")
+        yield "  on tokens", lambda one, name=name: _of(one, name, _gradients)
+
+
+def _gradients(loss: Loss) -> str:
+    return f"{loss.action_tokens:,} + {loss.observed_tokens:,}"
+
+
+def _breakdown(title: str, tallies: Mapping[str, Tally]) -> Table:
+    has_nats = any(found.nats is not None for found in tallies.values())
+    table = _table(title, [*SPOKEN, "discarded", *(("CE action", "CE env") if has_nats else ())])
+    for name, found in tallies.items():
+        counts = [f"{found.tokens[kind]:,}" for kind in SPOKEN]
+        nats = [_number(found.cross_entropy(kind), ".3f") for kind in SPOKEN[:2]] if has_nats else []
+        table.add_row(name, *counts, _number(found.discarded_share, ".1%"), *nats)
+    return table
+
+
+def _notes(accounts: Sequence[Account], scored: Sequence[Account]) -> Iterator[str]:
+    """What the rows say, and what was assumed, where a person should know it."""
+    yield "learnable: action + env_output. Ordinary RL trains on action alone and discards the rest"
+    if scored:
+        yield "CE: nats a token at temperature 1. On tokens: action + observed tokens with a gradient that is not 0"
+    unsampled = sum(one.whole.unsampled for one in accounts)
+    if unsampled:
+        yield (
+            f"{unsampled:,} tokens of the agent have no logprobs (a script's, a person's, an imported text, or other "
+            "tokens than were sampled). They count as actions here; training never gives them to the policy term"
+        )
+    if any(one.whole.unsampled and one.advantage is not None for one in scored):
+        yield "GRPO takes their ratio to be 1, as if the model had just sampled them"
+    if scored and all(one.advantage == one.reward for one in scored):
+        yield "the advantage is the reward: an episode without siblings has no other; --advantage sets one"
+    gap = max((one.gap for one in scored if one.gap is not None), default=0.0)
+    if gap > MUCH:
+        yield (
+            f"the recorded logprobs are {gap:.2f} nats a token away from this model's at temperature 1, so it is not "
+            "the one that sampled; ratios are clipped as in training"
+        )
+
+
+def _of(one: Account, name: str, text: Callable[[Loss], str]) -> str:
+    return next((text(loss) for loss in one.losses if loss.name == name), "-")
+
+
+def _ratio(found: Tally) -> str:
+    actions = found.tokens["action"]
+    return f"{found.tokens['env_output'] / actions:.1f}" if actions else "-"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    bare: dict[str, Any] = {"box": None, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    table = Table(title=Text(title), title_justify="left", title_style="bold", **bare)
+    table.add_column("", no_wrap=True)
+    for name in columns:
+        table.add_column(Text(name), justify="right", overflow="fold")
+    return table

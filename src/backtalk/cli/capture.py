@@ -1,0 +1,254 @@
+"""`backtalk capture`: record episodes of a script, a person, or a model behind an API."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from backtalk.cli.interrupts import run
+from backtalk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from backtalk.capture import Author
+    from backtalk.messages import Message
+    from backtalk.run.config import TrainConfig
+    from backtalk.tasks.task import Task
+    from backtalk.trajectory import Trajectory
+
+OPTIONS = "options."  # settings of the world itself begin so
+PERSON_TURNS, PERSON_TIMEOUT_S = 200, 86_400.0
+
+
+def capture(
+    world: Annotated[str, typer.Argument(metavar="WORLD", help="terminal, openenv:WHERE or awm:WHICH.")],
+    out: Annotated[Path, typer.Option(help="Where to write: a new file that ends in .parquet or .jsonl.")],
+    task: Annotated[
+        str | None,
+        typer.Option(help="In a terminal: workbench/NAME, triage, or a task folder. Else a task's id; or its first."),
+    ] = None,
+    script: Annotated[Path | None, typer.Option(help="Play this file: one action a line.")] = None,
+    human: Annotated[bool, typer.Option("--human", help="Play yourself, at the prompt; Ctrl-D leaves.")] = False,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Let a model play: an OpenAI-compatible API, as in http://HOST/v1."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name at the endpoint.")] = None,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Ask the endpoint with token ids, so that actions can be trained (vLLM).")
+    ] = False,
+    tokenizer: Annotated[
+        str, typer.Option(help="Whose tokens to write: base, a folder or a Hugging Face name.")
+    ] = "base",
+    episodes: Annotated[int, typer.Option(min=1, help="How many, one after the other.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="Of the endpoint's model.")] = 1.0,
+    max_turns: Annotated[int | None, typer.Option(min=1, help="Where an episode ends at the latest.")] = None,
+    seed: Annotated[int, typer.Option(help="Of tasks that are drawn: triage, and an OpenEnv environment's.")] = 0,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of a run, or options.KEY of the world's own."),
+    ] = None,
+) -> None:
+    """Record real episodes, with the same rollout that training uses, as trajectories with who made each token.
+
+    An action is kept as one that can be trained only where a server says which ids it sampled, with which logprobs,
+    from just our tokens. All others are CONTEXT of their turn; what the world said is learned from all the same.
+
+    Examples: `backtalk capture terminal --task workbench/rota-bug --human --out mine.jsonl`,
+    `backtalk capture awm:shop --script buy.txt --out shop.jsonl`,
+    `backtalk capture terminal --task triage --endpoint http://127.0.0.1:8000/v1 --model Qwen/Qwen3-0.6B --out q.jsonl`.
+    """
+    from rich.console import Console
+
+    from backtalk.run.log import write_trajectories
+
+    if sum((script is not None, human, endpoint is not None)) != 1:
+        raise ConfigError("nothing says who plays; give one of --script FILE, --human and --endpoint URL")
+    _refuse_unless_new(out)
+    console = Console()
+    lines = _lines(script)
+    authors = _authors(lines, endpoint, model, tokens, temperature, console)
+    config = _config(world, list(settings or []), max_turns, len(lines), human)
+    captured = run(_play(world, task, seed, authors, config, tokenizer, episodes))
+    write_trajectories(out, captured)
+    for trajectory in captured:
+        console.print(_summary(trajectory), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Written: {out}", markup=False, highlight=False, soft_wrap=True)
+    if any(trajectory.failure is not None for trajectory in captured):
+        raise typer.Exit(1)
+
+
+def _refuse_unless_new(out: Path) -> None:
+    if out.suffix not in (".parquet", ".jsonl"):
+        raise ConfigError(f"--out {out} ends in {out.suffix!r}; end the name in .parquet or .jsonl")
+    if out.exists():
+        raise ConfigError(f"{out} is there already; choose another name")
+
+
+def _lines(script: Path | None) -> list[str]:
+    from backtalk.capture import read_script
+
+    return [] if script is None else read_script(script)
+
+
+def _authors(
+    lines: Sequence[str],
+    endpoint: str | None,
+    model: str | None,
+    tokens: bool,
+    temperature: float,
+    console: Console,
+) -> Callable[[], Author]:
+    """A new author for each episode."""
+    if endpoint is None:
+        if model is not None or tokens:
+            raise ConfigError("--model and --tokens say how an endpoint is asked; give --endpoint URL with them")
+        from backtalk.capture import Person, Script
+
+        if lines:
+            return lambda: Script(lines)
+        show, tell = _shown(console), _told(console)
+        return lambda: Person(_ask, show, tell)
+    if model is None:
+        raise ConfigError(f"--endpoint {endpoint} needs the name of a model there; give --model NAME")
+    from backtalk.capture.endpoint import Endpoint, EndpointConfig
+
+    config = EndpointConfig(url=endpoint, model=model, tokens=tokens, temperature=temperature)
+    return lambda: Endpoint(config)
+
+
+def _ask() -> str:
+    return input("> ")
+
+
+def _shown(console: Console) -> Callable[[Message], None]:
+    """Prints what was said, what the harness said in yellow; nothing in it can steer the terminal."""
+    from rich.text import Text
+
+    from backtalk.trajectory import TokenRole
+    from backtalk.viewer.text import visible
+
+    def show(message: Message) -> None:
+        text = Text(overflow="fold")
+        for part in message.parts:
+            text.append(visible(part.text), style="yellow" if part.role is TokenRole.WARNING else "")
+        console.print(text, highlight=False)
+
+    return show
+
+
+def _told(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(text, style="red", markup=False, highlight=False)
+
+
+# ---------------------------------------------------------------- what is played
+
+
+def _config(world: str, overrides: Sequence[str], max_turns: int | None, script_lines: int, human: bool) -> TrainConfig:
+    from backtalk.run.config import config_from_dict
+    from backtalk.settings import parse_overrides, set_dotted
+
+    tree: dict[str, Any] = {}
+    if script_lines:
+        set_dotted(tree, "rollout.max_turns", script_lines)
+    elif human:  # people need their time
+        tree["rollout"] = {"max_turns": PERSON_TURNS, "rollout_timeout_s": PERSON_TIMEOUT_S}
+    options: dict[str, Any] = {}
+    for key, value in parse_overrides(overrides).items():
+        inside = key.startswith(OPTIONS)
+        set_dotted(options if inside else tree, key.removeprefix(OPTIONS), value)
+    if max_turns is not None:
+        set_dotted(tree, "rollout.max_turns", max_turns)
+    if world != "terminal":
+        tree["tasks"] = {"source": [{"name": world, "options": options}]}
+    elif options:
+        raise ConfigError(f"{OPTIONS}{next(iter(options))} is of no terminal; its settings are terminal.KEY")
+    return config_from_dict(tree)
+
+
+def _find_task(world: str, name: str | None, seed: int, config: TrainConfig) -> Task:
+    """The task to play.
+
+    Raises:
+        ConfigError: there is no such task or world, or nothing says which of several.
+    """
+    from backtalk.run.sources import load_tasks, read_tasks
+    from backtalk.tasks.task import Split
+
+    kind, _, which = world.partition(":")
+    if kind == "terminal":
+        if name is None:
+            raise ConfigError("nothing says what to do in the terminal; give --task workbench/NAME, triage or a folder")
+        if name == "triage":
+            return load_tasks("triage", split=Split.TRAIN, count=1, seed=seed, levels=config.tasks.levels)[0]
+        dataset, _, inside = name.partition("/")
+        folder = resources.files("backtalk").joinpath("assets/tasks", dataset, inside)
+        tasks = read_tasks(str(folder) if inside and folder.is_dir() else name)
+        if len(tasks) > 1:
+            raise ConfigError(f"{name} holds {len(tasks)} tasks; name one of them: {_some([t.id for t in tasks])}")
+        return tasks[0]
+    if kind not in ("openenv", "awm") or not which:
+        raise ConfigError(f"no world is called {world!r}; there are terminal, openenv:WHERE and awm:WHICH")
+    if kind == "awm":
+        tasks = read_tasks(world)
+    else:
+        options, many = config.tasks.sources[0].options, 1 if name is None else 10_000
+        splits = [Split.TRAIN] if name is None else list(Split)
+        tasks = [t for s in splits for t in load_tasks(world, split=s, count=many, seed=seed, options=options)]
+    found = next((one for one in tasks if name in (None, one.id)), None)
+    if found is None:
+        raise ConfigError(f"{world} has no task {name!r}; it has {_some([one.id for one in tasks])}")
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+
+
+async def _play(
+    world: str,
+    name: str | None,
+    seed: int,
+    authors: Callable[[], Author],
+    config: TrainConfig,
+    tokenizer: str,
+    episodes: int,
+) -> list[Trajectory]:
+    from backtalk.capture import capture_episode
+    from backtalk.engines.torch.model import load_tokenizer, model_location
+    from backtalk.language.renderer import Renderer
+    from backtalk.run.worlds import Worlds
+
+    task = _find_task(world, name, seed, config)
+    if config.rollout.rollout_timeout_s == PERSON_TIMEOUT_S:  # a task's own limit is a machine's
+        task = replace(task, agent_timeout_s=PERSON_TIMEOUT_S)
+    renderer = Renderer(load_tokenizer(model_location(tokenizer)), (), config.renderer)
+    worlds = Worlds([task], config)
+    try:
+        return [
+            await capture_episode(task, worlds.open, authors(), renderer, config.rollout, sample_index=index)
+            for index in range(episodes)
+        ]
+    finally:
+        await worlds.close()
+
+
+def _summary(trajectory: Trajectory) -> str:
+    from backtalk.trajectory import TokenRole
+
+    turns, unsampled = (int(trajectory.stats.get(name, 0)) for name in ("num_turns", "unsampled_turns"))
+    turns = max(turns, unsampled)
+    failure = trajectory.failure
+    ending = (
+        f"failed at {failure.where}: {failure.error}: {failure.message}" if failure else trajectory.stop_reason.value
+    )
+    reward = "no reward" if trajectory.reward is None else f"reward {trajectory.reward:g}"
+    sampled = "none sampled" if unsampled == turns else "all sampled" if not unsampled else f"{unsampled} not sampled"
+    counts = ", ".join(f"{role.name} {trajectory.count(role):,}" for role in TokenRole if trajectory.count(role))
+    return f"{trajectory.task_id}: {turns} turns ({sampled}), {reward}, {ending}; {counts} tokens"

@@ -1,0 +1,108 @@
+"""`backtalk evaluate`: measure a policy, on a run's held-out tasks or on a dataset that others wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from backtalk.cli.interrupts import run
+from backtalk.cli.policy import policy_settings
+from backtalk.errors import ConfigError
+
+if TYPE_CHECKING:
+    from backtalk.run.benchmark import Benchmark
+    from backtalk.run.config import TrainConfig
+
+
+def evaluate(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A run folder, as `backtalk train` made it.")
+    ] = None,
+    tasks: Annotated[int | None, typer.Option(min=1, help="How many tasks.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Attempts at each, the k of pass@k.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Measure the model that the run began with.")] = False,
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="DATASET", help="A folder of Harbor tasks, or name@version: terminal-bench@2.0."),
+    ] = None,
+    environment: Annotated[
+        str, typer.Option(help="Where a dataset is played: local, or an environment of Harbor's, such as docker.")
+    ] = "local",
+    names: Annotated[
+        list[str] | None, typer.Option("--task", metavar="PATTERN", help="Tasks of a dataset; may be given many times.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Measure this model instead of a run's.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be given many times."),
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write all of it to this file.")] = None,
+    trajectories: Annotated[
+        Path | None, typer.Option(metavar="FILE.parquet", help="Also write every attempt at a dataset to this file.")
+    ] = None,
+) -> None:
+    """Measure the policy of a run on held-out tasks: pass@1, pass@k, cross-entropy, each with its 95 % interval.
+
+    With --dataset, on tasks that others wrote, five attempts each: `backtalk evaluate runs/mine --dataset my_tasks`, or
+    `backtalk evaluate --model Qwen/Qwen3-8B --dataset terminal-bench@2.0 --environment docker`.
+    """
+    if dataset is not None:
+        config, checkpoint = policy_settings(folder, model, base, list(settings or []))
+        from backtalk.run.benchmark import Benchmark
+
+        wanted = tuple(names or ())
+        benchmark = Benchmark(
+            dataset=dataset, environment=environment, attempts=samples or 5, names=wanted, count=tasks
+        )
+        result = _on_dataset(config, benchmark, checkpoint, trajectories)
+    elif folder is None:
+        raise ConfigError("nothing says what to measure; name a RUN, or a --dataset with a RUN or a --model")
+    elif model is not None:
+        raise ConfigError(f"got {folder} and --model {model}, but no --dataset; give --dataset, or leave --model out")
+    else:
+        result = _on_held_out(folder, base, tasks, samples, settings)
+    if json_path is not None:
+        from backtalk.files import write_bytes
+
+        write_bytes(json_path, json.dumps(result, indent=1).encode())
+
+
+def _on_held_out(
+    folder: Path, base: bool, tasks: int | None, samples: int | None, settings: list[str] | None
+) -> dict[str, Any]:
+    overrides = list(settings or [])
+    overrides += [f"evaluation.tasks={tasks}"] if tasks else []
+    overrides += [f"evaluation.samples_per_task={samples}"] if samples else []
+    policy_settings(folder, None, base, overrides)  # a mistake is found before PyTorch is loaded
+    from rich.console import Console
+
+    from backtalk.cli.progress import RunDisplay, evaluation_table
+    from backtalk.run.train import evaluate_run
+
+    console = Console()
+    with RunDisplay(console) as display:
+        evaluation = run(evaluate_run(folder, overrides=overrides, base=base, on_event=display.show))
+    console.print(evaluation_table(evaluation))
+    return evaluation.to_dict()
+
+
+def _on_dataset(
+    config: TrainConfig, benchmark: Benchmark, checkpoint: Path | None, trajectories: Path | None
+) -> dict[str, Any]:
+    from rich.console import Console
+
+    from backtalk.cli.progress import RunDisplay, benchmark_table, evaluation_table
+    from backtalk.run.benchmark import run_benchmark
+    from backtalk.run.log import write_trajectories
+
+    console = Console()
+    with RunDisplay(console) as display:
+        result, groups = run(run_benchmark(config, benchmark, checkpoint=checkpoint, on_event=display.show))
+    console.print(benchmark_table(result, benchmark.dataset))
+    console.print(evaluation_table(result.evaluation))
+    if trajectories is not None:
+        write_trajectories(trajectories, [trajectory for group in groups for trajectory in group])
+    return result.to_dict()

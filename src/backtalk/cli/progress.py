@@ -1,0 +1,265 @@
+"""What a person sees while a run goes on: a live display in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from backtalk.evidence.compare import Comparison
+from backtalk.evidence.study import StudyDone, StudyEvent, StudyProgress, StudyRunDone, StudyStarted
+from backtalk.run.benchmark import BenchmarkResult
+from backtalk.run.evaluate import Evaluation, Interval
+from backtalk.run.events import EvaluationDone, Event, Notice, RolloutDone, RunDone, RunStarted, StepDone
+
+RECENT_STEPS = 10  # that the time left is estimated from
+
+
+class RunDisplay:
+    """Shows the events of one run. A context manager; pass ``show`` as ``on_event``.
+
+    Every finished step leaves one line. In a terminal, bars for the run and for the rollouts of the current
+    step stand beneath.
+    """
+
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console, self._clock = console, clock
+        self._live = console.is_terminal
+        self._bars = Progress(
+            TextColumn("{task.description:>12}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not self._live,
+            transient=True,
+        )
+        self._steps: TaskID | None = None
+        self._rollouts: TaskID | None = None
+        self._last_step_at = clock()
+        self._recent_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+
+    def __enter__(self) -> RunDisplay:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def show(self, event: Event) -> None:
+        """React to one event."""
+        match event:
+            case RunStarted():
+                self._started(event)
+            case RolloutDone():
+                self._rollout_done(event)
+            case StepDone():
+                self._step_done(event)
+            case EvaluationDone():
+                self._say(evaluation_line(event.evaluation))
+                self._last_step_at = self._clock()  # the time of an evaluation is no step's
+            case Notice():
+                self._say(f"note: {event.text}")
+            case RunDone():
+                ending = "finished" if event.finished else "stopped"
+                self._say(f"{ending} after step {event.step}: {event.folder}")
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _started(self, event: RunStarted) -> None:
+        begin = f"continuing after step {event.first_step}" if event.first_step else "starting"
+        worlds = ", ".join(world.name for world in event.worlds)
+        self._say(f"{begin}: {event.steps} steps, into {event.folder}; {worlds}")
+        for warning in (warning for world in event.worlds for warning in world.warnings):
+            self._say(f"note: {warning}")
+        self._last_step_at = self._clock()
+        self._steps = self._bars.add_task("steps", total=event.steps, completed=event.first_step, note="")
+        self._rollouts = self._bars.add_task("rollouts", total=None, note="")
+
+    def _rollout_done(self, event: RolloutDone) -> None:
+        if self._rollouts is not None:
+            name = "rollouts" if event.phase == "training" else event.phase
+            self._bars.update(self._rollouts, description=name, total=event.total, completed=event.done)
+
+    def _step_done(self, event: StepDone) -> None:
+        now = self._clock()
+        self._recent_seconds.append(now - self._last_step_at)
+        self._last_step_at = now
+        left = self.seconds_left(event.steps - event.step - 1)
+        self._say(step_line(event, left))
+        if self._steps is not None:
+            self._bars.update(self._steps, completed=event.step + 1, note=f"{clock_text(left)} left")
+
+    def seconds_left(self, steps: int) -> float:
+        """Estimate for the remaining training steps, from the pace of the last ones; evaluations come on top."""
+        pace = sum(self._recent_seconds) / len(self._recent_seconds) if self._recent_seconds else math.nan
+        return steps * pace
+
+
+class StudyDisplay:
+    """Shows the events of one study: a bar for each run in a terminal, a line for every tenth of a run elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> StudyDisplay:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def show(self, event: StudyEvent) -> None:
+        """React to one event."""
+        match event:
+            case StudyStarted():
+                self._say(f"study in {event.folder}: {len(event.runs)} runs, {event.parallel} at a time")
+                for run in event.runs:
+                    note = "done before" if run in event.finished else "waiting"
+                    self._tasks[run] = self._bars.add_task(run, total=None, note=note)
+            case StudyProgress():
+                self._progress(event)
+            case StudyRunDone():
+                self._run_done(event)
+            case StudyDone():
+                return  # the comparison has a table of its own
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _progress(self, event: StudyProgress) -> None:
+        reward = _number(event.metrics.get("reward"), ".3f")
+        ce = _number(event.metrics.get("env_output_ce"), ".3f")
+        note = f"reward {reward}  env CE {ce} nats"
+        self._bars.update(self._tasks[event.run], total=event.steps, completed=event.step, note=note)
+        if not self._console.is_terminal and event.step % max(1, event.steps // 10) == 0:
+            self._say(f"{event.run}  step {event.step}/{event.steps}  {note}")
+
+    def _run_done(self, event: StudyRunDone) -> None:
+        ending = "finished" if event.exit_code == 0 else f"ended with exit code {event.exit_code}"
+        self._bars.update(self._tasks[event.run], note=ending)
+        if not self._console.is_terminal or event.exit_code:
+            self._say(f"{event.run}  {ending}")
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """What a study found: a row for each metric of each arm, every estimate with its 95 % interval."""
+    first = comparison.results[0].arm if comparison.results else "the first arm"
+    table = Table(
+        "held out", "before", "after", "change", f"after, minus {first}", box=None, pad_edge=False, padding=(0, 1, 0, 0)
+    )
+    metric = ""
+    for result in comparison.results:
+        if result.metric != metric:
+            metric = result.metric
+            table.add_row(metric, style="bold")
+        found = (result.before, result.after, result.change, result.against_first)
+        table.add_row(f"  {result.arm}", *[interval_text(interval).replace(" ", "\n", 1) for interval in found])
+    seeds = ", ".join(map(str, comparison.seeds))
+    table.caption = (
+        f"95 % intervals over {comparison.interval}; seeds {seeds}; CE in nats per token of environment output"
+    )
+    table.caption_justify = "left"
+    return table
+
+
+def step_line(event: StepDone, seconds_left: float) -> str:
+    """One step in a line: reward, cross-entropy of the environment's output, speed, time left."""
+    metrics = event.metrics
+    width = len(str(event.steps))
+    words = [
+        f"step {event.step + 1:>{width}}/{event.steps}",
+        f"reward {_number(metrics.get('reward'), '.3f')}",
+        f"env CE {_number(metrics.get('env_output_ce'), '.3f')} nats",
+        f"{_number(metrics.get('tokens_per_second'), ',.0f')} tokens/s",
+        f"{clock_text(seconds_left)} left",
+    ]
+    if metrics.get("failed"):
+        words.append(f"{metrics['failed']:.0f} rollouts broke")
+    return "  ".join(words)
+
+
+def evaluation_line(evaluation: Evaluation) -> str:
+    """One evaluation in a line, every estimate with its 95 % interval."""
+    words = [
+        f"held out, after {evaluation.step} steps:",
+        f"pass@1 {interval_text(evaluation.pass_at_1)}",
+        *([f"pass@{k} {interval_text(evaluation.pass_at_k)}"] if (k := evaluation.samples_per_task) > 1 else []),
+        f"env CE {interval_text(evaluation.env_ce_recorded)} recorded, {interval_text(evaluation.env_ce_own)} own",
+    ]
+    if evaluation.no_reward:
+        words.append(f"{evaluation.no_reward} rollouts without a reward")
+    return "  ".join(words)
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """One evaluation in full."""
+    table = Table("held out", f"after {evaluation.step} steps")
+    rows = {
+        "pass@1": evaluation.pass_at_1,
+        f"pass@{evaluation.samples_per_task}": evaluation.pass_at_k,
+        "reward": evaluation.reward,
+        "env CE on recorded trajectories, nats/token": evaluation.env_ce_recorded,
+        "env CE on own rollouts, nats/token": evaluation.env_ce_own,
+    }
+    for name, interval in rows.items():
+        table.add_row(name, interval_text(interval))
+    for name, value in evaluation.per_rollout.items():
+        table.add_row(f"{name.replace('_', ' ')} per rollout", f"{value:.2f}")
+    for reason, count in sorted(evaluation.stop_reasons.items()):
+        table.add_row(f"ended with {reason}", str(count))
+    table.add_row("rollouts without a reward", str(evaluation.no_reward))
+    table.add_row("seconds", f"{evaluation.seconds:.0f}")
+    return table
+
+
+def benchmark_table(result: BenchmarkResult, dataset: str) -> Table:
+    """pass@k of a dataset, every attempt counted."""
+    evaluation = result.evaluation
+    attempts = sum(task.rollouts for task in evaluation.tasks)
+    solved = sum(task.solved for task in evaluation.tasks)
+    table = Table(dataset, f"{len(evaluation.tasks)} tasks, {solved} of {attempts} attempts solved")
+    for k, interval in result.pass_at.items():
+        table.add_row(f"pass@{k}", interval_text(interval))
+    return table
+
+
+def interval_text(interval: Interval | None) -> str:
+    """0.250 [0.188, 0.312], or a dash where nothing was measured."""
+    if interval is None:
+        return "-"
+    bounds = "" if interval.low is None or interval.high is None else f" [{interval.low:.3f}, {interval.high:.3f}]"
+    return f"{interval.value:.3f}{bounds}"
+
+
+def clock_text(seconds: float) -> str:
+    """3:05, or 2:03:05 from an hour on; ? where it is not known."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or not math.isfinite(value) else format(value, form)

@@ -1,0 +1,53 @@
+"""`backtalk serve`: a policy behind an OpenAI-compatible endpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from backtalk.cli.interrupts import Interrupted, run
+from backtalk.cli.policy import policy_settings
+
+
+def serve(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="A run folder, as `backtalk train` made it.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Serve this model instead of a run's.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Serve the model that the run began with.")] = False,
+    host: Annotated[str, typer.Option(help="Address; the default is reached from this machine alone.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be given many times."),
+    ] = None,
+) -> None:
+    """Let agents that others wrote act with a policy: POST /v1/chat/completions, as OpenAI's and vLLM's.
+
+    Replies carry prompt_token_ids, token_ids and logprobs. There is no key and no encryption: keep it on this machine.
+    Example: `backtalk serve runs/mine`, then give an agent http://127.0.0.1:8000/v1 and any key.
+    """
+    config, checkpoint = policy_settings(folder, model, base, list(settings or []))
+    from backtalk.engines.choose import open_engine
+    from backtalk.language.renderer import Renderer
+    from backtalk.rollout.sampler import SamplingParams
+    from backtalk.run.serve import Endpoint
+    from backtalk.run.serve import serve as serve_forever
+
+    engine = open_engine(config.engine, seed=config.seed)
+    if checkpoint is not None:
+        engine.load(checkpoint)
+    limits = config.rollout
+    endpoint = Endpoint(
+        Renderer(engine.tokenizer, (), config.renderer),
+        engine.sampler,
+        SamplingParams(temperature=config.temperature, max_tokens=limits.max_tokens_per_turn, seed=config.seed),
+        max_tokens=limits.max_tokens,
+    )
+    typer.echo(f"Serving {folder or model} at http://{host}:{port}/v1; Ctrl-C ends it.", err=True)
+    try:
+        run(serve_forever(endpoint, host=host, port=port))
+    except Interrupted:
+        typer.echo("Ended.", err=True)

@@ -1,1 +1,0 @@
-"""Commands with more to them than the command line's own module has room for."""

@@ -1,0 +1,1 @@
+"""Train and sample with PyTorch, in one process on one device."""

@@ -1,0 +1,327 @@
+"""The embedded engine: one process, one device, any causal language model of transformers.
+
+It is the default, and the oracle that other engines are held against: one forward pass serves both terms.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from backtalk.engines.guard import guard
+from backtalk.engines.metrics import StepRecord, token_metrics
+from backtalk.engines.torch import checkpoint as checkpoints
+from backtalk.engines.torch.config import TorchConfig
+from backtalk.engines.torch.logprobs import Scores, TokenScorer
+from backtalk.engines.torch.model import (
+    add_lora,
+    enable_checkpointing,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    model_location,
+    quiet_transformers,
+    resolve_device,
+    resolve_dtype,
+)
+from backtalk.engines.torch.optimizer import StepOptimizer
+from backtalk.engines.torch.packing import Part, packing_pays, plan
+from backtalk.errors import ConfigError, DataError
+from backtalk.language.renderer import Renderer, RendererConfig
+from backtalk.objective.config import ObjectiveConfig
+from backtalk.objective.loss import objective, world_weights
+from backtalk.objective.samples import (
+    Batch,
+    Sample,
+    TokenCounts,
+    collate,
+    is_action,
+    measured_tokens,
+    to_samples,
+    token_temperatures,
+    trained_tokens,
+)
+from backtalk.rollout.sampler import Sampler, SamplingParams
+from backtalk.trajectory import Trajectory
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class TorchEngine:
+    """An ``Engine`` over one model of transformers. ``seed`` is that of fresh LoRA adapters: nothing else is random.
+
+    All computing is done by one worker thread of its own, in the order asked for. Not safe for use from
+    several event loops at once. The same config, samples and machine give the same bits (on a GPU up to
+    PyTorch's own non-deterministic kernels). No random number is drawn in a train step.
+    """
+
+    def __init__(self, config: TorchConfig, *, seed: int = 0) -> None:
+        self.config = config
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        # A new thread would start with the default number of its own.
+        self._executor = ThreadPoolExecutor(1, "backtalk-engine", torch.set_num_threads, (torch.get_num_threads(),))
+        self.location = model_location(config.model)
+        self.device = resolve_device(config.device)
+        self.tokenizer = load_tokenizer(self.location)
+        self._dtype = resolve_dtype(config.dtype, self.device)
+        self.model: Any = load_model(self.location, self.device, self._dtype)
+        self._peft: Any = add_lora(self.model, config.lora_rank, seed) if config.lora_rank else None
+        if config.gradient_checkpointing:
+            enable_checkpointing(self.model)
+        packs = config.packing == "on" or (config.packing == "auto" and packing_pays(self.model))
+        self._scorer = TokenScorer(self.model, try_packing=packs)
+        self._check_packing()
+        self._reference: TokenScorer | None = None  # loaded when a KL term first asks for it
+        self._tools: set[str] = set()  # those met so far
+        self._warned: set[str] = set()  # metrics that the last step warned of
+        self._optimizer = StepOptimizer(
+            self.model.parameters(),
+            learning_rate=config.learning_rate,
+            warmup_steps=config.warmup_steps,
+            weight_decay=config.weight_decay,
+            betas=config.betas,
+            grad_clip_norm=config.grad_clip_norm,
+        )
+        self._policy_version = 0
+        self._stop_token_ids: frozenset[int] | None = None
+
+    @property
+    def policy_version(self) -> int:
+        """Train steps taken so far, the skipped ones included."""
+        return self._policy_version
+
+    @property
+    def pad_token_id(self) -> int:
+        """Fills the ends of rows; never looked at."""
+        pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return pad if pad is not None else end if end is not None else 0
+
+    def _check_packing(self) -> None:
+        if self.config.packing == "on" and not self._scorer.packs:
+            raise ConfigError(
+                f"packing='on', but {type(self.model).__name__} lets samples in one row see each other (a state along "
+                "the row, or position ids that it does not heed); use packing='auto', which pads such models"
+            )
+
+    def sampler(self, params: SamplingParams) -> Sampler:
+        """A batched sampler over the current weights; use it before the next train step and not beside it."""
+        from backtalk.engines.torch.sampler import TorchSampler
+
+        if self._stop_token_ids is None:  # what ends a turn is the chat template's to say; tools do not matter
+            self._stop_token_ids = Renderer(self.tokenizer, (), RendererConfig(on_drift="fork")).stop_token_ids
+        return TorchSampler(
+            self.model,
+            params=params,
+            stop_token_ids=self._stop_token_ids,
+            pad_token_id=self.pad_token_id,
+            policy_version=self._policy_version,
+            device=self.device,
+        )
+
+    async def train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
+        """One optimizer step over all samples, in micro-batches that change nothing but memory.
+
+        Metrics, NaN where there was nothing to measure; the same names whatever the step holds (tools: all met so far):
+            policy_loss, world_model_loss, total_loss   as in ``objective``; the terms before their coefficients
+            world_ce, env_output_ce, warning_ce         nats a token over the step's tokens, at temperature 1 unless
+                                                        ``world.temperature`` says otherwise
+            env_output_ce_copied, env_output_ce_new     of text that stands in the turn's action too, and of the rest
+            env_output_ce/TOOL, template_ce             by tool; of the scaffold, where it is learned
+            share_ROLE, share_copied                    of all tokens; of environment output
+            entropy                                     of actions, nats a token: the mean of -log p, an estimate
+            ratio_mean, clip_fraction                   over action tokens of rows with a reward
+            reference_kl                                to the model that the run began with, nats, where kl_coeff > 0
+            sampler_logprob_gap                         largest |trainer - sampler| on an action token, nats
+            effective_obs_weight                        of one target token, relative to one action token
+            world_pull_share                            world-model share of the L1 norm of d(loss)/d(logprobs)
+            policy_grad_norm, world_grad_norm           L2 norms of the gradient at the last hidden states (the logits
+                                                        of a model that caps them), where the terms do not mix
+            grad_norm_ratio                             the second over the first
+            world_model_coeff                           of this step
+            grad_norm, learning_rate                    before clipping; as used
+            update_scale                                below 1 where a world-only step is held, see StepOptimizer
+            skipped                                     1 where the weights did not change: no token carries weight,
+                                                        or the gradient is not finite
+            sequences, rewarded_sequences, *_tokens     counts
+        """
+        config = config.at(self._policy_version)
+        metrics = await self._in_worker(lambda: self._train_step(samples, config))
+        if metrics["skipped"]:
+            log.warning(
+                "step %d changed nothing: %d rows with a reward, %d target tokens, gradient norm %s",
+                self._policy_version,
+                metrics["rewarded_sequences"],
+                metrics["target_tokens"],
+                metrics["grad_norm"],
+            )
+        lines = {line.partition("=")[0]: line for line in guard(metrics, config)}
+        for name in sorted(lines.keys() - self._warned):  # once, until it has been well again
+            log.warning("step %d: %s", self._policy_version, lines[name])
+        self._warned = set(lines)
+        return metrics
+
+    async def score(self, trajectories: Sequence[Trajectory]) -> list[list[float]]:
+        """Log-probability of every token at temperature 1, in nats; 0.0 for a trajectory's first token."""
+        return await self._in_worker(lambda: self._score(trajectories))
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint into ``folder``, which is made; ``folder/model`` loads with AutoModelForCausalLM."""
+        self._executor.submit(self._write, Path(folder)).result()
+
+    def load(self, folder: Path) -> None:
+        """Continue where ``save`` left off, to the bit on the same machine.
+
+        Raises:
+            DataError: no checkpoint, a damaged one, or one of another model or kind of training.
+        """
+        self._executor.submit(self._read, Path(folder)).result()
+
+    # All that follows runs in the worker thread.
+
+    async def _in_worker(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    def _train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
+        counts = TokenCounts.of(samples, config.world_loss_target)
+        losses, record, has_gradient = self._accumulate(samples, counts, config)
+        held = config.policy_coeff > 0 and config.world_coeff > 0 and record.policy_square == 0
+        ratio = config.world_coeff / config.policy_coeff if held else None
+        update = self._optimizer.step(ratio) if has_gradient else self._optimizer.idle_metrics()
+        self._optimizer.zero_grad()  # their memory is the sampler's until the next step
+        self._policy_version += 1
+        self._tools.update(span.tool for sample in samples for span in sample.spans if span.tool is not None)
+        tokens = token_metrics(record, counts, config, sorted(self._tools))
+        return losses | {"world_model_coeff": config.world_coeff} | tokens | update
+
+    def _accumulate(
+        self, samples: Sequence[Sample], counts: TokenCounts, config: ObjectiveConfig
+    ) -> tuple[dict[str, float], StepRecord, bool]:
+        """Gradients of the whole step; returns its losses, what it showed, and whether any token trains."""
+        losses: dict[str, float] = {"policy_loss": 0.0, "world_model_loss": 0.0, "total_loss": 0.0}
+        record, has_gradient = StepRecord(), False
+        self.model.train(self.config.gradient_checkpointing)  # which only works in that mode; dropout is 0 anyway
+        for part in self._parts(samples):
+            batch, row_sizes = self._collate(part)
+            if config.policy.kl_coeff > 0:
+                batch = replace(batch, reference_logprobs_BT=self._reference_logprobs(batch, row_sizes, config))
+            scores = self._scores(self._scorer, batch, row_sizes, config, counts).keep_gradients()
+            loss, terms = objective(scores.logprobs_BT, batch, counts, config)
+            if loss.requires_grad:
+                loss.backward()
+                self._optimizer.accumulate()
+                has_gradient = True
+            for name, value in terms.items():
+                losses[name] += float(value)
+            record.add([sample for row in part for sample in row], batch, scores.logprobs_BT)
+            if scores.states_ND is not None and scores.states_ND.grad is not None:
+                record.add_states(scores.states_ND.grad, is_action(batch.roles_BT)[scores.trained_BT])
+        self.model.eval()
+        return losses, record, has_gradient
+
+    def _parts(self, samples: Sequence[Sample]) -> list[Part]:
+        return plan(samples, self.config.max_tokens_per_microbatch, packing=self._scorer.packs)
+
+    def _collate(self, part: Part) -> tuple[Batch, list[int]]:
+        batch = collate([sample for row in part for sample in row], self.pad_token_id)
+        return batch.to(self.device), [len(row) for row in part]
+
+    def _scores(
+        self,
+        scorer: TokenScorer,
+        batch: Batch,
+        row_sizes: Sequence[int],
+        config: ObjectiveConfig,
+        counts: TokenCounts | None = None,
+    ) -> Scores:
+        """Each token at its temperature; a graph only where a term will use it, and none without ``counts``."""
+        foreseen_BT, trained_BT = None, torch.zeros_like(batch.roles_BT, dtype=torch.bool)
+        if counts is not None:
+            trained_BT = trained_tokens(batch, config)
+            if config.world_coeff > 0 and config.world.loss == "cross_entropy":  # linear: its gradient is its weight
+                dtype = torch.float64 if self._dtype == torch.float64 else torch.float32
+                foreseen_BT = -(config.world_coeff * world_weights(batch, counts, config, dtype))
+        return scorer.scores(
+            batch.token_ids_BT,
+            batch.lengths_B,
+            row_sizes,
+            trained_BT=trained_BT,
+            measured_BT=measured_tokens(batch, config) if counts is not None else is_action(batch.roles_BT),
+            temperature_BT=token_temperatures(batch, config),
+            foreseen_BT=foreseen_BT,
+        )
+
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: Batch, row_sizes: Sequence[int], config: ObjectiveConfig) -> Tensor:
+        """Of the actions, by the model that the run began with: a second copy of it, or this one without adapters."""
+        if self._peft is None and self._reference is None:
+            model = load_model(self.location, self.device, self._dtype).requires_grad_(False)
+            self._reference = TokenScorer(model, try_packing=self._scorer.packs)
+        with nullcontext() if self._peft is None else self._peft.disable_adapter():
+            return self._scores(self._reference or self._scorer, batch, row_sizes, config).logprobs_BT
+
+    @torch.no_grad()
+    def _score(self, trajectories: Sequence[Trajectory]) -> list[list[float]]:
+        branches = [to_samples(trajectory) for trajectory in trajectories]
+        samples = [replace(s, sample_index=i) for i, s in enumerate(s for row in branches for s in row)]
+        scores: list[list[float]] = [[] for _ in samples]
+        for part in self._parts(samples):
+            batch, row_sizes = self._collate(part)
+            real_BT = torch.arange(batch.token_ids_BT.shape[1], device=self.device) < batch.lengths_B[:, None]
+            found = self._scorer.scores(
+                batch.token_ids_BT,
+                batch.lengths_B,
+                row_sizes,
+                trained_BT=torch.zeros_like(real_BT),
+                measured_BT=real_BT,
+                temperature_BT=torch.ones(real_BT.shape, device=self.device),
+            )
+            part_samples = [sample for row in part for sample in row]
+            for sample, row in zip(part_samples, found.logprobs_BT.tolist(), strict=True):
+                scores[sample.sample_index] = row[: len(sample)]
+        one = iter(scores)
+        return [[x for _ in row for x in next(one)] for row in branches]
+
+    def _write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with quiet_transformers():
+            if self._peft is None:
+                self.model.save_pretrained(folder / "model")
+            else:
+                self._peft.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
+                copy.deepcopy(self._peft).merge_and_unload().save_pretrained(folder / "model")
+            self.tokenizer.save_pretrained(folder / "model")
+        state = {"policy_version": self._policy_version, "lora_rank": self.config.lora_rank, "model": self.config.model}
+        checkpoints.write_state(folder, state, self._optimizer.state_dict())
+
+    def _read(self, folder: Path) -> None:
+        state, training = checkpoints.read_state(folder)
+        if state["lora_rank"] != self.config.lora_rank:
+            raise DataError(
+                f"checkpoint {folder} has lora_rank={state['lora_rank']}, this engine "
+                f"{self.config.lora_rank}; use the value it was trained with"
+            )
+        try:
+            if self._peft is None:
+                saved = load_model(str(folder / "model"), torch.device("cpu"), self._dtype)
+                self.model.load_state_dict(saved.state_dict())
+            else:
+                load_adapter(self._peft, folder / "adapter")
+            self._optimizer.load_state_dict(training)
+        except (ConfigError, OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+            raise DataError(
+                f"checkpoint {folder} does not fit model={self.config.model!r}, dtype={self._dtype}: {error}"
+            ) from error
+        self._policy_version = state["policy_version"]

@@ -1,0 +1,123 @@
+"""Log-probabilities of the tokens that are there, from one forward pass.
+
+The vocabulary-wide part (``torch_head``) runs only where a number is needed: with a graph on trained positions,
+without one on positions that are measured. Samples are padded on the right and attention is causal, so
+padding comes after every real token and no mask is needed.
+
+B samples, T tokens, D hidden size, V vocabulary, N trained tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from backtalk.engines.torch.head import head_logprobs
+from backtalk.engines.torch.packing import Layout, packs_apart
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Log-probabilities, and what a gradient of them can be read from after the backward pass."""
+
+    logprobs_BT: Tensor  # nats, 0 where neither trained nor measured; float32 or wider
+    trained_BT: Tensor  # bool: those with a gradient
+    states_ND: Tensor | None  # last hidden state before each trained token, in order; None where there is no graph
+
+    def keep_gradients(self) -> Scores:
+        """Let ``.grad`` of both tensors hold d(loss) / d(them) after the backward pass."""
+        for tensor in (self.logprobs_BT, self.states_ND):
+            if tensor is not None and tensor.requires_grad:
+                tensor.retain_grad()
+        return self
+
+
+class TokenScorer:
+    """A causal language model of transformers as a function from tokens to their log-probabilities.
+
+    What the model's kind allows is found out once: ``has_separate_head`` and, if asked for, ``packs_apart``.
+    """
+
+    def __init__(self, model: Any, *, try_packing: bool) -> None:
+        self.model = model
+        self.head_apart = has_separate_head(model)
+        self.packs = try_packing and packs_apart(model)
+
+    def scores(
+        self,
+        token_ids_BT: Tensor,
+        lengths_B: Tensor,
+        row_sizes: Sequence[int],
+        *,
+        trained_BT: Tensor,
+        measured_BT: Tensor,
+        temperature_BT: Tensor,
+        foreseen_BT: Tensor | None = None,
+    ) -> Scores:
+        """log p(token t | tokens before t) where either mask says so; gradients flow through ``trained_BT`` alone.
+
+        The first token has nothing before it, so column 0 is always 0. ``row_sizes``: see ``Layout``.
+        ``foreseen_BT``: d(loss)/d(logprobs) where it is known already, see ``head_logprobs``.
+        """
+        inner_BT = torch.ones_like(trained_BT)
+        inner_BT[:, 0] = False
+        trained_BT, measured_BT = trained_BT & inner_BT, measured_BT & ~trained_BT & inner_BT
+        trains = torch.is_grad_enabled() and bool(trained_BT.any())
+        layout = Layout.of(token_ids_BT, lengths_B, row_sizes)
+        with torch.set_grad_enabled(trains):
+            states_RLD = self._states(layout)
+
+        def selected(mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+            b_N, t_N = mask_BT.nonzero(as_tuple=True)
+            states_ND = states_RLD[layout.rows_B[b_N], layout.starts_B[b_N] + t_N - 1]
+            foreseen_N = None if foreseen_BT is None else foreseen_BT[mask_BT]
+            logprobs_N = self._head(states_ND, token_ids_BT[mask_BT], temperature_BT[mask_BT], foreseen_N)
+            zeros_BT = torch.zeros(mask_BT.shape, dtype=logprobs_N.dtype, device=logprobs_N.device)
+            return states_ND, zeros_BT.index_put((b_N, t_N), logprobs_N)
+
+        with torch.set_grad_enabled(trains):
+            states_ND, logprobs_BT = selected(trained_BT)
+        if bool(measured_BT.any()):
+            with torch.no_grad():
+                _, measured = selected(measured_BT)
+            logprobs_BT = logprobs_BT + measured
+        return Scores(logprobs_BT, trained_BT, states_ND if trains else None)
+
+    def _states(self, layout: Layout) -> Tensor:
+        """Last hidden states, or the logits of a model whose head is its own business."""
+        if self.head_apart:
+            return self.model.get_decoder()(**layout.model_input()).last_hidden_state
+        return self.model(**layout.model_input()).logits
+
+    def _head(self, states_ND: Tensor, token_ids_N: Tensor, temperature_N: Tensor, foreseen_N: Tensor | None) -> Tensor:
+        if self.head_apart:
+            head = self.model.get_output_embeddings()
+            return head_logprobs(states_ND, head.weight, head.bias, token_ids_N, temperature_N, foreseen_N)
+        logits_NV = states_ND if states_ND.dtype == torch.float64 else states_ND.float()
+        logits_NV = logits_NV / temperature_N[:, None].to(logits_NV.dtype)
+        return -functional.cross_entropy(logits_NV, token_ids_N, reduction="none")
+
+
+@torch.no_grad()
+def has_separate_head(model: Any) -> bool:
+    """Whether the logits are just a linear map of the decoder's last hidden state.
+
+    Some models scale or cap them after that. Tried on a few tokens: if the two ways differ by a bit, every
+    log-probability goes through the model's own forward pass, which is right and takes more memory.
+    """
+    head = model.get_output_embeddings()
+    text_config = model.config.get_text_config()
+    if not isinstance(head, torch.nn.Linear) or getattr(text_config, "final_logit_softcapping", None):
+        return False
+    token_ids_BT = torch.arange(8, device=head.weight.device)[None] % head.weight.shape[0]
+    try:
+        states = model.get_decoder()(input_ids=token_ids_BT, use_cache=False).last_hidden_state
+        logits = model(input_ids=token_ids_BT, use_cache=False).logits
+        return torch.equal(functional.linear(states, head.weight, head.bias), logits)
+    except (AttributeError, TypeError, RuntimeError):
+        return False

@@ -1,0 +1,324 @@
+"""A batched sampler over any causal language model of transformers, which keeps the KV cache across turns.
+
+Rollouts wait for each other: when every open session has asked for its next action, one *wave* samples
+them all in a worker thread, and the asyncio loop stays free. Which rows share a wave then depends on the
+rollouts alone, not on the clock, so a run can be repeated; with ``max_wait_s`` a wave may start without the
+stragglers, which is faster where they are slow and no longer the same batch each time. Random numbers
+belong to (seed, session key, call) and never to the batch, so another batch changes results by rounding only.
+
+Legend: N rows of the wave, M of them still decoding, L most tokens any of them may sample, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from backtalk.engines.torch.kv import History, KVStats, Rows, open_rows
+from backtalk.errors import ConfigError, SamplerError
+from backtalk.rollout.sampler import Completion, SamplingParams
+
+SHRINK_BELOW = 0.7  # share of decoding rows that are still alive below which the finished ones are dropped
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class SamplerStats:
+    """Running counts of one sampler."""
+
+    kv: KVStats
+    waves: int = 0
+    calls: int = 0
+    action_tokens: int = 0
+    decode_steps: int = 0  # forward passes of one token a row
+    decode_rows: int = 0  # rows in those passes, finished ones included
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """One row of a wave."""
+
+    session: _Session
+    call: int  # in its session, from 0
+    token_ids: tuple[int, ...]
+    limit: int
+    answer: asyncio.Future[Completion] = field(compare=False)
+
+
+class TorchSampler:
+    """A policy at one version, sampled in waves.
+
+    ``persistent_cache=False`` runs whole histories again in every wave; so do models with sliding-window,
+    hybrid or linear attention, whatever was asked for. The weights must not change while the sampler is in
+    use: make a new one for each policy version.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        params: SamplingParams,
+        stop_token_ids: Collection[int],
+        pad_token_id: int,
+        policy_version: int = 0,
+        device: torch.device | str | None = None,
+        persistent_cache: bool = True,
+        max_wait_s: float | None = None,
+    ) -> None:
+        device = torch.device(device) if device is not None else next(model.parameters()).device
+        rows, reason = open_rows(model, pad_token_id, device, persistent_cache)
+        if reason is not None:
+            log.warning("%s runs whole histories again on every turn: %s", type(model).__name__, reason)
+        self.policy_version = policy_version
+        self.params = params
+        self._max_wait_s = max_wait_s
+        self._worker = _Worker(model, params, frozenset(stop_token_ids), device, rows)
+        threads = torch.get_num_threads()  # a new thread would start with the default number of its own
+        self._executor = ThreadPoolExecutor(1, "backtalk-sampler", torch.set_num_threads, (threads,))
+        self._open: dict[str, _Session] = {}
+        self._waiting: dict[str, _Request] = {}
+        self._wave: list[_Request] = []
+        self._check_due = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    @property
+    def stats(self) -> SamplerStats:
+        return self._worker.stats
+
+    def session(self, key: str) -> _Session:
+        """A rollout's place: ``async with sampler.session(key) as session``. Open from entering to leaving."""
+        return _Session(self, key)
+
+    # All that follows runs in the event loop's thread.
+
+    def _enter(self, session: _Session) -> None:
+        if session.key in self._open:
+            raise ConfigError(
+                f"session {session.key!r} is already open, and its twin would draw the same random numbers; "
+                "give every rollout a key of its own"
+            )
+        self._open[session.key] = session
+
+    def _leave(self, session: _Session) -> None:
+        del self._open[session.key]
+        self._check_soon()
+
+    async def _ask(self, session: _Session, call: int, token_ids: tuple[int, ...], limit: int) -> Completion:
+        request = _Request(session, call, token_ids, limit, asyncio.get_running_loop().create_future())
+        self._waiting[session.key] = request
+        self._check_soon()
+        try:
+            return await request.answer
+        finally:
+            if self._waiting.get(session.key) is request:  # cancelled before its wave
+                del self._waiting[session.key]
+                self._check_soon()
+
+    def _check_soon(self) -> None:
+        """Look again once every task that can run now has run: siblings that are about to open or ask count."""
+        if not self._check_due:
+            self._check_due = True
+            asyncio.get_running_loop().call_soon(self._check)
+
+    def _check(self) -> None:
+        self._check_due = False
+        if self._wave:
+            return
+        if not self._open:
+            self._worker.rows.clear()
+        if not self._waiting:
+            self._stop_timer()
+        elif len(self._waiting) == len(self._open):
+            self._start_wave()
+        elif self._max_wait_s is not None and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._max_wait_s, self._start_wave)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _start_wave(self) -> None:
+        self._stop_timer()
+        if not self._waiting:  # the last one was cancelled just before the timer fired
+            return
+        self._wave = [self._waiting.pop(key) for key in sorted(self._waiting)]
+        others = [self._open[key] for key in sorted(self._open.keys() - {r.session.key for r in self._wave})]
+        loop = asyncio.get_running_loop()
+        loop.run_in_executor(self._executor, self._worker.run, self._wave, others).add_done_callback(self._finish)
+
+    def _finish(self, done: asyncio.Future[list[Completion]]) -> None:
+        wave, self._wave = self._wave, []
+        self._check_soon()
+        error = asyncio.CancelledError() if done.cancelled() else done.exception()
+        for i, request in enumerate(wave):
+            if request.answer.done():  # its rollout was cancelled meanwhile
+                continue
+            if error is None:
+                request.answer.set_result(done.result()[i])
+            else:
+                failure = SamplerError(f"sampling {len(wave)} rows failed: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                request.answer.set_exception(failure)
+
+
+class _Session:
+    """See ``SamplerSession``. Its identity is what the cache knows its row by."""
+
+    def __init__(self, sampler: TorchSampler, key: str) -> None:
+        self.key = key
+        self._sampler = sampler
+        self._calls = 0
+        self._is_open = self._asks = False
+
+    async def __aenter__(self) -> _Session:
+        self._sampler._enter(self)
+        self._is_open = True
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_open = False
+        self._sampler._leave(self)
+
+    async def sample(self, token_ids: Sequence[int], max_tokens: int | None = None) -> Completion:
+        """Wait for the next wave and return this row's action. ``SamplerError`` if the wave failed."""
+        if not self._is_open or self._asks:
+            state = "already waits for an answer" if self._asks else "is not open"
+            raise ConfigError(
+                f"session {self.key!r} {state}; use `async with sampler.session(key)` and await one sample at a time"
+            )
+        if not token_ids or (max_tokens is not None and max_tokens < 1):
+            raise ConfigError(
+                f"cannot continue {len(token_ids)} tokens by at most {max_tokens}; "
+                "give at least one token and room for one more"
+            )
+        call, self._calls, self._asks = self._calls, self._calls + 1, True
+        limit = min(self._sampler.params.max_tokens, max_tokens or self._sampler.params.max_tokens)
+        try:
+            return await self._sampler._ask(self, call, tuple(token_ids), limit)
+        finally:
+            self._asks = False
+
+
+class _Worker:
+    """What runs in the worker thread: one wave at a time."""
+
+    def __init__(
+        self, model: nn.Module, params: SamplingParams, stop_ids: frozenset[int], device: torch.device, rows: Rows
+    ) -> None:
+        self.rows = rows
+        self.stats = SamplerStats(kv=rows.stats)
+        self._model, self._params, self._stop_ids, self._device = model, params, stop_ids, device
+
+    def run(self, wave: Sequence[_Request], others: Sequence[_Session]) -> list[Completion]:
+        """Sample every row; ``others`` are open sessions outside the wave, whose rows are kept."""
+        was_training = self._model.training
+        self._model.eval()
+        try:
+            with torch.inference_mode():
+                ids, logprobs = self._decode(wave, others)
+            self.rows.end(
+                # The last token was sampled and not yet run, so the cache does not hold it.
+                [History(r.session, r.token_ids + tuple(new[:-1])) for r, new in zip(wave, ids, strict=True)]
+            )
+        except BaseException:
+            self.rows.clear()  # its state is unknown now
+            raise
+        finally:
+            self._model.train(was_training)
+        self.stats.waves += 1
+        self.stats.calls += len(wave)
+        self.stats.action_tokens += sum(map(len, ids))
+        return [
+            Completion(tuple(new), tuple(lps), new[-1] in self._stop_ids)
+            for new, lps in zip(ids, logprobs, strict=True)
+        ]
+
+    def _decode(
+        self, wave: Sequence[_Request], others: Sequence[_Session]
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """Ids and log-probabilities of each request, in the order of ``wave``."""
+        order, logits_MV = self.rows.begin([History(r.session, r.token_ids) for r in wave], others)
+        width = max(request.limit for request in wave)
+        uniforms_NL = self._uniforms(wave, width)
+        limits_N = torch.tensor([request.limit for request in wave], device=self._device)
+        stop_ids = torch.tensor(sorted(self._stop_ids), dtype=torch.long, device=self._device)
+        active_M = torch.tensor(order, device=self._device)  # the request in each row
+        alive_M = torch.ones_like(active_M, dtype=torch.bool)
+        lengths_N = torch.zeros_like(limits_N)
+        steps: list[tuple[Tensor, Tensor, Tensor]] = []
+        for t in range(width):
+            ids_M, logprobs_M = choose(logits_MV, uniforms_NL[active_M, t], self._params.temperature)
+            steps.append((active_M, ids_M, logprobs_M))
+            lengths_N[active_M] += alive_M
+            alive_M = alive_M & (t + 1 < limits_N[active_M]) & (ids_M[:, None] != stop_ids).all(1)
+            living = int(alive_M.sum())
+            if living == 0:
+                break
+            if living < SHRINK_BELOW * len(alive_M):
+                kept = torch.tensor(self.rows.keep(alive_M.tolist()), device=self._device)
+                active_M, alive_M, ids_M = active_M[kept], alive_M[kept], ids_M[kept]
+            logits_MV = self.rows.step(ids_M)
+            self.stats.decode_steps += 1
+            self.stats.decode_rows += len(ids_M)
+        return _gather(steps, lengths_N)
+
+    def _uniforms(self, wave: Sequence[_Request], width: int) -> Tensor:
+        rows = [uniforms(self._params.seed, request.session.key, request.call, width) for request in wave]
+        return torch.from_numpy(np.stack(rows)).to(self._device, _cdf_dtype(self._device))
+
+
+def _gather(
+    steps: Sequence[tuple[Tensor, Tensor, Tensor]], lengths_N: Tensor
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Columns of a shrinking batch -> rows of uneven length."""
+    ids_NL = lengths_N.new_zeros((len(lengths_N), len(steps)))
+    logprobs_NL = torch.zeros_like(ids_NL, dtype=torch.float32)
+    for t, (active_M, ids_M, logprobs_M) in enumerate(steps):
+        ids_NL[active_M, t] = ids_M
+        logprobs_NL[active_M, t] = logprobs_M
+    lengths = lengths_N.tolist()
+    is_token_NL = torch.arange(len(steps), device=lengths_N.device) < lengths_N[:, None]
+    if not bool(logprobs_NL[is_token_NL].isfinite().all()):
+        raise FloatingPointError("the model's logits are not finite (NaN or infinite weights?)")
+    ids = [row[:length] for row, length in zip(ids_NL.tolist(), lengths, strict=True)]
+    return ids, [row[:length] for row, length in zip(logprobs_NL.tolist(), lengths, strict=True)]
+
+
+def uniforms(seed: int, key: str, call: int, count: int) -> np.ndarray:
+    """The random numbers in [0, 1) of one call: a function of these three and of nothing else. float64 [count]."""
+    digest = hashlib.sha256(f"{seed}/{call}/{key}".encode()).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(count)
+
+
+def choose(logits_MV: Tensor, uniforms_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Ids by inverse CDF and their natural log-probabilities at this temperature, [M] each.
+
+    Temperature 0 takes the largest logit; its log-probability is the one at temperature 1, as at
+    temperature 0 every log-probability would be 0.
+    """
+    logprobs_MV = torch.log_softmax(logits_MV.float() / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        ids_M = logprobs_MV.argmax(-1)
+    else:
+        # In float64, so that rare tokens of a large vocabulary keep their share.
+        cdf_MV = logprobs_MV.exp().cumsum(-1, dtype=_cdf_dtype(logits_MV.device))
+        threshold_M1 = (uniforms_M * cdf_MV[:, -1])[:, None]
+        ids_M = torch.searchsorted(cdf_MV, threshold_M1, right=True)[:, 0].clamp(max=logits_MV.shape[-1] - 1)
+    return ids_M, logprobs_MV.gather(-1, ids_M[:, None])[:, 0]
+
+
+def _cdf_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64

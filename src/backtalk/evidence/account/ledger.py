@@ -1,0 +1,126 @@
+"""Tokens by who made them, with their nats: counted over whole episodes, turns and tools.
+
+Only tokens that have one before them count, as nothing can be learned of a sequence's first: that is how RFC 010's
+demo counts too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from operator import add
+from typing import Literal, TypeVar, get_args
+
+from backtalk.exchange.write import agent_segments
+from backtalk.trajectory import TokenRole, Trajectory
+
+Kind = Literal["context", "template", "action", "env_output", "warning"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_KIND_OF: Mapping[TokenRole, Kind] = {
+    TokenRole.CONTEXT: "context",
+    TokenRole.TEMPLATE: "template",
+    TokenRole.ACTION: "action",
+    TokenRole.ENV_OUTPUT: "env_output",
+    TokenRole.WARNING: "warning",
+}
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Tokens ``start`` to ``end`` (exclusive) of a trajectory, of one kind.
+
+    Kind "action" is all that the agent wrote; ``sampled`` says whether its logprobs are known. ``tool`` of an action
+    is the one that answered it.
+    """
+
+    start: int
+    end: int
+    kind: Kind
+    sampled: bool
+    turn: int | None
+    tool: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """How many tokens of each kind, and with a model their summed negative log-likelihood in nats."""
+
+    tokens: Mapping[Kind, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    unsampled: int = 0  # of the action tokens: those whose logprobs nobody knows
+    nats: Mapping[Kind, float] | None = None
+
+    def __add__(self, other: Tally) -> Tally:
+        mine, theirs = self.nats, other.nats
+        return Tally(
+            tokens={kind: self.tokens[kind] + other.tokens[kind] for kind in KINDS},
+            unsampled=self.unsampled + other.unsampled,
+            nats=None if mine is None or theirs is None else {kind: mine[kind] + theirs[kind] for kind in KINDS},
+        )
+
+    @property
+    def learnable(self) -> int:
+        """Tokens that ECHO learns from: actions and what the world said."""
+        return self.tokens["action"] + self.tokens["env_output"]
+
+    @property
+    def discarded_share(self) -> float | None:
+        """The share of the learnable tokens that ordinary RL masks out; None where there are none."""
+        return self.tokens["env_output"] / self.learnable if self.learnable else None
+
+    def cross_entropy(self, kind: Kind) -> float | None:
+        """Nats a token; None without a model or without such tokens."""
+        return None if self.nats is None or not self.tokens[kind] else self.nats[kind] / self.tokens[kind]
+
+
+def stretches(trajectory: Trajectory) -> list[Stretch]:
+    """A trajectory's tokens that have one before them in their branch, in order."""
+    written = agent_segments(trajectory.segments)
+    answered: dict[int | None, str | None] = {}
+    for segment in trajectory.segments:
+        if segment.tool is not None:
+            answered.setdefault(segment.turn, segment.tool)
+    found: list[Stretch] = []
+    branch = -1
+    for position, (start, end, segment) in enumerate(trajectory.spans()):
+        if segment.branch != branch and end > start:
+            branch, start = segment.branch, start + 1
+        if end == start:
+            continue
+        kind = "action" if position in written else _KIND_OF[segment.role]
+        tool = answered.get(segment.turn) if position in written else segment.tool
+        found.append(Stretch(start, end, kind, segment.role is TokenRole.ACTION, segment.turn, tool))
+    return found
+
+
+def tally(parts: Iterable[Stretch], logprobs: Sequence[float] | None = None) -> Tally:
+    """``logprobs`` are a model's, one for each token of the trajectory, in nats."""
+    tokens: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+    nats: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
+    unsampled = 0
+    for part in parts:
+        tokens[part.kind] += part.end - part.start
+        unsampled += (part.end - part.start) * (part.kind == "action" and not part.sampled)
+        nats[part.kind] -= 0.0 if logprobs is None else sum(logprobs[part.start : part.end])
+    return Tally(tokens=tokens, unsampled=unsampled, nats=None if logprobs is None else nats)
+
+
+def tallies(
+    parts: Iterable[Stretch], key: Callable[[Stretch], Key], logprobs: Sequence[float] | None = None
+) -> dict[Key, Tally]:
+    """A tally for each value of ``key``, in order of first appearance."""
+    groups: dict[Key, list[Stretch]] = {}
+    for part in parts:
+        groups.setdefault(key(part), []).append(part)
+    return {name: tally(group, logprobs) for name, group in groups.items()}
+
+
+def merged(many: Iterable[Mapping[Key, Tally]]) -> dict[Key, Tally]:
+    """The tallies of several episodes, added where their keys agree."""
+    groups: dict[Key, list[Tally]] = {}
+    for one in many:
+        for name, found in one.items():
+            groups.setdefault(name, []).append(found)
+    return {name: reduce(add, found) for name, found in groups.items()}

@@ -1,0 +1,110 @@
+"""The account of one episode as plain data: its tokens, turns, tools and losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import add
+from typing import Any
+
+from backtalk.evidence.account.ledger import Kind, Stretch, Tally, merged, stretches, tallies, tally
+from backtalk.evidence.account.losses import Loss, three_losses
+from backtalk.trajectory import Trajectory
+
+Place = tuple[int, str]  # turn and tool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """What one episode is made of. With a model's log-probabilities also nats and losses.
+
+    ``turns`` are keyed by turn and tool, and ``tools`` by tool; the prompt is in neither. ``gap`` is the mean absolute
+    difference between the recorded logprobs and the model's, in nats, None where either is missing.
+    """
+
+    name: str
+    reward: float | None
+    num_turns: int
+    whole: Tally
+    turns: dict[Place, Tally]
+    tools: dict[str, Tally]
+    advantage: float | None = None
+    losses: tuple[Loss, ...] = ()
+    gap: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "name": self.name,
+            "reward": self.reward,
+            "num_turns": self.num_turns,
+            **_plain(self.whole),
+            "turns": [{"turn": turn, "tool": tool, **_plain(found)} for (turn, tool), found in self.turns.items()],
+            "tools": {tool: _plain(found) for tool, found in self.tools.items()},
+            "advantage": self.advantage,
+            "losses": {loss.name: asdict(loss) for loss in self.losses},
+            "logprob_gap": self.gap,
+        }
+
+
+def account_of(
+    trajectory: Trajectory,
+    logprobs: Sequence[float] | None = None,
+    *,
+    advantage: float | None = None,
+    world_model_coeff: float = 0.05,
+) -> Account:
+    """``logprobs`` are a model's at temperature 1, one for each token, in nats; without them there are no losses."""
+    parts = stretches(trajectory)
+    played = [part for part in parts if part.turn is not None]
+    losses: list[Loss] = []
+    if logprobs is not None:
+        losses = three_losses([trajectory], [logprobs], [advantage], world_model_coeff=world_model_coeff)
+    return Account(
+        name=f"{trajectory.task_id}#{trajectory.sample_index}",
+        reward=trajectory.reward,
+        num_turns=len({part.turn for part in played}),
+        whole=tally(parts, logprobs),
+        turns=tallies(played, _place, logprobs),
+        tools=tallies(played, lambda part: part.tool or "-", logprobs),
+        advantage=advantage,
+        losses=tuple(losses),
+        gap=None if logprobs is None else _gap(trajectory, parts, logprobs),
+    )
+
+
+def total_of(accounts: Sequence[Account], losses: Sequence[Loss] = ()) -> Account:
+    """All episodes as one. Losses are not sums: ``three_losses`` over all of them gives those of the whole step."""
+    return Account(
+        name="all",
+        reward=None,
+        num_turns=sum(one.num_turns for one in accounts),
+        whole=reduce(add, (one.whole for one in accounts)),
+        turns=merged(one.turns for one in accounts),
+        tools=merged(one.tools for one in accounts),
+        losses=tuple(losses),
+    )
+
+
+def _place(part: Stretch) -> Place:
+    return (-1 if part.turn is None else part.turn, part.tool or "-")
+
+
+def _gap(trajectory: Trajectory, parts: Sequence[Stretch], logprobs: Sequence[float]) -> float | None:
+    recorded = trajectory.logprobs
+    sampled = [t for part in parts if part.sampled for t in range(part.start, part.end)]
+    return sum(abs(recorded[t] - logprobs[t]) for t in sampled) / len(sampled) if sampled else None
+
+
+def _plain(found: Tally) -> dict[str, Any]:
+    kinds: tuple[Kind, ...] = ("action", "env_output", "warning")
+    nats = {kind: found.cross_entropy(kind) for kind in kinds}
+    return {
+        "tokens": dict(found.tokens),
+        "unsampled_action_tokens": found.unsampled,
+        "learnable": found.learnable,
+        "discarded_by_rl": found.tokens["env_output"],
+        "discarded_share": found.discarded_share,
+        "cross_entropy": None if found.nats is None else nats,
+    }

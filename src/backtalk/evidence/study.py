@@ -1,0 +1,256 @@
+"""A study: arms times seeds, each one training run of its own process, compared with intervals.
+
+Every run is the command line's own ``train``, so what a study measures is what a user gets. Runs that are
+finished are not run again: a study that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backtalk.errors import BacktalkError, ConfigError
+from backtalk.evidence.compare import Comparison, compare
+from backtalk.files import write_bytes
+from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict, setting_schemas
+from backtalk.run.log import RunLog
+from backtalk.settings import flatten, parse_overrides, read_settings, read_yaml
+
+POLL_S = 0.5
+STOP_WAIT_S = 30.0  # for runs to end by themselves when the study is stopped
+LOG_TAIL_CHARS = 3000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """``arms`` are settings by dotted key, laid over ``settings``, laid over the run that ``base`` names."""
+
+    name: str
+    base: str
+    arms: Mapping[str, Mapping[str, Any]]
+    seeds: tuple[int, ...] = (0,)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None  # where ``base`` may lie
+
+    def __post_init__(self) -> None:
+        if not self.arms or not self.seeds:
+            raise ConfigError(f"study {self.name!r} has {len(self.arms)} arms and {len(self.seeds)} seeds; give both")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError(f"study {self.name!r} has a seed twice in {list(self.seeds)}; a seed is one run an arm")
+
+    def config(self, arm: str, seed: int) -> TrainConfig:
+        """The settings of one run."""
+        overrides = {**self.settings, **self.arms[arm], "seed": seed}
+        return config_from_dict(read_settings(self.base, self.folder), overrides)
+
+
+@dataclass(frozen=True, slots=True)
+class StudyStarted:
+    folder: Path
+    runs: tuple[str, ...]
+    finished: tuple[str, ...]  # from an earlier start, not run again
+    parallel: int
+
+
+@dataclass(frozen=True, slots=True)
+class StudyProgress:
+    """A run has finished a step, or an evaluation; ``metrics`` are its latest."""
+
+    run: str
+    step: int  # steps done
+    steps: int
+    metrics: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StudyRunDone:
+    run: str
+    exit_code: int
+
+
+@dataclass(frozen=True, slots=True)
+class StudyDone:
+    folder: Path
+    comparison: Comparison
+
+
+StudyEvent = StudyStarted | StudyProgress | StudyRunDone | StudyDone
+OnStudyEvent = Callable[[StudyEvent], None]
+
+
+def load_study(source: str | Path, *, seeds: Sequence[int] | None = None, overrides: Sequence[str] = ()) -> Study:
+    """A study from a preset's name or a YAML file; ``overrides`` are settings of every arm.
+
+    Raises:
+        ConfigError: no such file, unknown keys, or settings that no run could have.
+    """
+    tree, folder = read_yaml(source)
+    if "arms" not in tree and tree.keys() & {key.partition(".")[0] for key in setting_schemas()}:
+        raise ConfigError(f"{source} is a run, not a study; start it with: backtalk train {source}")
+    known = {"name", "base", "seeds", "settings", "arms"}
+    if unknown := sorted(tree.keys() - known):
+        raise ConfigError(f"unknown keys {unknown} in study {source}; a study has {', '.join(sorted(known))}")
+    arms = tree.get("arms")
+    if not isinstance(arms, dict) or not all(isinstance(arm, dict | None) for arm in arms.values()):
+        raise ConfigError(
+            f"study {source} needs arms, each with its settings, for example "
+            "'arms: {grpo: {objective.world_model_coeff: 0}, echo: {objective.world_model_coeff: 0.05}}'"
+        )
+    study = Study(
+        name=str(tree.get("name", Path(str(source)).stem)),
+        base=str(tree.get("base", "triage")),
+        arms={str(name): flatten(arm or {}) for name, arm in arms.items()},
+        seeds=tuple(tree.get("seeds", (0,)) if seeds is None else seeds),
+        settings=flatten(tree.get("settings") or {}) | parse_overrides(overrides),
+        folder=folder,
+    )
+    for arm in study.arms:
+        study.config(arm, study.seeds[0])  # a mistake is better found now than in an hour
+    return study
+
+
+async def run_study(
+    study: Study, folder: str | Path, *, parallel: int | None = None, on_event: OnStudyEvent | None = None
+) -> Comparison:
+    """Train every arm with every seed, ``parallel`` runs at once (by default one a core), and compare them.
+
+    Raises:
+        BacktalkError: a run failed; the others are finished first, and a new start repeats only what failed.
+    """
+    folder, tell = Path(folder), on_event or (lambda event: None)
+    jobs = [_Job(f"{arm}_seed{seed}", study.config(arm, seed), folder) for seed in study.seeds for arm in study.arms]
+    for job in jobs:
+        job.check_same()
+    cores = len(os.sched_getaffinity(0))
+    parallel = max(1, min(parallel or cores, len(jobs)))
+    tell(StudyStarted(folder, tuple(j.name for j in jobs), tuple(j.name for j in jobs if j.is_finished()), parallel))
+    places = asyncio.Semaphore(parallel)
+
+    async def run(job: _Job) -> None:
+        async with places:
+            if not job.is_finished():
+                await job.run(single_thread=parallel > 1, tell=tell)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for job in jobs:
+                group.create_task(run(job))
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    failed = [job for job in jobs if not job.is_finished()]
+    if failed:
+        raise BacktalkError(
+            f"{', '.join(job.name for job in failed)} did not finish; the end of {failed[0].log_path} is:\n"
+            f"{failed[0].log_tail()}\nStart the study again to repeat only what is missing"
+        )
+    comparison = collect(study, folder)
+    write_bytes(folder / "study.json", (json.dumps(comparison.to_dict(), indent=1) + "\n").encode())
+    tell(StudyDone(folder, comparison))
+    return comparison
+
+
+def collect(study: Study, folder: str | Path) -> Comparison:
+    """Compare the runs of a study that is finished."""
+    runs = {}
+    for arm in study.arms:
+        for seed in study.seeds:
+            log = RunLog(Path(folder) / f"{arm}_seed{seed}")
+            steps = study.config(arm, seed).steps
+            runs[arm, seed] = (log.read_evaluation(0), log.read_evaluation(steps))
+    return compare(study.name, tuple(study.arms), study.seeds, runs)
+
+
+class _Job:
+    """One run of a study: its folder, and its process."""
+
+    def __init__(self, name: str, config: TrainConfig, study_folder: Path) -> None:
+        if config.evaluation.tasks == 0:
+            raise ConfigError(
+                f"run {name} measures nothing (evaluation.tasks=0), so it cannot be compared; set it above 0"
+            )
+        self.name, self.config = name, config
+        self.log = RunLog(study_folder / name)
+        self.config_path = study_folder / "configs" / f"{name}.yaml"
+        self.log_path = study_folder / "logs" / f"{name}.txt"
+
+    def is_finished(self) -> bool:
+        return self.log.evaluation_path(self.config.steps).exists()
+
+    def check_same(self) -> None:
+        """A folder that holds another run would be taken for a finished one."""
+        if self.log.config_path.exists() and self.log.read_config() != config_to_dict(self.config):
+            raise ConfigError(
+                f"{self.log.folder} holds a run with other settings; choose a new folder for this study with --out"
+            )
+
+    def log_tail(self) -> str:
+        text = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+        return text[-LOG_TAIL_CHARS:].strip() or "(it wrote nothing)"
+
+    async def run(self, *, single_thread: bool, tell: OnStudyEvent) -> None:
+        import yaml
+
+        write_bytes(self.config_path, yaml.safe_dump(config_to_dict(self.config), sort_keys=False).encode())
+        command = [sys.executable, "-m", "backtalk.cli", "train", str(self.config_path), "--out", str(self.log.folder)]
+        command += ["--resume"] if self.log.config_path.exists() else []
+        async with _process(command, self.log_path, single_thread) as process:
+            waiting = asyncio.ensure_future(process.wait())
+            seen = self._done()
+            while not waiting.done():
+                await asyncio.wait([waiting], timeout=POLL_S)
+                now = self._done()
+                if now != seen:
+                    seen = now
+                    tell(StudyProgress(self.name, now[0], self.config.steps, now[1]))
+        tell(StudyRunDone(self.name, process.returncode or 0))
+
+    def _done(self) -> tuple[int, dict[str, Any]]:
+        rows = self.log.read_metrics()
+        return (rows[-1]["step"] + 1, rows[-1]) if rows else (0, {})
+
+
+@asynccontextmanager
+async def _process(command: Sequence[str], log_path: Path, single_thread: bool) -> AsyncIterator[Any]:
+    """A child that ends when we do: asked first, killed after a while, and by the kernel if we die."""
+    environment = dict(os.environ)
+    if single_thread:  # runs side by side would fight over the cores, and a waiting thread must not spin
+        environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with open(log_path, "ab") as log:
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=log,
+            stderr=asyncio.subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # Ctrl-C is ours to pass on, once
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGINT)
+            try:
+                await asyncio.wait_for(process.wait(), STOP_WAIT_S)
+            except (TimeoutError, asyncio.CancelledError):
+                process.kill()
+                raise
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
+
+
+def _die_with_parent() -> None:
+    assert _LIBC is not None
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,0 +1,1 @@
+"""Read trajectories of other libraries, and write ours for them."""

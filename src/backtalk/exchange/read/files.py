@@ -1,0 +1,308 @@
+"""Files of other libraries' records to trajectories: each record by itself, so that a broken one costs only itself."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from backtalk.errors import BacktalkError, ConfigError, DataError
+from backtalk.exchange.read.atif import trajectory_from_atif
+from backtalk.exchange.read.chat import openai_messages, trajectory_from_chat
+from backtalk.exchange.read.observations import Observations
+from backtalk.exchange.read.openenv import trajectory_from_openenv
+from backtalk.exchange.read.plain import first_of, mapping, plain, reward_of
+from backtalk.exchange.read.trl import rows_of, trajectory_from_trl
+from backtalk.exchange.read.turns import About, OnDrift, trajectory_from_turns, turns_of
+from backtalk.exchange.read.verifiers import trajectory_from_trace
+from backtalk.exchange.read.wrappers import NO_WRAPPERS, TERMINUS, Wrappers
+from backtalk.exchange.rfc010 import from_rfc010
+from backtalk.files import readable
+from backtalk.language.renderer import Renderer
+from backtalk.messages import ToolSpec
+from backtalk.trajectory import Segment, StopReason, TokenRole, Trajectory
+
+Format = Literal["chat", "atif", "turns", "trl", "verifiers", "openenv", "rfc010"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+RendererOf = Callable[[Sequence[ToolSpec]], Renderer]  # the same tokenizer with the tools that a record lists
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportOptions:
+    """How records are read. ``wrappers`` None takes those of the harness that wrote the record, where it is known.
+
+    ``max_tokens`` cuts a trajectory after the last whole turn that fits.
+    """
+
+    on_drift: OnDrift = "stop"
+    observation_role: TokenRole | None = None
+    user_role: TokenRole = TokenRole.CONTEXT
+    wrappers: Wrappers | None = None
+    keep_reasoning: bool = False
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A record that was not imported."""
+
+    where: str  # file and line
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """What came of some files, trajectories of one task together, in the order in which tasks first came up."""
+
+    trajectories: tuple[Trajectory, ...]
+    refusals: tuple[Refusal, ...]
+
+    def tokens(self) -> dict[TokenRole, int]:
+        return {role: sum(trajectory.count(role) for trajectory in self.trajectories) for role in TokenRole}
+
+    def total(self, stat: str) -> int:
+        return int(sum(trajectory.stats.get(stat, 0) for trajectory in self.trajectories))
+
+
+def import_files(
+    paths: Sequence[Path],
+    source: Format,
+    renderer_of: RendererOf | None = None,
+    options: ImportOptions = ImportOptions(),
+    longest: int | None = None,
+) -> Imported:
+    """Import .json, .jsonl (each also as .gz) and .parquet files, one record a line or row.
+
+    ``longest`` is the most tokens that a sequence may have, the model's context; longer ones are refused.
+
+    Raises:
+        ConfigError: an unknown format.
+        DataError: a file cannot be read at all.
+    """
+    if source not in FORMATS:
+        raise ConfigError(f"format {source!r} is unknown; use {', '.join(FORMATS)}")
+    found: dict[str, list[Trajectory]] = {}
+    refusals: list[Refusal] = []
+    for path in paths:
+        for where, record in read_records(path):
+            try:
+                if isinstance(record, DataError):
+                    raise record
+                for one in rows_of(record) if source == "trl" else [record]:
+                    trajectory = _fitting(
+                        import_record(one, source, renderer_of, options, name=where), options, longest
+                    )
+                    attempts = found.setdefault(trajectory.task_id, [])
+                    attempts.append(replace(trajectory, sample_index=len(attempts)))
+            except (BacktalkError, ValueError) as error:  # ValueError: what a Trajectory says of itself
+                refusals.append(Refusal(where, str(error)))
+            except (TypeError, KeyError, IndexError, AttributeError) as error:  # foreign data, of some other shape
+                reason = f"this is not what a {source} record looks like ({type(error).__name__}: {error})"
+                refusals.append(Refusal(where, reason))
+    return Imported(tuple(trajectory for attempts in found.values() for trajectory in attempts), tuple(refusals))
+
+
+def import_record(
+    record: Any,
+    source: Format,
+    renderer_of: RendererOf | None = None,
+    options: ImportOptions = ImportOptions(),
+    *,
+    name: str = "imported",
+) -> Trajectory:
+    """One record of a format. ``name`` is the task id of a record that has none.
+
+    Raises:
+        DataError: the record is not of that format, or is damaged; the message says where.
+        RenderError: the chat template cannot write it.
+    """
+    outer = plain(record)
+    if source == "rfc010":
+        return from_rfc010(mapping(outer, "a record of RFC 010"), task_id=name)
+    inner = outer
+    if source == "atif" and isinstance(outer, Mapping) and "trajectory" in outer:
+        inner = mapping(outer["trajectory"], "the trajectory")
+    about = about_of(outer, inner, name)
+    observations = Observations(
+        renderer=None if renderer_of is None else renderer_of(_tools(outer, inner)),
+        role=options.observation_role,
+        user_role=options.user_role,
+        wrappers=_wrappers(inner) if options.wrappers is None else options.wrappers,
+    )
+    drift, reasoning = options.on_drift, options.keep_reasoning
+    match source:
+        case "chat":
+            messages = outer if isinstance(outer, (list, tuple)) else outer.get("messages")
+            if not isinstance(messages, (list, tuple)):
+                raise DataError("a chat record is a list of messages, or has them under 'messages'")
+            return trajectory_from_chat(openai_messages(messages), about, observations, keep_reasoning=reasoning)
+        case "atif":
+            return trajectory_from_atif(inner, about, observations, on_drift=drift, keep_reasoning=reasoning)
+        case "turns":
+            return trajectory_from_turns(turns_of(_main_detail(outer)), about, observations, drift)
+        case "trl":
+            return trajectory_from_trl(outer, about, observations)
+        case "verifiers":
+            return trajectory_from_trace(outer, about, observations)
+        case "openenv":
+            return trajectory_from_openenv(outer, about, observations, on_drift=drift, keep_reasoning=reasoning)
+
+
+def _main_detail(record: Any) -> Any:
+    """Harbor keeps a list of RolloutDetails, the main agent's first."""
+    details = first_of(record, "rollout_details") if isinstance(record, Mapping) else None
+    if details is None:
+        return record
+    if len(details) != 1:
+        raise DataError(
+            f"rollout_details holds {len(details)} histories and only one can be imported; pass them one by one"
+        )
+    return details[0]
+
+
+def about_of(outer: Any, inner: Any, name: str) -> About:
+    """What a record says beside its tokens; ``inner`` is the document inside it, or the record itself."""
+    if not isinstance(outer, Mapping):
+        return About(task_id=name)
+    task = first_of(outer, "task_id", "task", "scenario")
+    task = first_of(task, "key", "id", "name", "type") if isinstance(task, Mapping) else task
+    task = first_of(outer, "episode_id", "trajectory_id", "session_id", "id") if task is None else task
+    if outer.get("scenario") is not None and outer.get("task_idx") is not None:
+        task = f"{outer['scenario']}/{outer['task_idx']}"
+    messages = first_of(inner, "messages", "steps") or ()
+    kept = tuple(dict(m) for m in messages if isinstance(m, Mapping))
+    reward = None if "rewards" in outer else reward_of(outer)
+    return About(task_id=name if task is None else str(task), reward=reward, messages=kept)
+
+
+def _tools(outer: Any, inner: Any) -> tuple[ToolSpec, ...]:
+    """The tools that a record lists in OpenAI's format; names alone say too little to render."""
+    listed: Any = ()
+    if isinstance(inner, Mapping):
+        agent = inner.get("agent")
+        listed = agent.get("tool_definitions") if isinstance(agent, Mapping) else first_of(outer, "tools")
+    tools = []
+    for tool in listed or ():
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+        if isinstance(function, Mapping) and isinstance(function.get("parameters"), Mapping):
+            tools.append(
+                ToolSpec(str(function["name"]), str(function.get("description") or ""), function["parameters"])
+            )
+    return tuple(tools)
+
+
+def _wrappers(record: Any) -> Wrappers:
+    agent = record.get("agent") if isinstance(record, Mapping) else None
+    name = agent.get("name") if isinstance(agent, Mapping) else None
+    return TERMINUS if "terminus" in str(name).lower() else NO_WRAPPERS
+
+
+# ---------------------------------------------------------------- length
+
+
+def _fitting(trajectory: Trajectory, options: ImportOptions, longest: int | None) -> Trajectory:
+    if options.max_tokens is not None:
+        trajectory = cut_to(trajectory, options.max_tokens)
+    length = max(sum(len(segment) for segment in branch) for branch in trajectory.branches)
+    if longest is not None and length > longest:
+        raise DataError(
+            f"{length} tokens, and the model's context holds {longest}; --max-tokens {longest} keeps the turns that fit"
+        )
+    return trajectory
+
+
+def cut_to(trajectory: Trajectory, max_tokens: int) -> Trajectory:
+    """Each branch up to the last whole turn that fits; ``stats["cut_tokens"]`` says how much is gone.
+
+    Raises:
+        DataError: not even the first turn fits.
+    """
+    kept: list[Segment] = []
+    for branch in trajectory.branches:
+        length, end = 0, 0
+        for i, segment in enumerate(branch):
+            length += len(segment)
+            following = branch[i + 1] if i + 1 < len(branch) else None
+            border = following is None or (following.turn != segment.turn and segment.turn is not None)
+            if length <= max_tokens and border:
+                end = i + 1
+        number = kept[-1].branch + 1 if kept else 0
+        kept += [replace(segment, branch=number) for segment in branch[:end]]
+    gone = len(trajectory) - sum(map(len, kept))
+    if not gone:
+        return trajectory
+    if not kept:
+        raise DataError(f"prompt and first turn are longer than --max-tokens {max_tokens}; nothing is left to keep")
+    turns = {s.turn for s in kept} - {None}
+    stats = {**trajectory.stats, "cut_tokens": float(gone), "num_turns": float(len(turns))}
+    if "unsampled_turns" in stats:
+        stats["unsampled_turns"] = float(len(turns - {s.turn for s in kept if s.role is TokenRole.ACTION}))
+    reason = trajectory.stop_reason if trajectory.failure else StopReason.MAX_TOKENS
+    return replace(trajectory, segments=tuple(kept), stop_reason=reason, stats=stats)
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each record of a file with where it stands; a DataError in place of one that cannot be read.
+
+    Raises:
+        DataError: the file cannot be read, or its name ends in no known way.
+    """
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".parquet"):
+        yield from _parquet_rows(path)
+        return
+    if not name.endswith((".jsonl", ".json")):
+        raise DataError(f"{path} is neither .json, .jsonl, .parquet nor one of them with .gz; rename or convert it")
+    with readable(path):
+        content = path.read_bytes()
+    if path.suffix == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError) as error:
+            raise DataError(f"{path} is not a whole gzip file ({error}); copy it again") from error
+    if name.endswith(".json"):
+        yield from _json_records(path, content)
+        return
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if line.strip():
+            where = f"{path}:{number}"
+            yield where, _json(line, where)
+
+
+def _json_records(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
+    """A file with one record, or with a list of them; a list of messages is one record."""
+    data = _json(content, str(path))
+    many = isinstance(data, list) and all(isinstance(x, (dict, list)) and "role" not in x for x in data)
+    if not many:
+        yield str(path), data
+        return
+    for number, record in enumerate(data):
+        yield f"{path}[{number}]", record
+
+
+def _json(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        return DataError(f"{where} is not JSON ({error})")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with readable(path):
+        content = path.read_bytes()
+    try:
+        rows = pq.read_table(pa.BufferReader(content)).to_pylist()
+    except pa.ArrowException as error:
+        raise DataError(f"{path} is not a Parquet file ({error}); it may be cut off") from error
+    for number, row in enumerate(rows):
+        yield f"{path}[{number}]", row

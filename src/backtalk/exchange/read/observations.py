@@ -1,0 +1,164 @@
+"""Who made each token between two actions, where only ids are given.
+
+The scaffold of the chat template is known to the renderer, so the ids are decoded, the scaffold is taken off, and
+what is left is rendered again. Only where that gives exactly the ids that were there are its roles taken over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
+
+from backtalk.errors import DataError, RenderError
+from backtalk.exchange.read.wrappers import NO_WRAPPERS, Wrappers
+from backtalk.language.renderer import Renderer
+from backtalk.messages import Message, Part
+from backtalk.trajectory import Segment, TokenRole
+
+_GIVEN_ROLES = (TokenRole.CONTEXT, TokenRole.ENV_OUTPUT, TokenRole.WARNING)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observations:
+    """How the tokens of an observation get their roles.
+
+    ``renderer`` knows the scaffold. ``role`` is what all of an observation becomes where the scaffold cannot be
+    found, template included; None refuses such a record. ``user_role`` is what messages of chat role user become
+    that come after the first action.
+
+    Raises:
+        ValueError: a role that an observation cannot have.
+    """
+
+    renderer: Renderer | None = None
+    role: TokenRole | None = None
+    user_role: TokenRole = TokenRole.CONTEXT
+    wrappers: Wrappers = NO_WRAPPERS
+
+    def __post_init__(self) -> None:
+        for name, role in (("role", self.role), ("user_role", self.user_role)):
+            if role is not None and role not in _GIVEN_ROLES:
+                raise ValueError(f"{name}={role.name}: an observation is ENV_OUTPUT, WARNING or CONTEXT")
+
+    def segments(
+        self,
+        ids: Sequence[int],
+        *,
+        turn: int,
+        closed: bool,
+        tools: Sequence[str | None] = (),
+        commands: Sequence[str] = (),
+        branch: int = 0,
+    ) -> tuple[Segment, ...]:
+        """The same ids with roles. ``tools`` name the tool of each message, ``commands`` are what the agent had typed.
+
+        Raises:
+            DataError: the scaffold is not found and no ``role`` was given.
+        """
+        if not ids:
+            return ()
+        for candidate in self._candidates(ids, tools, commands):
+            for end in (closed, not closed):  # some servers leave the stop token out of a completion
+                found = self.render(candidate, turn=turn, closed=end, branch=branch)
+                if found is not None and tuple(token for s in found for token in s.token_ids) == tuple(ids):
+                    return found
+        if self.role is None:
+            raise DataError(self._unknown(ids, turn))
+        return (Segment(self.role, tuple(ids), turn=turn, tool=_only(tools), branch=branch),)
+
+    def render(
+        self, messages: Sequence[Message], *, turn: int, closed: bool, branch: int = 0
+    ) -> tuple[Segment, ...] | None:
+        """What the renderer makes of an observation's messages; None where it cannot."""
+        if self.renderer is None:
+            return None
+        try:
+            segments = self.renderer.render_observation(messages, turn=turn, closed=closed)
+        except RenderError:
+            return None
+        return tuple(replace(segment, branch=branch) for segment in segments)
+
+    def message(self, role: str, text: str, tool: str | None, commands: Sequence[str] = ()) -> Message:
+        """An observation's message with who said each stretch."""
+        if role == "tool" or self.user_role is TokenRole.ENV_OUTPUT:
+            return Message(role, self.wrappers.split(text, commands), tool)
+        return Message(role, (Part(text, self.user_role),), tool)
+
+    def _candidates(
+        self, ids: Sequence[int], tools: Sequence[str | None], commands: Sequence[str]
+    ) -> Iterator[list[Message]]:
+        """Messages that these ids may be, by what the scaffold leaves of their text."""
+        if self.renderer is None:
+            return
+        text = _decode(self.renderer, ids)
+        for role in ("tool", "user"):
+            literals = _literals(self.renderer, role)
+            if literals is None:
+                continue
+            before, between, after = literals
+            for start in (before, before[1:]):  # its first is the end of turn, one character
+                if len(text) < len(start) + len(after) or not (text.startswith(start) and text.endswith(after)):
+                    continue
+                core = text[len(start) : len(text) - len(after)]
+                split = core.split(between) if between else [core]
+                for bodies in (split, [core], *filter(None, map(_from_json, (split, [core])))):
+                    names = tools if len(tools) == len(bodies) else [_only(tools)] * len(bodies)
+                    yield [self.message(role, b, t, commands) for b, t in zip(bodies, names, strict=True)]
+
+    def _unknown(self, ids: Sequence[int], turn: int) -> str:
+        if self.renderer is None:
+            why = "without the model's tokenizer its template's tokens cannot be told from the world's; pass --model"
+        else:
+            said = self.renderer.tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
+            why = f"this model's template does not write {said[:80]!r}; pass the --model that was sampled"
+        return (
+            f"the observation after turn {turn} ({len(ids)} tokens): {why}, or say that all of it, template included, "
+            "is --observation-role env_output"
+        )
+
+
+def _from_json(bodies: Sequence[str]) -> list[str] | None:
+    """Bodies that a template wrote as the inside of JSON strings, which Llama 3's does."""
+    try:
+        return [json.loads(f'"{body}"', strict=False) for body in bodies]
+    except ValueError:
+        return None
+
+
+def _only(tools: Sequence[str | None]) -> str | None:
+    return tools[0] if len(set(tools)) == 1 else None
+
+
+@lru_cache(maxsize=64)
+def _literals(renderer: Renderer, role: str) -> tuple[str, str, str] | None:
+    """What stands before, between and after the bodies of messages of one chat role, from the end of turn on."""
+    texts = []
+    for bodies in (["[body 1]"], ["[body 1]", "[body 2]"]):
+        probes = [Message(role, (Part(body, TokenRole.ENV_OUTPUT),)) for body in bodies]
+        try:
+            segments = renderer.render_observation(probes, turn=0, closed=False)
+        except RenderError:
+            segments = ()
+        texts.append(_decode(renderer, [token for segment in segments for token in segment.token_ids]))
+    before, found, after = texts[0].partition("[body 1]")
+    between = texts[1].partition("[body 1]")[2].partition("[body 2]")[0]
+    return (before, between, after) if found else None
+
+
+@lru_cache(maxsize=16)
+def _control_tokens(renderer: Renderer) -> Mapping[int, str]:
+    """A character for each control token, one that no text holds, so that spelled out it is something else."""
+    added = renderer.tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    control = sorted(token for token, content in added.items() if str(content.content).replace("\u2581", " ").strip())
+    return {token: chr(0xF0000 + number) for number, token in enumerate(control)}
+
+
+def _decode(renderer: Renderer, ids: Sequence[int]) -> str:
+    control, backend = _control_tokens(renderer), renderer.tokenizer.backend_tokenizer
+    return "".join(
+        "".join(control[token] for token in run) if is_control else backend.decode(list(run), skip_special_tokens=False)
+        for is_control, run in groupby(ids, key=control.__contains__)
+    )

@@ -1,0 +1,90 @@
+"""What a GRPOTrainer of TRL trains on: prompt_ids, completion_ids, tool_mask or env_mask, logprobs.
+
+Read against trl 1.16.0. A mask is 1 where the model wrote and 0 on what tools said, template included. AsyncGRPO's
+TurnRecords are turns, see backtalk.exchange.read.turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from backtalk.errors import DataError
+from backtalk.exchange.read.observations import Observations
+from backtalk.exchange.read.plain import booleans, first_of, mapping, numbers, required, same_length, token_ids
+from backtalk.exchange.read.turns import About, completion_segments
+from backtalk.trajectory import Segment, TokenRole, Trajectory
+
+_COLUMNS = ("prompt_ids", "completion_ids", "tool_mask", "env_mask", "completion_mask", "logprobs")
+
+
+def rows_of(record: Any) -> list[Mapping[str, Any]]:
+    """One row a completion, of a row or of a batch whose columns are lists of rows.
+
+    Raises:
+        DataError: columns of different lengths.
+    """
+    record = mapping(record, "a TRL record")
+    prompts = required(record, "a TRL record", "prompt_ids")
+    if not len(prompts) or not hasattr(prompts[0], "__len__"):
+        return [record]
+    columns = {
+        name: x for name, x in record.items() if isinstance(x, (list, tuple)) or (name in _COLUMNS and x is not None)
+    }
+    same_length(**columns)
+    return [{name: column[i] for name, column in columns.items()} for i in range(len(prompts))]
+
+
+def trajectory_from_trl(record: Any, about: About, observations: Observations) -> Trajectory:
+    """One completion. A run of 1 in the mask is a turn's action, the run of 0 after it its observation.
+
+    Raises:
+        DataError: columns of different lengths, or a completion_mask that is 0 before the padding.
+    """
+    record = mapping(record, "a TRL record")
+    prompt = token_ids(required(record, "a TRL record", "prompt_ids"), "prompt_ids")
+    ids = token_ids(required(record, "a TRL record", "completion_ids"), "completion_ids")
+    mask = first_of(record, "tool_mask", "env_mask")
+    model = [True] * len(ids) if mask is None else booleans(mask, "tool_mask")
+    logprobs = first_of(record, "logprobs", "sampling_per_token_logps", "old_per_token_logps")
+    known = None if logprobs is None else numbers(logprobs, "logprobs")
+    real = first_of(record, "completion_mask")
+    real = [True] * len(ids) if real is None else booleans(real, "completion_mask")
+    same_length(completion_ids=ids, tool_mask=model, logprobs=known, completion_mask=real)
+    end = sum(real)
+    if not all(real[:end]):
+        raise DataError(
+            f"completion_mask is 0 at position {list(real).index(False)} and 1 after it; only padding may be 0"
+        )
+    if ids and not end:
+        raise DataError(
+            "completion_mask is 0 everywhere, as mask_truncated_completions leaves it; nothing is known here"
+        )
+    segments = [Segment(TokenRole.CONTEXT, prompt), *_runs(ids[:end], model[:end], known, observations)]
+    return about.trajectory(segments, unsampled_turns=0 if known is not None else _turns(segments))
+
+
+def _runs(
+    ids: Sequence[int], model: Sequence[bool], logprobs: Sequence[float] | None, observations: Observations
+) -> list[Segment]:
+    segments: list[Segment] = []
+    turn, start = -1, 0
+    for wrote, run in groupby(model):
+        end = start + len(list(run))
+        part = tuple(ids[start:end])
+        if wrote:
+            turn += 1
+            segments += completion_segments(part, None if logprobs is None else logprobs[start:end], turn=turn)
+        elif turn < 0:  # before the model wrote anything it is prompt
+            segments.append(Segment(TokenRole.CONTEXT, part))
+        else:
+            renderer = observations.renderer
+            closed = renderer is None or ids[start - 1] == renderer.end_of_turn_id
+            segments += observations.segments(part, turn=turn, closed=closed)
+        start = end
+    return segments
+
+
+def _turns(segments: Sequence[Segment]) -> int:
+    return len({segment.turn for segment in segments if segment.turn is not None})

@@ -1,0 +1,148 @@
+"""Traces of verifiers: a graph of messages, each with its token ids, which of them were sampled, and which are body.
+
+Read against verifiers 0.4.0 (``verifiers.v1.trace.Trace`` as it is written to disk).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from backtalk.errors import DataError
+from backtalk.exchange.read.chat import text_of
+from backtalk.exchange.read.observations import Observations
+from backtalk.exchange.read.plain import booleans, mapping, numbers, required, same_length, token_ids
+from backtalk.exchange.read.turns import About, completion_segments
+from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory
+
+_STOPS = {
+    "max_turns": StopReason.MAX_TURNS,
+    "max_input_tokens": StopReason.MAX_TOKENS,
+    "max_output_tokens": StopReason.MAX_TOKENS,
+    "max_total_tokens": StopReason.MAX_TOKENS,
+}
+
+
+def trajectory_from_trace(record: Any, about: About, observations: Observations) -> Trajectory:
+    """One trace; each leaf of its graph is a branch, and a node that an earlier branch had is CONTEXT in the later.
+
+    A trace with errors has no reward: verifiers leaves its rewards empty, which must not read as 0.
+
+    Raises:
+        DataError: a node without token ids, columns of different lengths, a graph that is none, or an observation
+            without ``is_content`` whose template cannot be told.
+    """
+    record = mapping(record, "a verifiers trace")
+    nodes = [mapping(node, f"node {i}") for i, node in enumerate(required(record, "a verifiers trace", "nodes"))]
+    seen: set[int] = set()
+    segments: list[Segment] = []
+    turns: dict[int, int] = {}  # of sampled nodes
+    for branch, path in enumerate(_paths(nodes)):
+        turn = None
+        for i in path:
+            if nodes[i].get("sampled"):
+                turn = turns.setdefault(i, len(turns))
+            segments += [replace(s, branch=branch) for s in _node(nodes[i], i, turn, i in seen, observations)]
+        seen.update(path)
+    errors = [mapping(error, "an error") for error in record.get("errors") or ()]
+    unknown = sum(not nodes[i].get("logprobs") for i in turns)
+    trajectory = replace(about, reward=_reward(record)).trajectory(
+        segments, drifts=len({s.branch for s in segments}) - 1, unsampled_turns=unknown
+    )
+    if errors and not record.get("ok"):
+        last = errors[-1]
+        failure = Failure(str(record.get("stop_condition") or "step"), str(last.get("type")), str(last.get("message")))
+        return replace(trajectory, reward=None, stop_reason=StopReason.FAILED, failure=failure)
+    stop = StopReason.DEADLINE if record.get("is_timeout") else _STOPS.get(str(record.get("stop_condition")))
+    return replace(trajectory, stop_reason=stop or about.stop_reason)
+
+
+def _paths(nodes: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """The nodes from the root to each leaf, leaves in order."""
+    parents = [node.get("parent") for node in nodes]
+    for i, parent in enumerate(parents):
+        if parent is not None and not (isinstance(parent, int) and 0 <= parent < i):
+            raise DataError(f"node {i} has parent {parent!r}; a parent is a node before it, or null")
+    paths = []
+    for leaf in sorted(set(range(len(nodes))) - set(parents)):
+        path = [leaf]
+        while (parent := parents[path[-1]]) is not None:
+            path.append(parent)
+        paths.append(path[::-1])
+    return paths
+
+
+def _node(
+    node: Mapping[str, Any], number: int, turn: int | None, again: bool, observations: Observations
+) -> list[Segment]:
+    what = f"node {number}"
+    ids = token_ids(required(node, what, "token_ids"), f"{what} token_ids")
+    if not ids:
+        raise DataError(f"{what} has no token ids: the trace was made without a training client, so it is only text")
+    if again:
+        return [Segment(TokenRole.CONTEXT, ids)]
+    mask = booleans(node.get("mask") or [False] * len(ids), f"{what} mask")
+    content = booleans(node.get("is_content") or [], f"{what} is_content") or None
+    same_length(token_ids=ids, mask=mask, is_content=content)
+    logprobs = numbers(node.get("logprobs") or [], f"{what} logprobs") or None
+    if logprobs is not None and len(logprobs) != sum(mask):
+        raise DataError(f"{what} has {sum(mask)} sampled tokens and {len(logprobs)} logprobs; one a token is needed")
+    if not any(mask):
+        return _said(node, ids, content, turn, observations)
+    segments: list[Segment] = []
+    start = taken = 0
+    for sampled, run in groupby(mask):
+        end = start + len(list(run))
+        if sampled:
+            known = None if logprobs is None else logprobs[taken : taken + end - start]
+            segments += completion_segments(ids[start:end], known, turn=turn or 0)
+            taken += end - start
+        else:  # the prompt to write
+            segments.append(Segment(TokenRole.TEMPLATE, ids[start:end], turn=turn - 1 if turn else None))
+        start = end
+    return segments
+
+
+def _said(
+    node: Mapping[str, Any],
+    ids: tuple[int, ...],
+    content: Sequence[bool] | None,
+    turn: int | None,
+    observations: Observations,
+) -> list[Segment]:
+    """A message that nobody sampled: prompt before the first turn, after it what the world said."""
+    message = mapping(node.get("message") or {}, "a message")
+    role = {"tool": TokenRole.ENV_OUTPUT, "user": observations.user_role}.get(
+        str(message.get("role")), TokenRole.CONTEXT
+    )
+    if turn is None or role is TokenRole.CONTEXT:
+        return [Segment(TokenRole.CONTEXT, ids, turn=turn)]
+    tool = None if message.get("name") is None else str(message["name"])
+    if content is None:
+        if observations.role is None:
+            raise DataError(
+                f"a {message.get('role')} message ({text_of(message.get('content'), 'a message')[:40]!r}) has no "
+                "is_content, so its template cannot be told from its body; say --observation-role env_output "
+                "to take all of it"
+            )
+        return [Segment(observations.role, ids, turn=turn, tool=tool)]
+    segments, start = [], 0
+    for body, run in groupby(content):
+        end = start + len(list(run))
+        segments.append(Segment(role if body else TokenRole.TEMPLATE, ids[start:end], turn=turn, tool=tool))
+        start = end
+    return segments
+
+
+def _reward(record: Mapping[str, Any]) -> float | None:
+    """The weighted sum of the rewards that were given; None where there are none."""
+    rewards = [mapping(r, "a reward") for r in (record.get("rewards") or {}).values() if r is not None]
+    if not rewards:
+        return None
+    total = sum(float(r["score"]) * float(r.get("weight", 1.0)) for r in rewards)
+    if not math.isfinite(total):
+        raise DataError(f"the rewards sum to {total}; a reward is a finite number, or absent")
+    return total

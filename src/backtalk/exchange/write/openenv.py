@@ -1,0 +1,141 @@
+"""OpenEnv's records: EpisodeRecord (messages) and TrainingTrace (token ids), with the roles that neither has.
+
+Written against openenv 0.10.0 and held to its own classes by the tests. What RFC 010 adds stands where each record
+takes what it does not know: ``extra`` of an EpisodeRecord, ``metadata`` of a TrainingTurn. ``backtalk.exchange.read``
+reads both back without loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from backtalk.errors import DataError
+from backtalk.exchange.rfc010 import Rfc010Target, to_rfc010
+from backtalk.exchange.write.written import agent_segments
+from backtalk.messages import ToolCall
+from backtalk.trajectory import Segment, StopReason, TokenRole, Trajectory
+
+CallsOf = Callable[[Sequence[int]], Sequence[ToolCall]]
+
+_COLUMNS = ("token_ids", "obs_mask", "warning_mask")
+
+
+def to_episode_record(
+    trajectory: Trajectory, *, calls_of: CallsOf | None = None, world_loss_target: Rfc010Target = "env_only"
+) -> dict[str, Any]:
+    """A trajectory as the fields of an ``EpisodeRecord``; ``extra["rfc010"]`` is the whole record of RFC 010.
+
+    An assistant's message is the text that was sampled, calls as they were written. ``calls_of`` reads the calls from
+    an action's ids, for example ``lambda ids: renderer.parse_action(ids, True).calls``, and fills ``tool_trace``;
+    without it that is empty.
+
+    Raises:
+        DataError: the trajectory has no reward, which an EpisodeRecord cannot say.
+    """
+    if trajectory.reward is None:
+        why = f"it failed at {trajectory.failure.where}" if trajectory.failure else "nobody scored it"
+        raise DataError(
+            f"{_name(trajectory)} has no reward ({why}), and an EpisodeRecord must have one; 0 would be a lie. "
+            "Export it as training-trace or rfc010, or leave it out"
+        )
+    done = trajectory.stop_reason in (StopReason.SUBMITTED, StopReason.ENV_DONE)
+    return {
+        "episode_id": _name(trajectory),
+        "messages": [_message(message) for message in trajectory.messages],
+        "reward": trajectory.reward,
+        "done": done,
+        "tool_trace": [] if calls_of is None else list(_tool_trace(trajectory, calls_of, done)),
+        "metrics": dict(trajectory.stats),
+        "verify_metrics": {},
+        "artifacts": {},
+        "task": trajectory.task_id,
+        "extra": {"rfc010": to_rfc010(trajectory, world_loss_target)},
+    }
+
+
+def to_training_trace(trajectory: Trajectory, *, world_loss_target: Rfc010Target = "env_only") -> dict[str, Any]:
+    """A trajectory as a ``TrainingTrace``: a turn for each sampled action, ids and logprobs as they are.
+
+    A turn's ``metadata["observation"]`` holds the tokens after its completion, up to the next one, with ``obs_mask``
+    and ``warning_mask``. There each observation stands once, the last one too, which is in no prompt. The first turn's
+    ``metadata["backtalk"]`` has what is said of the whole trajectory.
+
+    Raises:
+        DataError: no action was sampled, so there is nothing that a policy gradient may train.
+    """
+    record = to_rfc010(trajectory, world_loss_target)
+    spans = [span for span in trajectory.spans() if span[2].role is TokenRole.ACTION]
+    if not spans:
+        raise DataError(
+            f"{_name(trajectory)} has no action with logprobs (a script's, a person's or an imported one's have none), "
+            "and a TrainingTrace holds nothing else; export it as rfc010 or episode-record"
+        )
+    branch_starts: dict[int, int] = {}
+    for start, _, segment in trajectory.spans():
+        branch_starts.setdefault(segment.branch, start)
+    following = [start for start, _, _ in spans[1:]] + [len(trajectory)]
+    turns = []
+    for index, ((start, end, action), upto) in enumerate(zip(spans, following, strict=True)):
+        prompt = record["token_ids"][branch_starts[action.branch] : start]
+        turns.append(
+            {
+                "node_id": f"{_name(trajectory)}/{index}",
+                "prompt_token_ids": prompt,
+                "completion_token_ids": list(action.token_ids),
+                "per_token_logps": list(action.logprobs or ()),
+                "loss_mask": [0] * len(prompt) + [1] * len(action),
+                "metadata": {
+                    "index": index,
+                    "observation": {name: [int(x) for x in record[name][end:upto]] for name in _COLUMNS},
+                },
+            }
+        )
+    whole = {name: record[name] for name in ("metadata", "world_loss_target", "reward", "messages")}
+    before = {name: [int(x) for x in record[name][: spans[0][0]]] for name in _COLUMNS}
+    turns[0]["metadata"]["backtalk"] = {**whole, "before": before}
+    return {"schema_version": 1, "turns": turns}
+
+
+def _name(trajectory: Trajectory) -> str:
+    return f"{trajectory.task_id}/{trajectory.sample_index}/{trajectory.policy_version}"
+
+
+def _message(message: Mapping[str, Any]) -> dict[str, Any]:
+    """In OpenAI's format, where a tool's message names its tool."""
+    named = {"name": message["tool"]} if message.get("tool") is not None else {}
+    rest = {key: value for key, value in message.items() if key != "tool"}
+    return {**rest, **named}
+
+
+def _tool_trace(trajectory: Trajectory, calls_of: CallsOf, done: bool) -> Iterator[dict[str, Any]]:
+    """Calls with their answers: calls are answered in order, and one that ended the episode maybe not at all."""
+    answers: list[list[Mapping[str, Any]]] = []
+    for message in trajectory.messages:
+        if message.get("role") == "assistant":
+            answers.append([])
+        elif answers:
+            answers[-1].append(message)
+    turns = _actions(trajectory)
+    if len(turns) != len(answers):
+        raise DataError(
+            f"{_name(trajectory)} has {len(turns)} actions and {len(answers)} messages of the assistant, so which call "
+            "got which answer cannot be told; leave calls_of out"
+        )
+    for turn, (ids, said) in enumerate(zip(turns, answers, strict=True)):
+        calls = calls_of(ids)
+        for number, call in enumerate(calls):
+            last = done and turn == len(turns) - 1 and number == len(calls) - 1
+            answer = str(said[number]["content"]) if number < len(said) else None
+            result = {"data": answer, "done": last, "metadata": {}, "error": None}
+            yield {"tool_name": call.tool, "arguments": dict(call.arguments), "result": result}
+
+
+def _actions(trajectory: Trajectory) -> list[tuple[int, ...]]:
+    """The ids of each turn that the agent wrote."""
+    written = agent_segments(trajectory.segments)
+    turns: dict[int | None, list[Segment]] = {}
+    for position, segment in enumerate(trajectory.segments):
+        if position in written:
+            turns.setdefault(segment.turn, []).append(segment)
+    return [tuple(token for segment in segments for token in segment.token_ids) for segments in turns.values()]

@@ -1,0 +1,1 @@
+"""Hosts: other programs that drive Backtalk."""

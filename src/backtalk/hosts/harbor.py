@@ -1,0 +1,266 @@
+"""A Harbor environment over our sandbox: any Harbor agent and verifier, no container and no daemon.
+
+    harbor run -p my_task -a oracle --environment-import-path backtalk.hosts.harbor:BacktalkEnvironment
+
+The world of a task is what its Dockerfile says, as far as docs/tasks.md goes; what a sandbox has not got is refused
+with its line. Read against harbor 0.24.0 (``harbor/environments/base.py``).
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from harbor.environments.base import BaseEnvironment, ExecResult  # pyright: ignore[reportMissingImports]
+from harbor.environments.capabilities import (  # pyright: ignore[reportMissingImports]
+    EnvironmentCapabilities,
+    EnvironmentResourceCapabilities,
+)
+from harbor.models.task.config import NetworkMode, NetworkPolicy  # pyright: ignore[reportMissingImports]
+
+from backtalk.envs.terminal import start_world
+from backtalk.errors import SandboxError, SandboxUnavailable, TaskError
+from backtalk.sandboxes import Sandbox, SandboxBackend, SandboxChoice, SandboxFile, SandboxLimits, local_sandbox
+from backtalk.sandboxes.base import HOME
+from backtalk.tasks.dockerfile import World, read_dockerfile
+from backtalk.tasks.task import Task
+
+MEMORY_MB = 2048  # where a task says none
+DISK_MB = 1024  # the same; it is memory, so what is not used is not taken
+PROCESSES = 512
+OUTPUT_BYTES = 64 << 20  # of one command; Harbor knows no limit
+MAX_FILE_BYTES = 1 << 30
+_NO_LIMIT_S = 7 * 86_400.0  # Harbor's exec without a time limit; whoever waits for it has one
+_ONE_USER = (None, "root", "0", 0, "agent", "1000", 1000)
+
+backend_of = cache(local_sandbox)  # one for all trials of a process
+
+LOG_FOLDERS = ("/logs/agent", "/logs/verifier", "/logs/artifacts")  # which every container of Harbor has
+
+
+class BacktalkEnvironment(BaseEnvironment):
+    """One sandbox for one trial.
+
+    Args of ours, given as ``--ek NAME=VALUE``:
+        sandbox: auto, bubblewrap, or unsafe, which isolates nothing.
+        host_packages: leave out what package managers do in RUN lines; this machine has what the task needs.
+        offline: run a task that asks for the network without one. Else such a task is refused, as Harbor wants it.
+        processes: how many may run at once.
+
+    Raises:
+        TaskError: the task's environment asks for what a sandbox has not got.
+        ValueError: a network policy that is not enforced here, a mount, or what Harbor itself refuses.
+        SandboxUnavailable: no safe sandbox on this machine.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        sandbox: SandboxChoice = "auto",
+        host_packages: bool = False,
+        offline: bool = False,
+        processes: int = PROCESSES,
+        **kwargs: Any,
+    ) -> None:
+        self._choice, self._host_packages, self._offline = sandbox, host_packages, offline
+        self._processes = processes
+        self._stack = AsyncExitStack()
+        self._sandbox: Sandbox | None = None
+        self._world = World(Path())
+        super().__init__(*args, **kwargs)
+
+    @staticmethod
+    def type() -> str:
+        return "backtalk"
+
+    @property
+    def capabilities(self) -> EnvironmentCapabilities:
+        """No network, no GPU, no mounts: logs are copied out. Offline, every network policy is the same."""
+        return EnvironmentCapabilities(disable_internet=True, dynamic_network_policy=self._offline)
+
+    @classmethod
+    def resource_capabilities(cls) -> EnvironmentResourceCapabilities:
+        """Memory is a hard limit where the machine has a memory cgroup; processor time is not limited."""
+        return EnvironmentResourceCapabilities(memory_limit=backend_of().report.limits["memory"].startswith("cgroup"))
+
+    @classmethod
+    def preflight(cls) -> None:
+        """Start a sandbox for trial before anything is queued."""
+        try:
+            backend_of()
+        except SandboxUnavailable as error:
+            raise SystemExit(str(error)) from error
+
+    def validate_network_policy_support(self, network_policy: NetworkPolicy | None = None) -> None:
+        """Harbor wants a policy enforced exactly or refused; a sandbox has no network to offer."""
+        if self._offline:
+            return
+        super().validate_network_policy_support(network_policy)
+        if (network_policy or self.network_policy).network_mode is NetworkMode.PUBLIC:
+            raise ValueError(
+                f"task {self.environment_name} asks for the public network (Harbor's default), and a Backtalk sandbox "
+                "has none; write network_mode = 'no-network' under [environment], or run it offline all the same "
+                "with --ek offline=true"
+            )
+
+    async def _apply_network_policy(self, network_policy: NetworkPolicy) -> None:
+        """Only offline, where every policy is the same."""
+
+    def _validate_definition(self) -> None:
+        config, folder = self.task_env_config, self.environment_dir
+        for name in ("docker-compose.yaml", "docker-compose.yml"):
+            if (folder / name).exists():
+                raise TaskError(f"{folder / name} asks for several machines, and a sandbox is one")
+        for mount in self._mounts:
+            if not str(mount.get("target", "")).startswith("/logs/"):
+                raise ValueError(f"mount {dict(mount)} cannot be made: a sandbox has no files of this machine in it")
+        if (folder / "Dockerfile").is_file():
+            self._world = read_dockerfile(folder, host_packages=self._host_packages)
+        elif config.docker_image and not self._host_packages:
+            raise TaskError(
+                f"{folder} has no Dockerfile, only the ready-made image {config.docker_image!r}, which cannot be "
+                "opened here; write the Dockerfile, or pass --ek host_packages=true if nothing in that image matters"
+            )
+        else:
+            self._world = World(folder, workdir=HOME)
+
+    @property
+    def _workdir(self) -> str:
+        return self.task_env_config.workdir or self._world.workdir
+
+    @property
+    def _limits(self) -> SandboxLimits:
+        return SandboxLimits(
+            memory_mb=self._effective_memory_mb or MEMORY_MB,
+            disk_mb=self._effective_storage_mb or DISK_MB,
+            processes=self._processes,
+            output_bytes=OUTPUT_BYTES,
+        )
+
+    async def start(self, force_build: bool) -> None:
+        """A fresh sandbox with the task's files and RUN lines in it. Nothing is built or cached."""
+        world = self._world
+        task = Task(
+            id=self.environment_name,
+            instruction="",
+            files=world.files,
+            setup=tuple(f"cd {shlex.quote(at)}\n{command}" for at, command in world.setup),
+            env=world.env,
+            workdir=self._workdir,
+        )
+        backend: SandboxBackend = backend_of(self._choice)
+        try:
+            self._sandbox = await self._stack.enter_async_context(backend.open(self._limits))
+            await start_world(self._sandbox, task)
+            await self.ensure_dirs([*LOG_FOLDERS, *self._mount_targets(writable_only=True)])
+            await self._upload_environment_dir_after_start()
+        except BaseException:
+            await self.stop(delete=True)
+            raise
+
+    async def stop(self, delete: bool) -> None:
+        """End everything in it. A sandbox is memory: it is gone whatever ``delete`` says."""
+        self._sandbox = None
+        stack, self._stack = self._stack, AsyncExitStack()
+        await stack.aclose()
+
+    async def exec(
+        self,
+        command: str,
+        cwd: str | None = None,
+        env: dict[str, str] | None = None,
+        timeout_sec: float | None = None,
+        user: str | int | None = None,
+    ) -> ExecResult:
+        """Run a command in a bash of its own; what it leaves in the background lives on.
+
+        Stdout and stderr come back as one, as with Harbor's Docker. Commands of one sandbox run one after the other.
+
+        Raises:
+            ValueError: a user that is not there: root is the sandbox's one ordinary user.
+            RuntimeError: the time limit is over; all that the command started was ended.
+            SandboxError: the sandbox broke.
+        """
+        wanted = self._resolve_user(user)
+        if wanted not in _ONE_USER:
+            raise ValueError(
+                f"user {wanted!r} is not there: a sandbox has one ordinary user, which stands for root too"
+            )
+        result = await self._running.exec(
+            f"bash -c {shlex.quote(command)}",
+            timeout_s=timeout_sec or _NO_LIMIT_S,
+            env=self._merge_env(env) or {},
+            cwd=cwd or self._workdir,
+        )
+        if result.timed_out:
+            raise RuntimeError(f"Command timed out after {timeout_sec} seconds")
+        if result.dropped_bytes:
+            self.logger.warning("%d bytes of a command's output were dropped", result.dropped_bytes)
+        if (emit := self._output_callback()) is not None:
+            await emit(result.output, "stdout")
+        return ExecResult(stdout=result.output, return_code=result.exit_code)
+
+    async def upload_file(self, source_path: Path | str, target_path: str) -> None:
+        """Write one file, with its mode."""
+        await self._running.put({target_path: _file(Path(source_path))})
+
+    async def upload_dir(self, source_dir: Path | str, target_dir: str) -> None:
+        """Write the files of a folder, with their modes; links are written as what they point at."""
+        files = {f"{target_dir}/{name}": _file(path) for name, path in _tree(Path(source_dir))}
+        await self._inside(f"mkdir -p {shlex.quote(target_dir)}")
+        await self._running.put(files)
+
+    async def download_file(self, source_path: str, target_path: Path | str) -> None:
+        """Read one regular file.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        content = await self._running.get(source_path, max_bytes=MAX_FILE_BYTES)
+        if content is None:
+            raise FileNotFoundError(f"there is no regular file {source_path} in the sandbox")
+        target = Path(target_path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+
+    async def download_dir(self, source_dir: str, target_dir: Path | str) -> None:
+        """Read every regular file of a folder. Links, pipes and what cannot be read stay behind.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+        """
+        output = await self._inside(f"cd {shlex.quote(source_dir)} && find . -type f -printf '%P\\0'")
+        Path(target_dir).mkdir(parents=True, exist_ok=True)
+        for name in filter(None, output.split("\0")):
+            content = await self._running.get(f"{source_dir}/{name}", max_bytes=MAX_FILE_BYTES)
+            if content is not None:
+                target = Path(target_dir, name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+
+    async def _inside(self, command: str) -> str:
+        """What a command of ours prints, from the root folder."""
+        result = await self._running.exec(command, timeout_s=60, cwd="/")
+        if result.exit_code != 0:
+            raise FileNotFoundError(f"{command!r} in the sandbox exited {result.exit_code}: {result.output[-500:]}")
+        return result.output
+
+    @property
+    def _running(self) -> Sandbox:
+        if self._sandbox is None:
+            raise SandboxError(f"the environment of {self.environment_name} is not started")
+        return self._sandbox
+
+
+def _file(path: Path) -> SandboxFile:
+    return SandboxFile(path.read_bytes(), mode=path.stat().st_mode & 0o777)
+
+
+def _tree(folder: Path) -> Iterator[tuple[str, Path]]:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            yield path.relative_to(folder).as_posix(), path

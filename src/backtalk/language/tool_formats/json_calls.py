@@ -1,0 +1,122 @@
+"""Calls as JSON: Hermes (Nous Research's, also Qwen's) and Llama 3's. A JSON string can hold any text at all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from backtalk.language.tool_formats.base import (
+    CALL_CLOSE,
+    CALL_OPEN,
+    Mark,
+    Reading,
+    Reply,
+    Unreadable,
+    excerpt,
+    unfinished,
+    walk,
+)
+from backtalk.language.tool_formats.schemas import listed, shape
+from backtalk.language.tool_formats.values import read_json, write_json
+from backtalk.messages import ToolCall, ToolSpec
+
+PYTHON_TAG = "<|python_tag|>"
+# An object that begins with a key, where a line begins or after a semicolon; or whatever the tag announces.
+_LLAMA_OPEN = re.compile(r'<\|python_tag\|>\s*|(?:\A|(?<=[\n;>]))[^\S\n]*(?=\{\s*")')
+
+
+@dataclass(frozen=True, slots=True)
+class HermesSyntax:
+    """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``. White space around the JSON is free."""
+
+    tools: Sequence[ToolSpec]
+    in_template = True
+    are_tokens = False
+
+    def read(self, reply: Reply) -> Reading:
+        return walk(reply, re.compile(re.escape(CALL_OPEN)), self._read_one, shape(self, self.tools))
+
+    def _read_one(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
+        text = reply.text
+        start = _skip_space(text, match.end())
+        if not reply.stopped and start == len(text):
+            raise Unreadable(unfinished(CALL_OPEN, CALL_CLOSE, reply.stopped))
+        try:
+            call, end = _read_call(text, start, shape(self, self.tools))
+        except ValueError as error:
+            if not reply.stopped and CALL_CLOSE not in text[start:]:
+                raise Unreadable(unfinished(CALL_OPEN, CALL_CLOSE, reply.stopped)) from None
+            raise Unreadable(_not_json(error, self, self.tools)) from None
+        end = _skip_space(text, end)
+        if text.startswith(CALL_CLOSE, end):
+            return call, end + len(CALL_CLOSE)
+        cut = CALL_CLOSE.startswith(text[end:])  # the end of the reply, or a piece of the mark
+        if not cut and not text.startswith(CALL_OPEN, end):
+            raise Unreadable(f"the JSON of the tool call is followed by {excerpt(text, end)}, not by {CALL_CLOSE}")
+        reading.warn(f"{CALL_OPEN} was not closed with {CALL_CLOSE}")  # and yet all of the call is there
+        return call, len(text) if cut else end
+
+    def write(self, call: ToolCall) -> list[str]:
+        body = write_json({"name": call.tool, "arguments": dict(call.arguments)})
+        return [Mark(CALL_OPEN), f"\n{body}\n", Mark(CALL_CLOSE)]
+
+    def instructions(self, calls: str) -> str:
+        return f"{listed(self.tools, calls)}\nWrite a call as {shape(self, self.tools)}."
+
+    def taught_by(self, template: str) -> bool:
+        foreign = ("<function=", "<parameter=", "<arg_key>")  # formats that share the outer mark
+        return CALL_OPEN in template and not any(mark in template for mark in foreign)
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Syntax:
+    """``{"name": ..., "parameters": {...}}``, after ``<|python_tag|>`` or not, several apart by ``;`` or a line end.
+
+    A call begins where a line does: braces in the middle of a line are prose.
+    """
+
+    tools: Sequence[ToolSpec]
+    in_template = True
+    are_tokens = False
+
+    def read(self, reply: Reply) -> Reading:
+        return walk(reply, _LLAMA_OPEN, self._read_one, shape(self, self.tools), between=";")
+
+    def _read_one(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
+        try:
+            return _read_call(reply.text, match.end(), shape(self, self.tools))
+        except ValueError as error:
+            if not reply.stopped:
+                raise Unreadable("cut at the token limit before the tool call was closed") from None
+            raise Unreadable(_not_json(error, self, self.tools)) from None
+
+    def write(self, call: ToolCall) -> list[str]:
+        return [write_json({"name": call.tool, "parameters": dict(call.arguments)})]
+
+    def instructions(self, calls: str) -> str:
+        return f"{listed(self.tools, calls)}\nWrite a call on a line of its own, as {shape(self, self.tools)}"
+
+    def taught_by(self, template: str) -> bool:
+        return '"parameters"' in template and CALL_OPEN not in template
+
+
+def _read_call(text: str, start: int, example: str) -> tuple[ToolCall, int]:
+    """A call and where its JSON ends. Arguments may be called parameters in either format."""
+    value, end = read_json(text, start)
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        raise Unreadable(f'the tool call has no "name", got {excerpt(text, start)}; write {example}')
+    key = "arguments" if "arguments" in value else "parameters"
+    arguments = value.get(key, {})
+    if not isinstance(arguments, dict):
+        raise Unreadable(f'the "{key}" of the tool call are not a JSON object; write {example}')
+    return ToolCall(value["name"], arguments), end
+
+
+def _skip_space(text: str, start: int) -> int:
+    match = re.compile(r"\s*").match(text, start)
+    return match.end() if match else start
+
+
+def _not_json(error: ValueError, syntax: HermesSyntax | Llama3Syntax, tools: Sequence[ToolSpec]) -> str:
+    return f"the tool call is not valid JSON: {error}; write {shape(syntax, tools)}"

@@ -1,0 +1,100 @@
+"""From a reply to what is done about it, and from a call to a reply."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from backtalk.errors import RenderError
+from backtalk.language.tool_formats.base import THINK_CLOSE, THINK_OPEN, Mark, Reply, Syntax
+from backtalk.language.tool_formats.schemas import shape
+from backtalk.language.tool_formats.values import clean_value, what_is_wrong
+from backtalk.messages import ParsedAction, ToolCall, ToolSpec
+
+
+def parse_reply(
+    syntax: Syntax,
+    tools: Sequence[ToolSpec],
+    reply: Reply,
+    *,
+    max_calls: int = 1,
+    which: Literal["first", "last"] = "first",
+    thinking: bool = False,
+    tell_warnings: bool = False,
+) -> ParsedAction:
+    """The calls to run, at most ``max_calls`` from one end of the reply, and what the policy is told.
+
+    A call that cannot be read or does not fit its tool ends the list: what comes after may rest on it. So where the
+    last ones count, none is run if one cannot be read. ``thinking`` says that a reply has to think first;
+    ``tell_warnings``, that the policy hears of format warnings.
+    """
+    reading = syntax.read(reply)
+    problem, skipped = reading.problem, 0
+    if which == "last":
+        skipped = len(reading.calls) if problem else max(0, len(reading.calls) - max_calls)
+    calls = reading.calls[skipped:]
+    for number, call in enumerate(calls[:max_calls]):
+        wrong = what_is_wrong(call, tools)
+        if wrong:
+            problem, calls = f"{wrong}; write {shape(syntax, tools, call.tool)}", calls[:number]
+            break
+    if thinking and not reading.thought and calls:
+        reading.warn(f"no {THINK_OPEN}...{THINK_CLOSE} before the call")
+    always: list[str] = []
+    if skipped:
+        last = "the last call was" if max_calls == 1 else f"the last {max_calls} calls were"
+        always.append(f"only {last} run; write {how_many(max_calls)} in each reply")
+    if len(calls) > max_calls or (calls and problem and len(calls) == max_calls):
+        first = "the first call was" if max_calls == 1 else f"the first {max_calls} calls were"
+        always.append(f"only {first} run; write {how_many(max_calls)} in each reply")
+    elif calls and problem:
+        always.append(f"what follows call {skipped + len(calls)} was not run: {problem}")
+    if not calls:
+        return ParsedAction(reply.text, (), f"[{problem}]")
+    warnings = [*always, *reading.warnings]
+    notice = "".join(f"[{warning}]\n" for warning in (warnings if tell_warnings else always))
+    return ParsedAction(reply.text, tuple(calls[:max_calls]), None, tuple(warnings), notice)
+
+
+def how_many(max_calls: int) -> str:
+    return "one call" if max_calls == 1 else f"at most {max_calls} calls"
+
+
+def write_reply(
+    syntax: Syntax, call: ToolCall, text: str = "", *, opened: bool = False, thinking: bool = False
+) -> list[str]:
+    """A well-written call after some text, as markup and text in turns. Where thinking is on, the text is thought.
+
+    Raises:
+        RenderError: the format cannot hold this call; what is read back would be another one.
+    """
+    before: list[str] = [text + "\n"] if text else []
+    if (opened or thinking) and THINK_CLOSE not in text:
+        opening = [] if opened else [Mark(THINK_OPEN), "\n"]
+        before = [*opening, f"{text}\n", Mark(THINK_CLOSE), "\n\n"]
+    problem = "what is read back is another call"
+    try:
+        pieces = [*before, *syntax.write(call)]
+        wanted = clean_value({call.tool: dict(call.arguments)})
+        reading = syntax.read(Reply("".join(clean_value(pieces)), opened=opened, marks=_marks(syntax, pieces)))
+        if [{read.tool: dict(read.arguments)} for read in reading.calls] == [wanted] and not reading.problem:
+            return pieces
+        problem = reading.problem or problem
+    except (TypeError, ValueError) as error:
+        problem = str(error)
+    raise RenderError(
+        f"a call of {call.tool} with the arguments {str(dict(call.arguments))[:200]} cannot be written in this format: "
+        f"{problem}; the strings of tool_format='hermes' hold any text"
+    )
+
+
+def _marks(syntax: Syntax, pieces: Sequence[str]) -> frozenset[int] | None:
+    """Where the markup begins, for a format whose marks count only as tokens."""
+    if not syntax.are_tokens:
+        return None
+    starts, position = set(), 0
+    for piece in pieces:
+        if isinstance(piece, Mark):
+            starts.add(position)
+        position += len(clean_value(str(piece)))
+    return frozenset(starts)

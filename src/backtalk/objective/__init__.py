@@ -1,0 +1,37 @@
+"""Compute the training objective: GRPO on action tokens plus the world-model term on environment output.
+
+``loss`` is the objective on one page. Its functions can be imported from here; torch is loaded when one is asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from backtalk.objective.loss import (
+        objective,
+        policy_loss,
+        policy_weights,
+        token_weights,
+        world_model_loss,
+        world_model_loss_from_masks,
+        world_weights,
+    )
+
+__all__ = [
+    "objective",
+    "policy_loss",
+    "policy_weights",
+    "token_weights",
+    "world_model_loss",
+    "world_model_loss_from_masks",
+    "world_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a function of ``loss`` on first use, so that settings can be read without torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module("backtalk.objective.loss"), name)

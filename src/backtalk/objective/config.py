@@ -1,0 +1,264 @@
+"""What is minimised, as settings. The functions that read them are in ``selection`` and ``objective``."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any, Literal, get_args
+
+from backtalk.errors import ConfigError
+from backtalk.objective.advantages import AdvantageEstimator
+
+PolicyLoss = Literal["clip", "gspo", "cispo"]
+WorldLoss = Literal["cross_entropy", "clipped_mae"]
+WorldLossTarget = Literal["env_only", "warning_only", "warning_plus_env", "full_observation"]
+PolicyNormalizer = Literal["sequence_mean", "token_mean", "fixed_length"]
+WorldNormalizer = Literal["sequence_mean", "sequence_mean_selected", "token_mean", "fixed_length"]
+
+# RFC 010 of OpenEnv calls the body of an observation, environment and warnings, "all".
+TARGET_ROLES: Mapping[str, tuple[str, ...]] = {
+    "env_only": ("env_output",),
+    "warning_only": ("warning",),
+    "warning_plus_env": ("env_output", "warning"),
+    "full_observation": ("env_output", "warning", "template"),
+}
+TOOL_PREFIX = "tool:"  # of a tool's name in WorldOptions.weights
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A coefficient over the training steps: from point to point in a ``linear`` way, or in ``steps``.
+
+    ``points`` hold the value at a step, from step 0 on; after the last one it stays.
+    """
+
+    points: Mapping[int, float]
+    shape: Literal["linear", "steps"] = "linear"
+
+    def __post_init__(self) -> None:
+        steps = list(self.points)
+        if steps[:1] != [0] or any(a >= b for a, b in pairwise(steps)):
+            raise ConfigError(f"schedule points are at steps {steps}; start at 0 and go up, as in {{0: 0.05, 100: 0}}")
+        if not all(math.isfinite(value) and value >= 0 for value in self.points.values()):
+            raise ConfigError(f"schedule values {list(self.points.values())} must be finite and >= 0")
+        _check_choices(self, shape=Literal["linear", "steps"])
+
+    def at(self, step: int) -> float:
+        """The value at a training step, counted from 0."""
+        steps, values = list(self.points), list(self.points.values())
+        k = bisect_right(steps, max(step, 0)) - 1
+        if self.shape == "steps" or k + 1 == len(steps):
+            return values[k]
+        share = (step - steps[k]) / (steps[k + 1] - steps[k])
+        return values[k] + share * (values[k + 1] - values[k])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LengthPenalty:
+    """What a long attempt costs: taken off its reward before advantages, while the recorded one stays the verifier's.
+
+    With ``most`` infinite it is echo-rl's. DAPO's soft overlong punishment (arXiv 2503.14476, section 3.4), from 0 at
+    L_max - L_cache down to -1 at L_max, has most = 1, free_tokens = L_max - L_cache, per_1000_tokens = 1000 / L_cache.
+    """
+
+    per_1000_tokens: float = 0.0
+    """Taken off the reward for 1,000 tokens; 0 is no penalty."""
+    free_tokens: int = 0
+    """Tokens that cost nothing."""
+    most: float = 1.0
+    """Largest penalty; inf for no bound."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.per_1000_tokens < math.inf and self.free_tokens >= 0 and self.most > 0):
+            raise ConfigError(
+                f"policy.length_penalty has per_1000_tokens={self.per_1000_tokens}, free_tokens={self.free_tokens}, "
+                f"most={self.most}, which would reward length, or do nothing; use >= 0, >= 0 and > 0"
+            )
+
+    def of(self, tokens: int) -> float:
+        """For so many tokens after the prompt: actions, observations and the scaffold around them."""
+        return min(self.most, self.per_1000_tokens * max(0, tokens - self.free_tokens) / 1000)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PolicyOptions:
+    """Other published forms of the policy term. The default is GRPO's, without KL."""
+
+    loss: PolicyLoss = "clip"
+    advantage: AdvantageEstimator = "grpo"
+    kl_coeff: float = 0.0
+    """Weight of KL(policy || reference); the reference is the model that the run began with."""
+    max_importance_ratio: float | None = None
+    """Upper bound of p_trainer / p_sampler; null takes the sampler's word."""
+    max_staleness: int = 0
+    """Updates since a row was sampled; older ones carry the world-model term alone."""
+    length_penalty: LengthPenalty = field(default_factory=LengthPenalty)
+
+    def __post_init__(self) -> None:
+        _check_choices(self, loss=PolicyLoss, advantage=AdvantageEstimator)
+        if not 0 <= self.kl_coeff < math.inf:
+            raise ConfigError(f"policy.kl_coeff={self.kl_coeff} rewards leaving the reference; use >= 0, 0 for none")
+        if self.max_staleness < 0:
+            raise ConfigError(f"policy.max_staleness={self.max_staleness} would refuse fresh rows; use 0 or more")
+        if self.max_importance_ratio is None:
+            return
+        if not 1 <= self.max_importance_ratio < math.inf:
+            raise ConfigError(
+                f"policy.max_importance_ratio={self.max_importance_ratio} cuts tokens on which trainer and sampler "
+                "agree; use >= 1, for example 2"
+            )
+        if self.loss == "gspo":
+            raise ConfigError(
+                "policy.max_importance_ratio corrects token by token, and policy.loss='gspo' has one ratio a sequence; "
+                "use loss='clip' or 'cispo', or no cap"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorldOptions:
+    """Which target tokens carry how much weight, beyond ``world_loss_target``. The default is ECHO's: all alike.
+
+    None of them changes a denominator other than the count of selected tokens: a row whose tokens are selected
+    away adds 0 and stays in the mean.
+    """
+
+    weights: Mapping[str, float] | None = None
+    """Of target tokens, by role (env_output, warning, template) or tool:NAME; else 1."""
+    max_tokens_per_observation: int | None = None
+    """The first target tokens of each turn; null is all."""
+    min_valid_calls: float = 0.0
+    """Gate: share of a rollout's turns that held a valid call."""
+    min_clean_turns: float = 0.0
+    """Gate: share of a rollout's turns that parsed without any warning."""
+    min_correct: float = 0.0
+    """Gate: share of solved rollouts among those of a group that feed the term."""
+    loss: WorldLoss = "cross_entropy"
+    """clipped_mae is PaW's."""
+    entropy_share: float = 1.0
+    """PaW: share of a group's turns, of highest action entropy, that keep their observation."""
+    return_adaptive: bool = False
+    """PaW: weight 1 - the group's mean reward."""
+    temperature: Literal["one", "sampling"] = "one"
+    """Of the log-probabilities of targets."""
+
+    def __post_init__(self) -> None:
+        _check_choices(self, loss=WorldLoss, temperature=Literal["one", "sampling"])
+        for name in ("min_valid_calls", "min_clean_turns"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"world.{name}={getattr(self, name)} is a share of turns; use 0 to 1, 0 for no gate")
+        if not 0 <= self.min_correct < 1:
+            raise ConfigError(
+                f"world.min_correct={self.min_correct} would learn from solved rollouts alone, and from none where "
+                "tasks are hard; use 0 <= min_correct < 1, 0 for no gate"
+            )
+        if not 0 < self.entropy_share <= 1:
+            raise ConfigError(f"world.entropy_share={self.entropy_share} keeps no observation; use 0 < share <= 1")
+        cap = self.max_tokens_per_observation
+        if cap is not None and cap < 1:
+            raise ConfigError(f"world.max_tokens_per_observation={cap} leaves nothing; use >= 1, or null for all")
+        for name, weight in (self.weights or {}).items():
+            if name not in TARGET_ROLES["full_observation"] and not name.startswith(TOOL_PREFIX):
+                raise ConfigError(
+                    f"world.weights names {name!r}, which is no role; "
+                    f"use env_output, warning, template or {TOOL_PREFIX}NAME"
+                )
+            if not 0 <= weight < math.inf:
+                raise ConfigError(f"world.weights gives {name!r} {weight}; use a finite weight >= 0")
+
+    def weight(self, role: str, tool: str | None) -> float:
+        """Of a target token of a role, in the answer to a tool."""
+        weights = self.weights or {}
+        return weights.get(role, 1.0) * weights.get(f"{TOOL_PREFIX}{tool}", 1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """What is minimised. ``policy_coeff=0`` learns from observations alone and needs no verifier."""
+
+    policy_coeff: float = 1.0
+    """0 learns from observations alone and needs no verifier."""
+    world_model_coeff: float | Schedule = 0.05
+    """Lambda: a number, or a schedule {points: {0: 0.05, 100: 0}, shape: linear or steps}."""
+    clip: tuple[float, float] = (0.2, 0.2)
+    """eps_low, eps_high of the ratio."""
+    policy_normalizer: PolicyNormalizer = "sequence_mean"
+    world_normalizer: WorldNormalizer = "sequence_mean"
+    world_loss_target: WorldLossTarget = "env_only"
+    """Which roles of tokens the world-model term learns."""
+    max_seq_len: int | None = None
+    """Tokens; the L of fixed_length, and used by nothing else."""
+    policy: PolicyOptions = field(default_factory=PolicyOptions)
+    world: WorldOptions = field(default_factory=WorldOptions)
+
+    def __post_init__(self) -> None:
+        coeff = self.world_model_coeff
+        coefficients = (self.policy_coeff, max(coeff.points.values()) if isinstance(coeff, Schedule) else coeff)
+        if not all(0 <= c < math.inf for c in coefficients) or not any(coefficients):
+            raise ConfigError(
+                f"policy_coeff={self.policy_coeff}, world_model_coeff={self.world_model_coeff}: a negative coefficient "
+                "unlearns what its term teaches, and two zeros leave nothing to learn; use >= 0 and one of them above 0"
+            )
+        if isinstance(coeff, Schedule) and self.policy_coeff == 0:
+            raise ConfigError(
+                "policy_coeff=0 with a schedule of world_model_coeff: the optimizer takes the scale of a lone term out "
+                "again; use a constant, and schedule the learning rate instead"
+            )
+        eps_low, eps_high = self.clip
+        if not (0 <= eps_low <= 1 and 0 <= eps_high < math.inf):
+            raise ConfigError(f"clip={list(self.clip)}: use [eps_low, eps_high], 0 <= eps_low <= 1, eps_high >= 0")
+        _check_choices(
+            self,
+            policy_normalizer=PolicyNormalizer,
+            world_normalizer=WorldNormalizer,
+            world_loss_target=WorldLossTarget,
+        )
+        if "fixed_length" in (self.policy_normalizer, self.world_normalizer):
+            check_length(self.max_seq_len)
+        roles = TARGET_ROLES[self.world_loss_target]
+        idle = [name for name in self.world.weights or {} if name not in roles and not name.startswith(TOOL_PREFIX)]
+        if idle:
+            raise ConfigError(
+                f"world.weights names {idle}, which world_loss_target={self.world_loss_target!r} never selects; "
+                "leave them out, or choose a target that holds them"
+            )
+        if not any(self.world.weight(role, None) for role in roles):
+            raise ConfigError(
+                f"world.weights are 0 for everything that world_loss_target={self.world_loss_target!r} selects; "
+                "use world_model_coeff=0 to switch the term off"
+            )
+
+    def at(self, step: int) -> ObjectiveConfig:
+        """The same with the coefficient of a training step, counted from 0."""
+        if not isinstance(self.world_model_coeff, Schedule):
+            return self
+        return replace(self, world_model_coeff=self.world_model_coeff.at(step))
+
+    @property
+    def world_coeff(self) -> float:
+        """The coefficient as a number.
+
+        Raises:
+            ConfigError: it is a schedule, so it depends on the step.
+        """
+        if isinstance(self.world_model_coeff, Schedule):
+            raise ConfigError("world_model_coeff is a schedule, which has no one value; pass config.at(step)")
+        return self.world_model_coeff
+
+
+def check_length(max_seq_len: int | None) -> int:
+    """``max_seq_len`` where it can be divided by; ConfigError else."""
+    if max_seq_len is None or max_seq_len < 1:
+        raise ConfigError(
+            f"normalizer 'fixed_length' divides by max_seq_len, got {max_seq_len}; "
+            "set it to the longest sequence that a rollout may reach, in tokens"
+        )
+    return max_seq_len
+
+
+def _check_choices(config: Any, **choices: Any) -> None:
+    for name, known in choices.items():
+        if getattr(config, name) not in get_args(known):
+            raise ConfigError(f"{name}={getattr(config, name)!r} is unknown; use one of {list(get_args(known))}")

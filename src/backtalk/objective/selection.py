@@ -1,0 +1,116 @@
+"""Which observations the world-model term may learn from, and how much: gates, weights, caps, PaW's choices.
+
+Everything here sees a whole group, because gates and choices compare its rollouts. Plain floats, so that whoever reads
+a run folder can work out the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from backtalk.errors import ConfigError
+from backtalk.objective.config import TARGET_ROLES, ObjectiveConfig, WorldOptions
+from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
+
+SOLVED = 1.0  # a rollout with at least this reward counts as correct
+
+
+def world_scales(group: TrajectoryGroup, config: ObjectiveConfig) -> list[list[float] | None]:
+    """What each token's weight in the world-model term is multiplied by; one list a trajectory, over all its branches.
+
+    None is 1 everywhere.
+    """
+    options = config.world
+    shares = observation_shares(group, options)
+    kept = uncertain_turns(group, options.entropy_share)
+    plain = kept is None and options.weights is None and options.max_tokens_per_observation is None
+    return [
+        None if plain and share == 1 else _scales(trajectory, share, None if kept is None else kept[i], config)
+        for i, (trajectory, share) in enumerate(zip(group, shares, strict=True))
+    ]
+
+
+def _scales(trajectory: Trajectory, share: float, turns: frozenset[int] | None, config: ObjectiveConfig) -> list[float]:
+    options, cap = config.world, config.world.max_tokens_per_observation
+    taken: dict[int, int] = {}  # target tokens that a turn's observation has so far
+    scales: list[float] = []
+    for segment in trajectory.segments:
+        scale = share if turns is None or segment.turn in turns else 0.0
+        if segment.turn is None or not is_target_role(segment, config):
+            scales += [scale] * len(segment)
+            continue
+        scale *= options.weight(segment.role.name.lower(), segment.tool)
+        room = len(segment) if cap is None else min(len(segment), cap - taken.get(segment.turn, 0))
+        if scale > 0:
+            taken[segment.turn] = taken.get(segment.turn, 0) + room
+        scales += [scale] * room + [0.0] * (len(segment) - room)
+    return scales
+
+
+def is_target_role(segment: Segment, config: ObjectiveConfig) -> bool:
+    """Whether ``world_loss_target`` selects a segment; the scaffold of the prompt never is."""
+    role = segment.role.name.lower()
+    prompt = segment.role is TokenRole.TEMPLATE and segment.turn is None
+    return role in TARGET_ROLES[config.world_loss_target] and not prompt
+
+
+def observation_shares(group: TrajectoryGroup, options: WorldOptions) -> list[float]:
+    """What each rollout's observations count for as a whole: 0 behind a gate, else 1 or PaW's balance."""
+    allowed = [_passes(trajectory, options) for trajectory in group]
+    if options.min_correct > 0:
+        correct = [trajectory.reward is not None and trajectory.reward >= SOLVED for trajectory in group]
+        solved = sum(a and c for a, c in zip(allowed, correct, strict=True))
+        others = math.floor(solved * (1 - options.min_correct) / options.min_correct + 1e-9)
+        for i, is_correct in enumerate(correct):
+            if allowed[i] and not is_correct:
+                allowed[i], others = others > 0, others - 1
+    balance = return_balance(group.rewards) if options.return_adaptive else 1.0
+    return [balance if is_allowed else 0.0 for is_allowed in allowed]
+
+
+def _passes(trajectory: Trajectory, options: WorldOptions) -> bool:
+    """echo-rl's two gates on how well a rollout was written; a rollout without a turn passes none."""
+    turns, stats = trajectory.num_turns, trajectory.stats
+    if options.min_valid_calls == options.min_clean_turns == 0:
+        return True
+    if turns == 0:
+        return False
+    valid = 1 - stats.get("invalid_calls", 0.0) / turns
+    clean = 1 - stats.get("unclean_turns", 0.0) / turns
+    return valid >= options.min_valid_calls and clean >= options.min_clean_turns
+
+
+def return_balance(rewards: Sequence[float | None]) -> float:
+    """1 - mean reward: the better a group does, the less its world-model term counts (PaW, arXiv 2606.02388).
+
+    Raises:
+        ConfigError: a reward outside [0, 1], for which this is no weight.
+    """
+    known = [reward for reward in rewards if reward is not None]
+    if any(not 0 <= reward <= 1 for reward in known):
+        raise ConfigError(
+            f"world.return_adaptive weighs by 1 - mean reward, and this group has rewards {known}; "
+            "scale rewards to [0, 1], or use return_adaptive=false"
+        )
+    return 1 - math.fsum(known) / len(known) if known else 1.0
+
+
+def uncertain_turns(group: TrajectoryGroup, share: float) -> list[frozenset[int]] | None:
+    """The turns of each rollout that are among the ``share`` of the group's turns with the highest action entropy.
+
+    Entropy is estimated by the mean of -logprob over a turn's action tokens, in nats. None where all are kept.
+    """
+    if share >= 1:
+        return None
+    entropies = sorted(
+        (
+            (-math.fsum(s.logprobs or ()) / max(len(s), 1), i, s.turn)
+            for i, trajectory in enumerate(group)
+            for s in trajectory.segments
+            if s.role is TokenRole.ACTION
+        ),
+        key=lambda turn: (-turn[0], turn[1:]),
+    )
+    kept = entropies[: math.ceil(share * len(entropies) - 1e-9)]
+    return [frozenset(turn for _, k, turn in kept if k == i and turn is not None) for i in range(len(group))]

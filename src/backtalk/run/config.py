@@ -1,0 +1,211 @@
+"""The settings of a training run.
+
+Each group of settings lives beside what it sets (rollout, objective, engine, terminal); this module
+only puts them together.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from backtalk import settings
+from backtalk.engines.choose import EngineConfig, engine_config_class
+from backtalk.engines.torch.config import TorchConfig
+from backtalk.envs.terminal import TerminalConfig
+from backtalk.errors import ConfigError
+from backtalk.language.renderer import RendererConfig
+from backtalk.objective.config import ObjectiveConfig
+from backtalk.rollout.limits import RolloutLimits
+from backtalk.sandboxes import SandboxChoice
+from backtalk.settings import parse_overrides, read_settings, set_dotted
+
+# Fields of the settings below that a run does not offer: they follow from others (see _derived), or stay as they are.
+NOT_OFFERED = frozenset(
+    {
+        "engine.threads",
+        "engine.betas",
+        "engine.weight_decay",
+        "engine.packing",
+        "objective.max_seq_len",
+        "terminal.sandbox.output_bytes",
+    }
+)
+# Groups that a run leaves alone unless it is about what they set; each counts as one choice.
+OPTION_GROUPS = ("objective.policy", "objective.world", "renderer", "terminal")
+
+
+E = TypeVar("E", bound=EngineConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskSource:
+    """One of several sources of tasks, and how it is taken."""
+
+    name: str
+    """triage, workbench, a folder, a .jsonl or .parquet file, hf:owner/name[:split], openenv:WHERE, awm:WHICH."""
+    weight: float = 1.0
+    """This over the sum of all weights is its share of the tasks of a step."""
+    levels: tuple[int, ...] | None = None
+    """Of triage; null is tasks.levels."""
+    world_model_only: bool = False
+    """Nobody scores them: they teach through the world-model term alone."""
+    host_packages: bool = False
+    """Leave out what installs packages: this machine has them already."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of its environment: OpenEnvConfig's, AwmConfig's."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(
+                f"tasks.source: weight={self.weight} of {self.name!r} is no share; use a number above 0, or leave the "
+                "source out"
+            )
+        if self.levels == ():
+            raise ConfigError(f"tasks.source: levels=[] of {self.name!r} leaves no task; use levels such as [1, 2]")
+        self._check_options()
+
+    def _check_options(self) -> None:
+        match self.name.partition(":")[0]:
+            case "openenv":
+                from backtalk.envs.openenv.config import OpenEnvConfig as kind
+            case "awm":
+                from backtalk.envs.awm.config import AwmConfig as kind
+            case _ if self.options and (":" not in self.name or self.name.startswith("hf:")):
+                raise ConfigError(
+                    f"tasks.source: {self.name!r} takes no options, got {dict(self.options)}; leave them out"
+                )
+            case _:
+                return
+        settings.build(kind, self.options, "tasks.source.options.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskConfig:
+    """Which tasks a run trains on and is measured on; the split between them is by task id."""
+
+    source: str | tuple[str | TaskSource, ...] = ("triage",)
+    """One or several: triage, workbench, a folder or file of tasks, hf:NAME, openenv:WHERE, awm:WHICH."""
+    levels: tuple[int, ...] = (1, 2)
+    """Difficulty of triage."""
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            raise ConfigError("tasks.levels=[] leaves no task to train on; use levels such as [1, 2]")
+        if not self.source:
+            raise ConfigError("tasks.source=[] leaves no task to train on; use triage, workbench or a folder of tasks")
+
+    @property
+    def sources(self) -> tuple[TaskSource, ...]:
+        """The sources, each with its weight and its levels."""
+        several = (self.source,) if isinstance(self.source, str) else self.source
+        each = (one if isinstance(one, TaskSource) else TaskSource(name=one) for one in several)
+        return tuple(replace(one, levels=one.levels or self.levels) for one in each)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationConfig:
+    """How the policy is measured on held-out tasks, before the first step and after the last."""
+
+    tasks: int = 64
+    """Held-out tasks; 0 leaves evaluation out."""
+    samples_per_task: int = 4
+    """Rollouts of each, the k of pass@k."""
+    every: int = 0
+    """Steps between further evaluations; 0 is none."""
+    recorded_path: str | None = None
+    """Trajectories of another policy, a Parquet file; null is the package's own, for its own model."""
+
+    def __post_init__(self) -> None:
+        if self.tasks < 0 or self.samples_per_task < 1 or self.every < 0:
+            raise ConfigError(
+                f"evaluation.tasks={self.tasks}, samples_per_task={self.samples_per_task}, every={self.every}: "
+                "use tasks >= 0, samples_per_task >= 1, every >= 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig(Generic[E]):
+    """All settings of one training run; ``engine`` holds those of the engine that ``engine.kind`` names."""
+
+    seed: int = 0
+    """Of tasks, sampling and fresh adapters."""
+    steps: int = 50
+    """Optimizer steps."""
+    tasks_per_step: int = 8
+    """Groups of a step."""
+    group_size: int = 8
+    """Rollouts of each task of a step."""
+    temperature: float = 1.0
+    """Of sampling, above 0."""
+    checkpoint_every: int = 5
+    """Steps between checkpoints."""
+    sandbox: SandboxChoice = "auto"
+    """Where commands run; auto takes the best that works here, never unsafe."""
+    tasks: TaskConfig = field(default_factory=TaskConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    renderer: RendererConfig = field(default_factory=RendererConfig)
+    rollout: RolloutLimits = field(default_factory=RolloutLimits)
+    terminal: TerminalConfig = field(default_factory=TerminalConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    engine: E = field(default_factory=TorchConfig)  # pyright: ignore[reportAssignmentType]
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 0), ("tasks_per_step", 1), ("group_size", 1), ("checkpoint_every", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)} cannot work; use {name} >= {least}")
+        if self.temperature <= 0:
+            raise ConfigError(
+                f"temperature={self.temperature} samples the same attempt every time, so a group has nothing to "
+                "compare; use temperature > 0, for example 1.0"
+            )
+        if self.group_size == 1 and self.objective.policy_coeff > 0:
+            raise ConfigError(
+                "group_size=1 makes every advantage 0, so the policy term learns nothing; "
+                "use group_size >= 2, or set objective.policy_coeff=0 to learn from observations alone"
+            )
+
+
+def load_config(source: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> TrainConfig:
+    """Return settings from a preset's name or a YAML file, then ``overrides`` by dotted key.
+
+    A file may name another as its ``base`` and say only what differs. Overrides are a mapping
+    ``{"objective.world_model_coeff": 0.05}`` or strings ``"objective.world_model_coeff=0.05"``.
+
+    Raises:
+        ConfigError: no such file or preset, an unknown key, a value of the wrong kind, settings that cannot work.
+    """
+    return config_from_dict(read_settings(source), overrides)
+
+
+def config_from_dict(tree: Mapping[str, Any], overrides: Mapping[str, Any] | Sequence[str] = ()) -> TrainConfig:
+    """Return settings from nested plain data, such as a run folder's config.yaml holds, then ``overrides``."""
+    tree = copy.deepcopy(dict(tree))
+    for key, value in parse_overrides(overrides).items():
+        set_dotted(tree, key, value)
+    engine, rollout = tree.get("engine"), tree.get("rollout")
+    kind = engine.get("kind", "torch") if isinstance(engine, Mapping) else "torch"
+    longest = rollout.get("max_tokens") if isinstance(rollout, Mapping) else None
+    derived = {"objective.max_seq_len": longest or RolloutLimits().max_tokens}
+    return settings.build(TrainConfig[engine_config_class(kind)], tree, hidden=NOT_OFFERED, derived=derived)
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Return the offered settings as nested plain data, ready for YAML; the inverse of :func:`config_from_dict`."""
+    return settings.to_plain(config, TrainConfig[type(config.engine)], NOT_OFFERED)
+
+
+def setting_schemas(kind: str = "torch") -> dict[str, dict[str, Any]]:
+    """Return the JSON Schema of every setting of a run by its dotted key, with the settings of one kind of engine."""
+    return settings.setting_schemas(TrainConfig[engine_config_class(kind)], hidden=NOT_OFFERED)
+
+
+def json_schema(kind: str = "torch") -> dict[str, Any]:
+    """Return the JSON Schema of a file of settings, for editors."""
+    schema = settings.json_schema(TrainConfig[engine_config_class(kind)], NOT_OFFERED)
+    schema["properties"]["base"] = {"type": "string", "description": "A preset or file that this one differs from."}
+    return schema

@@ -1,0 +1,33 @@
+"""What a run leaves on disk: trajectories, metrics, evaluations, and how they are read back.
+
+A run folder holds::
+
+    config.yaml                     the resolved settings
+    metrics.jsonl                   one line a training step
+    groups/step_00012.parquet       the trajectories that step 12 was trained on, one row each
+    evaluation_step_00012.json      the policy as it stood before step 12
+    checkpoint/  tokenizer/         written by the engine and by ``train``
+
+Nothing here may lose what is already written: whole files appear by rename, lines are appended and
+synced, and a line cut off by a kill or a full disk is dropped by the next reader and writer.
+"""
+
+from backtalk.files import write_bytes
+from backtalk.run.log.folder import RunLog
+from backtalk.run.log.trajectories import (
+    group_trajectories,
+    read_trajectories,
+    trajectory_from_dict,
+    trajectory_to_dict,
+    write_trajectories,
+)
+
+__all__ = [
+    "RunLog",
+    "group_trajectories",
+    "read_trajectories",
+    "trajectory_from_dict",
+    "trajectory_to_dict",
+    "write_bytes",
+    "write_trajectories",
+]

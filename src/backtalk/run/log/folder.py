@@ -1,0 +1,146 @@
+"""One run folder: what is where, and what a resume forgets."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from backtalk.errors import DataError
+from backtalk.files import append_line, read_lines, readable, write_bytes
+from backtalk.run.log.trajectories import group_trajectories, read_trajectories, write_trajectories
+from backtalk.trajectory import TrajectoryGroup
+
+
+class RunLog:
+    """Reads and writes one run folder; ``RunLog(folder)`` itself touches nothing."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @property
+    def config_path(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.folder / "checkpoint"
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.folder / "tokenizer"
+
+    def groups_path(self, step: int) -> Path:
+        return self.folder / "groups" / f"step_{step:05d}.parquet"
+
+    def evaluation_path(self, step: int) -> Path:
+        return self.folder / f"evaluation_step_{step:05d}.json"
+
+    # writing
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        import yaml
+
+        write_bytes(self.config_path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
+
+    def write_groups(self, step: int, groups: Iterable[TrajectoryGroup]) -> None:
+        write_trajectories(self.groups_path(step), [trajectory for group in groups for trajectory in group])
+
+    def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line; what is not finite (a mean over nothing) is null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        append_line(self.metrics_path, {"step": step, **finite})
+
+    def write_evaluation(
+        self, step: int, evaluation: Mapping[str, Any], groups: Iterable[TrajectoryGroup] = ()
+    ) -> None:
+        """The trajectories go first, so that an evaluation that can be read is a complete one."""
+        write_trajectories(
+            self.evaluation_path(step).with_suffix(".parquet"), [trajectory for group in groups for trajectory in group]
+        )
+        write_bytes(self.evaluation_path(step), (json.dumps(evaluation, indent=1) + "\n").encode())
+
+    def truncate_after(self, step: int) -> None:
+        """Forget what lies beyond ``step``, for a resume from the checkpoint made after it (-1: everything).
+
+        Kept are metrics and groups up to ``step`` and evaluations up to that of the policy it left behind.
+        """
+        if self.metrics_path.exists():
+            kept = [row for row in self.read_metrics() if row["step"] <= step]
+            write_bytes(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        for number, path in self._numbered("groups/step_*.parquet"):
+            if number > step:
+                path.unlink()
+        for number, path in self._numbered("evaluation_step_*.*"):
+            if number > step + 1:
+                path.unlink()
+
+    # reading
+
+    def read_config(self) -> dict[str, Any]:
+        """Raises DataError when the folder is no run, or its config.yaml is not what a training wrote."""
+        import yaml
+
+        if not self.config_path.is_file():
+            raise DataError(
+                f"{self.folder} is not a run folder: it has no config.yaml; pass the folder that a training wrote"
+            )
+        with readable(self.config_path):
+            content = self.config_path.read_bytes()
+        try:
+            tree = yaml.safe_load(content)
+        except (yaml.YAMLError, ValueError) as error:
+            raise DataError(f"{self.config_path} is not YAML ({error}); put back what the training wrote") from error
+        if not isinstance(tree, dict) or "engine" not in tree:
+            raise DataError(f"{self.config_path} does not hold the settings of a run; put back what the training wrote")
+        return tree
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        rows = read_lines(self.metrics_path) if self.metrics_path.exists() else []
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise DataError(f"{self.metrics_path}, line {number} is not the metrics of a step; remove that line")
+        return rows
+
+    def last_step(self) -> int:
+        """The last step whose metrics are written; -1 where there is none."""
+        rows = self.read_metrics()
+        return rows[-1]["step"] if rows else -1
+
+    def group_steps(self) -> list[int]:
+        """Steps whose trajectories are on disk, ascending."""
+        return [number for number, _ in self._numbered("groups/step_*.parquet")]
+
+    def read_groups(self, step: int) -> list[TrajectoryGroup]:
+        path = self.groups_path(step)
+        if not path.exists():
+            steps = self.group_steps()
+            there = f"steps {steps[0]} to {steps[-1]} are there" if steps else "the run has not finished a step yet"
+            raise DataError(f"{self.folder} has no trajectories of step {step}; {there}")
+        return group_trajectories(read_trajectories(path))
+
+    def evaluation_steps(self) -> list[int]:
+        return [number for number, _ in self._numbered("evaluation_step_*.json")]
+
+    def read_evaluation(self, step: int) -> dict[str, Any]:
+        path = self.evaluation_path(step)
+        with readable(path):
+            text = path.read_text()
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON ({error}); remove it and evaluate again") from error
+
+    def read_evaluation_groups(self, step: int) -> list[TrajectoryGroup]:
+        return group_trajectories(read_trajectories(self.evaluation_path(step).with_suffix(".parquet")))
+
+    def _numbered(self, pattern: str) -> list[tuple[int, Path]]:
+        found = [(re.search(r"step_(\d+)\.", path.name), path) for path in self.folder.glob(pattern)]
+        return sorted((int(match.group(1)), path) for match, path in found if match)

@@ -1,0 +1,208 @@
+"""Trajectories as JSON lines and Parquet, one row each, without loss."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from backtalk.errors import DataError
+from backtalk.files import read_lines, readable, write_bytes
+from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
+
+SCHEMA_VERSION = 2  # 1 had no branches
+_VERSION_KEY = b"backtalk_trajectories"
+
+
+# ---------------------------------------------------------------- one trajectory as plain data
+
+
+def trajectory_to_dict(trajectory: Trajectory) -> dict[str, Any]:
+    """A trajectory as JSON-ready data, token columns flat and segments as lengths over them.
+
+    ``logprobs`` holds None where a token was not sampled.
+    """
+    failure = trajectory.failure
+    return {
+        "task_id": trajectory.task_id,
+        "sample_index": trajectory.sample_index,
+        "policy_version": trajectory.policy_version,
+        "reward": trajectory.reward,
+        "stop_reason": trajectory.stop_reason.value,
+        "failure": None
+        if failure is None
+        else {"where": failure.where, "error": failure.error, "message": failure.message},
+        "token_ids": list(trajectory.token_ids),
+        "roles": [int(role) for role in trajectory.roles],
+        "logprobs": [x for s in trajectory.segments for x in (s.logprobs or (None,) * len(s))],
+        "segments": [
+            {"role": s.role.name, "length": len(s), "turn": s.turn, "tool": s.tool, "branch": s.branch}
+            for s in trajectory.segments
+        ],
+        "messages": [dict(message) for message in trajectory.messages],
+        "stats": {name: float(value) for name, value in trajectory.stats.items()},
+    }
+
+
+def trajectory_from_dict(data: Mapping[str, Any]) -> Trajectory:
+    """The inverse of :func:`trajectory_to_dict`.
+
+    Raises:
+        DataError: when a key is missing or the columns do not fit together.
+    """
+    try:
+        failure = data["failure"]
+        return Trajectory(
+            task_id=data["task_id"],
+            sample_index=data["sample_index"],
+            policy_version=data["policy_version"],
+            reward=data["reward"],
+            stop_reason=StopReason(data["stop_reason"]),
+            failure=None if failure is None else Failure(failure["where"], failure["error"], failure["message"]),
+            segments=tuple(_segments(data)),
+            messages=tuple(data["messages"]),
+            stats=dict(data["stats"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"this record is not a trajectory ({type(error).__name__}: {error}); "
+            "pass a file written by backtalk.run.log.write_trajectories"
+        ) from error
+
+
+def _segments(data: Mapping[str, Any]) -> Iterator[Segment]:
+    token_ids, logprobs, start = data["token_ids"], data["logprobs"], 0
+    total = sum(segment["length"] for segment in data["segments"])
+    if not total == len(token_ids) == len(logprobs):
+        raise ValueError(f"segments of {total} tokens over {len(token_ids)} ids and {len(logprobs)} logprobs")
+    for segment in data["segments"]:
+        end = start + segment["length"]
+        role = TokenRole[segment["role"]]
+        sampled = tuple(logprobs[start:end]) if role is TokenRole.ACTION else None
+        branch = segment.get("branch", 0)  # records of version 1 are of one history
+        yield Segment(role, tuple(token_ids[start:end]), sampled, segment["turn"], segment["tool"], branch)
+        start = end
+
+
+# ---------------------------------------------------------------- files of trajectories
+
+
+def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
+    """Write one row a trajectory, as JSON lines or Parquet by the suffix; the file appears whole or not at all.
+
+    Raises:
+        DataError: another suffix, or the file cannot be written.
+    """
+    path = Path(path)
+    rows = [trajectory_to_dict(trajectory) for trajectory in trajectories]
+    match path.suffix:
+        case ".jsonl":
+            write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        case ".parquet":
+            write_bytes(path, _to_parquet(rows))
+        case suffix:
+            raise DataError(
+                f"cannot write trajectories to a {suffix!r} file ({path}); end the name in .jsonl or .parquet"
+            )
+
+
+def read_trajectories(path: str | Path) -> list[Trajectory]:
+    """Read what :func:`write_trajectories` wrote.
+
+    Raises:
+        DataError: no such file, another suffix, or content that is not trajectories.
+    """
+    path = Path(path)
+    match path.suffix:
+        case ".jsonl":
+            rows = read_lines(path)
+        case ".parquet":
+            rows = _from_parquet(path)
+        case suffix:
+            raise DataError(f"{path} ends in {suffix!r}, no format for trajectories; pass a .jsonl or .parquet file")
+    return [trajectory_from_dict(row) for row in rows]
+
+
+def group_trajectories(trajectories: Sequence[Trajectory]) -> list[TrajectoryGroup]:
+    """Rows in written order back into groups: a new one begins with another task or a restarted sample index."""
+    groups: list[list[Trajectory]] = []
+    for trajectory in trajectories:
+        last = groups[-1][-1] if groups else None
+        if last and last.task_id == trajectory.task_id and last.sample_index < trajectory.sample_index:
+            groups[-1].append(trajectory)
+        else:
+            groups.append([trajectory])
+    return [TrajectoryGroup(rows[0].task_id, tuple(rows)) for rows in groups]
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    numbers = [(name, pa.int32()) for name in ("length", "turn", "branch")]
+    segment = pa.struct([("role", pa.string()), ("tool", pa.string()), *numbers])
+    return pa.schema(
+        [
+            ("task_id", pa.string()),
+            ("sample_index", pa.int32()),
+            ("policy_version", pa.int64()),
+            ("reward", pa.float64()),
+            ("stop_reason", pa.string()),
+            ("failure", pa.string()),  # JSON: an error text may hold what is not UTF-8
+            ("token_ids", pa.list_(pa.int64())),
+            ("roles", pa.list_(pa.int8())),  # TokenRole of each token, for readers other than this one
+            ("logprobs", pa.list_(pa.float64())),
+            ("segments", pa.list_(segment)),
+            ("messages", pa.string()),  # JSON
+            ("stats", pa.map_(pa.string(), pa.float64())),
+        ],
+        metadata={_VERSION_KEY: str(SCHEMA_VERSION)},
+    )
+
+
+def _to_parquet(rows: list[dict[str, Any]]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    flat = [
+        {
+            **row,
+            "failure": row["failure"] and json.dumps(row["failure"]),
+            "messages": json.dumps(row["messages"]),
+            "stats": list(row["stats"].items()),
+        }
+        for row in rows
+    ]
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(flat, schema=_schema()), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _from_parquet(path: Path) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with readable(path):
+        content = path.read_bytes()
+    try:
+        table = pq.read_table(io.BytesIO(content))
+        missing = set(_schema().names) - set(table.schema.names)
+        if missing:
+            raise DataError(f"{path} lacks the columns {sorted(missing)}; it holds something other than trajectories")
+        version = (table.schema.metadata or {}).get(_VERSION_KEY, b"1").decode("ascii", "replace")
+        if version not in map(str, range(1, SCHEMA_VERSION + 1)):
+            raise DataError(
+                f"{path} is of version {version!r} of the trajectory format, and this backtalk reads 1 to "
+                f"{SCHEMA_VERSION}; read it with the backtalk that wrote it, or a later one"
+            )
+        rows = table.to_pylist()
+        for row in rows:
+            row["failure"] = row["failure"] and json.loads(row["failure"])
+            row["messages"] = json.loads(row["messages"])
+            row["stats"] = dict(row["stats"])
+        return rows
+    except (pa.ArrowException, json.JSONDecodeError, TypeError) as error:
+        raise DataError(
+            f"{path} is not a Parquet file of trajectories ({error}); it may be cut off or foreign"
+        ) from error

@@ -1,0 +1,1 @@
+"""Isolate commands with Linux namespaces, through bubblewrap."""

@@ -1,0 +1,281 @@
+"""The local sandbox: Linux namespaces by bubblewrap, without a daemon, an image or root.
+
+Two layers, both made by ``bwrap``. The outer one owns what must outlive a restart: a size-limited tree in memory,
+the host's ``/usr`` read-only, no network but its own loopback, a host name. Its only process is the trusted holder
+(see `exec_server`). The inner one is a session: a process namespace of its own over the same files, in which the
+agent cannot see the holder. `restart` ends one session and begins the next.
+
+What a later process would trust without asking (``/usr``, ``/bin``, ``/lib*``, the loader's and the user tables in
+``/etc``) is mounted in the session, so that no agent can rename it away and put its own in its place.
+
+As root, every sandbox runs under a host uid of its own and never under uid 0: to user namespaces without that,
+much of ``/proc/sys`` is still root's to write. Dropped by ``setpriv``, not by ``preexec_fn`` or ``Popen(user=)``:
+these fork the trainer, which may hold many gigabytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import posixpath
+import shlex
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from types import MappingProxyType
+
+from backtalk.errors import ConfigError, SandboxError, SandboxUnavailable
+from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, SandboxLimits
+from backtalk.sandboxes.bubblewrap.holder import Holder
+from backtalk.sandboxes.bubblewrap.layers import has_disable_userns, has_size
+from backtalk.sandboxes.images.open import open_root
+from backtalk.sandboxes.machine.cgroup import watch
+from backtalk.sandboxes.machine.probe import Machine, advice, probe, tried
+from backtalk.sandboxes.machine.seccomp import seccomp_program
+from backtalk.sandboxes.root import Root
+from backtalk.sandboxes.session.shell import Session
+
+_NO_ENV: Mapping[str, str] = MappingProxyType({})
+_MIN_VERSION = (0, 5)
+_ENTER_TIMEOUT_S = 20.0
+_TRIAL_COPY_MB = 4096
+
+_CANNOT_WITHOUT_CGROUPS = {
+    "memory_of_all_processes": "no writable memory cgroup: rlimits hold for each process alone",
+    "number_of_files": "no writable memory cgroup: the kernel's memory for empty files is not counted",
+}
+
+
+class BubblewrapSandbox:
+    """One sandbox. Made by `BubblewrapBackend.open`.
+
+    Raises:
+        SandboxError: from any method, when it is broken.
+    """
+
+    def __init__(self, holder: Holder, limits: SandboxLimits, root: Root | None = None) -> None:
+        self._holder = holder
+        self._root = root
+        self._session = Session(
+            holder, commands=holder.commands, reports=holder.reports, output=holder.output, limits=limits
+        )
+        self._lock = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Start the first session. Called once, by the backend."""
+        try:
+            await self._holder.ready()
+        except SandboxError as error:
+            raise SandboxError(f"{error}; {self._session.said() or 'bubblewrap said nothing'}") from error
+        await self._session.begin()
+        if self._root is not None and (self._root.env or self._root.workdir):
+            await self._enter(self._root)
+
+    async def exec(
+        self, command: str, *, timeout_s: float, env: Mapping[str, str] = _NO_ENV, cwd: str | None = None
+    ) -> ExecResult:
+        """Run a bash command in the one long-lived shell. `env` is for this command; `cwd` moves the shell there.
+
+        Folder, variables, functions and background jobs stay for the next command; what a background job prints
+        later is part of a later command's output. Standard input is empty.
+
+        A command that runs longer than `timeout_s` is killed with all it started, and the shell with it. A new
+        shell goes on in the folder and with the exported variables of before that command; functions and other
+        variables are lost, older background jobs run on. The same after a command that ends the shell (`exit 3`).
+        """
+        async with self._lock:
+            return await self._session.exec(command, timeout_s, env, cwd)
+
+    async def put(self, files: Mapping[str, SandboxFile]) -> None:
+        """Write files by absolute path inside, making parent folders, over whatever is in the way."""
+        if files:
+            async with self._lock:
+                await self._holder.put({_inside(path): file for path, file in files.items()})
+
+    async def get(self, path: str, *, max_bytes: int = 1 << 20) -> bytes | None:
+        """A regular file's content; None where there is none that can be read. Links lead nowhere but inside.
+
+        Raises:
+            SandboxError: the file is larger than `max_bytes`; or the sandbox is broken.
+        """
+        async with self._lock:
+            return await self._holder.get(_inside(path), max_bytes)
+
+    async def restart(self) -> None:
+        """End every process and begin a fresh process namespace, shell and environment over the same files.
+
+        The environment is the sandbox's own: what a chosen root's Dockerfile says of it holds until the first restart.
+        """
+        async with self._lock:
+            await self._session.end()
+            self._holder.add_memory()
+            await self._session.begin()
+
+    async def _enter(self, root: Root) -> None:
+        """Set the variables and go to the folder that a Dockerfile named.
+
+        Only now that the shell runs, and not again after a restart: what its PATH names may be the agent's by then,
+        and must not be where the next session, or a verifier, finds its programs.
+        """
+        exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in root.env.items())
+        result = await self._session.exec(exports + "true", _ENTER_TIMEOUT_S, {}, root.workdir)
+        if result.exit_code != 0:
+            raise SandboxError(f"{root.name}: its folder or variables cannot be set: {result.output.strip()}")
+
+    async def close(self) -> None:
+        """End it and everything in it."""
+        try:
+            await self._holder.close()
+        finally:
+            self._session.close()
+
+
+class BubblewrapBackend:
+    """Sandboxes by bubblewrap on this machine.
+
+    Raises:
+        SandboxUnavailable: a trial start failed; the message says what to install or to allow.
+    """
+
+    def __init__(
+        self,
+        *,
+        use_cgroups: bool = True,
+        root: str | None = None,
+        images: Mapping[str, str] | None = None,
+        readable: Sequence[str] = (),
+    ) -> None:
+        """Look at the machine and start one sandbox for trial. `use_cgroups` False limits by rlimits alone.
+
+        `root` and `images` choose a root file system (`rootfs.open_root`); it may take a while to unpack or build.
+        `readable` are folders of this machine that are shown read-only, where no root is chosen.
+
+        Raises:
+            ConfigError: `root` is none, or cannot be used.
+        """
+        self._machine = probe(use_cgroups=use_cgroups)
+        self._count = itertools.count(os.getpid())
+        self._refuse_if_missing()
+        watch(self._machine.cgroups)
+        self._root, self._readable = open_root(root, self._machine, images=images), tuple(readable)
+        why_copied = self._choose_how()
+        self._report = _report(self._machine, self._root, self._readable, why_copied)
+
+    @property
+    def report(self) -> BackendReport:
+        """What is in force."""
+        return self._report
+
+    def open(self, limits: SandboxLimits) -> AbstractAsyncContextManager[BubblewrapSandbox]:
+        """A fresh sandbox, closed with everything in it on exit.
+
+        Raises:
+            SandboxError: on entry, when it could not start.
+        """
+        return self._open(limits)
+
+    @asynccontextmanager
+    async def _open(self, limits: SandboxLimits) -> AsyncGenerator[BubblewrapSandbox]:
+        uids = self._machine.uid_range[:-1] or self._machine.uid_range  # the last one is for building roots
+        uid = uids[next(self._count) % len(uids)] if uids else None
+        holder = Holder(self._machine, limits, uid, self._root, self._readable)
+        sandbox = BubblewrapSandbox(holder, limits, self._root)
+        try:
+            await sandbox.start()
+            yield sandbox
+        finally:
+            await sandbox.close()
+
+    def _refuse_if_missing(self) -> None:
+        machine = self._machine
+        if machine.bwrap is None or machine.bash is None or (machine.uid_range and machine.setpriv is None):
+            raise SandboxUnavailable(f"no safe sandbox on this machine: {advice(machine)}")
+        if machine.bwrap_version < _MIN_VERSION:
+            version = ".".join(map(str, machine.bwrap_version))
+            raise SandboxUnavailable(
+                f"{machine.bwrap} is version {version or 'unknown'}; install bubblewrap 0.8 or newer (0.5 at least)"
+            )
+
+    def _choose_how(self) -> str | None:
+        """Try the chosen root as an overlay, else as a copy. Returns why it had to be one."""
+        try:
+            self._trial()
+            return None
+        except SandboxUnavailable as error:
+            if self._root is None:
+                raise
+            self._root = replace(self._root, how="copy")
+            try:
+                self._trial()
+            except SandboxUnavailable:
+                raise error from None
+            return str(error.__cause__)
+
+    def _trial(self) -> None:
+        """Start one for real."""
+        try:
+            tried(self._try_one)
+        except SandboxUnavailable as error:
+            raise SandboxUnavailable(
+                f"bubblewrap is installed but does not work here ({error}); {advice(self._machine)}"
+            ) from error.__cause__
+
+    async def _try_one(self) -> None:
+        is_copy = self._root is not None and self._root.how == "copy"
+        limits = SandboxLimits(disk_mb=_TRIAL_COPY_MB) if is_copy else SandboxLimits()
+        async with self.open(limits) as sandbox:
+            result = await sandbox.exec("[[ ! -w /proc/sys/kernel/core_pattern ]] && echo fine", timeout_s=10)
+            if result.output != "fine\n":
+                raise SandboxError(f"a trial command answered {result.output!r}, exit code {result.exit_code}")
+
+
+def _inside(path: str) -> str:
+    if not path.startswith("/") or "\0" in path:
+        raise ConfigError(f"{path!r} is not an absolute path inside the sandbox; write it as /home/agent/{path}")
+    return posixpath.normpath(path).replace("//", "/")
+
+
+def _files(root: Root | None) -> str:
+    if root is None:
+        return "private tree in memory; /usr of the host, read-only"
+    programs = "its programs" if root.programs else "/usr of the host"
+    over = "over" if root.how == "overlay" else "copied from"
+    return f"private tree in memory {over} {root.name}; {programs}, read-only"
+
+
+def _report(machine: Machine, root: Root | None, readable: Sequence[str], why_copied: str | None) -> BackendReport:
+    """What this backend isolates and limits here, in words."""
+    by_group = f"cgroup v{machine.cgroups.version}"
+    warnings = []
+    if machine.cgroups.memory is None:
+        warnings.append("no writable memory cgroup: each process is limited, but not all of a sandbox together")
+    if not has_size(machine):
+        warnings.append("bubblewrap older than 0.7: the size of a sandbox's disk is not limited")
+    if not has_disable_userns(machine):
+        warnings.append("bubblewrap older than 0.8: commands may make user namespaces of their own")
+    if machine.uid == 0 and not machine.uid_range:
+        warnings.append("only root's own uid is mapped here: commands run under it")
+    if seccomp_program() is None:
+        warnings.append("no system call filter for this processor")
+    if why_copied is not None:
+        warnings.append(f"the chosen root is copied into each sandbox, within its disk, for no overlay: {why_copied}")
+    uid = f"{machine.uid_range[0]} and up" if machine.uid_range else str(machine.uid)
+    return BackendReport(
+        name="bubblewrap",
+        isolation={
+            "network": "loopback only",
+            "files": ", ".join((_files(root), *readable)),
+            "processes": "own namespace, new at every restart",
+            "user": f"1000 inside, uid {uid} outside; no capabilities, no new privileges",
+            "system calls": "filtered" if seccomp_program() is not None else "not filtered",
+        },
+        limits={
+            "memory": by_group if machine.cgroups.memory else "rlimit, each process for itself",
+            "processes": f"rlimit and {by_group}" if machine.cgroups.pids else "rlimit",
+            "disk": "size of the tree in memory" if has_size(machine) else "none",
+            "output": "cut while reading",
+        },
+        warnings=tuple(warnings),
+        cannot={} if machine.cgroups.memory else _CANNOT_WITHOUT_CGROUPS,
+    )

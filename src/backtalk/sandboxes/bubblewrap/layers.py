@@ -1,0 +1,207 @@
+"""The command lines of the two bubblewrap layers: what the sandbox's machine looks like."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from backtalk.sandboxes.base import DEFAULT_PATH, HOME, SandboxLimits
+from backtalk.sandboxes.bubblewrap import mount
+from backtalk.sandboxes.machine.probe import Machine
+from backtalk.sandboxes.root import ETC_WITH_CODE, PROGRAM_FOLDERS, Root
+
+AGENT_ID = "1000"
+ENVIRONMENT = {
+    "HOME": HOME,
+    "USER": "agent",
+    "LOGNAME": "agent",
+    "SHELL": "/bin/bash",
+    "PATH": DEFAULT_PATH,
+    "LANG": "C.UTF-8",
+    "TZ": "UTC",
+    "TERM": "dumb",
+}
+RESERVE_FILE = "/run/reserve"
+RESERVE_BYTES = 1 << 20
+_PROGRAMS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")  # on most systems links into /usr
+# bubblewrap where the programs are not this machine's. In "/" itself: no folder above it can be moved away.
+_TOOLS = "/.bwrap"
+_FOLDERS = (HOME, "/app", "/logs", "/opt", "/root", "/run", "/srv", "/tests", "/var/cache", "/var/lib", "/var/log")
+LINKS_OF_HOST = {"/etc/localtime": "/usr/share/zoneinfo/UTC", "/etc/os-release": "../usr/lib/os-release"}
+_SHARED_FOLDERS = ("/run/shm", "/tmp", "/var/tmp")
+# Made by the holder; the session mounts them over themselves, read-only.
+FIXED_FILES = {
+    "/etc/passwd": "root:x:0:0:root:/root:/bin/bash\nagent:x:1000:1000:agent:/home/agent:/bin/bash\n"
+    "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
+    "/etc/group": "root:x:0:\nagent:x:1000:\nnogroup:x:65534:\n",
+    "/etc/hosts": "127.0.0.1 localhost box\n::1 localhost\n",
+    "/etc/hostname": "box\n",
+    "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
+    "/etc/ld.so.preload": "",
+    RESERVE_FILE: "",
+}
+SESSION_FOLDERS = (HOME, "/tmp", "/run/shm", "/etc", "/var/tmp")  # no session, or no verifier, works without them
+
+
+def outer_argv(
+    machine: Machine,
+    limits: SandboxLimits,
+    uid: int | None,
+    *,
+    info_fd: int,
+    filter_fd: int | None,
+    root: Root | None = None,
+    readable: Sequence[str] = (),
+) -> list[str]:
+    """What starts the holder: files, network, host name. `uid` None keeps the trainer's own.
+
+    `readable` are folders of this machine that are shown read-only at their own paths.
+    """
+    assert machine.bwrap is not None
+    argv, shown = [], {path: path for path in readable}
+    if root is not None:
+        argv = _mount_argv(root, limits, uid)
+    elif readable and uid is not None:  # another uid may not enter the folders above them, such as /root
+        shown = {path: f"{mount.PLACE}/readable{number}" for number, path in enumerate(readable)}
+        trees = {place: path for path, place in shown.items()}
+        argv = mount_argv({"how": "show", "lower": None, "trees": trees, "uid": uid, "bytes": RESERVE_BYTES})
+    argv += drop_argv(machine, uid)
+    # Not --die-with-parent: a trainer killed during a start would take bubblewrap's outer process with it before that
+    # lets its child go on, which would then wait for ever. The holder ends when its requests do, and all with it.
+    argv += [machine.bwrap, "--unshare-all", "--new-session", "--as-pid-1", "--cap-drop", "ALL"]
+    argv += ["--uid", AGENT_ID, "--gid", AGENT_ID, "--hostname", "box", "--json-status-fd", str(info_fd)]
+    argv += ["--seccomp", str(filter_fd)] if filter_fd is not None else []
+    if root is None:
+        argv += ["--size", str(_bytes(limits))] if has_size(machine) else []
+        argv += ["--tmpfs", "/"]
+    else:
+        argv += ["--bind", mount.ROOT, "/"]
+    argv += _programs_of_root(root) if root is not None and root.programs else programs_of_host(machine)
+    for path, source in shown.items():
+        argv += ["--ro-bind", source, path]
+    if root is None:
+        for path, target in LINKS_OF_HOST.items():
+            argv += ["--symlink", target, path]
+    for path in _FOLDERS:
+        argv += ["--dir", path]
+    for path in _SHARED_FOLDERS:
+        argv += ["--perms", "1777", "--dir", path]
+    return [*argv, "--clearenv", "--setenv", "PATH", DEFAULT_PATH, "--setenv", "LC_ALL", "C", "--"]
+
+
+def programs_of_host(machine: Machine) -> list[str]:
+    """This machine's programs, read-only, and the kernel's own folders."""
+    assert machine.bwrap is not None
+    argv = ["--ro-bind", "/usr", "/usr"]
+    for path in _PROGRAMS:
+        argv += ["--ro-bind", path, path] if os.path.exists(path) else []
+    if not machine.bwrap.startswith(("/usr/", *(f"{path}/" for path in _PROGRAMS))):
+        argv += ["--ro-bind", machine.bwrap, _inner_bwrap(machine)]
+    argv += ["--proc", "/proc", "--dev", "/dev", "--dir", "/etc"]
+    for path in _etc_of_host():
+        argv += ["--ro-bind", path, path]
+    return argv
+
+
+def _programs_of_root(root: Root) -> list[str]:
+    """The chosen root's programs, read-only, and nothing an agent could put where it has none."""
+    argv, known = [], {place: f"{mount.LOWER}/{source}" for source, place in root.programs}
+    for name in PROGRAM_FOLDERS:
+        argv += ["--ro-bind", known.get(f"/{name}", mount.EMPTY), f"/{name}"]
+    argv += ["--ro-bind", mount.TOOLS, _TOOLS, "--proc", "/proc", "--dev", "/dev"]
+    for path in root.etc:
+        argv += ["--ro-bind", f"{mount.LOWER}{path}", path]
+    for path in _missing_etc(root):
+        argv += ["--ro-bind", f"{mount.TOOLS}/{Path(path).name}", path]
+    return argv
+
+
+def _missing_etc(root: Root) -> list[str]:
+    """Files a loader would read code's places from, if an agent made them."""
+    loaders = [path for top in ("lib", "usr/lib") for path in root.folder.glob(f"{top}/ld-musl-*.so.1")]
+    names = {f"/etc/{path.name.removesuffix('.so.1')}.path" for path in loaders} | {"/etc/ld.so.cache"}
+    return sorted(names - set(root.etc))
+
+
+def _mount_argv(root: Root, limits: SandboxLimits, uid: int | None) -> list[str]:
+    """What puts the chosen root together and then runs the rest of the command line."""
+    folders: dict[str, int | None] = dict.fromkeys((*_FOLDERS, "/etc", "/proc", "/dev"))
+    if root.programs:
+        folders |= dict.fromkeys((*(f"/{name}" for name in PROGRAM_FOLDERS), _TOOLS))
+    plan = {
+        "how": root.how,
+        "lower": str(root.folder),
+        "trees": {mount.TOOLS: str(root.tools)} if root.tools else {},
+        "uid": uid,
+        "bytes": _bytes(limits),
+        "folders": folders | dict.fromkeys(_SHARED_FOLDERS, 0o1777),
+        "files": [*FIXED_FILES, *(_missing_etc(root) if root.programs else [])],
+        "programs": PROGRAM_FOLDERS,
+    }
+    return mount_argv(plan)
+
+
+def mount_argv(plan: dict[str, object]) -> list[str]:
+    """What runs `rootfs_mount`; a command follows."""
+    return [sys.executable, "-I", "-S", mount.__file__, json.dumps(plan)]
+
+
+def drop_argv(machine: Machine, uid: int | None) -> list[str]:
+    """What runs a command as `uid` without root's rights; nothing where that is None."""
+    if uid is None:
+        return []
+    assert machine.setpriv is not None
+    return [machine.setpriv, "--reuid", str(uid), "--regid", str(uid), "--clear-groups", "--inh-caps=-all", "--"]
+
+
+def inner_argv(machine: Machine, *, info_fd: int, root: Root | None = None) -> list[str]:
+    """What the holder starts a session with: processes, devices, environment, over the holder's files."""
+    argv = _tools_of(root) if root is not None and root.programs else [_inner_bwrap(machine)]
+    argv += ["--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-cgroup-try"]
+    argv += ["--disable-userns"] if has_disable_userns(machine) else []
+    argv += ["--uid", AGENT_ID, "--gid", AGENT_ID, "--cap-drop", "ALL", "--die-with-parent", "--new-session"]
+    argv += ["--as-pid-1", "--json-status-fd", str(info_fd), "--bind", "/", "/", "--bind", "/etc", "/etc"]
+    for path in FIXED_FILES:
+        argv += ["--ro-bind", path if path != RESERVE_FILE else "/dev/null", path]
+    argv += ["--proc", "/proc", "--remount-ro", "/proc"]
+    argv += ["--dev", "/dev", "--bind", "/run/shm", "/dev/shm", "--remount-ro", "/dev"]
+    argv += ["--chdir", HOME, "--clearenv"]
+    for name, value in ENVIRONMENT.items():
+        argv += ["--setenv", name, value]
+    return [*argv, "--", "bash", "-s"]
+
+
+def has_size(machine: Machine) -> bool:
+    """Whether this bubblewrap can limit the tree's size."""
+    return machine.bwrap_version >= (0, 7)
+
+
+def has_disable_userns(machine: Machine) -> bool:
+    """Whether this bubblewrap can forbid further user namespaces inside."""
+    return machine.bwrap_version >= (0, 8)
+
+
+def _inner_bwrap(machine: Machine) -> str:
+    assert machine.bwrap is not None
+    if machine.bwrap.startswith(("/usr/", "/bin/")):
+        return machine.bwrap
+    return "/.bwrap"  # a mount directly under /: there is no folder above it that could be moved away
+
+
+def _tools_of(root: Root) -> list[str]:
+    """bubblewrap by its own loader and libraries: the root's may be another system's."""
+    assert root.tools is not None
+    if not (root.tools / "loader").exists():  # linked statically
+        return [f"{_TOOLS}/bwrap"]
+    return [f"{_TOOLS}/loader", "--library-path", _TOOLS, f"{_TOOLS}/bwrap"]
+
+
+def _bytes(limits: SandboxLimits) -> int:
+    return (limits.disk_mb << 20) + RESERVE_BYTES
+
+
+def _etc_of_host() -> list[str]:
+    return sorted(str(path) for pattern in ETC_WITH_CODE for path in Path("/etc").glob(pattern))

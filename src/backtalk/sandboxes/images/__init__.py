@@ -1,0 +1,1 @@
+"""Build root file systems: from a folder, a tar file or a Dockerfile."""

@@ -1,0 +1,120 @@
+"""Reading a Dockerfile: its instructions, and what their words mean. What is done about them is for others to say."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from backtalk.sandboxes.images.shellwords import read_word, split_words, unquoted
+
+HEREDOC_MARK = re.compile(r"\d*<<(-?)[ \t]*(['\"]?)([A-Za-z_][\w.]*)\2")
+SCRIPT = re.compile(r"<<-?\s*(['\"]?)[A-Za-z_][\w.]*\1")  # all of a RUN line's text, where its heredoc is the script
+NO_EFFECT = ("LABEL", "MAINTAINER", "EXPOSE", "CMD", "STOPSIGNAL")  # on files and commands
+WHY_NOT = {
+    "ENTRYPOINT": "nothing is started in a sandbox but the agent's shell; start it in a RUN line with '&'",
+    "HEALTHCHECK": "nothing watches a sandbox",
+    "VOLUME": "a sandbox is one private tree, gone after the rollout",
+    "ONBUILD": "no image is built from this one",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Heredoc:
+    body: str
+    expand: bool  # its mark was not quoted
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One instruction, its continued lines joined. ``shell`` is its text with heredocs, as a shell reads it."""
+
+    keyword: str
+    text: str
+    shell: str
+    heredocs: tuple[Heredoc, ...]
+    line: int  # from 1
+
+
+def parse_dockerfile(text: str) -> Iterator[Instruction]:
+    """Split into instructions: comments out, continued lines joined, heredocs attached."""
+    lines = text.split("\n")
+    at = 0
+    while at < len(lines):
+        start = at
+        joined = ""
+        while at < len(lines):
+            line = lines[at].rstrip("\r")
+            start = start if joined else at
+            at += 1
+            if line.lstrip().startswith("#") or (joined and not line.strip()):
+                continue
+            joined += line
+            if not joined.rstrip().endswith("\\"):
+                break
+            joined = joined.rstrip()[:-1]
+        if not joined.strip():
+            continue
+        keyword, *rest = joined.split(maxsplit=1)
+        text = rest[0].strip() if rest else ""
+        shell, heredocs = text, []
+        if keyword.upper() in ("RUN", "COPY", "ADD"):
+            for match in _heredoc_marks(shell):
+                found = _heredoc(lines, at, match)
+                if found is not None:
+                    heredoc, body, at = found
+                    heredocs.append(heredoc)
+                    shell += "\n" + body
+        yield Instruction(keyword.upper(), text, shell, tuple(heredocs), start + 1)
+
+
+def _heredoc_marks(shell: str) -> list[re.Match[str]]:
+    open_places = set(unquoted(shell))
+    found = (match for match in HEREDOC_MARK.finditer(shell) if match.start() in open_places)
+    return [match for match in found if shell[match.start() - 1 : match.start()] != "<"]
+
+
+def _heredoc(lines: list[str], at: int, mark: re.Match[str]) -> tuple[Heredoc, str, int] | None:
+    """The heredoc whose body begins at line ``at``, its text for a shell, and the line after it; None if it is none."""
+    for end in range(at, len(lines)):
+        line = lines[end].rstrip("\r")
+        if (line.lstrip("\t") if mark.group(1) else line) == mark.group(3):
+            body = [line.lstrip("\t") if mark.group(1) else line for line in lines[at:end]]
+            text = "\n".join(lines[at : end + 1])
+            return Heredoc("".join(line + "\n" for line in body), expand=not mark.group(2)), text, end + 1
+    return None  # such as 1 << x: no line ends it
+
+
+def split_flags(text: str) -> tuple[list[str], str]:
+    """The ``--flags`` before an instruction's text, without their dashes, and that text."""
+    found = []
+    while match := re.match(r"--(\S+)\s+", text):
+        found.append(match.group(1))
+        text = text[match.end() :]
+    return found, text
+
+
+def is_json(text: str) -> bool:
+    """Whether it is a list in JSON, the exec form of a command."""
+    try:
+        return isinstance(json.loads(text), list)
+    except ValueError:
+        return False
+
+
+def assignments(text: str, variables: Mapping[str, str]) -> list[tuple[str, str]]:
+    """``A=1 B="x y"``, the older ``A x y``, and ARG's bare ``A``.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    words = [word for word in split_words(text) if word]
+    if not words:
+        raise ValueError("a name is missing")
+    if "=" not in words[0]:
+        return [(words[0], read_word(text[len(words[0]) :].strip(), variables))]
+    pairs = [word.partition("=") for word in words]
+    if any(not sign for _, sign, _ in pairs):
+        raise ValueError(f"{text!r} mixes NAME=VALUE with something else")
+    return [(name, read_word(value, variables)) for name, _, value in pairs]

@@ -1,0 +1,48 @@
+"""A root file system of the user's choosing: a folder, what `docker export` wrote, or a Dockerfile.
+
+However it comes, it ends as a folder that is never written to (`Root`). What it takes to get there is done once and
+kept in ``$XDG_CACHE_HOME/backtalk/roots`` by content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from backtalk.errors import ConfigError
+from backtalk.sandboxes.images.build import build_root
+from backtalk.sandboxes.images.plan import read_plan
+from backtalk.sandboxes.images.tar import is_tar, unpack
+from backtalk.sandboxes.machine.probe import Machine
+from backtalk.sandboxes.root import Root, cached, digest_of_file, of_folder
+
+
+def open_root(choice: str | None, machine: Machine, *, images: Mapping[str, str] | None = None) -> Root | None:
+    """The root named by `choice`; None means the host's own programs over an empty tree.
+
+    `choice` is None or "host"; a folder; a tar file as `docker export` writes it (.tar, .tar.gz, .tar.xz, .tar.zst);
+    a Dockerfile or a folder with one. `images` says what a Dockerfile's FROM stands for: image names to choices,
+    "host" where it says nothing.
+
+    Raises:
+        ConfigError: there is no such root, or it cannot be used; the message says why.
+    """
+    if choice is None or choice == "host":
+        return None
+    path = Path(choice).expanduser().resolve()
+    if path.is_dir() and (path / "Dockerfile").is_file():
+        path = path / "Dockerfile"
+    if path.is_dir():
+        return of_folder(path, machine, str(path))
+    if not path.is_file():
+        raise ConfigError(
+            f"root {choice!r} is no file and no folder; name a folder, a file of `docker export`, a Dockerfile or host"
+        )
+    if path.name == "Dockerfile" or path.suffix == ".Dockerfile" or path.name.startswith("Dockerfile."):
+        plan = read_plan(path)
+        base = open_root((images or {}).get(plan.image, "host"), machine, images=images)
+        return build_root(plan, base, machine)
+    if not is_tar(path):
+        raise ConfigError(f"root {path} is neither a folder nor a .tar file nor a Dockerfile")
+    place = cached(f"tar-{digest_of_file(path)}", lambda folder: unpack(path, folder))
+    return of_folder(place, machine, str(path))

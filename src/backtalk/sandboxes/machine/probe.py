@@ -1,0 +1,124 @@
+"""What this machine offers for isolating commands, and what to install where it does not."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from backtalk.errors import BacktalkError, SandboxUnavailable
+from backtalk.sandboxes.machine.cgroup import CgroupParents, find_parents
+
+# As root every sandbox runs under a host uid of its own: above those that containers and people are given.
+_FIRST_UID = 1_900_000_000
+_UID_COUNT = 100_000
+_TRIAL_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """What the sandbox needs to know of the machine it is on."""
+
+    bwrap: str | None
+    bwrap_version: tuple[int, ...] = ()
+    setpriv: str | None
+    bash: str | None
+    uid: int
+    uid_range: range  # host uids a sandbox may be given; empty: our own is kept
+    cgroups: CgroupParents
+    blocked_by: str | None = None  # a setting that is known to forbid what bubblewrap needs
+
+
+def probe(*, use_cgroups: bool = True) -> Machine:
+    """Look around. Starts two short processes; changes nothing."""
+    bwrap = shutil.which("bwrap")
+    return Machine(
+        bwrap=bwrap,
+        bwrap_version=_version(bwrap) if bwrap else (),
+        setpriv=shutil.which("setpriv"),
+        bash=shutil.which("bash"),
+        uid=os.getuid(),
+        uid_range=_uid_range() if os.getuid() == 0 else range(0),
+        cgroups=find_parents() if use_cgroups else CgroupParents(0),
+        blocked_by=_blocked_by(),
+    )
+
+
+def tried(start: Callable[[], Coroutine[None, None, None]]) -> None:
+    """Run a trial start. In a thread, for the caller may be inside an event loop.
+
+    Raises:
+        SandboxUnavailable: it failed; the message is what went wrong.
+    """
+
+    async def within_time() -> None:
+        async with asyncio.timeout(_TRIAL_TIMEOUT_S):
+            await start()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="sandbox-trial") as thread:
+        try:
+            thread.submit(asyncio.run, within_time()).result()
+        except (BacktalkError, OSError) as error:  # a time-out is an OSError
+            raise SandboxUnavailable(str(error) or "no answer in time") from error
+
+
+def advice(machine: Machine) -> str:
+    """What to do so that bubblewrap works here."""
+    if machine.bwrap is None:
+        return "install bubblewrap (apt install bubblewrap, dnf install bubblewrap, or apk add bubblewrap)"
+    if machine.bash is None:
+        return "install bash: every command of a task runs in it"
+    if machine.uid == 0 and machine.setpriv is None:
+        return "install setpriv (apt install util-linux), or run as an ordinary user: as root it drops root's rights"
+    if machine.blocked_by is not None:
+        return machine.blocked_by
+    return (
+        "allow user namespaces: in Docker run with --security-opt seccomp=unconfined "
+        "--security-opt apparmor=unconfined --security-opt systempaths=unconfined; elsewhere check `unshare -Ur true`"
+    )
+
+
+def _version(bwrap: str) -> tuple[int, ...]:
+    said = subprocess.run([bwrap, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"(\d+)\.(\d+)", said)
+    return tuple(int(part) for part in found.groups()) if found else ()
+
+
+def _uid_range() -> range:
+    """Uids root can hand out here. Inside a container's own user namespace there may be few, or none."""
+    best = range(0)
+    for line in Path("/proc/self/uid_map").read_text().splitlines():
+        first, _, count = (int(word) for word in line.split())
+        last = first + count
+        if first <= _FIRST_UID and last >= _FIRST_UID + _UID_COUNT:
+            return range(_FIRST_UID, _FIRST_UID + _UID_COUNT)
+        mapped = range(max(first, 10_000, last - _UID_COUNT), last)
+        best = max(best, mapped, key=len)
+    return best
+
+
+def _blocked_by() -> str | None:
+    def setting(name: str) -> str:
+        try:
+            return Path("/proc/sys", name).read_text().strip()
+        except OSError:
+            return ""
+
+    if setting("user/max_user_namespaces") == "0":
+        return "run `sysctl -w user.max_user_namespaces=10000` as root: user namespaces are switched off"
+    if os.getuid() == 0:
+        return None
+    if setting("kernel/unprivileged_userns_clone") == "0":
+        return "run `sysctl -w kernel.unprivileged_userns_clone=1` as root: user namespaces are for root only here"
+    if setting("kernel/apparmor_restrict_unprivileged_userns") == "1":
+        return (
+            "run `sysctl -w kernel.apparmor_restrict_unprivileged_userns=0` as root, or give bwrap an AppArmor profile "
+            "with `userns,` (Ubuntu: apt install apparmor-profiles, then load bwrap-userns-restrict)"
+        )
+    return None

@@ -1,0 +1,181 @@
+"""What a chosen root is to a sandbox: a folder nobody writes to, whose programs no agent can replace; and the cache.
+
+`layers` shows it in a sandbox; `rootfs` makes one of what the user named.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import posixpath
+import shutil
+import stat
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from backtalk.errors import ConfigError
+from backtalk.sandboxes.base import DEFAULT_PATH
+from backtalk.sandboxes.machine.probe import Machine
+
+# What the holder and the sessions run, all from the chosen root.
+_NEEDED = ("bash", "tar", "head", "mkdir", "rm", "chmod", "env")
+PROGRAM_FOLDERS = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
+# Folders and files of /etc in which programs look for code. An agent's own must not take their place.
+ETC_WITH_CODE = ("alternatives", "ld.so.cache", "ld-musl-*.path", "perl", "python3*", "java*")
+_MUSL_PATH = "/lib:/usr/local/lib:/usr/lib\n"  # what its loader takes where it is told nothing
+_MAX_LINKS = 40
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Root:
+    """A folder that a sandbox shows as its root, and how. Nothing ever writes to it."""
+
+    name: str  # for people
+    folder: Path
+    # Folders inside that hold programs, as (where they are in `folder`, where a sandbox has them). Empty: the host's.
+    programs: tuple[tuple[str, str], ...] = ()
+    etc: tuple[str, ...] = ()  # paths in /etc that hold code
+    tools: Path | None = None  # bubblewrap with its libraries, where the programs are not the host's
+    env: Mapping[str, str] = field(default_factory=dict)
+    workdir: str | None = None
+    how: Literal["overlay", "copy"] = "overlay"
+
+
+def of_folder(folder: Path, machine: Machine, name: str) -> Root:
+    """A root whose programs are its own.
+
+    Raises:
+        ConfigError: it lacks what the sandbox needs, or an agent could put other programs in the place of its own.
+    """
+    programs = []
+    for top in PROGRAM_FOLDERS:
+        found = inside(folder, top)
+        if found is not None and (folder / found).is_dir():
+            if found.split("/")[0] not in PROGRAM_FOLDERS:
+                raise ConfigError(
+                    f"root {name}: /{top} leads to /{found}, where an agent could write; copy it to /{top}"
+                )
+            programs.append((found, f"/{top}"))
+    missing = [need for need in _NEEDED if not _has(folder, need)]
+    if missing:
+        raise ConfigError(
+            f"root {name} has no {', '.join(missing)} in {DEFAULT_PATH}, and every command of a task runs in bash; "
+            "install them in the image (apk add bash coreutils tar), or choose another root"
+        )
+    assert machine.bwrap is not None
+    etc = [p for pattern in ETC_WITH_CODE for p in sorted((folder / "etc").glob(pattern)) if not p.is_symlink()]
+    return Root(
+        name=name,
+        folder=folder,
+        programs=tuple(programs),
+        etc=tuple(f"/etc/{path.name}" for path in etc),
+        tools=_tools(machine.bwrap),
+    )
+
+
+def inside(folder: Path, path: str) -> str | None:
+    """Where `path` leads when `folder` is the root, links followed as a process inside would; None: nowhere."""
+    todo, done, links = path.strip("/").split("/"), "", 0
+    while todo:
+        name = todo.pop(0)
+        if name in ("", "."):
+            continue
+        if name == "..":
+            done = posixpath.dirname(done)
+            continue
+        place = posixpath.join(done, name)
+        try:
+            mode = os.lstat(folder / place).st_mode
+        except OSError:
+            return None
+        if not stat.S_ISLNK(mode):
+            done = place
+            continue
+        if (links := links + 1) > _MAX_LINKS:
+            return None
+        target = os.readlink(folder / place)
+        done = "" if target.startswith("/") else done
+        todo = [*target.split("/"), *todo]
+    return done
+
+
+def _has(folder: Path, program: str) -> bool:
+    found = (inside(folder, f"{part}/{program}") for part in DEFAULT_PATH.split(":"))
+    return any(place and os.access(folder / place, os.X_OK) for place in found)
+
+
+def digest_of_file(path: Path) -> str:
+    """SHA-256 of its content, shortened."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+
+
+def cache_folder() -> Path:
+    """Where roots are kept. Anything in it may be removed while nothing runs."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(base).expanduser() / "backtalk" / "roots"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def cached(key: str, make: Callable[[Path], None]) -> Path:
+    """The folder kept under `key`; else what `make` puts into a new one. All of it or nothing, and only once.
+
+    Two that want the same wait for each other. What `make` leaves when it fails, or is killed, is never taken.
+    """
+    place = cache_folder() / key
+    if place.exists():
+        return place
+    with _locked(place.with_name(f"{key}.lock")):
+        if place.exists():
+            return place
+        partial = place.with_name(f"{key}.partial")
+        remove_tree(partial)
+        try:
+            partial.mkdir()
+            make(partial)
+            partial.rename(place)
+        finally:
+            remove_tree(partial)
+    return place
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder whatever the rights in it; none is fine."""
+    if folder.exists():
+        subprocess.run(["chmod", "-R", "u+rwX", "--", str(folder)], check=False, capture_output=True)
+        shutil.rmtree(folder)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _tools(bwrap: str) -> Path:
+    """bubblewrap with the libraries it was linked to: a session begins inside a root that need not have it."""
+    said = subprocess.run(["ldd", bwrap], capture_output=True, text=True, check=False)
+    words = [line.split() for line in said.stdout.splitlines()]
+    paths = sorted({word for line in words for word in line if word.startswith("/")})  # name => PATH (address)
+    loader = next((path for path in paths if Path(path).name.startswith("ld")), None)
+
+    def make(folder: Path) -> None:
+        shutil.copy(bwrap, folder / "bwrap")
+        for path in paths:
+            shutil.copy(path, folder / Path(path).name)
+        if loader is not None:
+            shutil.copy(loader, folder / "loader")
+        (folder / "ld.so.cache").write_bytes(b"")  # in place of a missing one: the loader goes on without
+        for machine in ("x86_64", "aarch64"):
+            (folder / f"ld-musl-{machine}.path").write_text(_MUSL_PATH)
+        folder.chmod(0o755)
+
+    states = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in (bwrap, *paths)]
+    return cached(f"tools-{hashlib.sha256(repr(states).encode()).hexdigest()[:32]}", make)

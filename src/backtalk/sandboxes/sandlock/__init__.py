@@ -1,0 +1,1 @@
+"""Isolate commands with Landlock and seccomp, where namespaces are not allowed."""

@@ -1,0 +1,220 @@
+"""The trainer's side of a session: sends commands to the shell, and decides what became of each."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import signal
+import time
+from collections.abc import Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from backtalk.errors import SandboxError
+from backtalk.sandboxes.base import ExecResult, SandboxLimits
+from backtalk.sandboxes.session.exec_server import command_text, frames, restore_text
+from backtalk.sandboxes.session.pipes import FloodedError, FrameReader, OutputReader, write_all
+
+START_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 15.0
+_KILLED = 128 + signal.SIGKILL
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+class Keeper(Protocol):
+    """Who begins and ends the session's processes, from outside of it."""
+
+    async def begin(self, name: str) -> None:
+        """Start a supervisor; it starts a shell when told to, under the session's name."""
+        ...
+
+    async def end(self) -> None:
+        """End every process of the session; returns when all are gone."""
+        ...
+
+    async def stop(self, tick: int, last_id: int, shell_id: int) -> bool:
+        """Kill the shell and what began after clock tick `tick` (in it: with an id over `last_id`). All gone?"""
+        ...
+
+    async def lost(self) -> int:
+        """Return, with an exit code, only when the session ended though nobody asked it to."""
+        ...
+
+
+@dataclass(slots=True)
+class _Shell:
+    """The shell that is running now, as far as it told us."""
+
+    started: str = ""  # the number under which it was started
+    id: int = 0  # its process id inside
+    last_id: int = 0  # the highest process id given out when it last reported
+
+
+class Session:
+    """One supervisor and its shells, over one set of pipes that lives as long as the sandbox."""
+
+    def __init__(self, keeper: Keeper, *, commands: int, reports: int, output: int, limits: SandboxLimits) -> None:
+        self._keeper = keeper
+        self._commands = commands
+        self._reports = FrameReader(reports)
+        self._output = OutputReader(output, limits.output_bytes)
+        self._name = ""
+        self._shell = _Shell()
+        self._exports, self._cwd = "", ""
+        self._running_since: int | None = None  # clock tick at which a command was sent whose end was not seen
+        self._closed = False
+
+    async def begin(self) -> None:
+        """Start supervisor and shell over clean pipes, with a fresh environment.
+
+        Raises:
+            SandboxError: the shell does not answer.
+        """
+        self._exports, self._cwd = "", ""
+        await self._begin()
+
+    async def _begin(self) -> None:
+        self._reports.clear()
+        self._name = secrets.token_hex(8)
+        await self._keeper.begin(self._name)
+        await self._start_shell()
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                exit_code = await self._unless_lost(self._hello())
+        except (TimeoutError, FloodedError, SandboxError) as error:
+            raise SandboxError(f"the sandbox's shell did not start: {self.said() or 'no answer'}") from error
+        if exit_code is not None:
+            raise SandboxError(f"the sandbox's shell did not start: {self.said() or f'exit code {exit_code}'}")
+        self._running_since = None
+
+    async def _hello(self) -> None:
+        while not self._shell.id:
+            self._note(await self._reports.next())
+
+    async def end(self) -> None:
+        """End every process, and forget what they printed."""
+        self._check()
+        await self._keeper.end()
+        self._output.take()
+
+    def said(self) -> str:
+        """What was printed outside of any command: bubblewrap's own complaints."""
+        return self._output.take()[0].strip()
+
+    async def _start_shell(self) -> None:
+        """Ask the supervisor for a shell with the last known variables and folder. Its answer is not waited for."""
+        self._shell = _Shell(started=secrets.token_hex(8))
+        # The empty frame ends what a stopped shell may have left half read.
+        text = frames("", f"start:{self._name}:{self._shell.started}")
+        if self._exports:
+            text += frames(secrets.token_hex(8), restore_text(self._exports, self._cwd))
+        await write_all(self._commands, text)
+
+    async def exec(self, command: str, timeout_s: float, env: Mapping[str, str], cwd: str | None) -> ExecResult:
+        """Run one command. See `Sandbox.exec`."""
+        text = command_text(command, env, cwd)
+        self._check()
+        if self._running_since is not None:  # an earlier call was cancelled half way
+            await self._stop(self._running_since)
+        number = secrets.token_hex(8)
+        tick = int(time.clock_gettime(_CLOCK) * _TICKS_PER_S)
+        began = time.perf_counter()
+        self._running_since = tick
+        exit_code, timed_out = -1, False
+        try:
+            async with asyncio.timeout(timeout_s):
+                await write_all(self._commands, frames(number, text))
+                exit_code = await self._outcome(number)
+        except TimeoutError:
+            timed_out = True
+            await self._stop(tick)
+        self._running_since = None
+        output, dropped = self._output.take()
+        return ExecResult(output, exit_code, timed_out, dropped, time.perf_counter() - began)
+
+    async def _outcome(self, number: str) -> int:
+        """The exit code, from whichever comes first: the shell's report, the shell's end, the session's end."""
+        reported: list[int] = []
+
+        async def report() -> None:
+            reported.append(await self._report(number))
+
+        try:
+            exit_code = await self._unless_lost(report())
+        except FloodedError:
+            exit_code = _KILLED
+        if exit_code is None:
+            return reported[0]
+        await self._keeper.end()
+        await self._begin()
+        return exit_code
+
+    async def _unless_lost(self, wanted: Coroutine[None, None, None]) -> int | None:
+        """Wait for `wanted`; if the session ends before, its exit code."""
+        lost = asyncio.ensure_future(self._keeper.lost())
+        task = asyncio.ensure_future(wanted)
+        try:
+            await asyncio.wait((lost, task), return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                return task.result()
+            return lost.result()
+        finally:
+            lost.cancel()
+            task.cancel()
+
+    async def _report(self, number: str) -> int:
+        while True:
+            kind, *fields = self._note(await self._reports.next())
+            if kind == "done" and len(fields) == 2 and _is_number(fields[1]):
+                cwd, load, exports = [await self._reports.next() for _ in range(3)]
+                self._cwd, self._exports = _text(cwd), _text(exports)
+                last = load.split()[-1:] or [b"0"]
+                self._shell.last_id = int(last[0]) if last[0].isdigit() else 0
+                if fields[0] == number:
+                    return int(fields[1])
+            if kind == "exit" and len(fields) == 2 and fields[0] == self._shell.started and _is_number(fields[1]):
+                await self._start_shell()
+                return int(fields[1])
+
+    def _note(self, frame: bytes) -> list[str]:
+        """Split a report; remember the shell's id where it tells it."""
+        words = frame.decode("utf-8", "replace").split(" ")
+        if words[0] == "ready" and len(words) == 2 and words[1].isdigit() and not self._shell.id:
+            self._shell.id = int(words[1])
+        return words
+
+    async def _stop(self, tick: int) -> None:
+        """Kill the running command and the shell, then start a shell where it was. Else: end all, begin afresh."""
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                await self._hello()  # a shell that is only starting: its id is not known before
+                if await self._keeper.stop(tick, self._shell.last_id, self._shell.id):
+                    while self._note(await self._reports.next())[:2] != ["exit", self._shell.started]:
+                        pass
+                    await self._start_shell()
+                    return
+        except (TimeoutError, FloodedError):
+            pass
+        await self._keeper.end()
+        await self._begin()
+
+    def _check(self) -> None:
+        if self._closed:  # its numbers may be another pipe's by now
+            raise SandboxError("the sandbox is closed")
+
+    def close(self) -> None:
+        """Close the pipes."""
+        self._closed = True
+        self._reports.close()
+        self._output.close()
+        os.close(self._commands)
+
+
+def _is_number(text: str) -> bool:
+    return text.isdigit() and len(text) <= 3
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")

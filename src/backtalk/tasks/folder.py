@@ -1,0 +1,387 @@
+"""Tasks as folders in the format of Harbor (harborframework.com): read, write, and load many.
+
+    task.toml  instruction.md  environment/Dockerfile  tests/test.sh  solution/solve.sh
+
+Old and new schemas are read. Keys that mean nothing here are kept in ``metadata["harbor"]`` and written back to
+their places; ``metadata["world_notes"]`` says what is different here from what the folder asks for. What would make
+the task another one is refused. docs/tasks.md lists it all.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from backtalk.errors import TaskError
+from backtalk.sandboxes.base import HOME, SandboxFile
+from backtalk.tasks.dockerfile import World, read_dockerfile, read_tree
+from backtalk.tasks.scripts import modules_of_tests, offline_script
+from backtalk.tasks.task import Task
+from backtalk.tasks.toml_text import toml_text
+
+SCHEMA_VERSION = "1.4"
+DEFAULT_IMAGE = "python:3.11-slim-bookworm"  # written where a task names none; the sandbox never uses it
+DEFAULT_TIMEOUT_S = 600.0  # Harbor's, where task.toml says none
+
+_SHARED = "tests run in the agent's sandbox, after its processes have ended; take it out if the tests work there"
+_BASH = "the agent has bash and submit, no other tools; take it out if the task can be done with those"
+_ONE_USER = "a sandbox has one ordinary user; take it out if the task does not depend on who works"
+_SCRIPT = "a task is scored by its tests/test.sh alone; let that do it"
+# What a sandbox has not got. (section, key) -> values that ask for nothing, and the reason with what to do.
+_REFUSED: Mapping[tuple[str, str], tuple[tuple[object, ...], str]] = {
+    ("agent", "user"): (("root", 0), _ONE_USER),
+    ("verifier", "user"): (("root", 0), _ONE_USER),
+    ("verifier", "env"): ((), "tests get the environment's variables; put them under [environment.env]"),
+    ("verifier", "environment"): ((), _SHARED),
+    ("verifier", "environment_mode"): (("shared",), _SHARED),
+    ("verifier", "import_path"): ((), _SCRIPT),
+    ("verifier", "collect"): ((), _SCRIPT),
+    ("environment", "gpus"): ((), "a sandbox has no GPU; set it to 0 if the task can be done without"),
+    ("environment", "os"): (("linux",), "a sandbox is Linux"),
+    ("environment", "mcp_servers"): ((), _BASH),
+    ("environment", "skills_dir"): ((), _BASH),
+    ("environment", "healthcheck"): (
+        (),
+        "nothing watches a sandbox; start what it waits for in a RUN line, and take it out",
+    ),
+}
+_TERMINAL_BENCH = ("task.yaml", "run-tests.sh")  # what tells a folder of Terminal-Bench before it took Harbor's format
+_CANARY = re.compile(r"\s*(<!--.*canary.*-->|#.*canary.*)\s*", re.IGNORECASE)
+_MARK = "END_OF_SETUP"
+
+
+def read_harbor_task(path: str | Path, *, host_packages: bool = False, world_model_only: bool = False) -> Task:
+    """Read one task folder.
+
+    ``host_packages=True`` leaves out what package managers do in RUN lines and in the tests' scripts, and accepts a
+    task that has only a ready-made image: the person promises that this machine has what the task needs.
+    ``world_model_only=True`` marks the task as one that nobody scores; it then needs no tests.
+
+    Raises:
+        TaskError: a file is missing, or the task asks for what a sandbox has not got.
+    """
+    folder = Path(path)
+    _demand(folder, "task.toml")
+    toml = _read_toml(folder / "task.toml")
+    _refuse(folder, toml)
+    _demand(folder, "instruction.md")
+    if world_model_only:
+        toml["metadata"] = toml.get("metadata", {}) | {"world_model_only": True}
+    if not _unscored(toml):
+        _demand(folder, "tests/test.sh")
+    own = _pop(toml, "metadata", "backtalk") or {}
+    world = _read_world(folder, toml, host_packages)
+    instruction = _without_canary(_read_text(folder / "instruction.md"))
+    if not instruction.strip():
+        raise TaskError(f"{folder / 'instruction.md'} is empty; say what is to be done")
+    name = _pop(toml, "task", "name")
+    trees = {part: _read_part(folder, part, own.get("files", {})) for part in ("tests", "solution")}
+    if not _unscored(toml):
+        add_needs(toml.setdefault("metadata", {}), trees["tests"])
+        trees["tests"] = _offline_tests(folder / "tests", trees["tests"], world, host_packages)
+    agent_timeout_s = _seconds(folder, toml, "agent", math.inf)
+    verifier_timeout_s = _seconds(folder, toml, "verifier")
+    env = _environment(folder, toml, world)
+    workdir = _pop(toml, "environment", "workdir") or world.workdir
+    if not str(workdir).startswith("/"):
+        raise TaskError(f"{folder / 'task.toml'}: [environment] workdir = {workdir!r} is no absolute path")
+    return Task(
+        id=str(own.get("id") or name or folder.resolve().name),
+        instruction=instruction,
+        files=world.files,
+        setup=tuple(c if at == workdir else f"cd {shlex.quote(at)}\n{c}" for at, c in world.setup),
+        env=env,
+        workdir=workdir,
+        tests=trees["tests"],
+        solution=trees["solution"],
+        agent_timeout_s=agent_timeout_s,
+        verifier_timeout_s=verifier_timeout_s,
+        metadata=_metadata(toml, world),
+    )
+
+
+def _demand(folder: Path, name: str) -> None:
+    if (folder / name).is_file():
+        return
+    if old := [file for file in _TERMINAL_BENCH if (folder / file).is_file()]:
+        raise TaskError(
+            f"task folder {folder} has no {name} but a {old[0]}: it is in the older format of Terminal-Bench; write "
+            "task.toml, instruction.md, environment/Dockerfile and tests/test.sh, as docs/tasks.md shows"
+        )
+    raise TaskError(f"task folder {folder} has no {name}; docs/tasks.md shows what belongs in one")
+
+
+def _unscored(toml: dict[str, Any]) -> bool:
+    metadata = toml.get("metadata")
+    return isinstance(metadata, dict) and metadata.get("world_model_only") is True
+
+
+def write_harbor_task(task: Task, folder: str | Path) -> None:
+    """Write a task as a folder that Harbor can run, and that ``read_harbor_task`` reads back as it was.
+
+    Raises:
+        TaskError: the folder is not empty, or something in the task has no place in the format.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise TaskError(f"{folder} is not empty; give a new folder")
+    toml, dockerfile = _toml_of(task), _dockerfile_of(task)
+    for path in task.files:
+        _write_file(folder / "environment/files", path.removeprefix("/"), task.files[path], task)
+    for part, tree in (("tests", task.tests), ("solution", task.solution)):
+        for path, file in tree.items():
+            _write_file(folder / part, path, file, task)
+    (folder / "environment").mkdir(parents=True, exist_ok=True)
+    (folder / "environment/Dockerfile").write_bytes(dockerfile.encode())
+    (folder / "instruction.md").write_bytes(task.instruction.encode())
+    (folder / "task.toml").write_bytes(toml.encode())
+
+
+def load_harbor_tasks(source: str | Path, *, host_packages: bool = False, world_model_only: bool = False) -> list[Task]:
+    """The task in a folder, or the tasks in the folders within it, by name.
+
+    Raises:
+        TaskError: there is none, or some cannot be read; the message names each.
+    """
+    folder = Path(source)
+    if (folder / "task.toml").is_file() or (folder / "instruction.md").is_file():
+        return [read_harbor_task(folder, host_packages=host_packages, world_model_only=world_model_only)]
+    marks = ("task.toml", "instruction.md", *_TERMINAL_BENCH)
+    candidates = [d for d in sorted(folder.iterdir()) if any((d / mark).exists() for mark in marks)]
+    if not candidates:
+        raise TaskError(f"{folder} holds no task folder (one with task.toml and instruction.md)")
+    tasks: list[Task] = []
+    errors: dict[str, str] = {}
+    for candidate in candidates:
+        try:
+            task = read_harbor_task(candidate, host_packages=host_packages, world_model_only=world_model_only)
+            tasks.append(task)
+        except TaskError as error:
+            errors[candidate.name] = str(error)
+    if errors:
+        reasons = "\n".join(list(errors.values())[:3])
+        names = " ".join(errors)
+        raise TaskError(f"{len(errors)} of {len(candidates)} tasks in {folder} cannot run:\n{reasons}\nAll: {names}")
+    return tasks
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TaskError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        toml = tomllib.loads(_read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise TaskError(f"{path} is not TOML: {error}") from error
+    for section in ("task", "metadata", "agent", "verifier", "environment", "solution"):
+        if not isinstance(toml.get(section, {}), dict):
+            raise TaskError(f"{path}: {section} is {toml[section]!r}, and has to be a table, [{section}]")
+    toml.pop("version", None)
+    toml.pop("schema_version", None)
+    return toml
+
+
+def _refuse(folder: Path, toml: Mapping[str, Any]) -> None:
+    if toml.get("steps"):
+        raise TaskError(f"{folder}: a task of several [[steps]] cannot run here; make each step a task of its own")
+    for name in ("docker-compose.yaml", "docker-compose.yml"):
+        if (folder / "environment" / name).exists():
+            raise TaskError(
+                f"{folder}: environment/{name} asks for several machines, and a sandbox is one; "
+                "start what its other services do in RUN lines of environment/Dockerfile, and remove it"
+            )
+    if (folder / "trajectory.json").exists():
+        raise TaskError(f"{folder}: trajectory.json is a conversation to go on with; a task here begins at its start")
+    for (section, key), (harmless, why) in _REFUSED.items():
+        value = toml.get(section, {}).get(key)
+        if value and value not in harmless:
+            raise TaskError(f"{folder / 'task.toml'}: [{section}] {key} = {value!r} cannot be had: {why}")
+
+
+def _read_world(folder: Path, toml: Mapping[str, Any], host_packages: bool) -> World:
+    if (folder / "environment/Dockerfile").is_file():
+        return read_dockerfile(folder / "environment", host_packages=host_packages)
+    image = toml.get("environment", {}).get("docker_image")
+    if image and not host_packages:
+        raise TaskError(
+            f"{folder} has no environment/Dockerfile, only the ready-made image {image!r}, which cannot be opened "
+            "here; write the Dockerfile, or read the task with host_packages=True if nothing in that image matters"
+        )
+    notes = [f"no Dockerfile: this machine stands in for the image {image}"] if image else []
+    if left := sorted(path.name for path in (folder / "environment").glob("*")):
+        raise TaskError(f"{folder} has environment/{left[0]} but no environment/Dockerfile to COPY it; write one")
+    return World(folder / "environment", workdir=HOME, notes=notes)
+
+
+def _read_part(folder: Path, part: str, states: Mapping[str, Any]) -> dict[str, SandboxFile]:
+    files = {}
+    for path, file in read_tree(folder / part).items():
+        state = states.get(f"{part}/{path}", {})
+        mode = int(state["mode"], 8) if "mode" in state else file.mode
+        files[path] = SandboxFile(file.content, mode=mode, mtime=state.get("mtime"))
+    return files
+
+
+def _offline_tests(
+    folder: Path, tests: Mapping[str, SandboxFile], world: World, host_packages: bool
+) -> dict[str, SandboxFile]:
+    """The tests, their scripts without what needs the network; what was left out is noted in the world."""
+    kept = dict(tests)
+    for path, file in tests.items():
+        if path.endswith(".sh"):
+            content, notes = offline_script(folder / path, file.content, host_packages=host_packages)
+            kept[path] = SandboxFile(content, mode=file.mode, mtime=file.mtime)
+            world.notes += notes
+    return kept
+
+
+def add_needs(metadata: dict[str, Any], tests: Mapping[str, SandboxFile]) -> None:
+    """Modules that the tests' scripts install and the tests import go to ``needs``: this machine must have them."""
+    texts = {path: file.content.decode("utf-8", "replace") for path, file in tests.items()}
+    scripts, sources = ([text for path, text in texts.items() if path.endswith(end)] for end in (".sh", ".py"))
+    declared = metadata.get("needs", [])
+    new = [name for name in modules_of_tests(scripts, sources) if isinstance(declared, list) and name not in declared]
+    if new:
+        metadata["needs"] = [*declared, *new]
+
+
+def _without_canary(text: str) -> str:
+    """Leave out marker lines at the top, which tell crawlers to keep benchmark files out of training data."""
+    lines = text.split("\n")
+    while lines and _CANARY.fullmatch(lines[0]):
+        lines.pop(0)
+    return "\n".join(lines)
+
+
+def _pop(toml: dict[str, Any], section: str, key: str) -> Any:
+    return toml.get(section, {}).pop(key, None)
+
+
+def _seconds(folder: Path, toml: dict[str, Any], section: str, otherwise: float = DEFAULT_TIMEOUT_S) -> float:
+    value = _pop(toml, section, "timeout_sec")
+    if value is None:
+        return otherwise
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise TaskError(f"{folder / 'task.toml'}: [{section}] timeout_sec = {value!r} is no number of seconds above 0")
+    return float(value)
+
+
+def _environment(folder: Path, toml: dict[str, Any], world: World) -> dict[str, str]:
+    env = _pop(toml, "environment", "env") or {}
+    for name, value in env.items():
+        if "${" in str(value):
+            raise TaskError(
+                f"{folder / 'task.toml'}: [environment.env] {name} = {value!r} asks for a secret of this machine, and "
+                "a sandbox gets none; write the value itself"
+            )
+    env = world.env | {name: str(value) for name, value in env.items()}
+    for name in env:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, flags=re.ASCII):
+            raise TaskError(f"{folder}: {name!r} cannot be the name of an environment variable")
+    return env
+
+
+def _metadata(toml: dict[str, Any], world: World) -> dict[str, Any]:
+    environment = toml.get("environment", {})
+    notes = list(world.notes)
+    asked = [f"{key} = {environment[key]}" for key in ("allow_internet", "network_mode") if environment.get(key)]
+    if asked and asked != ["network_mode = no-network"]:
+        notes.append(f"{asked[0]}: runs offline all the same")
+    sizes = [
+        f"{key} = {environment[key]}" for key in ("memory", "memory_mb", "storage", "storage_mb") if key in environment
+    ]
+    if sizes:
+        notes.append(f"{', '.join(sizes)}: the run's own limits hold")
+    if environment.get("network_mode") == "no-network":
+        del environment["network_mode"]
+    metadata = toml.pop("metadata", {})
+    if kept := _without_empty(toml):
+        metadata["harbor"] = kept
+    if world.image and world.image != DEFAULT_IMAGE:
+        metadata["base_image"] = world.image
+    known = metadata.get("world_notes", [])
+    if new := [note for note in notes if note not in known]:
+        metadata["world_notes"] = [*known, *new]
+    return metadata
+
+
+def _without_empty(table: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: _without_empty(value) if isinstance(value, dict) else value for key, value in table.items()}
+    return {key: value for key, value in kept.items() if value not in ({}, [])}
+
+
+def _write_file(root: Path, path: str, file: SandboxFile, task: Task) -> None:
+    if not path or ".." in path.split("/") or path.startswith("/") or "\0" in path:
+        raise TaskError(f"task {task.id!r} has a file at {path!r}; a path has to be plain, without '..'")
+    place = root / path
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_bytes(file.content)
+    place.chmod(0o755 if file.mode & 0o100 else 0o644)
+
+
+def _dockerfile_of(task: Task) -> str:
+    lines = [f"FROM {task.metadata.get('base_image', DEFAULT_IMAGE)}", 'SHELL ["/bin/bash", "-ec"]']
+    if not re.fullmatch(r"/[\w./+@-]*", task.workdir):
+        raise TaskError(f"task {task.id!r} has workdir {task.workdir!r}; a plain absolute path is needed")
+    lines.append(f"WORKDIR {task.workdir}")
+    for name, value in task.env.items():
+        if "\n" not in value:  # the others stand in task.toml
+            escaped = re.sub(r'(["\\$])', r"\\\1", value)
+            lines.append(f'ENV {name}="{escaped}"')
+    if task.files:
+        lines.append("COPY files/ /")
+    modes: dict[str, list[str]] = {}
+    for path, file in task.files.items():
+        if not path.startswith("/") or "\n" in path:
+            raise TaskError(f"task {task.id!r} has a file at {path!r}; an absolute path on one line is needed")
+        if file.mode not in (0o644, 0o755):
+            modes.setdefault(f"chmod {file.mode:03o}", []).append(shlex.quote(path))
+        if file.mtime is not None:
+            modes.setdefault(f"touch -d @{file.mtime}", []).append(shlex.quote(path))
+    if modes:
+        lines.append("RUN " + " && \\\n    ".join(f"{what} {' '.join(paths)}" for what, paths in modes.items()))
+    for command in task.setup:
+        mark = _MARK
+        while mark in command:
+            mark += "_"
+        lines.append(f"RUN <<'{mark}'\n{command}\n{mark}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml_of(task: Task) -> str:
+    metadata = dict(task.metadata)
+    toml: dict[str, Any] = dict(metadata.pop("harbor", {}))
+    own: dict[str, Any] = {"id": task.id}
+    states = {
+        f"{part}/{path}": {"mode": f"{file.mode:03o}"} | ({} if file.mtime is None else {"mtime": file.mtime})
+        for part, tree in (("tests", task.tests), ("solution", task.solution))
+        for path, file in tree.items()
+        if file.mtime is not None or file.mode not in (0o644, 0o755)
+    }
+    if states:
+        own["files"] = states
+    is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", task.id, flags=re.ASCII)
+    name = task.id if is_name else "backtalk/" + re.sub(r"[^\w.-]", "-", task.id, flags=re.ASCII)
+    long_env = {name: value for name, value in task.env.items() if "\n" in value}
+    toml["schema_version"] = SCHEMA_VERSION
+    toml["task"] = {"name": name} | toml.get("task", {})
+    if math.isfinite(task.agent_timeout_s):
+        toml["agent"] = toml.get("agent", {}) | {"timeout_sec": task.agent_timeout_s}
+    toml["verifier"] = toml.get("verifier", {}) | {"timeout_sec": task.verifier_timeout_s}
+    environment = toml.get("environment", {})
+    network = {} if {"allow_internet", "network_mode"} & set(environment) else {"network_mode": "no-network"}
+    toml["environment"] = environment | network | ({"env": long_env} if long_env else {})
+    toml["metadata"] = metadata | {"backtalk": own}
+    try:
+        return toml_text(toml)
+    except TypeError as error:
+        raise TaskError(f"metadata of task {task.id!r} cannot be written as TOML: {error}") from error

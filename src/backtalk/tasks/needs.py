@@ -1,0 +1,48 @@
+"""Which commands a task needs, and which of them this machine has not got.
+
+A sandbox shows this machine's own /usr, so what is missing on its PATH is missing inside.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from functools import lru_cache
+
+from backtalk.errors import TaskError
+from backtalk.sandboxes.base import DEFAULT_PATH
+from backtalk.tasks.scripts import programs_of_tests
+from backtalk.tasks.task import Task
+
+_NAME = re.compile(r"[\w.+-]+|python3:[A-Za-z_][\w.]*", flags=re.ASCII)
+
+
+def missing_tools(task: Task) -> tuple[str, ...]:
+    """What the task needs and this machine has not got, sorted.
+
+    ``[metadata] needs`` names commands, such as "git", and modules of the system's Python, such as "python3:yaml".
+    A pytest that the tests' scripts run is needed too: without it the tests would give every attempt 0.
+
+    Raises:
+        TaskError: ``needs`` is no list of such names.
+    """
+    declared = task.metadata.get("needs", [])
+    if not isinstance(declared, list) or not all(isinstance(n, str) and _NAME.fullmatch(n) for n in declared):
+        raise TaskError(
+            f"task {task.id!r}: [metadata] needs = {declared!r} has to be a list of commands and Python modules, such "
+            'as ["git", "python3:yaml"]'
+        )
+    scripts = [file.content.decode("utf-8", "replace") for path, file in task.tests.items() if path.endswith(".sh")]
+    needed = {*declared}.union(*map(programs_of_tests, scripts))
+    return tuple(sorted(name for name in needed if not _is_there(name)))
+
+
+@lru_cache
+def _is_there(name: str) -> bool:
+    command, _, module = name.partition(":")
+    path = shutil.which(command, path=DEFAULT_PATH)
+    if path is None or not module:
+        return path is not None
+    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module.partition('.')[0]!r}) is None)"
+    return subprocess.run([path, "-s", "-E", "-c", look], check=False, capture_output=True).returncode == 0

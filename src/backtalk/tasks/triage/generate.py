@@ -1,0 +1,75 @@
+"""From a seed to a triage task, and from a split and a seed to many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+
+from backtalk.errors import ConfigError
+from backtalk.sandboxes.base import SandboxFile
+from backtalk.tasks.task import Split, Task
+from backtalk.tasks.triage.box import new_box
+from backtalk.tasks.triage.questions import QUESTIONS, Question
+
+LEVELS = tuple(QUESTIONS)
+
+_TEST = """\
+# Reward 1 when the answer is right and the box is as it was asked to be.
+reward=0
+IFS= read -r answer < /logs/agent/answer.txt || true
+answer="${{answer#"${{answer%%[![:space:]]*}}"}}"
+answer="${{answer%"${{answer##*[![:space:]]}}"}}"
+if [ "$answer" = '{answer}' ] && {{ {check}; }}; then reward=1; fi
+echo "$reward" > /logs/verifier/reward.txt
+"""
+
+_SOLUTION = """\
+mkdir -p /logs/agent
+answer=$({solve})
+echo "$answer" > /logs/agent/answer.txt
+"""
+
+
+def triage_task(seed: int, level: int) -> Task:
+    """The task of one seed at one level; the same on every machine and every day.
+
+    Raises:
+        ConfigError: there is no such level.
+    """
+    if level not in QUESTIONS:
+        raise ConfigError(f"triage level {level} does not exist; use levels {min(LEVELS)} to {max(LEVELS)}")
+    random = Random(f"triage/{level}/{seed}")
+    box = new_box(random, num_services=random.randint(2, 4) + (level > 2))
+    builder = random.choice(QUESTIONS[level])
+    question = builder(box)
+    return Task(
+        id=f"triage-{level}-{seed}",
+        instruction=question.instruction,
+        files=dict(sorted(box.files.items())),
+        tests={"test.sh": _script(_TEST.format(answer=question.answer, check=question.check))},
+        solution={"solve.sh": _script(_SOLUTION.format(solve=question.solve))},
+        verifier_timeout_s=20.0,
+        metadata=_metadata(question, builder.__name__, level),
+    )
+
+
+def triage_tasks(*, split: Split, levels: Sequence[int], count: int, seed: int = 0) -> list[Task]:
+    """``count`` distinct tasks of one split, the levels in turn."""
+    if not levels:
+        raise ConfigError("triage without a level has no task; use levels such as [1, 2]")
+    tasks: list[Task] = []
+    number = seed * 1_000_003
+    while len(tasks) < count:
+        task = triage_task(number, levels[len(tasks) % len(levels)])
+        number += 1
+        if task.split is split:
+            tasks.append(task)
+    return tasks
+
+
+def _script(text: str) -> SandboxFile:
+    return SandboxFile(text.encode(), mode=0o755, mtime=1_704_067_200)
+
+
+def _metadata(question: Question, kind: str, level: int) -> dict[str, object]:
+    return {"kind": kind, "level": level, "answer": question.answer, "commands": list(question.commands)}

@@ -1,0 +1,1 @@
+"""Show runs and studies as self-contained web pages with curves."""

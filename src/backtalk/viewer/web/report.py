@@ -1,0 +1,128 @@
+"""A run folder as one self-contained page, and its curves as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from backtalk.errors import DataError
+from backtalk.files import write_bytes
+from backtalk.run.log import RunLog
+from backtalk.trajectory import TrajectoryGroup
+from backtalk.viewer.terminal import Shown
+from backtalk.viewer.text import load_tokenizer, token_texts
+from backtalk.viewer.web import page
+from backtalk.viewer.web.curves import run_curves
+from backtalk.viewer.weights import step_objective, step_weights
+
+EVALUATION_ROWS = (
+    ("pass@1", "pass_at_1", "{:.1%}"),
+    ("pass@k", "pass_at_k", "{:.1%}"),
+    ("reward", "reward", "{:.3f}"),
+    ("env CE on recorded trajectories, nats/token", "env_ce_recorded", "{:.3f}"),
+    ("env CE on own rollouts, nats/token", "env_ce_own", "{:.3f}"),
+)
+
+
+def write_report(folder: str | Path) -> Path:
+    """Write report.html and curves.png into a run folder, whatever it holds so far; returns the page.
+
+    Raises:
+        DataError: the folder is no run.
+    """
+    log = RunLog(folder)
+    config, metrics = log.read_config(), log.read_metrics()
+    evaluations = {step: log.read_evaluation(step) for step in log.evaluation_steps()}
+    curves = run_curves(metrics, evaluations)
+    write_bytes(log.folder / "curves.png", curves)
+    parts = [
+        page.paragraph(_summary(config, metrics)),
+        page.image(curves, "curves of the run"),
+        page.section("Held-out tasks", evaluation_table(evaluations)),
+        page.section("What was said", page.legend(), *_trajectories(log, config)),
+        page.section("Settings", page.settings(config)),
+    ]
+    path = log.folder / "report.html"
+    write_bytes(path, page.page(f"backtalk run {log.folder.resolve().name}", parts).encode())
+    return path
+
+
+def _summary(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) -> str:
+    rollouts = sum(int(row.get("rollouts") or 0) for row in metrics)
+    seconds = sum((row.get("rollout_seconds") or 0.0) + (row.get("train_seconds") or 0.0) for row in metrics)
+    objective = config["objective"]
+    return (
+        f"{len(metrics)} of {config['steps']} steps, {rollouts} rollouts, {seconds / 60:.1f} minutes of training. "
+        f"Model {config['engine']['model']}, tasks {config['tasks']['source']}, policy_coeff "
+        f"{objective['policy_coeff']}, world_model_coeff {objective['world_model_coeff']} on "
+        f"{objective['world_loss_target']} tokens."
+    )
+
+
+def evaluation_table(evaluations: Mapping[int, Mapping[str, Any]]) -> str:
+    """One column an evaluation."""
+    if not evaluations:
+        return page.paragraph("not measured")
+    some = next(iter(evaluations.values()))
+    rows = []
+    for label, name, form in EVALUATION_ROWS:
+        if name == "pass_at_k" and some["samples_per_task"] == 1:
+            continue  # pass@1 once more
+        label = label.replace("@k", f"@{some['samples_per_task']}")
+        rows.append([label, *[interval_text(e.get(name), form) for e in evaluations.values()]])
+    for name in some["per_rollout"]:
+        label = f"{name.removeprefix('num_').replace('_', ' ')} a rollout"
+        rows.append([label, *[_number(e["per_rollout"], name) for e in evaluations.values()]])
+    rows.append(["rollouts without a reward", *[str(e["no_reward"]) for e in evaluations.values()]])
+    return page.table(["", *[f"after {step} steps" for step in evaluations]], rows)
+
+
+def interval_text(interval: Mapping[str, Any] | None, form: str) -> str:
+    """``12.5% [8.0%, 17.1%]``; a dash where nothing was measured."""
+    if interval is None:
+        return "-"
+    text = form.format(interval["value"])
+    if interval["low"] is None:
+        return text
+    return f"{text} [{form.format(interval['low'])}, {form.format(interval['high'])}]"
+
+
+def _number(row: Mapping[str, float], name: str) -> str:
+    return f"{row[name]:.2f}" if name in row else "-"
+
+
+def _trajectories(log: RunLog, config: Mapping[str, Any]) -> list[str]:
+    """The best and the worst rollout of the first and of the last step."""
+    steps = log.group_steps()
+    if not steps:
+        return [page.paragraph("no step has finished yet")]
+    try:
+        tokenizer = load_tokenizer(log.tokenizer_path)
+    except DataError as error:
+        return [page.paragraph(str(error))]
+    parts = []
+    for step in dict.fromkeys((steps[0], steps[-1])):
+        groups = log.read_groups(step)
+        weights = step_weights(groups, step_objective(config, step))
+        for number, sample in _best_and_worst(groups):
+            chosen = groups[number].trajectories[sample]
+            title = f"training step {step}, group {number}, sample {sample}"
+            shown = Shown(chosen, token_texts(tokenizer, chosen.token_ids), weights[number][sample], title)
+            parts.append(page.trajectory(shown, opened=not parts))
+    return parts
+
+
+def _best_and_worst(groups: Sequence[TrajectoryGroup]) -> list[tuple[int, int]]:
+    """Places of the rollouts with the highest and the lowest reward; the longer one where they are equal."""
+    scored = [
+        (trajectory.reward, trajectory.num_turns, number, sample)
+        for number, group in enumerate(groups)
+        for sample, trajectory in enumerate(group)
+        if trajectory.reward is not None
+    ]
+    if not scored:
+        return [(0, 0)]
+    best = max(scored)
+    worst = min(scored, key=lambda row: (row[0], -row[1]))
+    return list(dict.fromkeys(row[2:] for row in (best, worst)))

@@ -1,0 +1,138 @@
+"""A study as one picture and one page: every arm before and after, and on the way."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from backtalk.errors import DataError
+from backtalk.run.log import RunLog, write_bytes
+from backtalk.viewer.web import page
+from backtalk.viewer.web.curves import band, finish, new_figure
+from backtalk.viewer.web.report import interval_text
+
+SMOOTHED_STEPS = 5  # of the reward curve: a step has few tasks, and their difficulty differs
+
+
+def write_study_report(folder: str | Path) -> Path:
+    """Write study.png and report.html into a study's folder; returns the page.
+
+    Raises:
+        DataError: the study has not finished.
+    """
+    folder = Path(folder)
+    study = read_study(folder)
+    picture = draw(folder, study)
+    write_bytes(folder / "study.png", picture)
+    parts = [
+        page.paragraph(_summary(study)),
+        page.image(picture, "held-out pass@1, and env-output cross-entropy"),
+        page.section("Held-out tasks", comparison_html(study)),
+        page.section("Runs", *[page.link(f"{name}/report.html", name) for name in _runs(study).values()]),
+    ]
+    path = folder / "report.html"
+    write_bytes(path, page.page(f"backtalk study {study['study']}", parts).encode())
+    return path
+
+
+def read_study(folder: Path) -> dict[str, Any]:
+    """What study.json holds."""
+    path = folder / "study.json"
+    if not path.is_file():
+        raise DataError(f"{folder} holds no finished study: no study.json; start it again to finish it")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); start the study again, which keeps its runs") from error
+
+
+def comparison_html(study: Mapping[str, Any]) -> str:
+    """A row for each metric of each arm."""
+    rows = []
+    for result in study["results"]:
+        form = "{:.1%}" if result["metric"] == "pass@1" else "{:.3f}"
+        signed = form.replace(":", ":+")
+        against = "-" if result["against_first"] is None else interval_text(result["against_first"], signed)
+        cells = [interval_text(result["before"], form), interval_text(result["after"], form)]
+        cells += [interval_text(result["change"], signed), against]
+        rows.append([f"{result['metric']}, {result['arm']}", *cells])
+    first = study["results"][0]["arm"] if study["results"] else "the first arm"
+    return page.table(["", "before", "after", "change", f"after, minus {first}"], rows)
+
+
+def draw(folder: Path, study: Mapping[str, Any]) -> bytes:
+    """Left: reward of training and held-out pass@1. Right: env-output cross-entropy on recorded trajectories. PNG."""
+    figure, (left, right) = new_figure(1, 2, width=5.2, height=3.8)
+    by_arm: dict[str, list[RunLog]] = defaultdict(list)
+    for (arm, _), name in _runs(study).items():
+        by_arm[arm].append(RunLog(folder / name))
+    metric = "env_ce_recorded" if _has(study, "env CE, recorded") else "env_ce_own"
+    for number, (arm, logs) in enumerate(by_arm.items()):
+        color = f"C{number}"
+        steps, values = _mean_curve(logs, "reward")
+        left.plot(steps, _smooth(values), color=color, alpha=0.5, linewidth=1.2, label=f"{arm}, training reward")
+        for axis, key in ((left, "pass_at_1"), (right, metric)):
+            points = _evaluation_points(logs, key)
+            if points:
+                label = f"{arm}, held-out pass@1" if axis is left else arm
+                # All arms begin at the same point: a little apart, both can be seen.
+                aside = (number - (len(by_arm) - 1) / 2) * 0.012 * max(points)
+                band(axis, [step + aside for step in points], list(points.values()), label, color=color)
+    left.set(title="training reward, and held-out pass@1", xlabel="step", ylim=(-0.02, None))
+    what = "recorded trajectories" if metric == "env_ce_recorded" else "own rollouts"
+    right.set(title=f"held-out env-output cross-entropy on {what}", xlabel="step", ylabel="nats/token", ylim=(0, None))
+    return finish(figure)
+
+
+def _summary(study: Mapping[str, Any]) -> str:
+    seeds = ", ".join(map(str, study["seeds"]))
+    over = (
+        "Student's t over the seeds"
+        if study["interval"] == "seeds"
+        else "a bootstrap over the tasks: one seed says nothing about how other seeds would do"
+    )
+    return f"Seeds {seeds}. Brackets are 95 % intervals by {over}. Cross-entropies in nats per ENV_OUTPUT token."
+
+
+def _runs(study: Mapping[str, Any]) -> dict[tuple[str, int], str]:
+    """Folder name of every arm and seed."""
+    arms = dict.fromkeys(result["arm"] for result in study["results"])
+    return {(arm, seed): f"{arm}_seed{seed}" for arm in arms for seed in study["seeds"]}
+
+
+def _has(study: Mapping[str, Any], metric: str) -> bool:
+    return any(r["metric"] == metric and r["before"] is not None for r in study["results"])
+
+
+def _mean_curve(logs: Sequence[RunLog], name: str) -> tuple[list[int], list[float]]:
+    """Mean over the seeds of a training metric."""
+    values: dict[int, list[float]] = defaultdict(list)
+    for log in logs:
+        for row in log.read_metrics():
+            if row.get(name) is not None:
+                values[row["step"]].append(row[name])
+    return sorted(values), [sum(values[step]) / len(values[step]) for step in sorted(values)]
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean of the last few."""
+    windows = [values[max(0, i + 1 - SMOOTHED_STEPS) : i + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _evaluation_points(logs: Sequence[RunLog], key: str) -> dict[int, dict[str, Any]]:
+    """By step: the estimate of a single seed with its interval, or the mean and the range of several."""
+    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for log in logs:
+        for step in log.evaluation_steps():
+            if interval := log.read_evaluation(step).get(key):
+                found[step].append(interval)
+    points = {}
+    for step in sorted(found):
+        values = [interval["value"] for interval in found[step]]
+        several = {"value": sum(values) / len(values), "low": min(values), "high": max(values)}
+        points[step] = found[step][0] if len(values) == 1 else several
+    return points

@@ -1,0 +1,467 @@
+"""Captured episodes: real shells, a real server that speaks the chat protocol, and a policy that samples behind one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from backtalk.capture import Author, Left, Reply, Script, Seen, capture_episode, read_action, read_script
+from backtalk.capture.endpoint import Endpoint, EndpointConfig
+from backtalk.cli import app
+from backtalk.envs.base import Step
+from backtalk.envs.terminal import BASH, SUBMIT
+from backtalk.errors import ConfigError, DataError, SamplerError
+from backtalk.evidence.account import account_of
+from backtalk.language.renderer import Renderer
+from backtalk.messages import Message, Part, ToolCall, ToolSpec
+from backtalk.rollout.limits import RolloutLimits
+from backtalk.run.log import read_trajectories
+from backtalk.tasks.task import Task
+from backtalk.trajectory import StopReason, TokenRole, Trajectory
+from sandbox_help import backend_or_skip
+from tiny import tiny_tokenizer
+
+CONTEXT, TEMPLATE, ACTION, ENV, WARNING = TokenRole
+EPISODES = Path(__file__).parents[2] / "examples" / "episodes"
+TASK = Task(id="count", instruction="How many?")
+LIMITS = RolloutLimits(max_turns=4)
+ADD = ToolSpec("add", "Add.", {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}})
+LOOK = ToolSpec("look", "Look.", {"type": "object", "properties": {}})
+runner = CliRunner()
+
+
+@cache
+def renderer() -> Renderer:
+    return Renderer(tiny_tokenizer(), (BASH, SUBMIT))
+
+
+class Counter:
+    """A world of bash and submit that counts its steps, and breaks at a command that says so."""
+
+    tools = (BASH, SUBMIT)
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    async def __aenter__(self) -> Counter:
+        return self
+
+    async def __aexit__(self, *details: object) -> None:
+        return None
+
+    async def reset(self) -> tuple[Message, ...]:
+        return (Message("system", (Part("Count.", CONTEXT),)), Message("user", (Part("How many?", CONTEXT),)))
+
+    async def step(self, call: ToolCall) -> Step:
+        self.steps += 1
+        if call.tool == "submit":
+            return Step((), done=True, submitted=True)
+        text = f"step {self.steps}: {call.arguments['command']}"
+        return Step((Message("tool", (Part("[note]\n", WARNING), Part(text, ENV)), call.tool),))
+
+    async def score(self) -> float | None:
+        return float(self.steps)
+
+
+async def played(author: Author, **limits: int) -> Trajectory:
+    return await capture_episode(TASK, lambda task: Counter(), author, renderer(), replace(LIMITS, **limits))
+
+
+# ---------------------------------------------------------------- actions as lines
+
+
+@pytest.mark.parametrize(
+    ("line", "call", "text"),
+    [
+        ("ls -la", ToolCall("bash", {"command": "ls -la"}), ""),
+        ("/usr/bin/env", ToolCall("bash", {"command": "/usr/bin/env"}), ""),
+        ("{ echo a; }", ToolCall("bash", {"command": "{ echo a; }"}), ""),
+        ("/submit 42", ToolCall("submit", {"answer": "42"}), ""),
+        ("/submit", ToolCall("submit", {"answer": ""}), ""),
+        ('/bash {"command": "a\\nb"}', ToolCall("bash", {"command": "a\nb"}), ""),
+        ('/bash {"no": "argument"}', ToolCall("bash", {"command": '{"no": "argument"}'}), ""),
+        ('{"tool": "bash", "arguments": {"command": "ls"}, "text": "so"}', ToolCall("bash", {"command": "ls"}), "so"),
+        ('{"text": "hm"}', None, "hm"),
+    ],
+)
+def test_a_line_is_an_action(line: str, call: ToolCall | None, text: str) -> None:
+    assert read_action(line, (BASH, SUBMIT)) == Reply(call=call, text=text)
+
+
+def test_tools_with_other_arguments_are_called_with_an_object() -> None:
+    assert read_action('/add {"a": 1, "b": 2}', (ADD, LOOK)).call == ToolCall("add", {"a": 1, "b": 2})
+    assert read_action("/look", (ADD, LOOK)).call == ToolCall("look", {})
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("hello", "begin with /add, /look"),
+        ("/add 1 2", "add takes a, b; write them as an object"),
+        ('{"tool": "add", "argument": {}}', "an action has a tool with arguments"),
+        ('{"tool": "add", "arguments": [1]}', "an action has a tool with arguments"),
+    ],
+)
+def test_what_is_no_action_is_refused(line: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_action(line, (ADD, LOOK))
+
+
+def test_a_script_is_its_lines_without_comments(tmp_path: Path) -> None:
+    (tmp_path / "s").write_text("# first\n\n  ls\n/submit 1\n")
+    assert read_script(tmp_path / "s") == ["ls", "/submit 1"]
+    (tmp_path / "s").write_text("# nothing\n")
+    with pytest.raises(DataError, match="has no action"):
+        read_script(tmp_path / "s")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_script(tmp_path / "none")
+
+
+# ---------------------------------------------------------------- what is recorded
+
+
+async def test_a_scripts_actions_are_given_text_and_its_observations_are_learned_from() -> None:
+    trajectory = await played(Script(["ls", "/submit 1"]))
+    assert (trajectory.reward, trajectory.stop_reason) == (2.0, StopReason.SUBMITTED)
+    assert (trajectory.count(ACTION), trajectory.stats["unsampled_turns"]) == (0, 2)
+    observed = [s for s in trajectory.segments if s.role is ENV]
+    decode = renderer().tokenizer.backend_tokenizer.decode
+    assert [(decode(list(s.token_ids)), s.tool) for s in observed] == [("step 1: ls", "bash")]
+    written = renderer().encode_action(ToolCall("bash", {"command": "ls"}))
+    assert any(s.role is CONTEXT and s.token_ids == written and s.turn == 0 for s in trajectory.segments)
+    whole = account_of(trajectory).whole
+    assert whole.unsampled == whole.tokens["action"] > 0
+
+
+class Quoting:
+    """An author that remembers what it was shown."""
+
+    def __init__(self, replies: Sequence[Reply]) -> None:
+        self.replies, self.heard = list(replies), list[Seen]()
+
+    async def reply(self, seen: Seen) -> Reply:
+        self.heard.append(seen)
+        return self.replies[len(self.heard) - 1]
+
+
+async def test_an_author_hears_the_world_and_what_was_wrong_with_its_action() -> None:
+    author = Quoting(
+        [
+            Reply(text="hm"),
+            Reply(call=ToolCall("bash", {"command": "ls"})),
+            Reply(call=ToolCall("submit", {"answer": ""})),
+        ]
+    )
+    trajectory = await played(author)
+    first, second, third = author.heard
+    assert first.tools == (BASH, SUBMIT)
+    assert [message.text for message in first.messages] == ["Count.", "How many?"]
+    (told,) = second.messages  # the parse error, which the environment never saw
+    assert {part.role for part in told.parts} == {WARNING} and "bash" in told.text
+    assert [message.text for message in third.messages] == ["[note]\nstep 1: ls"]
+    assert third.token_ids == trajectory.token_ids[: len(third.token_ids)]
+    assert trajectory.stats["unclean_turns"] == 1
+
+
+async def test_an_author_who_leaves_ends_the_episode() -> None:
+    trajectory = await played(Script(["ls"]))
+    assert (trajectory.stop_reason, trajectory.reward, trajectory.failure) == (StopReason.MAX_TURNS, None, None)
+    assert trajectory.count(ENV) > 0
+    assert (await played(Script(["ls"]), max_turns=1)).reward == 1  # ended by its limit, it is scored
+
+
+async def test_an_author_who_fails_costs_the_episode() -> None:
+    class Failing:
+        async def reply(self, seen: Seen) -> Reply:
+            raise SamplerError("gone")
+
+    trajectory = await played(Failing())
+    assert (trajectory.stop_reason, trajectory.reward) == (StopReason.FAILED, None)
+    assert trajectory.failure is not None and trajectory.failure.where == "sample"
+    assert issubclass(Left, SamplerError)
+
+
+# ---------------------------------------------------------------- a server
+
+
+Answer = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
+
+
+@dataclass
+class Server:
+    """What a chat server was asked, and where it is."""
+
+    url: str = ""
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+
+
+@contextmanager
+def serving(answer: Answer) -> Iterator[Server]:
+    seen = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            seen.asked.append(body | {"path": self.path})
+            seen.keys.append(self.headers.get("Authorization"))
+            status, record = answer(body)
+            content = json.dumps(record).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            return None
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    seen.url = f"http://127.0.0.1:{server.server_port}/v1"
+    try:
+        yield seen
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def config(server: Server, **changes: Any) -> EndpointConfig:
+    return EndpointConfig(**{"url": server.url, "model": "m", "first_wait_s": 0.0, "attempts": 3, **changes})
+
+
+def called(tool: str, arguments: str, number: int = 0, content: str | None = None) -> dict[str, Any]:
+    call = {"id": f"c{number}", "type": "function", "function": {"name": tool, "arguments": arguments}}
+    return {"choices": [{"message": {"content": content, "tool_calls": [call]}, "finish_reason": "tool_calls"}]}
+
+
+def scripted(*answers: dict[str, Any]) -> Answer:
+    left = iter(answers)
+    return lambda body: (200, next(left))
+
+
+async def test_a_chat_server_plays_by_messages() -> None:
+    answers = (
+        called("bash", '{"command": "ls"}', 0, "Let me look."),
+        called("bash", "{broken", 1),
+        called("submit", '{"answer": "2"}', 2),
+    )
+    with serving(scripted(*answers)) as server:
+        trajectory = await played(Endpoint(config(server)))
+    assert (trajectory.reward, trajectory.stop_reason) == (2.0, StopReason.SUBMITTED)
+    assert (trajectory.count(ACTION), trajectory.stats["unsampled_turns"]) == (0, 3)  # not sampled as these ids
+    first, second, third = (asked["messages"] for asked in server.asked)
+    assert [m["role"] for m in first] == ["system", "user"]
+    assert [tool["function"]["name"] for tool in server.asked[0]["tools"]] == ["bash", "submit"]
+    assert second[2]["tool_calls"][0]["id"] == "c0" and second[2]["content"] == "Let me look."
+    assert second[3] == {"role": "tool", "tool_call_id": "c0", "content": "[note]\nstep 1: ls"}
+    assert "tool_calls" not in third[4] and "{broken" in third[4]["content"]
+    assert third[5]["role"] == "user"  # what answers no call
+    assert trajectory.stats["unclean_turns"] == 2  # text before a call, and no call
+    assert "Let me look." in trajectory.messages[2]["content"]
+
+
+def sampling(reply: ToolCall, given: Callable[[list[int]], list[int]] = list) -> Answer:
+    """A server that says which ids it was given and which it sampled."""
+    ids = list(renderer().encode_action(reply))
+
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        logprobs = [-0.25] * len(ids)
+        if "prompt" in body:
+            choice = {"text": "", "token_ids": ids, "logprobs": {"token_logprobs": logprobs}, "finish_reason": "stop"}
+            return 200, {"choices": [choice]}
+        said = called(reply.tool, json.dumps(reply.arguments))
+        content = [{"token": "", "logprob": x} for x in logprobs]
+        prompt = given([t for s in PROMPT for t in s.token_ids])
+        return 200, {
+            "prompt_token_ids": prompt,
+            "choices": [{**said["choices"][0], "token_ids": ids, "logprobs": {"content": content}}],
+        }
+
+    return answer
+
+
+PROMPT = renderer().render_prompt(
+    [Message("system", (Part("Count.", CONTEXT),)), Message("user", (Part("How many?", CONTEXT),))]
+)
+DONE = ToolCall("submit", {"answer": "0"})
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+async def test_ids_that_continue_ours_are_kept_with_their_logprobs(tokens: bool) -> None:
+    with serving(sampling(DONE)) as server:
+        trajectory = await played(Endpoint(config(server, tokens=tokens)))
+    (action,) = [s for s in trajectory.segments if s.role is ACTION]
+    assert action.token_ids == renderer().encode_action(DONE)
+    assert set(action.logprobs or ()) == {-0.25}
+    assert "unsampled_turns" not in trajectory.stats
+    asked = server.asked[0]
+    assert asked["return_token_ids"] is True and asked["temperature"] == 1
+    assert asked["path"] == ("/v1/completions" if tokens else "/v1/chat/completions")
+    if tokens:
+        assert tuple(asked["prompt"]) == tuple(t for s in PROMPT for t in s.token_ids)
+        assert asked["stop_token_ids"] == sorted(renderer().stop_token_ids)
+
+
+async def test_ids_after_another_prompt_or_at_another_temperature_are_no_actions() -> None:
+    with serving(sampling(DONE, given=lambda ids: ids[1:])) as server:
+        assert (await played(Endpoint(config(server)))).count(ACTION) == 0
+    with serving(sampling(DONE)) as server:
+        assert (await played(Endpoint(config(server, temperature=0.5)))).count(ACTION) == 0
+
+
+async def test_a_server_that_gives_no_ids_cannot_be_asked_with_tokens() -> None:
+    plain = {"choices": [{"text": "ls", "finish_reason": "stop", "logprobs": None}]}
+    with serving(scripted(plain)) as server:
+        trajectory = await played(Endpoint(config(server, tokens=True)))
+    assert trajectory.failure is not None and "has to know return_token_ids" in trajectory.failure.message
+    with pytest.raises(ConfigError, match="before or after the temperature"):
+        EndpointConfig(url="http://x/v1", model="m", tokens=True, temperature=0.7)
+
+
+async def test_our_own_server_says_what_it_sampled_in_every_turn() -> None:
+    pytest.importorskip("uvicorn", reason="pip install 'backtalk[serve]'")
+    from backtalk.rollout.sampler import SamplingParams, ScriptedSampler
+    from backtalk.run.serve import Endpoint as Served
+    from backtalk.run.serve import serve
+
+    commands = (ToolCall("bash", {"command": "ls"}), ToolCall("bash", {"command": "pwd"}), DONE)
+    written = {str(turn): renderer().encode_action(call) for turn, call in enumerate(commands)}
+    # It opens a session for each request, and numbers them.
+    policy = ScriptedSampler(lambda key: [key.removeprefix("serve/")], written.__getitem__)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    served = Served(renderer(), lambda params: policy, SamplingParams(max_tokens=64), max_tokens=2048)
+    serving = asyncio.create_task(serve(served, host="127.0.0.1", port=port))
+    where = EndpointConfig(url=f"http://127.0.0.1:{port}/v1", model="m", attempts=12, first_wait_s=0.01)
+    trajectory = await played(Endpoint(where))
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+    assert [s.token_ids for s in trajectory.segments if s.role is ACTION] == [*written.values()]
+    assert (trajectory.reward, "unsampled_turns" in trajectory.stats) == (3.0, False)
+
+
+async def test_a_reply_that_was_cut_ends_without_an_end() -> None:
+    cut = {"choices": [{"message": {"content": "I think that"}, "finish_reason": "length"}]}
+    with serving(scripted(cut)) as server:
+        trajectory = await played(Endpoint(config(server)), max_turns=1)
+    text = renderer().encode_text("I think that")[:-1]
+    assert any(s.token_ids == text for s in trajectory.segments)
+
+
+async def test_a_server_that_refuses_our_extras_is_asked_plainly() -> None:
+    """As OpenAI does: 400 for parameters that it does not know, and later for max_tokens."""
+
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        if "return_token_ids" in body or "max_tokens" in body:
+            return 400, {"error": {"message": "Unrecognized request argument"}}
+        return 200, called("submit", '{"answer": ""}')
+
+    with serving(answer) as server:
+        trajectory = await played(Endpoint(config(server)))
+    assert trajectory.reward == 1
+    assert ["return_token_ids" in asked for asked in server.asked] == [True, False, False]
+    assert "max_completion_tokens" in server.asked[2]
+
+
+async def test_a_busy_server_is_asked_again_and_a_dead_one_costs_the_episode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BACKTALK_API_KEY", "secret")
+    left = iter([(429, {}), (503, {}), (200, called("submit", '{"answer": ""}'))])
+    with serving(lambda body: next(left)) as server:
+        trajectory = await played(Endpoint(config(server)))
+    assert (trajectory.reward, server.keys) == (1, ["Bearer secret"] * 3)
+    gone = await played(Endpoint(config(server, attempts=2)))
+    assert gone.failure is not None and gone.reward is None
+    assert "did not answer after 2 attempts (ConnectError" in gone.failure.message
+    with serving(lambda body: (401, {"error": "no"})) as server:
+        denied = await played(Endpoint(config(server)))
+    assert len(server.asked) == 1 and denied.failure is not None
+    assert "BACKTALK_API_KEY" in denied.failure.message and "secret" not in denied.failure.message
+    with serving(lambda body: (200, {"hello": 1})) as server:
+        strange = await played(Endpoint(config(server)))
+    assert strange.failure is not None and "without a choice" in strange.failure.message
+
+
+# ---------------------------------------------------------------- the command
+
+
+def invoke(*arguments: str, typed: str | None = None) -> Any:
+    return runner.invoke(app, ["capture", *arguments], input=typed)
+
+
+def test_a_person_plays_in_a_real_shell(tmp_path: Path) -> None:
+    backend_or_skip()
+    out = tmp_path / "mine.jsonl"
+    done = invoke("terminal", "--task", "triage", "--human", "--out", str(out), typed="echo a-word\n\n/submit 0\n")
+    assert done.exit_code == 0, done.output
+    assert "a-word" in done.output.replace("echo a-word", "")
+    (trajectory,) = read_trajectories(out)
+    assert trajectory.stop_reason is StopReason.SUBMITTED and trajectory.reward is not None
+    assert trajectory.count(ACTION) == 0 and trajectory.count(ENV) > 0
+
+
+def test_a_person_may_leave_and_is_told_what_is_no_action(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi", reason="pip install 'backtalk[awm]'")
+    out = tmp_path / "left.jsonl"
+    done = invoke("awm:shop-ten", "--task", "shop/2", "--human", "--out", str(out), typed="hello\n/view_cart\n")
+    assert done.exit_code == 0, done.output
+    assert "is no action" in done.output and "no reward, max_turns" in done.output.replace("\n", " ")
+    assert read_trajectories(out)[0].count(ENV) > 0
+
+
+def test_the_examples_are_what_their_scripts_give(tmp_path: Path) -> None:
+    """Played anew, each gives the stored tokens again: nothing in them depends on the day."""
+    pytest.importorskip("fastapi", reason="pip install 'backtalk[awm]'")
+    backend_or_skip()
+    for world, task, name in (
+        ("terminal", "workbench/log-forensics", "log-forensics"),
+        ("awm:shop-ten", "shop/8", "shop"),
+    ):
+        out = tmp_path / f"{name}.jsonl"
+        done = invoke(world, "--task", task, "--script", str(EPISODES / f"{name}.txt"), "--out", str(out))
+        assert done.exit_code == 0, done.output
+        (stored,), (again,) = read_trajectories(EPISODES / f"{name}.jsonl"), read_trajectories(out)
+        assert stored.reward == again.reward == 1
+        assert (stored.segments, stored.messages) == (again.segments, again.messages)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["terminal", "--task", "triage"], "nothing says who plays"),
+        (["terminal", "--task", "triage", "--human", "--endpoint", "http://x"], "nothing says who plays"),
+        (["terminal", "--human"], "nothing says what to do"),
+        (["terminal", "--task", "workbench/none", "--human"], "is neither 'triage' nor a folder"),
+        (["terminal", "--task", "triage", "--human", "--set", "options.x=1"], "is of no terminal"),
+        (["moon", "--human"], "no world is called 'moon'"),
+        (["awm:shop-ten", "--task", "shop/99", "--human"], "has no task 'shop/99'; it has shop/0"),
+        (["terminal", "--task", "triage", "--endpoint", "http://x"], "needs the name of a model"),
+        (["terminal", "--task", "triage", "--endpoint", "x", "--model", "m"], "is no URL"),
+        (["terminal", "--task", "triage", "--human", "--model", "m"], "give --endpoint URL"),
+    ],
+)
+def test_what_cannot_be_captured_is_said(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = invoke(*arguments, "--out", str(tmp_path / "o.jsonl"))
+    assert isinstance(done.exception, ConfigError), done.output
+    assert message in str(done.exception)
+
+
+def test_no_file_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "o.jsonl").write_text("mine")
+    asked = ["terminal", "--task", "triage", "--human", "--out"]
+    assert "there already" in str(invoke(*asked, str(tmp_path / "o.jsonl")).exception)
+    assert "end the name in" in str(invoke(*asked, str(tmp_path / "o.csv")).exception)

@@ -1,0 +1,476 @@
+"""The embedded engine on a tiny real model: same objective, same bits, whole checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from backtalk.engines.checkpoint import find_checkpoint, write_atomically
+from backtalk.engines.torch import head as torch_head
+from backtalk.engines.torch.config import TorchConfig
+from backtalk.engines.torch.engine import TorchEngine
+from backtalk.errors import ConfigError, DataError
+from backtalk.objective.config import ObjectiveConfig
+from backtalk.objective.samples import Sample, TokenCounts, build_samples, to_samples
+from backtalk.rollout.sampler import SamplingParams
+from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
+from tiny import tiny_model_dir
+
+CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole
+PLAIN = ObjectiveConfig(world_model_coeff=0.0)
+BOTH = ObjectiveConfig(world_model_coeff=0.3)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model_dir(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def make_engine(model_dir: Path, **settings: Any) -> TorchEngine:
+    return TorchEngine(TorchConfig(model=str(model_dir), **{"dtype": "float32", "device": "cpu", **settings}))
+
+
+def make_trajectory(noise: random.Random, index: int, reward: float | None) -> Trajectory:
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(noise.randrange(7, 400) for _ in range(count))
+
+    segments = [Segment(CONTEXT, ids(6)), Segment(TEMPLATE, ids(2))]
+    for turn in range(2):
+        n = noise.randrange(2, 7)
+        segments += [
+            Segment(ACTION, ids(n), tuple(-6.2 + noise.random() / 4 for _ in range(n)), turn=turn, tool="bash"),
+            Segment(TEMPLATE, ids(2), turn=turn),
+            Segment(ENV_OUTPUT, ids(noise.randrange(1, 12)), turn=turn, tool="bash"),
+            Segment(WARNING, ids(2), turn=turn, tool="bash"),
+        ]
+    return Trajectory(task_id="t", sample_index=index, segments=tuple(segments), reward=reward)
+
+
+def make_group(rewards: Sequence[float | None], seed: int = 0) -> TrajectoryGroup:
+    noise = random.Random(seed)
+    return TrajectoryGroup("t", tuple(make_trajectory(noise, i, reward) for i, reward in enumerate(rewards)))
+
+
+MIXED = (1.0, 0.0, 0.0, 1.0, 0.5)
+EQUAL = (1.0, 1.0, 1.0)
+
+
+def gradients(engine: TorchEngine, samples: list[Sample], config: ObjectiveConfig) -> tuple[float, list[Tensor]]:
+    """Loss and gradient of a step that is never taken."""
+    engine._optimizer.zero_grad()
+    losses, _, _ = engine._accumulate(samples, TokenCounts.of(samples, config.world_loss_target), config)
+    return losses["total_loss"], [p.grad.clone() for p in engine.model.parameters() if p.grad is not None]
+
+
+def weights(engine: TorchEngine) -> Tensor:
+    return torch.cat([p.detach().flatten().double() for p in engine.model.parameters()])
+
+
+# --- the objective, through a model
+
+
+def plain_grpo(model: Any, samples: Sequence[Sample], head: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """GRPO written again on the model's own layers, with no word about observations."""
+    rows = sorted(samples, key=len, reverse=True)
+    ids_BT = torch.nn.utils.rnn.pad_sequence([s.token_ids for s in rows], batch_first=True)
+    old_BT = torch.nn.utils.rnn.pad_sequence([s.sampling_logprobs for s in rows], batch_first=True)
+    mask_BT = torch.nn.utils.rnn.pad_sequence([s.roles == ACTION for s in rows], batch_first=True)
+    states_ND = model.model(ids_BT).last_hidden_state[:, :-1][mask_BT[:, 1:]]
+    logprobs_BT = torch.zeros(ids_BT.shape)
+    logprobs_BT[mask_BT] = head(states_ND, model.lm_head.weight, ids_BT[mask_BT])
+    ratio_BT = torch.exp((logprobs_BT - old_BT) * mask_BT)
+    adv_B1 = torch.tensor([s.advantage for s in rows])[:, None]
+    gain_BT = torch.min(ratio_BT * adv_B1, ratio_BT.clamp(0.8, 1.2) * adv_B1)
+    return -(gain_BT * (mask_BT / (len(rows) * mask_BT.sum(1, keepdim=True)))).sum()
+
+
+def plain_head(states_ND: Tensor, weight_VD: Tensor, token_ids_N: Tensor) -> Tensor:
+    return torch.log_softmax(states_ND @ weight_VD.T, -1).gather(-1, token_ids_N[:, None])[:, 0]
+
+
+def fused_head(states_ND: Tensor, weight_VD: Tensor, token_ids_N: Tensor) -> Tensor:
+    return torch_head.head_logprobs(states_ND, weight_VD, None, token_ids_N, torch.ones(len(token_ids_N)))
+
+
+def test_coefficient_zero_is_plain_grpo_bit_for_bit(model_dir: Path) -> None:
+    samples = build_samples(make_group(MIXED))
+    loss, grads = gradients(make_engine(model_dir, packing="off"), samples, PLAIN)
+
+    for head, tolerance in ((fused_head, 0.0), (plain_head, 1e-7)):  # the gradient of softmax is rounded elsewhere
+        model = make_engine(model_dir).model
+        grpo = plain_grpo(model, samples, head)
+        grpo.backward()
+        assert loss == grpo.item()
+        theirs = [p.grad for p in model.parameters()]
+        assert len(grads) == len(theirs)
+        for a, b in zip(grads, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+async def test_coefficient_zero_still_measures_the_world(model_dir: Path) -> None:
+    samples = build_samples(make_group(MIXED))
+    plain = await make_engine(model_dir).train_step(samples, PLAIN)
+    both = await make_engine(model_dir).train_step(samples, BOTH)
+    for name in ("world_ce", "env_output_ce", "warning_ce", "world_model_loss", "policy_loss"):
+        assert plain[name] == pytest.approx(both[name], rel=1e-6)
+    assert plain["world_ce"] == pytest.approx(math.log(488), abs=0.1)  # a random model knows nothing
+    assert plain.keys() == both.keys()
+
+
+async def test_scores_are_the_models_own(model_dir: Path) -> None:
+    engine = make_engine(model_dir, max_tokens_per_microbatch=100)
+    group = make_group(MIXED)
+    scores = await engine.score(list(group))
+    for trajectory, row in zip(group, scores, strict=True):
+        ids_1T = torch.tensor([trajectory.token_ids])
+        with torch.no_grad():
+            logprobs_TV = torch.log_softmax(engine.model(ids_1T).logits[0], -1)
+        expected = [0.0] + [logprobs_TV[t - 1, ids_1T[0, t]].item() for t in range(1, len(trajectory))]
+        assert row == pytest.approx(expected, abs=2e-6)
+    assert await engine.score([]) == []
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-6)])
+def test_micro_batches_change_nothing(model_dir: Path, dtype: str, tolerance: float) -> None:
+    samples = build_samples(make_group(MIXED))
+    loss, grads = gradients(make_engine(model_dir, dtype=dtype), samples, BOTH)
+    for max_tokens in (1, 80):
+        split = make_engine(model_dir, dtype=dtype, max_tokens_per_microbatch=max_tokens)
+        split_loss, split_grads = gradients(split, samples[::-1], BOTH)
+        assert split_loss == pytest.approx(loss, abs=tolerance)
+        for a, b in zip(split_grads, grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+def test_head_in_chunks_changes_nothing(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = build_samples(make_group(MIXED))
+    loss, grads = gradients(make_engine(model_dir, dtype="float64"), samples, BOTH)
+    monkeypatch.setattr(torch_head, "MAX_LOGITS", 488 * 7)
+    chunk_loss, chunk_grads = gradients(make_engine(model_dir, dtype="float64"), samples, BOTH)
+    assert chunk_loss == pytest.approx(loss, abs=1e-12)
+    for a, b in zip(chunk_grads, grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+async def test_temperature_is_the_actions_alone(model_dir: Path) -> None:
+    group = make_group(MIXED)
+    one = await make_engine(model_dir).train_step(build_samples(group), PLAIN)
+    warm = await make_engine(model_dir).train_step(build_samples(group, temperature=2.0), PLAIN)
+    assert warm["world_ce"] == one["world_ce"]
+    assert warm["entropy"] != pytest.approx(one["entropy"], rel=1e-4)
+
+
+async def test_sampler_and_trainer_agree(model_dir: Path) -> None:
+    engine = make_engine(model_dir)
+    prompt = tuple(range(20, 40))
+    async with engine.sampler(SamplingParams(temperature=0.7, max_tokens=24)).session("a") as session:
+        completion = await session.sample(prompt)
+    segments = (Segment(CONTEXT, prompt), Segment(ACTION, completion.token_ids, completion.logprobs, turn=0))
+    group = TrajectoryGroup(
+        "t", tuple(Trajectory(task_id="t", sample_index=i, segments=segments, reward=float(i)) for i in range(2))
+    )
+    metrics = await engine.train_step(build_samples(group, temperature=0.7), PLAIN)
+    assert 0 <= metrics["sampler_logprob_gap"] < 1e-4
+    assert metrics["ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert engine.policy_version == 1 and engine.sampler(SamplingParams()).policy_version == 1
+
+
+# --- steps
+
+
+async def test_both_terms_are_learned(model_dir: Path) -> None:
+    engine = make_engine(model_dir, learning_rate=3e-3)
+    samples = build_samples(make_group(MIXED))
+    first = await engine.train_step(samples, BOTH)
+    for _ in range(10):
+        last = await engine.train_step(samples, BOTH)
+    assert last["world_ce"] < first["world_ce"] - 0.3
+    assert last["policy_loss"] < first["policy_loss"]
+
+
+async def test_verifier_free(model_dir: Path) -> None:
+    samples = build_samples(make_group((None, None)))
+    metrics = await make_engine(model_dir).train_step(samples, ObjectiveConfig(policy_coeff=0.0))
+    assert (metrics["skipped"], metrics["update_scale"], metrics["policy_loss"]) == (0.0, 1.0, 0.0)
+    assert metrics["world_pull_share"] == 1.0
+
+
+@pytest.mark.parametrize("rewards", [(None, None), ()])
+async def test_a_step_without_a_trained_token_changes_nothing(
+    model_dir: Path, rewards: tuple[None, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = make_engine(model_dir)
+    before = weights(engine)
+    with caplog.at_level(logging.WARNING):
+        metrics = await engine.train_step(build_samples(make_group(rewards)) if rewards else [], PLAIN)
+    assert metrics["skipped"] == 1.0 and engine.policy_version == 1
+    assert torch.equal(weights(engine), before)
+    assert "changed nothing" in caplog.text
+    trained = await engine.train_step(build_samples(make_group(MIXED)), PLAIN)
+    assert metrics.keys() | {"env_output_ce/bash"} == trained.keys()
+
+
+async def test_a_step_without_targets_says_so(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    samples = [
+        replace(s, roles=s.roles.masked_fill(s.roles == ENV_OUTPUT, TEMPLATE)) for s in build_samples(make_group(MIXED))
+    ]
+    with caplog.at_level(logging.WARNING):
+        metrics = await make_engine(model_dir).train_step(samples, BOTH)
+    assert "no target token" in caplog.text and math.isnan(metrics["world_ce"])
+    assert metrics["skipped"] == 0.0
+
+
+async def test_a_gradient_that_is_not_finite_changes_nothing(model_dir: Path) -> None:
+    engine = make_engine(model_dir)
+    before = weights(engine)
+    samples = [replace(s, advantage=math.inf) for s in build_samples(make_group(MIXED))]
+    metrics = await engine.train_step(samples, PLAIN)
+    assert metrics["skipped"] == 1.0
+    assert torch.equal(weights(engine), before)
+    assert (await engine.train_step(build_samples(make_group(MIXED)), PLAIN))["skipped"] == 0.0
+
+
+def test_a_row_without_tokens_counts_and_costs_nothing(model_dir: Path) -> None:
+    samples = build_samples(make_group(MIXED))
+    (empty,) = to_samples(
+        Trajectory(task_id="t", sample_index=9, segments=(), stop_reason=StopReason.FAILED,
+                   failure=Failure("reset", "SandboxError", "gone"))
+    )  # fmt: skip
+    loss, _ = gradients(make_engine(model_dir), samples, BOTH)
+    with_empty, _ = gradients(make_engine(model_dir), [*samples, empty], BOTH)
+    assert with_empty == pytest.approx(loss * 5 / 6, abs=1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(model_dir: Path) -> None:
+    samples = build_samples(make_group(MIXED))
+    loss, grads = gradients(make_engine(model_dir), samples, BOTH)
+    again, same = gradients(make_engine(model_dir, gradient_checkpointing=True), samples, BOTH)
+    assert loss == again
+    for a, b in zip(grads, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+
+
+async def test_warm_up_is_linear(model_dir: Path) -> None:
+    engine, samples = make_engine(model_dir, learning_rate=1.0e-3, warmup_steps=4), build_samples(make_group(MIXED))
+    rates = [(await engine.train_step(samples, PLAIN))["learning_rate"] for _ in range(5)]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
+
+
+# --- world-only steps: Adam must not turn any coefficient into a full step
+
+
+async def distance_moved(model_dir: Path, coeff: float, steps: int, *, policy_coeff: float = 1.0) -> float:
+    engine = make_engine(model_dir, learning_rate=1e-5, grad_clip_norm=math.inf)
+    before, samples = weights(engine), build_samples(make_group(EQUAL))
+    for _ in range(steps):
+        await engine.train_step(samples, ObjectiveConfig(policy_coeff=policy_coeff, world_model_coeff=coeff))
+    return (weights(engine) - before).norm().item()
+
+
+async def test_twice_the_coefficient_moves_world_only_steps_twice_as_far(model_dir: Path) -> None:
+    single, double = [await distance_moved(model_dir, coeff, 4) for coeff in (0.02, 0.04)]
+    assert double / single == pytest.approx(2.0, rel=0.02)
+    full = await distance_moved(model_dir, 1.0, 4)
+    assert full / single == pytest.approx(50.0, rel=0.1)  # coefficient 1 is a full step
+    # Without the hold, as in a run that has no policy term to be compared with, Adam cancels the coefficient.
+    free_single, free_double = [await distance_moved(model_dir, c, 4, policy_coeff=0.0) for c in (0.02, 0.04)]
+    assert free_double / free_single == pytest.approx(1.0, rel=0.02)
+
+
+async def test_the_hold_lets_go_where_policy_steps_set_the_scale(model_dir: Path) -> None:
+    engine = make_engine(model_dir, learning_rate=1e-7)  # so slow that no ratio ever leaves the clip range
+    mixed, equal = build_samples(make_group(MIXED)), build_samples(make_group(EQUAL))
+    config = ObjectiveConfig(world_model_coeff=0.05)
+    for _ in range(30):
+        assert (await engine.train_step(mixed, config))["update_scale"] == 1.0
+    assert (await engine.train_step(equal, config))["update_scale"] > 0.8
+    fresh = await make_engine(model_dir).train_step(equal, config)
+    assert fresh["update_scale"] < 0.2
+    assert fresh["learning_rate"] == pytest.approx(1e-4 * fresh["update_scale"])
+
+
+# --- the same bits
+
+
+async def test_same_seed_same_bits(model_dir: Path) -> None:
+    async def run() -> tuple[list[dict[str, float]], Tensor]:
+        engine = make_engine(model_dir)
+        return [await engine.train_step(build_samples(make_group(MIXED, i)), BOTH) for i in range(3)], weights(engine)
+
+    (first, first_weights), (second, second_weights) = await run(), await run()
+    assert first == second
+    assert torch.equal(first_weights, second_weights)
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}, {"lora_rank": 4}, {"gradient_checkpointing": True}])
+async def test_a_loaded_run_continues_to_the_bit(model_dir: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    steps = [(make_group(rewards, i), BOTH) for i, rewards in enumerate((MIXED, EQUAL, MIXED, EQUAL))]
+
+    async def go(engine: TorchEngine, some: list[tuple[TrajectoryGroup, ObjectiveConfig]]) -> list[dict[str, float]]:
+        return [await engine.train_step(build_samples(group), config) for group, config in some]
+
+    whole = make_engine(model_dir, warmup_steps=3, learning_rate=1e-3, **settings)
+    expected = await go(whole, steps)
+    first = make_engine(model_dir, warmup_steps=3, learning_rate=1e-3, **settings)
+    await go(first, steps[:2])
+    first.save(tmp_path / "checkpoint")
+    second = make_engine(model_dir, warmup_steps=3, learning_rate=1e-3, **settings)
+    second.load(tmp_path / "checkpoint")
+    assert second.policy_version == 2
+    assert await go(second, steps[2:]) == expected[2:]
+    assert torch.equal(weights(second), weights(whole))
+
+
+async def test_bfloat16_keeps_updates_that_round_away(model_dir: Path) -> None:
+    engine, samples = make_engine(model_dir, dtype="bfloat16", learning_rate=1e-6), build_samples(make_group(MIXED))
+    before = torch.cat([m.detach().flatten() for m in engine._optimizer._masters])
+    for _ in range(2):
+        await engine.train_step(samples, BOTH)
+    after = torch.cat([m.detach().flatten() for m in engine._optimizer._masters])
+    assert after.dtype == torch.float32
+    assert (after != before).float().mean() > 0.9
+    assert next(engine.model.parameters()).dtype == torch.bfloat16
+
+
+# --- checkpoints
+
+
+async def test_a_checkpoint_is_a_model_folder(model_dir: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for settings in ({}, {"lora_rank": 2}):
+        engine = make_engine(model_dir, learning_rate=1e-2, **settings)
+        await engine.train_step(build_samples(make_group(MIXED)), BOTH)
+        write_atomically(tmp_path / "checkpoint", engine.save)  # the second one takes the place of the first
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint" / "model")
+        ids_BT = torch.arange(30)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids_BT).logits, engine.model(ids_BT).logits, rtol=0, atol=1e-5)
+        assert len(AutoTokenizer.from_pretrained(tmp_path / "checkpoint" / "model")) == 488
+        assert make_engine(tmp_path / "checkpoint" / "model").policy_version == 0  # to start from
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    write_atomically(folder, make_engine(model_dir).save)
+
+    def full_disk(fresh: Path) -> None:
+        (fresh / "half").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(DataError, match="No space left"):
+        write_atomically(folder, full_disk)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    make_engine(model_dir).load(folder)
+    assert find_checkpoint(folder) == folder
+    folder.rename(tmp_path / ".checkpoint.old")  # a crash between the two renames
+    assert find_checkpoint(folder) == tmp_path / ".checkpoint.old"
+    assert find_checkpoint(tmp_path / "other") is None
+
+
+def test_checkpoints_that_do_not_fit_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    engine = make_engine(model_dir)
+    with pytest.raises(DataError, match="no checkpoint"):
+        engine.load(tmp_path)
+    engine.save(tmp_path / "a")
+    with pytest.raises(DataError, match="lora_rank=0"):
+        make_engine(model_dir, lora_rank=2).load(tmp_path / "a")
+    other = tiny_model_dir(tmp_path / "other", hidden_size=32)
+    with pytest.raises(DataError, match="does not fit"):
+        make_engine(other).load(tmp_path / "a")
+    (tmp_path / "a" / "training.pt").write_bytes(b"junk")
+    with pytest.raises(DataError, match="damaged"):
+        engine.load(tmp_path / "a")
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "./nowhere"}, "does not exist"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+        ({"grad_clip_norm": 0.0}, "inf"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"dtype": "float16"}, "bfloat16"),
+        ({"device": "abacus"}, "abacus"),
+        ({"threads": 0}, "threads=0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(model_dir: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TorchEngine(TorchConfig(**{"model": str(model_dir), **settings}))
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="without a config"):
+        TorchEngine(TorchConfig(model=str(tmp_path)))
+
+
+def test_lora_without_peft_says_what_to_install(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ConfigError, match=r"pip install 'backtalk\[lora\]'"):
+        make_engine(model_dir, lora_rank=2)
+
+
+async def test_lora_trains_adapters_only(model_dir: Path) -> None:
+    engine = make_engine(model_dir, lora_rank=2, learning_rate=1e-2)
+    names = {name for name, p in engine.model.named_parameters() if p.requires_grad}
+    assert names and all("lora_" in name for name in names)
+    frozen = {n: p.detach().clone() for n, p in engine.model.named_parameters() if n not in names}
+    first = await engine.train_step(build_samples(make_group(MIXED)), BOTH)
+    last = await engine.train_step(build_samples(make_group(MIXED)), BOTH)
+    assert last["total_loss"] < first["total_loss"]
+    assert all(torch.equal(dict(engine.model.named_parameters())[n], p) for n, p in frozen.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+async def test_on_a_gpu_in_bfloat16(model_dir: Path, tmp_path: Path) -> None:
+    engine = TorchEngine(TorchConfig(model=str(model_dir)))
+    assert engine.device.type == "cuda" and next(engine.model.parameters()).dtype == torch.bfloat16
+    samples = build_samples(make_group(MIXED))
+    on_cpu = await make_engine(model_dir).train_step(samples, BOTH)
+    on_gpu = await engine.train_step(samples, BOTH)
+    assert on_gpu["total_loss"] == pytest.approx(on_cpu["total_loss"], abs=0.02)
+    assert on_gpu["grad_norm"] == pytest.approx(on_cpu["grad_norm"], rel=0.05)
+    engine.save(tmp_path / "checkpoint")
+    before = weights(engine)
+    await engine.train_step(samples, BOTH)
+    engine.load(tmp_path / "checkpoint")
+    assert torch.equal(weights(engine), before)
+
+
+def test_weights_that_are_cut_off_are_refused(model_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_dir, tmp_path / "cut"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(ConfigError, match=r"cannot be loaded as a causal language model.*cut off"):
+        make_engine(folder)
+    engine = make_engine(model_dir)
+    engine.save(tmp_path / "checkpoint")
+    shutil.copy(weights, tmp_path / "checkpoint" / "model")
+    with pytest.raises(DataError, match=r"does not fit.*cut off"):
+        engine.load(tmp_path / "checkpoint")
+
+
+def test_a_name_without_a_network_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://127.0.0.1:9")  # nobody listens there
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    with pytest.raises(ConfigError, match=r"nobody/nothing.*127.0.0.1 cannot be reached.*pass a folder"):
+        TorchEngine(TorchConfig(model="nobody/nothing"))

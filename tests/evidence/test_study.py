@@ -1,0 +1,251 @@
+"""Studies: the comparison by hand, and two arms trained for real by the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from backtalk.errors import BacktalkError, ConfigError, SandboxUnavailable
+from backtalk.evidence.compare import compare, mean_interval
+from backtalk.evidence.study import (
+    StudyDone,
+    StudyEvent,
+    StudyProgress,
+    StudyRunDone,
+    StudyStarted,
+    load_study,
+    run_study,
+)
+from backtalk.run.log import RunLog
+from backtalk.sandboxes import local_sandbox
+from backtalk.viewer.web.study import write_study_report
+from taught import taught_model_dir
+
+HERE = Path(__file__).parents[1]
+
+# ---------------------------------------------------------------- the comparison
+
+
+def test_students_interval_by_hand() -> None:
+    interval = mean_interval([1.0, 2.0, 3.0])  # sd 1, error 1/sqrt(3), t(2) = 4.303
+    assert interval and interval.low is not None and interval.high is not None
+    assert interval.value == 2.0
+    assert interval.high - interval.value == pytest.approx(4.303 / 3**0.5)
+    assert interval.value - interval.low == pytest.approx(4.303 / 3**0.5)
+    single = mean_interval([1.0])
+    assert single and (single.value, single.low) == (1.0, None)
+    assert mean_interval([1.0, None]) is None
+    assert mean_interval([]) is None
+
+
+def evaluation(solved: list[int], recorded: list[float]) -> dict[str, Any]:
+    """Of tasks with 4 attempts each, and recorded trajectories of 10 tokens each, in summed nats."""
+    tasks = [
+        {"task_id": str(i), "solved": n, "scored": 4, "reward_sum": float(n), "env_nats": 20.0, "env_tokens": 10}
+        for i, n in enumerate(solved)
+    ]
+    known = [{"task_id": str(i), "env_nats": nats, "env_tokens": 10} for i, nats in enumerate(recorded)]
+    whole = sum(solved) / (4 * len(solved))
+    return {
+        "pass_at_1": {"value": whole, "low": 0.0, "high": 1.0},
+        "reward": {"value": whole, "low": 0.0, "high": 1.0},
+        "env_ce_recorded": {"value": sum(recorded) / (10 * len(recorded)), "low": None, "high": None},
+        "env_ce_own": {"value": 2.0, "low": None, "high": None},
+        "tasks": tasks,
+        "recorded": known,
+    }
+
+
+def test_arms_of_one_seed_are_compared_task_by_task() -> None:
+    before = evaluation([0, 1, 2, 1], [20.0, 40.0])
+    runs = {
+        ("grpo", 0): (before, evaluation([1, 2, 3, 2], [20.0, 40.0])),
+        ("echo", 0): (before, evaluation([2, 3, 4, 3], [10.0, 20.0])),
+    }
+    comparison = compare("demo", ("grpo", "echo"), (0,), runs)
+    results = {(r.arm, r.metric): r for r in comparison.results}
+    echo = results["echo", "pass@1"]
+    assert echo.before and echo.after and echo.change and echo.against_first
+    assert (echo.before.value, echo.after.value) == (0.25, 0.75)
+    # every task gained the same, so nothing is uncertain about the difference
+    assert (echo.change.value, echo.change.low, echo.change.high) == (0.5, 0.5, 0.5)
+    assert (echo.against_first.value, echo.against_first.low) == (0.25, 0.25)
+    ce = results["echo", "env CE, recorded"]
+    assert ce.change and ce.change.value == -1.5  # (10 + 20) / 20 - (20 + 40) / 20
+    assert results["grpo", "pass@1"].against_first is None
+    assert comparison.interval == "tasks"
+
+
+def test_arms_of_many_seeds_are_compared_seed_by_seed() -> None:
+    runs = {}
+    for seed, gain in enumerate((1, 2, 3)):
+        before = evaluation([0, 0], [20.0])
+        runs["grpo", seed] = (before, evaluation([0, 0], [20.0]))
+        runs["echo", seed] = (before, evaluation([gain, gain], [10.0]))
+    comparison = compare("demo", ("grpo", "echo"), (0, 1, 2), runs)
+    against = next(r for r in comparison.results if (r.arm, r.metric) == ("echo", "pass@1")).against_first
+    assert against == mean_interval([0.25, 0.5, 0.75])
+    assert comparison.interval == "seeds"
+
+
+# ---------------------------------------------------------------- the file
+
+
+def test_the_demo_is_two_arms_that_differ_in_the_world_term_alone() -> None:
+    study = load_study("demo")
+    assert list(study.arms) == ["grpo", "echo"]
+    grpo, echo = study.config("grpo", 0), study.config("echo", 0)
+    assert grpo.objective.world_model_coeff == 0.0 < echo.objective.world_model_coeff
+    assert replace(echo, objective=replace(echo.objective, world_model_coeff=0.0)) == grpo
+    assert load_study("demo", seeds=[3, 4], overrides=["steps=2"]).config("echo", 4).steps == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("arms: {a: {}}\nseed: 3\n", r"unknown keys \['seed'\]"),
+        ("base: triage\nsteps: 3\n", r"is a run, not a study; start it with: backtalk train"),
+        ("base: triage\n", "needs arms"),
+        ("arms: {a: {}}\nseeds: []\n", "0 seeds"),
+        ("arms: {a: {}}\nseeds: [1, 1]\n", "a seed twice"),
+        ("arms: {a: {stpes: 3}}\n", "did you mean 'steps'"),
+        ("base: demo\narms: {a: {}}\n", "is a study, not a run"),
+    ],
+)
+def test_a_wrong_study_is_told_before_anything_runs(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "study.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        load_study(tmp_path / "study.yaml")
+
+
+# ---------------------------------------------------------------- a whole study
+
+
+def write_study(folder: Path, *, model: Path, one_arm: bool = False, **changes: Any) -> Path:
+    try:
+        local_sandbox("auto")
+        sandbox = "auto"
+    except SandboxUnavailable:
+        sandbox = "unsafe"
+    settings = {
+        "steps": 2,
+        "tasks_per_step": 1,
+        "group_size": 2,
+        "sandbox": sandbox,
+        "tasks": {"levels": [1]},
+        "evaluation": {"tasks": 2, "samples_per_task": 1},
+        "rollout": {"max_turns": 2, "max_tokens": 400, "max_tokens_per_turn": 12},
+        "engine": {"model": str(model), "device": "cpu"},
+    }
+    arms = {"grpo": {"objective.world_model_coeff": 0}, "echo": {"objective.world_model_coeff": 0.1}}
+    if one_arm:
+        del arms["echo"]
+    study = {"name": "tiny", "seeds": [0], "settings": {**settings, **changes}, "arms": arms}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return taught_model_dir(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(HERE.parent / "src"))  # for the runs, which are processes of their own
+
+
+async def test_two_arms_are_trained_compared_and_not_trained_again(model: Path, tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path, model=model))
+    events: list[StudyEvent] = []
+    comparison = await run_study(study, tmp_path / "out", parallel=2, on_event=events.append)
+
+    assert [type(e) for e in events if not isinstance(e, StudyProgress)] == [
+        StudyStarted,
+        StudyRunDone,
+        StudyRunDone,
+        StudyDone,
+    ]
+    assert {e.run for e in events if isinstance(e, StudyProgress)} == {"grpo_seed0", "echo_seed0"}
+    assert RunLog(tmp_path / "out" / "echo_seed0").evaluation_steps() == [0, 2]
+    assert json.loads((tmp_path / "out" / "study.json").read_text()) == json.loads(json.dumps(comparison.to_dict()))
+    first = [r for r in comparison.results if r.metric == "env CE, own"]
+    assert first[0].before == first[1].before  # one model and one seed, so one beginning
+
+    page = write_study_report(tmp_path / "out").read_text()
+    assert "pass@1, echo" in page and "data:image/png;base64," in page
+    assert (tmp_path / "out" / "study.png").read_bytes().startswith(b"\x89PNG")
+
+    events.clear()
+    assert await run_study(study, tmp_path / "out", on_event=events.append) == comparison
+    assert isinstance(events[0], StudyStarted) and len(events[0].finished) == 2
+    assert [type(e) for e in events] == [StudyStarted, StudyDone]
+    with pytest.raises(ConfigError, match="holds a run with other settings"):
+        await run_study(load_study(tmp_path / "tiny.yaml", overrides=["steps=3"]), tmp_path / "out")
+
+
+async def test_a_run_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path, model=tmp_path / "absent"))
+    with pytest.raises(BacktalkError, match=r"(?s)grpo_seed0, echo_seed0 did not finish.*absent.*Start the study"):
+        await run_study(study, tmp_path / "out", parallel=2)
+
+
+async def test_a_cancelled_study_stops_its_runs_and_can_go_on(model: Path, tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path, model=model, one_arm=True, steps=5))
+
+    def on_event(event: StudyEvent) -> None:
+        if isinstance(event, StudyProgress):
+            running.cancel()
+
+    running = asyncio.ensure_future(run_study(study, tmp_path / "out", parallel=1, on_event=on_event))
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    log = RunLog(tmp_path / "out" / "grpo_seed0")
+    assert log.checkpoint_path.is_dir() and 0 <= log.last_step() < 4
+    comparison = await run_study(study, tmp_path / "out")
+    assert len(comparison.results) == 4
+    assert [row["step"] for row in log.read_metrics()] == list(range(5))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends orphans on Linux only")
+def test_runs_do_not_outlive_a_study_that_is_killed(model: Path, tmp_path: Path) -> None:
+    path = write_study(tmp_path, model=model, one_arm=True, steps=1000)
+    command = [sys.executable, "-m", "backtalk.cli", "study", str(path), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: any(tmp_path.glob("out/*/metrics.jsonl")), 180)
+        runs = children(process.pid)
+        assert runs
+    finally:
+        process.kill()
+        process.wait()
+    wait_until(lambda: not any(map(is_alive, runs)), 60)
+
+
+def wait_until(condition: Any, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+def children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in listed.split()]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"

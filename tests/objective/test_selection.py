@@ -1,0 +1,138 @@
+"""Which observations teach, and how much: gates, weights, caps and PaW's choices on groups made by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from backtalk.errors import ConfigError
+from backtalk.objective.config import ObjectiveConfig, WorldOptions
+from backtalk.objective.samples import TokenCounts, build_samples
+from backtalk.objective.selection import observation_shares, return_balance, uncertain_turns, world_scales
+from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
+
+CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole
+
+
+def rollout(
+    index: int = 0, reward: float | None = 1.0, surprises: tuple[float, ...] = (1.0, 2.0), **stats: float
+) -> Trajectory:
+    """Turn after turn: two action tokens of that surprise in nats, one of template, three of output, one warning."""
+    segments = [Segment(CONTEXT, (1,))]
+    for turn, surprise in enumerate(surprises):
+        tool = "bash" if turn % 2 == 0 else "search"
+        segments += [
+            Segment(ACTION, (2, 3), (-surprise, -surprise), turn=turn),
+            Segment(TEMPLATE, (4,), turn=turn, tool=tool),
+            Segment(ENV_OUTPUT, (5, 6, 7), turn=turn, tool=tool),
+            Segment(WARNING, (8,), turn=turn, tool=tool),
+        ]
+    failed = reward is None
+    return Trajectory(
+        task_id="t",
+        sample_index=index,
+        segments=tuple(segments),
+        reward=reward,
+        stop_reason=StopReason.FAILED if failed else StopReason.SUBMITTED,
+        failure=Failure("step", "SandboxError", "gone") if failed else None,
+        stats=stats,
+    )
+
+
+def group(*rollouts: Trajectory) -> TrajectoryGroup:
+    return TrajectoryGroup("t", rollouts)
+
+
+def test_nothing_chosen_is_one_everywhere_and_costs_nothing() -> None:
+    assert world_scales(group(rollout(), rollout(1, None)), ObjectiveConfig()) == [None, None]
+    assert build_samples(group(rollout()))[0].world_scale is None
+
+
+def test_weights_by_role_and_tool_multiply() -> None:
+    options = WorldOptions(weights={"warning": 0.5, "tool:search": 0.1})
+    config = ObjectiveConfig(world_loss_target="warning_plus_env", world=options)
+    (scale,) = world_scales(group(rollout()), config)
+    assert scale is not None
+    assert scale[4:8] == [1.0, 1.0, 1.0, 0.5]  # of bash
+    assert scale[11:15] == pytest.approx([0.1, 0.1, 0.1, 0.05])  # of search
+    (sample,) = build_samples(group(rollout()), config)
+    assert sample.counts("warning_plus_env").targets == 8
+
+
+def test_a_weight_of_zero_is_no_target() -> None:
+    config = ObjectiveConfig(world=WorldOptions(weights={"tool:search": 0.0}))
+    samples = build_samples(group(rollout()), config)
+    assert TokenCounts.of(samples).target_tokens == 3
+    assert TokenCounts.of(samples).env_output_tokens == 6
+
+
+@pytest.mark.parametrize(
+    ("target", "cap", "expected"),
+    [
+        ("env_only", 2, [0, 1, 1, 0, 0]),
+        ("warning_plus_env", 3, [0, 1, 1, 1, 0]),
+        ("warning_plus_env", 4, [0, 1, 1, 1, 1]),
+        ("full_observation", 2, [1, 1, 0, 0, 0]),
+    ],
+)
+def test_a_cap_keeps_the_first_targets_of_each_observation(target: str, cap: int, expected: list[int]) -> None:
+    config = ObjectiveConfig(world_loss_target=target, world=WorldOptions(max_tokens_per_observation=cap))  # type: ignore
+    for sample in build_samples(group(rollout()), config):
+        chosen = sample.targets(config.world_loss_target).int().tolist()
+        assert chosen == [0, 0, 0, *expected, 0, 0, *expected]
+
+
+def test_gates_on_how_a_rollout_was_written() -> None:
+    good, half, none = rollout(0), rollout(1, invalid_calls=1.0), rollout(2, invalid_calls=2.0, unclean_turns=2.0)
+    silent = rollout(3, surprises=())
+    attempts = group(good, half, none, silent)
+    assert observation_shares(attempts, WorldOptions()) == [1, 1, 1, 1]
+    assert observation_shares(attempts, WorldOptions(min_valid_calls=0.5)) == [1, 1, 0, 0]
+    assert observation_shares(attempts, WorldOptions(min_valid_calls=0.6)) == [1, 0, 0, 0]
+    assert observation_shares(attempts, WorldOptions(min_clean_turns=1.0)) == [1, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "share", "kept"),
+    [
+        ((1.0, 0.0, 0.0, 0.0), 0.5, [1, 1, 0, 0]),  # one solved allows one that is not
+        ((1.0, 1.0, 0.0, 0.0), 2 / 3, [1, 1, 1, 0]),  # two solved allow one
+        ((0.0, 0.0, 1.0, 0.0), 1 / 3, [1, 1, 1, 0]),  # the first ones
+        ((0.0, 0.0, 0.0, 0.0), 0.1, [0, 0, 0, 0]),
+        ((1.0, None, 0.0, 0.0), 0.5, [1, 1, 0, 0]),  # a failed one is not solved
+    ],
+)
+def test_gate_on_the_share_of_solved_rollouts(rewards: tuple[float, ...], share: float, kept: list[int]) -> None:
+    attempts = group(*(rollout(i, reward) for i, reward in enumerate(rewards)))
+    assert observation_shares(attempts, WorldOptions(min_correct=share)) == kept
+
+
+def test_a_gated_row_keeps_its_place_in_the_mean() -> None:
+    attempts = group(rollout(0), rollout(1, invalid_calls=2.0))
+    config = ObjectiveConfig(world=WorldOptions(min_valid_calls=1.0))
+    counts = TokenCounts.of(build_samples(attempts, config))
+    assert (counts.sequences, counts.target_tokens, counts.action_tokens) == (2, 6, 8)
+
+
+def test_paw_keeps_the_turns_of_highest_entropy() -> None:
+    attempts = group(rollout(0, surprises=(1.0, 4.0)), rollout(1, surprises=(3.0, 2.0)))
+    assert uncertain_turns(attempts, 1.0) is None
+    assert uncertain_turns(attempts, 0.75) == [{1}, {0, 1}]  # the turn of 1 nat goes
+    assert uncertain_turns(attempts, 0.5) == [{1}, {0}]
+    assert uncertain_turns(attempts, 0.01) == [{1}, set()]  # never none at all
+    config = ObjectiveConfig(world=WorldOptions(entropy_share=0.75))
+    first, second = build_samples(attempts, config)
+    assert first.targets("env_only").int().tolist() == [0] * 11 + [1, 1, 1, 0]
+    assert second.targets("env_only").sum() == 6
+
+
+def test_paw_balances_by_the_mean_reward() -> None:
+    assert return_balance([1.0, 0.0, None, 0.5]) == 0.5
+    assert return_balance([None]) == 1.0
+    with pytest.raises(ConfigError, match=r"scale rewards to \[0, 1\]"):
+        return_balance([3.0])
+    config = ObjectiveConfig(world=WorldOptions(return_adaptive=True))
+    (scale, _) = world_scales(group(rollout(0, 1.0), rollout(1, 0.5)), config)
+    assert scale is not None
+    assert scale[4:7] == [0.25] * 3
+    solved = build_samples(group(rollout(0, 1.0), rollout(1, 1.0)), config)
+    assert TokenCounts.of(solved).target_tokens == 0

@@ -1,0 +1,77 @@
+"""A policy on a dataset that others wrote, by the command that a user types."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from backtalk.errors import ConfigError
+from backtalk.run.benchmark import Benchmark, benchmark_tasks, pass_at_every_k
+from backtalk.run.evaluate import Evaluation, TaskResult
+from backtalk.run.log import read_trajectories
+from sandbox_help import backend_or_skip
+from tiny import tiny_model_dir
+
+SMALL = ("rollout.max_turns=2", "rollout.max_tokens=900", "rollout.max_tokens_per_turn=12")
+
+
+def task_result(solved: int, rollouts: int = 5, scored: int = 5) -> TaskResult:
+    return TaskResult("t", rollouts, scored, solved, float(solved), 0.0, 0)
+
+
+def test_every_attempt_counts() -> None:
+    """Of 5 attempts 2 solved, and of 5 (one of which the world broke) 0: pass@1 = (2/5 + 0) / 2 = 0.2;
+    pass@2 = ((1 - C(3,2)/C(5,2)) + 0) / 2 = (1 - 3/10) / 2 = 0.35; pass@5 = (1 + 0) / 2."""
+    nothing: dict = dict.fromkeys(("pass_at_1", "pass_at_k", "reward", "env_ce_recorded", "env_ce_own"))
+    evaluation = Evaluation(
+        step=0,
+        samples_per_task=5,
+        per_rollout={},
+        stop_reasons={},
+        no_reward=1,
+        seconds=0.0,
+        tasks=(task_result(2), task_result(0, scored=4)),
+        recorded=(),
+        **nothing,
+    )
+    found = pass_at_every_k(evaluation)
+    assert [round(found[k].value, 9) for k in (1, 2, 5)] == [0.2, 0.35, 0.5]
+
+
+async def test_tasks_are_chosen_by_pattern_and_number() -> None:
+    told: list = []
+    every = await benchmark_tasks(Benchmark(dataset="workbench"), told.append)
+    some = await benchmark_tasks(Benchmark(dataset="workbench", names=("csv-*", "*ledger")), told.append)
+    assert [task.id.split("/")[-1] for task in some] == ["csv-join", "sqlite-ledger"]
+    assert await benchmark_tasks(Benchmark(dataset="workbench", count=2), told.append) == every[:2]
+    with pytest.raises(ConfigError, match="none of the"):
+        await benchmark_tasks(Benchmark(dataset="workbench", names=("nothing-*",)), told.append)
+    with pytest.raises(ConfigError, match="--environment docker"):
+        await benchmark_tasks(Benchmark(dataset="terminal-bench@2.0"), told.append)
+
+
+def test_the_command_plays_a_dataset_and_writes_what_it_saw(tmp_path: Path) -> None:
+    backend_or_skip()
+    model = tiny_model_dir(tmp_path / "tiny")
+    command = [sys.executable, "-m", "backtalk.cli", "evaluate", "--model", str(model), "--dataset", "workbench"]
+    command += ["--task", "csv-join", "--samples", "2", "--json", "out.json", "--trajectories", "out.parquet"]
+    command += [word for one in SMALL for word in ("--set", one)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "pass@2" in done.stdout and "0 of 2 attempts solved" in done.stdout
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert sorted(result["pass_at"]) == ["1", "2"]
+    attempts = read_trajectories(tmp_path / "out.parquet")
+    assert [one.sample_index for one in attempts] == [0, 1]
+    assert all(one.reward == 0.0 and one.failure is None for one in attempts)  # scored, by the tests of the task
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "backtalk.cli", "evaluate"]
+    for more, said in (((), "name a RUN"), (("--dataset", "x"), "--model NAME")):
+        done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr

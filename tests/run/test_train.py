@@ -1,0 +1,364 @@
+"""Whole runs: a tiny transformer in real sandboxes, killed, resumed, stopped, refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backtalk.errors import ConfigError, DataError, InfrastructureError, SandboxUnavailable
+from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict, load_config
+from backtalk.run.evaluate import Evaluation
+from backtalk.run.events import EvaluationDone, Event, Notice, RolloutDone, RunDone, RunStarted, StepDone
+from backtalk.run.log import RunLog, read_trajectories, write_trajectories
+from backtalk.run.sources import load_tasks
+from backtalk.run.tasks import tasks_of_step
+from backtalk.run.train import _unbroken, evaluate_run, train
+from backtalk.sandboxes import local_sandbox
+from backtalk.sandboxes.base import SandboxFile
+from backtalk.tasks.folder import write_harbor_task
+from backtalk.tasks.task import Split
+from backtalk.trajectory import Segment, TokenRole, Trajectory
+from taught import taught_model_dir
+
+HERE = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return taught_model_dir(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> str:
+    try:
+        local_sandbox("auto")
+    except SandboxUnavailable:
+        return "unsafe"
+    return "auto"
+
+
+@pytest.fixture
+def config(model: Path, sandbox: str) -> TrainConfig:
+    return tiny_config(model, sandbox)
+
+
+def tiny_config(model: Path, sandbox: str, **changes: Any) -> TrainConfig:
+    overrides = {
+        "steps": 4,
+        "tasks_per_step": 2,
+        "group_size": 3,
+        "sandbox": sandbox,
+        "tasks.levels": [1],
+        "evaluation.tasks": 2,
+        "evaluation.samples_per_task": 2,
+        "rollout.max_turns": 2,
+        "rollout.max_tokens": 400,
+        "rollout.max_tokens_per_turn": 12,
+        "engine.model": str(model),
+        "engine.learning_rate": 1e-3,
+        "engine.device": "cpu",
+    }
+    return load_config("triage", {**overrides, **changes})
+
+
+def comparable(folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a run without what the clock says."""
+    return [
+        {name: value for name, value in row.items() if "second" not in name and "share" not in name}
+        for row in RunLog(folder).read_metrics()
+    ]
+
+
+def said(folder: Path) -> list[tuple[Any, ...]]:
+    """What was said in every training rollout, and what broke: where two runs part, this tells why."""
+    log = RunLog(folder)
+    rollouts = [(step, t) for step in log.group_steps() for group in log.read_groups(step) for t in group]
+    return [(step, t.task_id, t.sample_index, t.failure, t.messages) for step, t in rollouts]
+
+
+def measured(evaluation: Evaluation | dict[str, Any]) -> dict[str, Any]:
+    tree = evaluation if isinstance(evaluation, dict) else json.loads(json.dumps(evaluation.to_dict()))
+    return {name: value for name, value in tree.items() if name != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, sandbox: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Event]]:
+    """An unbroken run of four steps, and what it told."""
+    events: list[Event] = []
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return asyncio.run(train(tiny_config(model, sandbox), folder, on_event=events.append)), events
+
+
+# ---------------------------------------------------------------- a run
+
+
+async def test_a_run_leaves_everything_a_reader_needs(config: TrainConfig, whole: tuple[Path, list[Event]]) -> None:
+    folder, events = whole
+    log = RunLog(folder)
+
+    assert config_from_dict(log.read_config()) == config
+    assert (log.tokenizer_path / "tokenizer.json").is_file()
+    assert log.checkpoint_path.is_dir()
+    assert log.evaluation_steps() == [0, 4]
+    assert [row["step"] for row in log.read_metrics()] == log.group_steps() == [0, 1, 2, 3]
+    for row in log.read_metrics():
+        groups = log.read_groups(row["step"])
+        rollouts = [t for group in groups for t in group]
+        assert [len(group) for group in groups] == [3, 3]
+        assert all(t.policy_version == row["step"] for t in rollouts)
+        assert row["env_output_tokens"] == sum(t.count(TokenRole.ENV_OUTPUT) for t in rollouts)
+        assert row["action_tokens"] == sum(t.count(TokenRole.ACTION) for t in rollouts) > 0
+        assert row["reward"] == sum(t.reward or 0.0 for t in rollouts) / 6
+        assert math.isfinite(row["total_loss"]) and row["sampler_logprob_gap"] < 1e-3
+        assert 0 < row["sandbox_share"] < 1 and row["rollout_seconds"] > 0 and row["tokens_per_second"] > 0
+    assert sum(row["env_output_tokens"] for row in log.read_metrics()) > 0
+
+    kinds = [type(event) for event in events if not isinstance(event, RolloutDone | Notice)]
+    assert kinds == [RunStarted, EvaluationDone, StepDone, StepDone, StepDone, StepDone, EvaluationDone, RunDone]
+    done = [e for e in events if isinstance(e, RolloutDone) and (e.phase, e.step) == ("training", 1)]
+    assert [(e.done, e.total) for e in done] == [(i, 6) for i in range(1, 7)]
+    assert events[-1] == RunDone(folder, 4, finished=True)
+
+    again = await evaluate_run(folder)
+    assert measured(again) == measured(log.read_evaluation(4))
+    assert (await evaluate_run(folder, overrides=["evaluation.tasks=1"], base=True)).step == 0
+
+
+async def test_observations_alone_teach_what_another_policys_world_says(
+    model: Path, sandbox: str, whole: tuple[Path, list[Event]], tmp_path: Path
+) -> None:
+    """No verifier, groups of one, and the cross-entropy on recorded trajectories falls."""
+    recorded = RunLog(whole[0]).evaluation_path(0).with_suffix(".parquet")
+    changes = {"objective.policy_coeff": 0, "group_size": 1, "tasks_per_step": 6, "engine.warmup_steps": 0}
+    changes |= {"engine.learning_rate": 3e-3, "evaluation.recorded_path": str(recorded), "evaluation.tasks": 1}
+    log = RunLog(await train(tiny_config(model, sandbox, **changes), tmp_path / "run"))
+    before, after = (log.read_evaluation(step)["env_ce_recorded"]["value"] for step in (0, 4))
+    assert after < 0.9 * before
+    said = sum(t.count(TokenRole.ENV_OUTPUT) for t in read_trajectories(recorded))
+    assert sum(task["env_tokens"] for task in log.read_evaluation(0)["recorded"]) == said > 0
+
+
+# ---------------------------------------------------------------- killed and resumed
+
+KILLED = """
+import asyncio, json, os, signal, sys
+from pathlib import Path
+from backtalk.config import config_from_dict
+from backtalk.train import RolloutDone, StepDone, train
+
+config, folder, kind, step = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+
+def on_event(event):
+    middle = isinstance(event, RolloutDone) and event.phase == "training" and event.done == event.total // 2
+    if (middle if kind == "rollouts" else isinstance(event, StepDone)) and event.step == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(train(config_from_dict(config), folder, on_event=on_event))
+"""
+
+
+@pytest.fixture(scope="module")
+def longer(model: Path, sandbox: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path]:
+    """An unbroken run of six steps with a checkpoint and an evaluation every second one."""
+    config = tiny_config(model, sandbox, steps=6, checkpoint_every=2, **{"evaluation.every": 2})
+    return config, asyncio.run(train(config, tmp_path_factory.mktemp("longer") / "run"))
+
+
+@pytest.mark.parametrize("kind", ["rollouts", "after_the_step_before_its_checkpoint"])
+async def test_a_killed_run_resumes_to_the_same_numbers(
+    kind: str, longer: tuple[TrainConfig, Path], tmp_path: Path
+) -> None:
+    config, whole = longer
+    folder = tmp_path / "killed"
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, json.dumps(config_to_dict(config)), str(folder), kind, "4"],
+        env={**os.environ, "PYTHONPATH": str(HERE.parent / "src"), "OMP_NUM_THREADS": str(threads())},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    left = RunLog(folder)
+    assert [row["step"] for row in left.read_metrics()] == list(range(4 if kind == "rollouts" else 5))
+
+    events: list[Event] = []
+    await train(config, folder, resume=True, on_event=events.append)
+    assert isinstance(events[0], RunStarted | Notice)
+    assert next(e for e in events if isinstance(e, RunStarted)).first_step == 4
+    assert said(folder) == said(whole)
+    assert comparable(folder) == comparable(whole)
+    for step in left.evaluation_steps():
+        assert measured(left.read_evaluation(step)) == measured(RunLog(whole).read_evaluation(step))
+    assert left.evaluation_steps() == [0, 2, 4, 6]
+
+
+def threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+async def test_a_stopped_run_resumes_with_more_steps(
+    model: Path, sandbox: str, whole: tuple[Path, list[Event]], tmp_path: Path
+) -> None:
+    stop = threading.Event()
+    events: list[Event] = []
+
+    def on_event(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, RolloutDone) and (event.phase, event.step) == ("training", 0):
+            stop.set()
+
+    folder = tmp_path / "run"
+    await train(tiny_config(model, sandbox, steps=3), folder, on_event=on_event, stop=stop)
+    assert events[-1] == RunDone(folder, 1, finished=False)
+    assert RunLog(folder).evaluation_steps() == [0]
+    assert RunLog(folder).checkpoint_path.is_dir()
+    await train(tiny_config(model, sandbox), folder, resume=True)
+    assert comparable(folder) == comparable(whole[0])
+
+
+async def test_a_cancelled_run_leaves_a_checkpoint_of_its_last_whole_step(
+    config: TrainConfig, whole: tuple[Path, list[Event]], tmp_path: Path
+) -> None:
+    def on_event(event: Event) -> None:
+        if isinstance(event, RolloutDone) and (event.phase, event.step, event.done) == ("training", 2, 1):
+            running.cancel()
+
+    folder = tmp_path / "run"
+    running = asyncio.ensure_future(train(config, folder, on_event=on_event))
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert [row["step"] for row in RunLog(folder).read_metrics()] == [0, 1]
+    starts: list[Event] = []
+    await train(config, folder, resume=True, on_event=starts.append)
+    assert next(e for e in starts if isinstance(e, RunStarted)).first_step == 2
+    assert comparable(folder) == comparable(whole[0])
+
+
+async def test_an_update_that_has_begun_is_recorded_before_a_cancellation_is_obeyed() -> None:
+    begun, go_on, done = asyncio.Event(), asyncio.Event(), []
+
+    async def work() -> None:
+        begun.set()
+        await go_on.wait()
+        done.append("recorded")
+
+    running = asyncio.ensure_future(_unbroken(work()))
+    await begun.wait()
+    running.cancel()
+    await asyncio.sleep(0)
+    assert not running.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert done == ["recorded"]
+
+
+async def test_a_checkpoint_caught_between_two_names_is_found(
+    config: TrainConfig, whole: tuple[Path, list[Event]], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    (folder / "checkpoint").rename(folder / ".checkpoint.old")
+    events: list[Event] = []
+    await train(config, folder, resume=True, on_event=events.append)
+    assert next(e for e in events if isinstance(e, RunStarted)).first_step == 4
+
+
+async def test_a_folder_with_another_run_is_not_written_over(
+    config: TrainConfig, model: Path, sandbox: str, whole: tuple[Path, list[Event]], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="holds a run already; continue it with --resume"):
+        await train(config, whole[0])
+    with pytest.raises(ConfigError, match=r"group_size: 3 -> 2.*would mix two runs"):
+        await train(tiny_config(model, sandbox, group_size=2), whole[0], resume=True)
+    with pytest.raises(DataError, match="not a run folder"):
+        await train(config, tmp_path / "absent", resume=True)
+    with pytest.raises(ConfigError, match="has done 4 steps already, more than steps=3"):
+        await train(tiny_config(model, sandbox, steps=3), whole[0], resume=True)
+    assert RunLog(whole[0]).evaluation_steps() == [0, 4]
+
+
+async def test_a_run_without_its_checkpoint_is_not_begun_again(
+    config: TrainConfig, model: Path, sandbox: str, whole: tuple[Path, list[Event]], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(whole[0], tmp_path / "run"))
+    RunLog(folder).write_config(config_to_dict(replace(config, checkpoint_every=3)))
+    shutil.rmtree(folder / "checkpoint")
+    with pytest.raises(DataError, match="4 steps on record and its checkpoint is gone"):
+        await train(config, folder, resume=True)
+    assert comparable(folder) == comparable(whole[0])
+
+
+# ---------------------------------------------------------------- what cannot work
+
+
+async def test_a_missing_model_folder_is_refused_before_anything_is_written(
+    config: TrainConfig, sandbox: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="absent"):
+        await train(tiny_config(tmp_path / "absent", sandbox), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+async def test_a_world_in_which_nothing_works_stops_the_run(model: Path, sandbox: str, tmp_path: Path) -> None:
+    """Tests that leave no reward break every rollout; one such rollout would cost itself only."""
+    broken = {"test.sh": SandboxFile(b"true\n")}
+    for task in load_tasks("triage", split=Split.TRAIN, count=3, levels=(1,)):
+        write_harbor_task(replace(task, tests=broken), tmp_path / "tasks" / task.id)
+    source = {"tasks.source": str(tmp_path / "tasks")}
+    config = tiny_config(model, sandbox, **source, **{"evaluation.tasks": 0})
+    with pytest.raises(
+        InfrastructureError, match=r"all 6 rollouts of step 0 failed, the first at score.*VerifierError"
+    ):
+        await train(config, tmp_path / "run")
+    assert RunLog(tmp_path / "run").read_metrics() == []
+    for task in load_tasks("triage", split=Split.HELD_OUT, count=2, levels=(1,)):
+        write_harbor_task(replace(task, tests=broken), tmp_path / "tasks" / task.id)
+    with pytest.raises(InfrastructureError, match="all 4 rollouts of the held-out measurement failed"):
+        await train(tiny_config(model, sandbox, **source), tmp_path / "other")
+    assert RunLog(tmp_path / "other").evaluation_steps() == []  # a resume measures anew
+
+
+async def test_too_few_tasks_for_a_step_are_refused(model: Path, sandbox: str, tmp_path: Path) -> None:
+    for task in load_tasks("triage", split=Split.TRAIN, count=1, levels=(1,)):
+        write_harbor_task(task, tmp_path / "tasks" / task.id)
+    config = tiny_config(model, sandbox, **{"tasks.source": str(tmp_path / "tasks"), "evaluation.tasks": 0})
+    with pytest.raises(ConfigError, match="has 1 training tasks, fewer than tasks_per_step=2"):
+        await train(config, tmp_path / "run")
+
+
+async def test_recorded_tokens_of_another_tokenizer_are_refused(
+    config: TrainConfig, model: Path, sandbox: str, tmp_path: Path
+) -> None:
+    foreign = Trajectory(task_id="a", sample_index=0, segments=(Segment(TokenRole.CONTEXT, (99_999,)),))
+    write_trajectories(tmp_path / "foreign.parquet", [foreign])
+    config = tiny_config(model, sandbox, **{"evaluation.recorded_path": str(tmp_path / "foreign.parquet")})
+    with pytest.raises(ConfigError, match="holds token 99999"):
+        await train(config, tmp_path / "run")
+
+
+# ---------------------------------------------------------------- tasks of a step
+
+
+def test_every_task_comes_once_an_epoch_and_never_twice_a_step() -> None:
+    tasks = load_tasks("triage", split=Split.TRAIN, count=12, levels=(1,))
+    epoch = [task.id for step in range(3) for task in tasks_of_step(tasks, 4, 0, step)]
+    assert sorted(epoch) == sorted(task.id for task in tasks)
+    following = [task.id for step in range(3, 6) for task in tasks_of_step(tasks, 4, 0, step)]
+    assert sorted(following) == sorted(epoch) and following != epoch
+    other_seed = [task.id for step in range(3) for task in tasks_of_step(tasks, 4, 1, step)]
+    assert other_seed != epoch
+    for step in range(10):  # five of twelve: the two that fill no step wait
+        assert len({task.id for task in tasks_of_step(tasks, 5, 0, step)}) == 5

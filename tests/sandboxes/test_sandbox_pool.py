@@ -1,0 +1,327 @@
+"""The pool over a small machine that counts, and over the real one; and how many sandboxes a machine holds."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from backtalk.errors import ConfigError, SandboxError
+from backtalk.sandboxes import BackendReport, ExecResult, Sandbox, SandboxFile, SandboxLimits
+from backtalk.sandboxes import pool as pool_module
+from backtalk.sandboxes.machine.capacity import Room, available_mb, cores, fitting, how_many, room
+from backtalk.sandboxes.pool import PooledBackend
+from sandbox_help import backend_or_skip, children, groups, open_files
+
+SMALL, LARGE = SandboxLimits(memory_mb=64), SandboxLimits(memory_mb=128)
+
+
+@dataclass(eq=False)
+class Box:
+    limits: SandboxLimits
+    alive: bool = True
+    uses: int = 0
+
+    async def exec(
+        self, command: str, *, timeout_s: float, env: Mapping[str, str] = {}, cwd: str | None = None
+    ) -> ExecResult:
+        if not self.alive:
+            raise SandboxError("it is dead")
+        return ExecResult("", 0)
+
+    async def put(self, files: Mapping[str, SandboxFile]) -> None: ...
+
+    async def get(self, path: str, *, max_bytes: int = 0) -> bytes | None: ...
+
+    async def restart(self) -> None: ...
+
+
+@dataclass(eq=False)
+class Counting:
+    """A backend that counts what is starting and alive. ``before`` runs at each start: to break or delay it."""
+
+    before: Callable[[int], object] = lambda number: None
+    pause_s: float = 0.001
+    report: BackendReport = field(default_factory=lambda: BackendReport("counting"))
+    made: list[Box] = field(default_factory=list)
+    starting: int = 0
+    live: int = 0
+    most_starting: int = 0
+    most_live: int = 0
+    starts: int = 0
+
+    @asynccontextmanager
+    async def open(self, limits: SandboxLimits) -> AsyncGenerator[Sandbox]:
+        self.starts += 1
+        self.starting += 1
+        self.most_starting = max(self.most_starting, self.starting)
+        try:
+            self.before(self.starts)
+            await asyncio.sleep(self.pause_s)
+        finally:
+            self.starting -= 1
+        box = Box(limits)
+        self.made.append(box)
+        self.live += 1
+        self.most_live = max(self.most_live, self.live)
+        try:
+            yield box
+        finally:
+            await asyncio.sleep(self.pause_s)
+            box.alive = False
+            self.live -= 1
+
+
+async def use(pool: PooledBackend, limits: SandboxLimits = SMALL, seconds: float = 0.002) -> Box:
+    async with pool.open(limits) as box:
+        assert isinstance(box, Box) and box.alive and box.limits == limits and box.uses == 0
+        box.uses += 1
+        await asyncio.sleep(seconds)
+        return box
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_no_more_start_and_live_than_allowed_and_nobody_is_forgotten() -> None:
+    backend = Counting()
+    async with PooledBackend(backend, live=5, starts=3) as pool:
+        boxes = await asyncio.gather(*[use(pool) for _ in range(40)])
+    assert len(set(boxes)) == 40
+    assert (backend.most_starting, backend.most_live, backend.live) == (3, 5, 0)
+
+
+async def test_whoever_asks_first_is_first() -> None:
+    backend, order = Counting(), []
+
+    async def one(pool: PooledBackend, number: int) -> None:
+        async with pool.open(SMALL):
+            order.append(number)
+
+    async with PooledBackend(backend, live=1) as pool:
+        await asyncio.gather(*[one(pool, number) for number in range(8)])
+    assert order == list(range(8))
+
+
+async def test_it_is_closed_before_its_block_is_left_also_by_an_error() -> None:
+    backend = Counting()
+    async with PooledBackend(backend) as pool:
+        assert not (await use(pool)).alive and backend.live == 0
+        with pytest.raises(KeyError):
+            async with pool.open(SMALL):
+                raise KeyError
+        assert backend.live == 0
+
+
+async def test_ready_ones_are_handed_out_once_and_made_again() -> None:
+    backend = Counting()
+    async with PooledBackend(backend, ready=2, live=8) as pool:
+        await use(pool)
+        await until(lambda: backend.live == 2)
+        waiting = backend.made[1:]
+        used = [await use(pool) for _ in range(2)]
+        assert used == waiting
+        await until(lambda: backend.live == 2)
+        assert all(box.uses <= 1 for box in backend.made)
+    assert backend.live == 0
+
+
+async def test_one_that_died_while_it_waited_is_replaced() -> None:
+    backend = Counting()
+    async with PooledBackend(backend, ready=2, live=8) as pool:
+        await use(pool)
+        await until(lambda: backend.live == 2)
+        for box in backend.made:
+            box.alive = False
+        assert (await use(pool)).uses == 1
+        await until(lambda: backend.live == 2)
+        assert all(box.alive for box in backend.made[-2:])
+
+
+async def test_a_failed_start_costs_one_rollout() -> None:
+    def breaks(number: int) -> None:
+        if number == 3:
+            raise SandboxError("no room")
+
+    backend = Counting(breaks)
+    async with PooledBackend(backend, live=2) as pool:
+        found = await asyncio.gather(*[use(pool) for _ in range(6)], return_exceptions=True)
+    assert [str(error) for error in found if isinstance(error, BaseException)] == ["no room"]
+    assert backend.live == 0
+
+
+async def test_a_failed_start_ahead_costs_none_and_a_bug_is_raised() -> None:
+    def breaks(number: int) -> None:
+        if number == 2:
+            raise SandboxError("no room")
+        if number == 4:
+            raise ZeroDivisionError
+
+    backend = Counting(breaks)
+    async with PooledBackend(backend, ready=1, live=8) as pool:
+        await use(pool)
+        await until(lambda: backend.starts == 2 and backend.starting == 0)
+        await use(pool)  # a third, and the fourth is ahead or for the next
+    async with PooledBackend(Counting(lambda number: 1 / 0)) as pool:
+        with pytest.raises(ZeroDivisionError):
+            await use(pool)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.0005, 0.002, 0.01])
+async def test_who_stops_waiting_takes_no_place(seconds: float) -> None:
+    backend = Counting()
+    async with PooledBackend(backend, ready=1, live=3) as pool:
+        users = [asyncio.create_task(use(pool, seconds=1)) for _ in range(9)]
+        await asyncio.sleep(seconds)
+        for user in users:
+            user.cancel()
+        await asyncio.gather(*users, return_exceptions=True)
+        await asyncio.gather(*[use(pool) for _ in range(9)])
+    assert backend.live == 0 and len(asyncio.all_tasks()) == 1
+
+
+async def test_other_limits_get_other_sandboxes_and_push_out_ready_ones() -> None:
+    backend = Counting()
+    async with PooledBackend(backend, ready=3, live=4) as pool:
+        await use(pool, SMALL)
+        await until(lambda: backend.live == 3)
+        await asyncio.gather(*[use(pool, LARGE, 0.01) for _ in range(9)])
+        await use(pool, SMALL)
+        for _ in range(4):
+            await use(pool, LARGE)
+            await until(lambda: backend.starting == 0)
+        await until(lambda: any(box.alive and box.limits == LARGE for box in backend.made))
+    assert backend.live == 0 and backend.most_live <= 4
+
+
+async def test_none_is_started_while_memory_is_short_unless_no_other_is_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool_module, "memory_is_short", lambda limits: True)
+    monkeypatch.setattr(pool_module, "_MEMORY_PAUSE_S", 0.001)
+    backend = Counting()
+    async with PooledBackend(backend, live=8) as pool:
+        await asyncio.gather(*[use(pool) for _ in range(5)])
+    assert backend.most_live == 1
+
+
+async def test_closing_ends_what_waits_and_leaves_what_is_used() -> None:
+    backend = Counting(pause_s=0.01)
+    pool = PooledBackend(backend, ready=2, live=3)
+    async with pool.open(SMALL) as box:
+        await until(lambda: backend.live == 3)
+        waiting = asyncio.create_task(use(pool, LARGE))
+        await asyncio.sleep(0)
+        await pool.close()
+        with pytest.raises(SandboxError, match="closed"):
+            await waiting
+        assert isinstance(box, Box) and box.alive and backend.live == 1
+    assert backend.live == 0
+    assert (await use(pool)).uses == 1  # it begins anew
+    await pool.close()
+
+
+def test_the_end_of_the_event_loop_closes_what_is_ready() -> None:
+    backend = Counting()
+    pool = PooledBackend(backend, ready=2, live=4)
+
+    async def session() -> None:
+        await use(pool)
+        await until(lambda: backend.live == 2)
+
+    for _ in range(2):  # and another loop has a pool of its own
+        asyncio.run(session())
+        assert (backend.live, backend.starting) == (0, 0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_nothing_is_lost_whatever_happens(seed: int) -> None:
+    chance = random.Random(seed)
+
+    def sometimes_breaks(number: int) -> None:
+        if chance.random() < 0.2:
+            raise SandboxError("no room")
+
+    backend, done = Counting(sometimes_breaks), 0
+
+    async def one(pool: PooledBackend) -> None:
+        nonlocal done
+        await asyncio.sleep(chance.uniform(0, 0.05))
+        try:
+            async with asyncio.timeout(chance.choice([0.001, 0.004, 20, 20])):
+                limits = chance.choice([SMALL, LARGE])
+                async with pool.open(limits) as box:
+                    assert isinstance(box, Box) and box.limits == limits and box.uses == 0
+                    box.uses += 1
+                    await asyncio.sleep(chance.uniform(0, 0.004))
+        except (TimeoutError, SandboxError):
+            pass
+        finally:
+            done += 1
+
+    async with PooledBackend(backend, ready=2, live=4, starts=2) as pool:
+        tasks = [asyncio.create_task(one(pool)) for _ in range(60)]
+        while done < len(tasks):
+            await asyncio.sleep(0.002)
+            for box in backend.made[-6:]:
+                if box.uses == 0 and chance.random() < 0.1:
+                    box.alive = False
+        await asyncio.gather(*tasks)
+    assert (backend.live, backend.starting, backend.most_live <= 4, backend.most_starting <= 2) == (0, 0, True, True)
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_real_sandboxes_leave_nothing_behind() -> None:
+    backend = backend_or_skip()
+    files, before = open_files(), children()
+    async with PooledBackend(backend, ready=2) as pool:
+        assert pool.report == backend.report
+
+        async def one(number: int) -> str:
+            async with pool.open(SandboxLimits()) as box:
+                await box.put({"/srv/number": SandboxFile(str(number).encode())})
+                return (await box.exec("ls -A ~ /tmp; cat /srv/number; echo mine >~/mine", timeout_s=30)).output
+
+        said = await asyncio.gather(*[one(number) for number in range(12)])
+        assert said == [f"/home/agent:\n\n/tmp:\n{number}" for number in range(12)]
+    assert (open_files(), children(), groups()) == (files, before, [])
+
+
+def test_numbers_that_give_no_sandbox_are_refused() -> None:
+    for wrong in ({"live": 0}, {"starts": 0}, {"ready": -1}):
+        with pytest.raises(ConfigError, match="gives no sandbox"):
+            PooledBackend(Counting(), **wrong)
+
+
+# How many
+
+
+def test_the_scarcest_thing_decides() -> None:
+    limits = SandboxLimits(memory_mb=512, processes=64)
+    plenty = {"cores": 64.0, "memory_mb": 1e9, "processes": 10**9, "open_files": 10**9}
+
+    def holds(**scarce: float) -> int:
+        return fitting(limits, Room(**(plenty | scarce)))  # type: ignore[arg-type]
+
+    assert holds(cores=2.0) == 256  # 128 for each
+    assert holds(cores=0.5) == 64
+    assert holds(memory_mb=16_384) == 210  # 16384 * 7/8 / (4 + 512/8) = 14336 / 68 = 210.8
+    assert holds(processes=4_096) == 224  # (4096 - 512) / (8 + 64/8)
+    assert holds(open_files=1_024) == 96  # (1024 - 256) / 8
+    assert holds(open_files=100) == holds(memory_mb=0.0) == 1
+
+
+def test_this_machine_has_room() -> None:
+    left = room()
+    assert 0 < cores() <= (os.cpu_count() or 1) and left.open_files > 0 and left.processes > 0
+    total_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 20)
+    assert 0 < available_mb() < total_mb
+    assert how_many(SandboxLimits()) >= 1

@@ -1,0 +1,306 @@
+"""What people see of a run: weights that are the objective's own, text that cannot steer a terminal, whole pages."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from io import StringIO
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from rich.console import Console
+
+from backtalk.errors import DataError
+from backtalk.objective import policy_weights, world_weights
+from backtalk.objective.config import (
+    ObjectiveConfig,
+    PolicyNormalizer,
+    PolicyOptions,
+    Schedule,
+    WorldLossTarget,
+    WorldNormalizer,
+    WorldOptions,
+)
+from backtalk.objective.samples import TokenCounts, build_samples, collate
+from backtalk.run.evaluate import Evaluation, Interval
+from backtalk.run.log import RunLog
+from backtalk.settings import to_plain
+from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
+from backtalk.viewer.terminal import find_groups, list_groups, show
+from backtalk.viewer.text import token_texts, visible
+from backtalk.viewer.web.report import interval_text, write_report
+from backtalk.viewer.web.study import read_study
+from backtalk.viewer.weights import step_objective, step_weights
+from tiny import tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+HOSTILE = "\x1b]0;owned\x07<script>alert(1)</script> ünï☃"
+
+
+def encode(text: str) -> tuple[int, ...]:
+    return tuple(TOKENIZER.backend_tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def rollout(task: str, index: int, reward: float | None, said: str, *, failed: bool = False) -> Trajectory:
+    action = encode("<bash>ls</bash><|im_end|>")
+    segments = [
+        Segment(TokenRole.TEMPLATE, encode("<|im_start|>user\n")),
+        Segment(TokenRole.CONTEXT, encode("count the lines")),
+        Segment(TokenRole.TEMPLATE, encode("<|im_end|>\n<|im_start|>assistant\n")),
+        Segment(TokenRole.ACTION, action, (-0.5,) * len(action), 0),
+        Segment(TokenRole.TEMPLATE, encode("\n<|im_start|>tool\n"), None, 0, "bash"),
+        Segment(TokenRole.ENV_OUTPUT, encode(said), None, 0, "bash"),
+        Segment(TokenRole.WARNING, encode("[exit code 1]"), None, 0, "bash"),
+        Segment(TokenRole.TEMPLATE, encode("<|im_end|>\n"), None, 0, "bash"),
+    ]
+    return Trajectory(
+        task_id=task,
+        sample_index=index,
+        segments=tuple(segment for segment in segments if len(segment)),
+        reward=reward,
+        stop_reason=StopReason.FAILED if failed else StopReason.SUBMITTED,
+        failure=Failure("score", "VerifierError", "no reward") if failed else None,
+    )
+
+
+GROUPS = [
+    TrajectoryGroup("a", (rollout("a", 0, 1.0, "total 12"), rollout("a", 1, 0.0, HOSTILE))),
+    TrajectoryGroup("b", (rollout("b", 0, 0.5, ""), rollout("b", 1, None, "total 3 notes.txt", failed=True))),
+]
+
+
+AGAIN = (  # a history written anew, and a turn in it
+    Segment(TokenRole.CONTEXT, encode("count the lines, ls"), branch=1),
+    Segment(TokenRole.ACTION, (3, 4), (-0.5, -0.25), 1, branch=1),
+    Segment(TokenRole.ENV_OUTPUT, encode("total 3"), None, 1, "bash", 1),
+)
+
+
+# ---------------------------------------------------------------- weights
+
+
+@pytest.mark.parametrize("policy", get_args(PolicyNormalizer))
+@pytest.mark.parametrize("world", get_args(WorldNormalizer))
+@pytest.mark.parametrize("target", get_args(WorldLossTarget))
+def test_weights_are_those_of_the_objective(policy: Any, world: Any, target: Any) -> None:
+    config = ObjectiveConfig(
+        policy_coeff=2.0,
+        world_model_coeff=0.3,
+        policy_normalizer=policy,
+        world_normalizer=world,
+        world_loss_target=target,
+        max_seq_len=100,
+    )
+    samples = [sample for group in GROUPS for sample in build_samples(group)]
+    batch, counts = collate(samples, 0), TokenCounts.of(samples, target)
+    expected_policy = 2.0 * policy_weights(batch, counts, config, torch.float64) * batch.advantages_B[:, None]
+    expected_world = 0.3 * world_weights(batch, counts, config, torch.float64)
+    rows = [row for group in step_weights(GROUPS, config) for row in group]
+    for row, sample, p, w in zip(rows, samples, expected_policy, expected_world, strict=True):
+        n = len(sample)
+        assert row.advantage == sample.advantage
+        assert row.policy == pytest.approx(p[:n].tolist(), rel=1e-6, abs=1e-12)  # advantages are float32 there
+        assert row.world == pytest.approx(w[:n].tolist(), rel=1e-12, abs=1e-15)
+
+
+OPTIONS = {
+    "schedule": ObjectiveConfig(world_model_coeff=Schedule({0: 0.5, 10: 0.1})),
+    "weights": ObjectiveConfig(
+        world_loss_target="warning_plus_env", world=WorldOptions(weights={"warning": 0.25, "tool:bash": 0.5})
+    ),
+    "cap": ObjectiveConfig(
+        world_normalizer="sequence_mean_selected",
+        world_loss_target="full_observation",
+        world=WorldOptions(max_tokens_per_observation=4),
+    ),
+    "gate": ObjectiveConfig(world_normalizer="token_mean", world=WorldOptions(min_correct=0.5)),
+    "paw": ObjectiveConfig(world=WorldOptions(entropy_share=0.5, return_adaptive=True)),
+    "rloo": ObjectiveConfig(policy=PolicyOptions(advantage="rloo")),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_weights_are_those_of_the_objective_with_every_option(name: str) -> None:
+    objective = OPTIONS[name]
+    tree = {"objective": to_plain(objective), "rollout": {"max_tokens": 100}}
+    del tree["objective"]["max_seq_len"]
+    config = step_objective(tree, step=5)
+    assert config == replace(objective, max_seq_len=100).at(5)
+    branched = replace(GROUPS[0].trajectories[0], segments=(*GROUPS[0].trajectories[0].segments, *AGAIN))
+    groups = [TrajectoryGroup("a", (branched, GROUPS[0].trajectories[1])), GROUPS[1]]
+    samples = [sample for group in groups for sample in build_samples(group, config)]
+    batch, counts = collate(samples, 0), TokenCounts.of(samples, config.world_loss_target)
+    assert counts.target_tokens > 0
+    expected_policy = policy_weights(batch, counts, config, torch.float64) * batch.advantages_B[:, None]
+    expected_world = config.world_coeff * world_weights(batch, counts, config, torch.float64)
+    rows = [row for group in step_weights(groups, config) for row in group]
+    ours = [x for row in rows for x in row.policy], [x for row in rows for x in row.world]
+    for mine, theirs in zip(ours, (expected_policy, expected_world), strict=True):
+        flat = [x for row, sample in zip(theirs.tolist(), samples, strict=True) for x in row[: len(sample)]]
+        assert mine == pytest.approx(flat, rel=1e-6, abs=1e-12)
+
+
+# ---------------------------------------------------------------- text
+
+
+def test_tokens_become_the_text_they_are_of_and_control_characters_are_pictures() -> None:
+    texts = token_texts(TOKENIZER.backend_tokenizer, encode(HOSTILE))
+    assert len(texts) == len(encode(HOSTILE))
+    assert "".join(texts) == "␛]0;owned␇<script>alert(1)</script> ünï☃"
+    assert visible("a\tb\nc\x7f\x9b\r") == "a\tb\nc␡\ufffd␍"
+    lone = token_texts(TOKENIZER.backend_tokenizer, encode("ü")[:1])  # half a character
+    assert lone == ["\ufffd"]
+
+
+# ---------------------------------------------------------------- a run folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    log = RunLog(tmp_path / "run")
+    objective = to_plain(ObjectiveConfig())
+    log.write_config(
+        {
+            "steps": 2,
+            "engine": {"model": "base"},
+            "tasks": {"source": "triage"},
+            "rollout": {"max_tokens": 100},
+            "objective": objective,
+        }
+    )
+    TOKENIZER.save_pretrained(str(log.tokenizer_path))
+    for step in range(2):
+        log.write_groups(step, GROUPS)
+        log.write_metrics(
+            step, {"reward": 0.5, "rollouts": 4, "env_output_ce": 2.0, "grad_norm": 1.0, "action_tokens": 9}
+        )
+    evaluation = Evaluation(
+        step=0,
+        samples_per_task=2,
+        pass_at_1=Interval(0.25, 0.1, 0.4),
+        pass_at_k=None,
+        reward=Interval(0.25),
+        env_ce_recorded=None,
+        env_ce_own=Interval(2.5, 2.4, 2.6),
+        per_rollout={"num_turns": 3.0},
+        stop_reasons={"submitted": 4},
+        no_reward=1,
+        seconds=1.0,
+        tasks=(),
+        recorded=(),
+    )
+    log.write_evaluation(0, evaluation.to_dict(), GROUPS[:1])
+    return log.folder
+
+
+def shown(folder: Path, **which: Any) -> str:
+    out = StringIO()
+    show(folder, Console(file=out, width=120, color_system=None), **which)
+    return out.getvalue()
+
+
+def test_a_trajectory_is_readable_without_colours(run: Path) -> None:
+    text = shown(run, step=0, group=0, sample=1)
+    assert "training step 0" in text and "reward 0" in text
+    assert re.search(r"turn 0 · ACTION · \d+ tokens · mean logprob -0.500 · policy weight -", text)
+    assert re.search(r"turn 0 · ENV_OUTPUT · \d+ tokens · bash · world weight \+", text)
+    assert "␛]0;owned␇" in text and "\x1b" not in text
+    assert "<bash>ls</bash>" in text
+    assert "failed at score: VerifierError: no reward" in shown(run, group=1, sample=1)
+
+
+def test_where_a_branch_begins_is_said(run: Path) -> None:
+    plain = GROUPS[0].trajectories[0]
+    again = (
+        Segment(TokenRole.CONTEXT, encode("count the lines, ls"), branch=1),
+        Segment(TokenRole.ENV_OUTPUT, encode("total 3"), None, 1, "bash", 1),
+    )
+    forked = replace(plain, segments=(*plain.segments, *again))
+    RunLog(run).write_groups(1, [TrajectoryGroup("a", (forked, GROUPS[0].trajectories[1]))])
+    text = shown(run)
+    line = "branch 1: the history so far was rewritten"
+    assert text.count(line) == 1 and "2 branches" in text
+    assert text.index("total 12") < text.index(line) < text.index("total 3")
+    assert line not in shown(run, sample=1) and "branches" not in shown(run, sample=1)
+    page = write_report(run).read_text()
+    assert page.count(line) == 1
+
+
+def test_trained_tokens_are_underlined_and_roles_have_colours(run: Path) -> None:
+    out = StringIO()
+    show(run, Console(file=out, width=200, force_terminal=True, color_system="standard"), group=0, sample=0)
+    assert "\x1b[1;4;32m" in out.getvalue()  # bold, underlined, green: an action
+    assert "\x1b[4;36m" in out.getvalue()  # underlined, cyan: what the world said
+    assert "\x1b[33m" in out.getvalue()  # yellow, not underlined: the harness
+
+
+def test_an_evaluation_weighs_nothing(run: Path) -> None:
+    text = shown(run, evaluation=True)
+    assert "evaluation before step 0" in text and "weight +" not in text and "weight -" not in text
+
+
+def test_what_is_not_there_is_said(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no training step 7; there are 0, 1"):
+        shown(run, step=7)
+    with pytest.raises(DataError, match="there is no group 9; pass 0 to 1"):
+        shown(run, group=9)
+    with pytest.raises(DataError, match="not a run folder"):
+        find_groups(tmp_path / "absent")
+    with pytest.raises(DataError, match="not a run folder"):
+        write_report(tmp_path / "absent")
+    with pytest.raises(DataError, match="holds no finished study"):
+        read_study(tmp_path)
+
+
+def test_groups_are_listed_with_their_rewards(run: Path) -> None:
+    out = StringIO()
+    Console(file=out, width=120).print(list_groups(find_groups(run)))
+    assert re.search(r"1\s+b\s+0\.5 -", out.getvalue())
+
+
+class Page(HTMLParser):
+    """Collects what a browser would load or run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loads: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href") and tag != "a"]
+        assert tag != "script"
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_report_is_one_self_contained_page(run: Path) -> None:
+    path = write_report(run)
+    text = path.read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert page.loads and all(target.startswith("data:image/png;base64,") for target in page.loads)
+    assert "25.0% [10.0%, 40.0%]" in text
+    assert "objective.world_model_coeff" in text
+    assert "policy weight +" in text and "world weight +" in text
+    assert "&lt;script&gt;" in "".join(re.findall(r">([^<]*)</span>", text)) or "&lt;" in text
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_has_only_begun_has_a_report_too(run: Path) -> None:
+    log = RunLog(run)
+    log.truncate_after(-1)
+    log.evaluation_path(0).unlink()
+    assert "no step has finished yet" in write_report(run).read_text()
+
+
+def test_intervals_as_text() -> None:
+    assert interval_text(None, "{:.1f}") == "-"
+    assert interval_text({"value": 1.0, "low": None, "high": None}, "{:.1f}") == "1.0"
+    assert interval_text({"value": 1.0, "low": 0.5, "high": 2.0}, "{:.1f}") == "1.0 [0.5, 2.0]"
