@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from test_importers import AWM, needs
 from typer.testing import CliRunner
 
 from backtalk.cli import app
@@ -30,6 +29,7 @@ from backtalk.evidence.account import (
 from backtalk.evidence.account.characters import PREAMBLE, characters
 from backtalk.run.log import write_trajectories
 from backtalk.trajectory import Segment, TokenRole, Trajectory
+from outside_data import AWM, needs
 from tiny import tiny_model_dir
 
 CONTEXT, TEMPLATE, ACTION, ENV, WARNING = TokenRole

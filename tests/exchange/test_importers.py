@@ -44,18 +44,12 @@ from backtalk.language.tool_formats import ToolFormat
 from backtalk.messages import Message, Part
 from backtalk.run.log import read_trajectories, write_trajectories
 from backtalk.trajectory import Segment, StopReason, TokenRole, Trajectory
+from outside_data import ATIF, AWM, needs
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 CONTEXT, TEMPLATE, ACTION, ENV, WARNING = TokenRole
-DATA = Path(__file__).parents[3] / "shared" / "data"
-ATIF = DATA / "endless_terminals_atif.jsonl.gz"
-AWM = DATA / "awm_e_commerce_33_episode.json"
 ABOUT = About(task_id="t")
 ALL_ENV = Observations(role=ENV)
-
-
-def needs(path: Path) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(not path.exists(), reason=f"{path} is not here; it is no part of the project")
 
 
 # As Llama 3 does it: what a tool said is written as a JSON string.

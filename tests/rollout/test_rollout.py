@@ -16,9 +16,9 @@ from backtalk.envs.base import Env, Step
 from backtalk.errors import ConfigError, SamplerError, SandboxError, VerifierError
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.messages import Message, Part, ToolCall, ToolSpec
+from backtalk.rollout import groups as rollout_module
 from backtalk.rollout.groups import Stragglers, at_once, backoff_s, run_group, run_groups, run_rollout
-from backtalk.rollout.groups import groups as rollout_module
-from backtalk.rollout.groups import rollout as attempt_module
+from backtalk.rollout import rollout as attempt_module
 from backtalk.rollout.limits import Deadline, RolloutLimits
 from backtalk.rollout.sampler import Completion, SamplerSession, ScriptedSampler
 from backtalk.sandboxes.base import SandboxLimits
