@@ -17,8 +17,8 @@ from backtalk.errors import ConfigError, SamplerError, SandboxError, VerifierErr
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.messages import Message, Part, ToolCall, ToolSpec
 from backtalk.rollout import groups as rollout_module
-from backtalk.rollout.groups import Stragglers, at_once, backoff_s, run_group, run_groups, run_rollout
 from backtalk.rollout import rollout as attempt_module
+from backtalk.rollout.groups import Stragglers, at_once, backoff_s, run_group, run_groups, run_rollout
 from backtalk.rollout.limits import Deadline, RolloutLimits
 from backtalk.rollout.sampler import Completion, SamplerSession, ScriptedSampler
 from backtalk.sandboxes.base import SandboxLimits
