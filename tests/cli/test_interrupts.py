@@ -18,7 +18,7 @@ SRC = str(Path(__file__).parents[2] / "src")
 
 PROGRAM = """
 import asyncio, sys
-from backtalk.interrupts import Interrupted, run
+from backtalk.cli.interrupts import Interrupted, run
 
 async def work():
     print("working", flush=True)

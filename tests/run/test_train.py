@@ -155,8 +155,9 @@ async def test_observations_alone_teach_what_another_policys_world_says(
 KILLED = """
 import asyncio, json, os, signal, sys
 from pathlib import Path
-from backtalk.config import config_from_dict
-from backtalk.train import RolloutDone, StepDone, train
+from backtalk.run.config import config_from_dict
+from backtalk.run.events import RolloutDone, StepDone
+from backtalk.run.train import train
 
 config, folder, kind, step = json.loads(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 

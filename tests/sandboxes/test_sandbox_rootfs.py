@@ -458,7 +458,7 @@ def test_conformance_over_a_chosen_root(tar: Path) -> None:
 
 AS_USER = r"""
 import asyncio, json, os, sys
-from backtalk.sandboxes.bubblewrap import BubblewrapBackend
+from backtalk.sandboxes.bubblewrap.backend import BubblewrapBackend
 from backtalk.sandboxes.conformance import conformance
 assert os.getuid() != 0
 root, context, *only = sys.argv[1:]

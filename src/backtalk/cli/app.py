@@ -19,7 +19,7 @@ from backtalk.cli.export import export
 from backtalk.cli.import_trajectories import import_trajectories
 from backtalk.cli.interrupts import Interrupted, disk_is_full, run
 from backtalk.cli.serve import serve
-from backtalk.commands.settings import settings as list_settings
+from backtalk.cli.settings import settings as list_settings
 from backtalk.errors import BacktalkError, ConfigError
 
 if TYPE_CHECKING:
