@@ -21,7 +21,7 @@ class AwmConfig:
     show_verdict: bool = True  # as the observation of the last action; what is learned from it is ENV_OUTPUT
     # Where the programs and verifiers of a folder run; those of the worlds that ship with Backtalk run in this process.
     sandbox: SandboxChoice = "auto"
-    limits: SandboxLimits = field(default_factory=lambda: SandboxLimits(output_bytes=2**20))  # of each such sandbox
+    limits: SandboxLimits = field(default_factory=SandboxLimits)  # of each such sandbox
     max_result_chars: int = 8000  # of one call; the middle of a longer result is left out
     call_timeout_s: float = 30.0
     reset: Mapping[str, Any] = field(default_factory=dict)  # further arguments of a server's reset, as llm_model

@@ -13,7 +13,7 @@ import shlex
 import sys
 from collections.abc import Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -35,6 +35,7 @@ T = TypeVar("T")
 NUM_CHILDREN = 4  # one that hangs or dies costs the rollouts of a quarter of a source's scenarios
 START_TIMEOUT_S = 60.0  # for Python and the packages, which a busy machine reads slowly
 GRACE_S = 5.0  # beyond a call's own time, until a child that does not answer is ended
+ANSWER_BYTES = 2**20  # tools of a large scenario are some 100,000
 PACKAGES = ("fastapi", "sqlalchemy")
 SHOWN = ("/usr/", "/bin/", "/lib/", "/lib64/")  # programs of this machine, which every sandbox shows
 
@@ -113,7 +114,8 @@ class Child:
     """
 
     def __init__(self, config: AwmConfig) -> None:
-        self._limits, self._timeout_s = config.limits, config.call_timeout_s + GRACE_S
+        self._limits = replace(config.limits, output_bytes=ANSWER_BYTES)
+        self._timeout_s = config.call_timeout_s + GRACE_S
         self._stack = AsyncExitStack()
         self._sandbox: Sandbox  # from `start` on
         self._files: dict[str, str] = {}  # that hold scenarios in the sandbox, by scenario
@@ -180,9 +182,7 @@ class Child:
         if result.exit_code != 0:
             raise await self._lose(f"it {result.output[-300:].strip() or 'was ended'}")
         if result.dropped_bytes:
-            raise InfrastructureError(
-                f"a scenario answered more than {self._limits.output_bytes:,} bytes; raise limits.output_bytes"
-            )
+            raise InfrastructureError(f"a scenario answered more than {ANSWER_BYTES:,} bytes, the most that is read")
         try:
             found = json.loads(result.output)
         except (ValueError, RecursionError) as error:
