@@ -26,7 +26,7 @@ SandboxChoice = Literal["auto", "bubblewrap", "sandlock", "unsafe"]
 def local_sandbox(
     choice: SandboxChoice = "auto", root: str | Path | None = None, readable: Sequence[str] = ()
 ) -> SandboxBackend:
-    """The backend for this machine, after a real trial start.
+    """Return the sandbox backend for this machine, after a trial start.
 
     ``auto`` takes the first that works of bubblewrap (as root with a uid for each sandbox, else under the user's own)
     and sandlock (Landlock and seccomp, where namespaces are blocked), and refuses where neither does. Both deny the
