@@ -16,7 +16,6 @@ import urllib.request
 from collections.abc import Iterable, Mapping, Set
 from contextlib import suppress
 from http.client import HTTPException
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +23,7 @@ from typing import Any, Protocol
 from backtalk.envs.openenv.config import OpenEnvConfig
 from backtalk.envs.openenv.session import OpenEnvError, is_loopback, missing, websocket_url
 from backtalk.errors import ConfigError
+from backtalk.settings import import_path
 
 MAX_STARTS = 6  # of one folder's server in a run: one that keeps dying is broken
 LOG_TAIL_CHARS = 2000
@@ -264,13 +264,11 @@ def get_json(url: str, *, timeout_s: float, headers: Mapping[str, str] | None = 
 
 
 def _made(provider: str, options: Mapping[str, Any]) -> Any:
-    module, _, name = provider.partition(":")
+    if provider.startswith("openenv.") and find_spec("openenv") is None:
+        raise ConfigError(missing("openenv"))
+    kind = import_path(provider, "provider")
     try:
-        return getattr(import_module(module), name)(**options)
-    except ModuleNotFoundError as error:
-        if error.name == "openenv":
-            raise ConfigError(missing("openenv")) from error
-        raise ConfigError(f"provider={provider!r} cannot be imported: {error}") from error
+        return kind(**options)
     except Exception as error:
         raise ConfigError(
             f"provider={provider!r} cannot be made ({error}); write module:Class of a class with OpenEnv's provider "
