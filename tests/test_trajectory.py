@@ -30,7 +30,7 @@ def test_flat_views_line_up() -> None:
     t = trajectory()
     assert t.token_ids == (1, 10, 11, 20, 21, 2, 30, 31, 32, 40, 22)
     assert [int(role) for role in t.roles] == [1, 0, 0, 2, 2, 1, 3, 3, 3, 4, 2]
-    assert t.logprobs == (0, 0, 0, -0.5, -0.25, 0, 0, 0, 0, 0, -1.0)
+    assert t.logprobs == (None, None, None, -0.5, -0.25, *[None] * 5, -1.0)
     assert len(t) == 11
     assert t.num_turns == 2
     assert {role.name: t.count(role) for role in TokenRole} == {
@@ -51,6 +51,19 @@ def test_flat_views_line_up() -> None:
     ]
 
 
+def test_an_action_that_nobody_sampled_is_an_action() -> None:
+    t = trajectory(
+        segments=(*SEGMENTS, Segment(TokenRole.ACTION, (23, 24), turn=2), Segment(TokenRole.ACTION, (), turn=3))
+    )
+    assert (t.count(TokenRole.ACTION), t.num_turns, t.num_unsampled_turns) == (5, 4, 2)
+    assert t.logprobs[-3:] == (-1.0, None, None)
+    assert [[s.is_sampled for s in action] for action in t.actions] == [[True], [True], [False], [False]]
+    # A turn may be written in parts, of which some were sampled.
+    forced = Segment(TokenRole.ACTION, (25,), turn=1)
+    parts = trajectory(segments=(*SEGMENTS, forced))
+    assert (parts.num_turns, parts.num_unsampled_turns, parts.actions[1]) == (2, 0, (SEGMENTS[-1], forced))
+
+
 @given(st.lists(st.tuples(st.sampled_from(list(TokenRole)), st.lists(st.integers(0, 9), max_size=4)), max_size=8))
 def test_spans_partition_the_tokens(runs: list[tuple[TokenRole, list[int]]]) -> None:
     segments = [
@@ -67,7 +80,7 @@ def test_spans_partition_the_tokens(runs: list[tuple[TokenRole, list[int]]]) -> 
     ("arguments", "message"),
     [
         ((TokenRole.ACTION, (1, 2), (-0.1,), 0), "ACTION segment of 2 tokens needs 2 logprobs, got 1"),
-        ((TokenRole.ACTION, (1,), None, 0), "ACTION segment of 1 tokens needs 1 logprobs, got None"),
+        ((TokenRole.ACTION, (1,), (), 0), "ACTION segment of 1 tokens needs 1 logprobs, got 0; .* logprobs=None"),
         ((TokenRole.ACTION, (1,), (math.nan,), 0), "not finite"),
         ((TokenRole.ACTION, (1,), (-math.inf,), 0), "not finite"),
         ((TokenRole.ACTION, (1,), (-0.1,)), "turn=None"),

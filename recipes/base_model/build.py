@@ -76,12 +76,12 @@ def explorer_sessions(count: int, skill: float, split: Split, first: int) -> Ite
 
 
 def to_trajectory(session: dict, renderer: Renderer) -> Trajectory:
-    """A recorded session in the tokens of the model; the explorer's tokens are actions of logprob 0."""
+    """A recorded session in the tokens of the model; the explorer's tokens are unsampled actions."""
     segments = list(renderer.render_prompt([unpack(message) for message in session["prompt"]]))
     for number, turn in enumerate(session["turns"]):
         call = unpack_call(turn["call"])
         ids = renderer.encode_action(call)
-        segments.append(Segment(TokenRole.ACTION, ids, (0.0,) * len(ids), turn=number))
+        segments.append(Segment(TokenRole.ACTION, ids, turn=number))
         if turn["messages"]:
             messages = [unpack(message) for message in turn["messages"]]
             segments += renderer.render_observation(messages, turn=number, closed=True)

@@ -108,7 +108,7 @@ def example(session: Session, renderer: Renderer) -> tuple[Tensor, Tensor]:
     """(token ids [T], learned [T])."""
     segments = list(renderer.render_prompt(session.prompt))
     for number, (call, messages) in enumerate(session.turns):
-        segments.append(Segment(TokenRole.ACTION, ids := renderer.encode_action(call), (0.0,) * len(ids), turn=number))
+        segments.append(Segment(TokenRole.ACTION, renderer.encode_action(call), turn=number))
         if messages:
             segments += renderer.render_observation(messages, turn=number, closed=True)
     ids = torch.tensor([token for segment in segments for token in segment.token_ids])

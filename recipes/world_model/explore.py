@@ -20,7 +20,7 @@ from backtalk.rollout.sampler import ScriptedSampler
 from backtalk.sandboxes import local_sandbox
 from backtalk.tasks.task import Split, Task
 from backtalk.tasks.triage import triage_tasks
-from backtalk.trajectory import Trajectory
+from backtalk.trajectory import TokenRole, Trajectory
 
 TURNS = 4
 TERMINAL = TerminalConfig(max_output_chars=600, command_timeout_s=30)
@@ -71,16 +71,16 @@ def shuffled(trajectories: Sequence[Trajectory], seed: int) -> tuple[Trajectory,
     moved = Random(f"shuffle/{seed}").sample(answers, len(answers))
     source = dict(zip(answers, moved, strict=True))
     by_turn = [
-        {n: [s for s in one.segments if s.turn == n and s.logprobs is None] for n in range(one.num_turns)}
+        {n: [s for s in one.segments if s.turn == n and s.role is not TokenRole.ACTION] for n in range(one.num_turns)}
         for one in trajectories
     ]
     result = []
     for t, one in enumerate(trajectories):
         segments = []
         for segment in one.segments:
-            if segment.turn is None or segment.logprobs is not None:
+            if segment.turn is None or segment.role is TokenRole.ACTION:
                 segments.append(segment)
-            if segment.logprobs is not None and segment.turn is not None:
+            if segment.role is TokenRole.ACTION and segment.turn is not None:
                 other, turn = source[t, segment.turn]
                 segments += [replace(said, turn=segment.turn) for said in by_turn[other][turn]]
         result.append(replace(one, segments=tuple(segments)))

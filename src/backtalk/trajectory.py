@@ -19,7 +19,7 @@ class TokenRole(IntEnum):
 
     CONTEXT = 0  # given text: system prompt, task instruction
     TEMPLATE = 1  # scaffold that the chat template adds around messages
-    ACTION = 2  # sampled by the policy
+    ACTION = 2  # written by the agent: a policy, a script, a person
     ENV_OUTPUT = 3  # what the world said
     WARNING = 4  # what the harness said: format warnings, parse errors, truncation notices
 
@@ -39,9 +39,10 @@ class StopReason(StrEnum):
 class Segment:
     """A run of tokens with one role.
 
-    ``logprobs`` are the sampler's own, in nats, one for each token of an ACTION segment and absent on
-    every other role. ``turn`` counts from 0 and is None before the first action. ``tool`` names the
-    tool whose call produced an observation. ``branch`` counts the histories of a rollout, see Trajectory.
+    ``logprobs`` are the sampler's own, in nats, one for each token of a sampled ACTION segment, and None on every
+    other role. An ACTION with ``logprobs=None`` is unsampled, as of a script, a person or an imported text: the policy
+    term leaves it alone. ``turn`` counts from 0 and is None before the first action. ``tool`` names the tool whose
+    call produced an observation. ``branch`` counts the histories of a rollout, see Trajectory.
     """
 
     role: TokenRole
@@ -53,11 +54,11 @@ class Segment:
 
     def __post_init__(self) -> None:
         if self.role is TokenRole.ACTION:
-            n = None if self.logprobs is None else len(self.logprobs)
-            if n != len(self.token_ids):
+            n = len(self.token_ids)
+            if self.logprobs is not None and len(self.logprobs) != n:
                 raise ValueError(
-                    f"ACTION segment of {len(self.token_ids)} tokens needs {len(self.token_ids)} logprobs, "
-                    f"got {n}; pass the sampler's own logprobs unchanged"
+                    f"ACTION segment of {n} tokens needs {n} logprobs, got {len(self.logprobs)}; pass the sampler's "
+                    "own logprobs unchanged, or logprobs=None where no policy sampled it"
                 )
             if any(not math.isfinite(x) for x in self.logprobs or ()):
                 raise ValueError("ACTION segment holds a logprob that is not finite; the sampler is broken")
@@ -70,6 +71,22 @@ class Segment:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether a policy sampled these tokens with known logprobs, so that the policy term may train them."""
+        return self.logprobs is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data without tokens and logprobs, which files keep as columns of the whole trajectory."""
+        return {
+            "role": self.role.name,
+            "length": len(self),
+            "sampled": self.is_sampled,
+            "turn": self.turn,
+            "tool": self.tool,
+            "branch": self.branch,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +156,24 @@ class Trajectory:
         return tuple(segment.role for segment in self.segments for _ in segment.token_ids)
 
     @property
-    def logprobs(self) -> tuple[float, ...]:
-        """Sampling logprobs in nats, one a token; 0.0 where the token was not sampled."""
-        return tuple(x for segment in self.segments for x in (segment.logprobs or (0.0,) * len(segment)))
+    def logprobs(self) -> tuple[float | None, ...]:
+        """Sampling logprobs in nats, one a token; None where the token was not sampled."""
+        return tuple(x for segment in self.segments for x in (segment.logprobs or (None,) * len(segment)))
+
+    @property
+    def actions(self) -> tuple[tuple[Segment, ...], ...]:
+        """The ACTION segments of each turn, in order; mostly one a turn."""
+        written = [segment for segment in self.segments if segment.role is TokenRole.ACTION]
+        return tuple(tuple(run) for _, run in groupby(written, key=lambda segment: segment.turn))
 
     @property
     def num_turns(self) -> int:
-        return sum(segment.role is TokenRole.ACTION for segment in self.segments)
+        return len(self.actions)
+
+    @property
+    def num_unsampled_turns(self) -> int:
+        """Turns in which no token was sampled, so that the policy term has nothing to learn from them."""
+        return sum(not any(segment.is_sampled for segment in action) for action in self.actions)
 
     def count(self, role: TokenRole) -> int:
         """Tokens of one role."""

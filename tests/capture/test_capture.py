@@ -132,15 +132,15 @@ def test_a_script_is_its_lines_without_comments(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what is recorded
 
 
-async def test_a_scripts_actions_are_given_text_and_its_observations_are_learned_from() -> None:
+async def test_a_scripts_actions_are_unsampled_and_its_observations_are_learned_from() -> None:
     trajectory = await played(Script(["ls", "/submit 1"]))
     assert (trajectory.reward, trajectory.stop_reason) == (2.0, StopReason.SUBMITTED)
-    assert (trajectory.count(ACTION), trajectory.stats["unsampled_turns"]) == (0, 2)
+    assert (trajectory.num_turns, trajectory.num_unsampled_turns, trajectory.stats["num_turns"]) == (2, 2, 2)
     observed = [s for s in trajectory.segments if s.role is ENV]
     decode = renderer().tokenizer.backend_tokenizer.decode
     assert [(decode(list(s.token_ids)), s.tool) for s in observed] == [("step 1: ls", "bash")]
     written = renderer().encode_action(ToolCall("bash", {"command": "ls"}))
-    assert any(s.role is CONTEXT and s.token_ids == written and s.turn == 0 for s in trajectory.segments)
+    assert any(s.role is ACTION and s.token_ids == written and s.turn == 0 for s in trajectory.segments)
     whole = account_of(trajectory).whole
     assert whole.unsampled == whole.tokens["action"] > 0
 
@@ -191,6 +191,21 @@ async def test_an_author_who_fails_costs_the_episode() -> None:
     assert (trajectory.stop_reason, trajectory.reward) == (StopReason.FAILED, None)
     assert trajectory.failure is not None and trajectory.failure.where == "sample"
     assert issubclass(Left, SamplerError)
+
+
+async def test_an_error_that_is_named_as_leaving_is_none() -> None:
+    class Away:
+        async def reply(self, seen: Seen) -> Reply:
+            raise type("Left", (SamplerError,), {})("the server is gone")
+
+    trajectory = await played(Away())
+    assert trajectory.stop_reason is StopReason.FAILED and trajectory.failure is not None
+
+    class Quit:
+        async def reply(self, seen: Seen) -> Reply:
+            raise type("Bored", (Left,), {})("enough")
+
+    assert ((await played(Quit())).stop_reason, (await played(Quit())).failure) == (StopReason.MAX_TURNS, None)
 
 
 # ---------------------------------------------------------------- a server
@@ -262,7 +277,7 @@ async def test_a_chat_server_plays_by_messages() -> None:
     with serving(scripted(*answers)) as server:
         trajectory = await played(Endpoint(config(server)))
     assert (trajectory.reward, trajectory.stop_reason) == (2.0, StopReason.SUBMITTED)
-    assert (trajectory.count(ACTION), trajectory.stats["unsampled_turns"]) == (0, 3)  # not sampled as these ids
+    assert (trajectory.num_turns, trajectory.num_unsampled_turns) == (3, 3)  # not sampled as these ids
     first, second, third = (asked["messages"] for asked in server.asked)
     assert [m["role"] for m in first] == ["system", "user"]
     assert [tool["function"]["name"] for tool in server.asked[0]["tools"]] == ["bash", "submit"]
@@ -307,7 +322,7 @@ async def test_ids_that_continue_ours_are_kept_with_their_logprobs(tokens: bool)
     (action,) = [s for s in trajectory.segments if s.role is ACTION]
     assert action.token_ids == renderer().encode_action(DONE)
     assert set(action.logprobs or ()) == {-0.25}
-    assert "unsampled_turns" not in trajectory.stats
+    assert trajectory.num_unsampled_turns == 0
     asked = server.asked[0]
     assert asked["return_token_ids"] is True and asked["temperature"] == 1
     assert asked["path"] == ("/v1/completions" if tokens else "/v1/chat/completions")
@@ -316,11 +331,11 @@ async def test_ids_that_continue_ours_are_kept_with_their_logprobs(tokens: bool)
         assert asked["stop_token_ids"] == sorted(renderer().stop_token_ids)
 
 
-async def test_ids_after_another_prompt_or_at_another_temperature_are_no_actions() -> None:
+async def test_ids_after_another_prompt_or_at_another_temperature_are_not_sampled() -> None:
     with serving(sampling(DONE, given=lambda ids: ids[1:])) as server:
-        assert (await played(Endpoint(config(server)))).count(ACTION) == 0
+        assert not any(s.is_sampled for s in (await played(Endpoint(config(server)))).segments)
     with serving(sampling(DONE)) as server:
-        assert (await played(Endpoint(config(server, temperature=0.5)))).count(ACTION) == 0
+        assert not any(s.is_sampled for s in (await played(Endpoint(config(server, temperature=0.5)))).segments)
 
 
 async def test_a_server_that_gives_no_ids_cannot_be_asked_with_tokens() -> None:
@@ -341,7 +356,7 @@ async def test_our_own_server_says_what_it_sampled_in_every_turn() -> None:
     commands = (ToolCall("bash", {"command": "ls"}), ToolCall("bash", {"command": "pwd"}), DONE)
     written = {str(turn): renderer().encode_action(call) for turn, call in enumerate(commands)}
     # It opens a session for each request, and numbers them.
-    policy = ScriptedSampler(lambda key: [key.removeprefix("serve/")], written.__getitem__)
+    policy = ScriptedSampler(lambda key: [key.removeprefix("serve/")], written.__getitem__, logprob=-0.5)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -352,7 +367,7 @@ async def test_our_own_server_says_what_it_sampled_in_every_turn() -> None:
     serving.cancel()
     await asyncio.gather(serving, return_exceptions=True)
     assert [s.token_ids for s in trajectory.segments if s.role is ACTION] == [*written.values()]
-    assert (trajectory.reward, "unsampled_turns" in trajectory.stats) == (3.0, False)
+    assert (trajectory.reward, trajectory.num_unsampled_turns) == (3.0, 0)
 
 
 async def test_a_reply_that_was_cut_ends_without_an_end() -> None:
@@ -411,7 +426,7 @@ def test_a_person_plays_in_a_real_shell(tmp_path: Path) -> None:
     assert "a-word" in done.output.replace("echo a-word", "")
     (trajectory,) = read_trajectories(out)
     assert trajectory.stop_reason is StopReason.SUBMITTED and trajectory.reward is not None
-    assert trajectory.count(ACTION) == 0 and trajectory.count(ENV) > 0
+    assert trajectory.num_unsampled_turns == trajectory.num_turns == 2 and trajectory.count(ENV) > 0
 
 
 def test_a_person_may_leave_and_is_told_what_is_no_action(tmp_path: Path) -> None:

@@ -68,6 +68,11 @@ def test_copied_tokens_by_hand() -> None:
     assert marks == "..." + "....." + "..." + "xxxx" + "......." + "xxx" + "xxx." + ".." + "..."
 
 
+def test_text_is_copied_from_an_action_that_nobody_sampled_too() -> None:
+    sample = only(trajectory(Segment(ACTION, (5, 6, 7), turn=0), said((5, 6, 7, 8))))
+    assert copied_tokens(sample).tolist() == [False] * 3 + [True] * 3 + [False]
+
+
 def test_runs_do_not_cross_the_edge_of_an_observation() -> None:
     sample = only(trajectory(action((5, 6, 7)), said((5, 6)), said((7,)), said((4, 5, 6, 7, 5))))
     assert copied_tokens(sample).tolist() == [False] * 6 + [False, True, True, True, False]
@@ -253,7 +258,7 @@ async def test_a_term_that_is_absent_has_no_norm(model_dir: Path) -> None:
 
 def stripped(sample: Sample, *roles: TokenRole) -> Sample:
     gone = torch.isin(sample.roles, torch.tensor(roles, dtype=torch.int8))
-    return replace(sample, roles=sample.roles.masked_fill(gone, CONTEXT), spans=())
+    return replace(sample, roles=sample.roles.masked_fill(gone, CONTEXT), sampled=sample.sampled & ~gone, spans=())
 
 
 @pytest.mark.parametrize("config", [BOTH, PLAIN, ObjectiveConfig(policy_coeff=0.0)])

@@ -31,8 +31,8 @@ HEADS: dict[str, Any] = dict(intermediate_size=24, num_attention_heads=2, num_ke
 def sample_of(length: int) -> Sample:
     ids = torch.arange(length)
     return Sample(
-        token_ids=ids, roles=torch.zeros(length, dtype=torch.int8), turns=ids.int(), sampling_logprobs=ids.float(),
-        advantage=0.0, has_reward=True,
+        token_ids=ids, roles=torch.zeros(length, dtype=torch.int8), turns=ids.int(), sampled=ids < 0,
+        sampling_logprobs=ids.float(), advantage=0.0, has_reward=True,
     )  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def step_of(engine: TorchEngine, samples: list[Sample], config: ObjectiveConfig)
 
 
 def wider(batch: Batch, columns: int) -> Batch:
-    names = ("token_ids_BT", "roles_BT", "turns_BT", "sampling_logprobs_BT", "world_scale_BT")
+    names = ("token_ids_BT", "roles_BT", "turns_BT", "sampled_BT", "sampling_logprobs_BT", "world_scale_BT")
     return replace(batch, **{name: torch.nn.functional.pad(getattr(batch, name), (0, columns)) for name in names})
 
 

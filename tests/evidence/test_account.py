@@ -54,7 +54,7 @@ EPISODE = Trajectory(
 LOGPROBS = [0.0, -9.0, -9.0, -0.5, -1.0, -9.0, -4.0, -1.0, -2.0, -3.0, -2.0, -6.0]
 UNSAMPLED = replace(
     EPISODE,
-    segments=tuple(replace(s, role=CONTEXT, logprobs=None) if s.role is ACTION else s for s in EPISODE.segments),
+    segments=tuple(replace(s, logprobs=None) if s.role is ACTION else s for s in EPISODE.segments),
 )
 
 
@@ -79,6 +79,13 @@ def test_text_without_logprobs_is_the_agents_all_the_same() -> None:
     assert (whole.nats, whole.cross_entropy("action")) == (None, None)
     assert account_of(UNSAMPLED, LOGPROBS).gap is None
     assert as_if_sampled(UNSAMPLED, LOGPROBS) == EPISODE
+
+
+def test_text_that_stands_first_in_a_turn_is_not_taken_for_an_action() -> None:
+    given = replace(EPISODE, segments=(*EPISODE.segments[:-2], Segment(CONTEXT, (11,), turn=1), EPISODE.segments[-1]))
+    account = account_of(given)
+    assert (account.whole.tokens["action"], account.whole.tokens["context"], account.num_turns) == (2, 2, 1)
+    assert as_if_sampled(given, LOGPROBS) == given
 
 
 def test_every_branch_has_a_first_token_that_does_not_count() -> None:

@@ -143,6 +143,16 @@ def test_a_failure_and_its_reason_are_kept() -> None:
     assert extra["failure"] == {"where": "score", "error": "VerifierError", "message": "no number"}
 
 
+def test_unsampled_actions_keep_their_tokens_and_have_no_logprobs() -> None:
+    scripted = replace(BY_HAND, segments=tuple(replace(s, logprobs=None) for s in BY_HAND.segments))
+    document = to_atif(scripted)
+    agent = [step for step in document["steps"] if step["source"] == "agent"]
+    assert [step["metrics"]["completion_token_ids"] for step in agent] == [[10, 11], [12]]
+    assert not any("llm_call_count" in step or "logprobs" in step["metrics"] for step in agent)
+    after = trajectory_from_atif(document, About(task_id="t"), Observations(role=ENV))
+    assert [s for s in after.segments if s.role is ACTION] == [s for s in scripted.segments if s.role is ACTION]
+
+
 def test_text_alone_is_steps_without_metrics() -> None:
     given_text = replace(BY_HAND, segments=(Segment(CONTEXT, (1, 2)),))
     steps = to_atif(given_text)["steps"]
@@ -153,8 +163,8 @@ def test_text_alone_is_steps_without_metrics() -> None:
 @pytest.mark.parametrize(
     ("messages", "what"),
     [
-        (BY_HAND.messages[:4], "has 2 sampled actions and 1 messages of the assistant"),
-        ((), "has 2 sampled actions and 0 messages of the assistant"),
+        (BY_HAND.messages[:4], "has 2 actions and 1 messages of the assistant"),
+        ((), "has 2 actions and 0 messages of the assistant"),
     ],
 )
 def test_actions_without_their_messages_are_refused(messages: tuple[Any, ...], what: str) -> None:

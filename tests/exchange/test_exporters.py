@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backtalk.exchange.detect import guess_format
 from typer.testing import CliRunner
 
 from backtalk.cli import app
 from backtalk.errors import DataError
+from backtalk.exchange.detect import guess_format
 from backtalk.exchange.read import import_record
 from backtalk.exchange.rfc010 import from_rfc010, to_rfc010
-from backtalk.exchange.write import agent_segments, to_episode_record, to_training_trace
+from backtalk.exchange.write import to_episode_record, to_training_trace
 from backtalk.messages import ToolCall
 from backtalk.run.log import read_trajectories, write_trajectories
 from backtalk.run.log.sources import read_episodes, rendered
@@ -67,11 +67,11 @@ BRANCHED = replace(
 # As a capture of a script: the first turn was sampled by nobody.
 SCRIPTED_FIRST = replace(
     SAMPLED,
-    segments=tuple(replace(s, role=CONTEXT, logprobs=None) if i == 2 else s for i, s in enumerate(SAMPLED.segments)),
+    segments=tuple(replace(s, logprobs=None) if i == 2 else s for i, s in enumerate(SAMPLED.segments)),
 )
 SCRIPTED = replace(
     SAMPLED,
-    segments=tuple(replace(s, role=CONTEXT, logprobs=None) if s.role is ACTION else s for s in SAMPLED.segments),
+    segments=tuple(replace(s, logprobs=None) if s.role is ACTION else s for s in SAMPLED.segments),
 )
 FAILED = replace(
     SAMPLED, reward=None, stop_reason=StopReason.FAILED, failure=Failure("step", "SandboxError", "it broke")
@@ -97,11 +97,20 @@ def read_back(record: dict[str, Any]) -> Trajectory:
     return import_record(record, "openenv")
 
 
-def test_what_the_agent_wrote_is_found_with_and_without_logprobs() -> None:
-    assert agent_segments(SAMPLED.segments) == agent_segments(SCRIPTED.segments) == {2, 7}
-    # A user's message after the first turn is given text too, but does not begin the turn.
-    later = (*SCRIPTED.segments[:7], Segment(CONTEXT, (9,), turn=0), *SCRIPTED.segments[7:])
-    assert agent_segments(later) == {2, 8}
+def test_what_the_agent_wrote_is_an_action_with_and_without_logprobs() -> None:
+    # Text that an observation carries is given, also where it stands first in a turn of its own.
+    given = replace(SCRIPTED, segments=(*SCRIPTED.segments[:3], Segment(CONTEXT, (9,), turn=7), *SCRIPTED.segments[3:]))
+    mask = [0, 0, 0, 1, 1, *[0] * 6, 1, 1, 0, 0, 0]
+    assert [int(x) for x in to_rfc010(given)["action_mask"]] == mask
+    assert [action["arguments"]["command"] for action in to_episode_record(
+        SCRIPTED, calls_of=lambda ids: [ToolCall("bash", {"command": str(list(ids))})]
+    )["tool_trace"]] == ["[30, 2]", "[31, 32]"]  # fmt: skip
+
+
+def test_an_unsampled_action_is_in_the_masks_of_a_training_trace_and_in_no_completion() -> None:
+    (turn,) = to_training_trace(SCRIPTED_FIRST)["turns"]
+    assert turn["completion_token_ids"] == [31, 32]
+    assert turn["metadata"]["backtalk"]["before"]["action_mask"] == [0, 0, 0, 1, 1, 0, 0, 0, 0, 0]
 
 
 def test_a_training_trace_has_the_sampled_ids_and_where_the_observations_are() -> None:
@@ -113,6 +122,7 @@ def test_a_training_trace_has_the_sampled_ids_and_where_the_observations_are() -
     assert second["loss_mask"] == [0] * 10 + [1, 1]
     assert first["metadata"]["observation"] == {
         "token_ids": [40, 50, 60, 61, 41],
+        "action_mask": [0, 0, 0, 0, 0],
         "obs_mask": [0, 0, 1, 1, 0],
         "warning_mask": [0, 1, 0, 0, 0],
     }

@@ -101,24 +101,22 @@ def test_an_observation_is_what_a_prompt_has_after_the_last_turn() -> None:
         (ENV, (5, 6), 0),
         (ACTION, (7,), 1),
     ]
-    assert trajectory.logprobs == (0.0, 0.0, -0.5, -0.25, 0.0, 0.0, -1.5)
+    assert trajectory.logprobs == (None, None, -0.5, -0.25, None, None, -1.5)
     assert trajectory.reward == 0.5
     assert dict(trajectory.stats) == {"num_turns": 2.0}
 
 
-def test_a_completion_without_logprobs_is_no_action() -> None:
+def test_a_completion_without_logprobs_is_unsampled() -> None:
     trajectory = trajectory_from_turns([Turn((1,), (3, 4))], ABOUT, ALL_ENV)
-    assert shape(trajectory) == [(CONTEXT, (1,), None), (CONTEXT, (3, 4), 0)]
-    assert trajectory.stats == {"num_turns": 1.0, "unsampled_turns": 1.0}
+    assert shape(trajectory) == [(CONTEXT, (1,), None), (ACTION, (3, 4), 0)]
+    assert (trajectory.num_unsampled_turns, trajectory.stats) == (1, {"num_turns": 1.0})
 
 
-def test_tokens_that_may_not_be_trained_are_context_of_their_turn() -> None:
+def test_tokens_that_may_not_be_trained_are_unsampled() -> None:
     turn = Turn((1,), (3, 4, 5), (-1.0, -2.0, -3.0), sampled=(True, False, True))
-    assert shape(trajectory_from_turns([turn], ABOUT, ALL_ENV))[1:] == [
-        (ACTION, (3,), 0),
-        (CONTEXT, (4,), 0),
-        (ACTION, (5,), 0),
-    ]
+    trajectory = trajectory_from_turns([turn], ABOUT, ALL_ENV)
+    assert shape(trajectory)[1:] == [(ACTION, (3,), 0), (ACTION, (4,), 0), (ACTION, (5,), 0)]
+    assert (trajectory.logprobs, trajectory.num_turns) == ((None, -1.0, None, -3.0), 1)
 
 
 def test_roles_are_never_guessed() -> None:
@@ -281,10 +279,11 @@ def test_messages_become_given_text_and_observations() -> None:
     )
     (observation,) = [s for s in trajectory.segments if s.role is ENV]
     assert (decode(observation.token_ids), observation.turn, observation.tool) == ("notes.txt", 0, "ls")
-    assert trajectory.count(ACTION) == 0
+    assert text_of_role(trajectory, ACTION).endswith("</tool_call><|im_end|>1<|im_end|>")
     assert text_of_role(trajectory, CONTEXT).endswith("Thanks.")
     assert (trajectory.task_id, trajectory.reward, trajectory.messages) == ("count", 1.0, tuple(CHAT))
-    assert trajectory.stats == {"num_turns": 2, "unsampled_turns": 2, "user_messages": 1, "dropped_reasonings": 1}
+    assert trajectory.stats == {"num_turns": 2, "user_messages": 1, "dropped_reasonings": 1}
+    assert trajectory.num_unsampled_turns == 2
 
 
 def test_a_template_that_rewrites_the_past_begins_a_branch() -> None:
@@ -448,6 +447,7 @@ def test_copied_steps_are_given_text() -> None:
     record["steps"][1]["is_copied_context"] = True
     trajectory = import_record(record, "atif", renderer_of)
     assert text_of_role(trajectory, ENV) == "$ done"
+    assert trajectory.num_turns == trajectory.stats["num_turns"] == 1  # a copied step is given text, not an action
 
 
 # ---------------------------------------------------------------- TRL
@@ -469,7 +469,7 @@ def test_trl_masks_become_turns() -> None:
         (ACTION, (7,), 1),
         (ENV, (8,), 1),
     ]
-    assert trajectory.logprobs == (0.0, 0.0, -0.5, -0.25, 0.0, 0.0, -1.5, 0.0)
+    assert trajectory.logprobs == (None, None, -0.5, -0.25, None, None, -1.5, None)
     with pytest.raises(DataError, match="completion_ids 7, tool_mask 6"):
         trajectory_from_trl({**row, "tool_mask": [1] * 6}, ABOUT, ALL_ENV)
     with pytest.raises(DataError, match="0 everywhere"):
@@ -597,7 +597,7 @@ def test_an_agent_world_model_episode_counts_as_published() -> None:
     trajectory = trajectory_from_chat(messages, ABOUT, Observations(renderer=renderer))
     calls = 6
     context = sum(len(s) for s in trajectory.segments if s.turn is None)
-    written = sum(len(s) for s in trajectory.segments if s.role is CONTEXT and s.turn is not None)
+    written = trajectory.count(ACTION)
     observed = trajectory.count(ENV)
     scaffold = sum(len(s) for s in trajectory.segments if s.role is TEMPLATE and s.turn is not None)
     assert context - 1 == 1304

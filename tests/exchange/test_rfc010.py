@@ -93,7 +93,8 @@ def trajectories(draw: st.DrawFn) -> Trajectory:
         turn = draw(st.integers(0, 3)) if role is ACTION else draw(st.none() | st.integers(0, 3))
         logprobs = None
         if role is ACTION:
-            logprobs = tuple(draw(st.floats(allow_nan=False, allow_infinity=False)) for _ in ids)
+            floats = st.floats(allow_nan=False, allow_infinity=False)
+            logprobs = draw(st.none() | st.tuples(*(floats for _ in ids)))
         branch += draw(st.integers(0, 1)) if segments else 0
         segments.append(Segment(role, ids, logprobs, turn, draw(st.none() | st.text(max_size=3)), branch))
     return Trajectory(task_id="t", sample_index=0, segments=tuple(segments))
@@ -116,11 +117,15 @@ def test_a_failure_is_kept() -> None:
     assert from_rfc010(to_rfc010(failed)).failure == failed.failure
 
 
-def test_actions_without_logprobs_are_given_text() -> None:
+def test_actions_without_logprobs_are_unsampled() -> None:
     record = {"input_ids": [1, 2], "action_mask": [0, 1], "obs_mask": [0, 0], "warning_mask": [0, 0]}
     (first, second) = from_rfc010(record).segments
     assert (first.role, first.turn) == (CONTEXT, None)
-    assert (second.role, second.turn, second.logprobs) == (CONTEXT, 0, None)
+    assert (second.role, second.turn, second.logprobs) == (ACTION, 0, None)
+    # Of one action, some tokens may have been sampled and others not.
+    record = {**record, "action_mask": [1, 1], "logprobs": [-0.5, None]}
+    segments = from_rfc010(record).segments
+    assert [(s.role, s.turn, s.logprobs) for s in segments] == [(ACTION, 0, (-0.5,)), (ACTION, 0, None)]
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,7 @@ def left_padded(batch: Batch, extra: int) -> Batch:
         "token_ids_BT": 0,
         "roles_BT": int(CONTEXT),
         "turns_BT": -1,
+        "sampled_BT": 0,
         "sampling_logprobs_BT": 0,
         "world_scale_BT": 0,
     }

@@ -35,6 +35,7 @@ def make_sample(roles: list[int], seed: int, *, advantage: float = 0.0, has_rewa
         token_ids=torch.tensor([noise.randrange(100) for _ in roles]),
         roles=torch.tensor(roles, dtype=torch.int8),
         turns=torch.tensor([-1 if t < first else 0 for t in range(len(roles))], dtype=torch.int32),
+        sampled=torch.tensor([role == ACTION for role in roles]),
         sampling_logprobs=torch.tensor([-noise.random() * 3 if role == ACTION else 0.0 for role in roles]),
         advantage=advantage,
         has_reward=has_reward,

@@ -98,6 +98,7 @@ def sample(advantage: float = 1.0, *, sampled: float = -1.0, temperature: float 
         token_ids=torch.arange(7),
         roles=torch.tensor(roles, dtype=torch.int8),
         turns=torch.tensor([-1, 0, 0, 0, 0, 0, 0], dtype=torch.int32),
+        sampled=torch.tensor([role == ACTION for role in roles]),
         sampling_logprobs=torch.tensor([sampled if role == ACTION else 0.0 for role in roles]),
         advantage=advantage,
         has_reward=True,

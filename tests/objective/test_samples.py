@@ -17,12 +17,14 @@ from backtalk.objective.samples import (
     TokenCounts,
     build_samples,
     collate,
-    is_action,
     is_observation,
     is_target,
+    measured_tokens,
     micro_batches,
+    policy_tokens,
     roles_from_masks,
     to_samples,
+    token_temperatures,
 )
 from backtalk.run.evaluate import row_metrics
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
@@ -153,7 +155,7 @@ def test_padding_is_context_and_nothing_selects_it() -> None:
     assert batch.lengths_B.tolist() == [10, 2]
     padding_BT = torch.arange(10) >= batch.lengths_B[:, None]
     for selected_BT in (
-        is_action(batch.roles_BT),
+        batch.sampled_BT,
         is_observation(batch.roles_BT),
         is_target(batch.roles_BT, batch.turns_BT, "full_observation"),
     ):
@@ -201,5 +203,30 @@ def test_fields_of_a_sample_have_one_length() -> None:
     with pytest.raises(ValueError, match="3 tokens has 2 roles"):
         Sample(
             token_ids=sample.token_ids, roles=sample.roles[:2], turns=sample.turns,
-            sampling_logprobs=sample.sampling_logprobs, advantage=0.0, has_reward=True,
+            sampled=sample.sampled, sampling_logprobs=sample.sampling_logprobs, advantage=0.0, has_reward=True,
         )  # fmt: skip
+    with pytest.raises(ValueError, match="no ACTION is marked as sampled"):
+        replace(sample, sampled=~sample.sampled)
+
+
+def test_only_sampled_actions_reach_the_policy_term() -> None:
+    scripted = Segment(ACTION, (20, 21, 22), turn=1)
+    row = replace(trajectory(0, 1.0), segments=(*trajectory().segments, scripted))
+    (sample,) = to_samples(row, advantage=1.0, temperature=0.8)
+    assert sample.roles.tolist() == [0, 0, 1, 2, 2, 1, 3, 3, 3, 4, 2, 2, 2]
+    assert sample.sampled.tolist() == [False] * 3 + [True] * 2 + [False] * 8
+    assert sample.counts("env_only").actions == 2
+    counts = TokenCounts.of([sample])
+    assert (counts.action_tokens, counts.policy_tokens) == (2, 2)
+    batch = collate([sample, of_length(20)], pad_token_id=0)
+    assert batch.sampled_BT.sum() == policy_tokens(batch).sum() == 2
+    assert token_temperatures(batch, ObjectiveConfig())[0].tolist() == pytest.approx([1] * 3 + [0.8] * 2 + [1] * 15)
+    assert not measured_tokens(batch, ObjectiveConfig())[0, 10:].any()
+    # At ratio 1 the surrogate is -advantage, over the two sampled tokens: 1 / (1 row * |A| = 2) each, and 0 elsewhere.
+    config = ObjectiveConfig(world_model_coeff=0.0)
+    for normalizer in ("sequence_mean", "token_mean"):
+        batch = collate([sample], pad_token_id=0)
+        logprobs_BT = batch.sampling_logprobs_BT.clone().requires_grad_()
+        total, _ = objective(logprobs_BT, batch, counts, replace(config, policy_normalizer=normalizer))
+        (gradient_BT,) = torch.autograd.grad(total, logprobs_BT)
+        assert gradient_BT.tolist() == [[0, 0, 0, -0.5, -0.5, *[0] * 8]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from backtalk.errors import ConfigError
@@ -119,6 +121,11 @@ def test_paw_keeps_the_turns_of_highest_entropy() -> None:
     assert uncertain_turns(attempts, 0.75) == [{1}, {0, 1}]  # the turn of 1 nat goes
     assert uncertain_turns(attempts, 0.5) == [{1}, {0}]
     assert uncertain_turns(attempts, 0.01) == [{1}, set()]  # never none at all
+    scripted = replace(attempts.trajectories[0], segments=tuple(
+        replace(s, logprobs=None) if s.logprobs and s.turn == 0 else s for s in attempts.trajectories[0].segments
+    ))  # fmt: skip
+    assert uncertain_turns(group(scripted, attempts.trajectories[1]), 0.67) == [{1}, {0, 1}]  # ceil(0.67 * 3)
+    assert uncertain_turns(group(scripted, attempts.trajectories[1]), 0.66) == [{1}, {0}]
     config = ObjectiveConfig(world=WorldOptions(entropy_share=0.75))
     first, second = build_samples(attempts, config)
     assert first.targets("env_only").int().tolist() == [0] * 11 + [1, 1, 1, 0]

@@ -16,9 +16,9 @@ async def test_replies_come_in_order_and_the_last_one_repeats() -> None:
     async with sampler.session("x") as session:
         said = [await session.sample([1, 2, 3]) for _ in range(3)]
     assert said == [
-        Completion((97, 0), (0.0, 0.0), True),
-        Completion((98, 99, 0), (0.0, 0.0, 0.0), True),
-        Completion((98, 99, 0), (0.0, 0.0, 0.0), True),
+        Completion((97, 0), None, True),
+        Completion((98, 99, 0), None, True),
+        Completion((98, 99, 0), None, True),
     ]
 
 
@@ -34,9 +34,9 @@ async def test_every_session_starts_anew_and_its_key_may_choose() -> None:
     ("limit", "expected", "stopped"), [(3, (97, 98, 0), True), (2, (97, 98), False), (0, (), False)]
 )
 async def test_a_limit_cuts(limit: int, expected: tuple[int, ...], stopped: bool) -> None:
-    async with ScriptedSampler(["ab"], encode).session("x") as session:
+    async with ScriptedSampler(["ab"], encode, logprob=-0.5).session("x") as session:
         completion = await session.sample([], max_tokens=limit)
-    assert completion == Completion(expected, (0.0,) * len(expected), stopped)
+    assert completion == Completion(expected, (-0.5,) * len(expected), stopped)
 
 
 def test_nothing_to_say_is_refused() -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from backtalk.errors import DataError
 from backtalk.files import append_line, read_lines, write_bytes
-from backtalk.run.log import RunLog, group_trajectories, read_trajectories, write_trajectories
+from backtalk.run.log import RunLog, group_trajectories, read_trajectories, trajectory_to_dict, write_trajectories
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -38,8 +38,8 @@ def segments(draw: st.DrawFn) -> Segment:
     token_ids = draw(TOKENS)
     tool = draw(st.none() | st.text())
     if role is TokenRole.ACTION:
-        logprobs = draw(st.lists(FINITE, min_size=len(token_ids), max_size=len(token_ids)))
-        return Segment(role, token_ids, tuple(logprobs), draw(st.integers(0, 99)), tool)
+        logprobs = draw(st.none() | st.lists(FINITE, min_size=len(token_ids), max_size=len(token_ids)).map(tuple))
+        return Segment(role, token_ids, logprobs, draw(st.integers(0, 99)), tool)
     return Segment(role, token_ids, None, draw(st.none() | st.integers(0, 99)), tool)
 
 
@@ -96,7 +96,8 @@ def test_parquet_has_one_row_a_trajectory_with_roles_and_logprobs_beside_the_tok
     assert row["token_ids"] == [1, 2, 3, 4, 5, 6]
     assert row["roles"] == [0, 0, 0, 2, 2, 3]
     assert row["logprobs"] == [None, None, None, -0.1, -1.5, None]
-    assert row["segments"][2] == {"role": "ENV_OUTPUT", "length": 1, "turn": 0, "tool": "bash", "branch": 0}
+    said = {"role": "ENV_OUTPUT", "length": 1, "sampled": False, "turn": 0, "tool": "bash", "branch": 0}
+    assert row["segments"][2] == said
 
 
 def test_branches_are_kept_and_files_of_version_1_are_of_one(tmp_path: Path) -> None:
@@ -116,15 +117,28 @@ def test_branches_are_kept_and_files_of_version_1_are_of_one(tmp_path: Path) -> 
     assert len(recorded) > 1 and {len(t.branches) for t in recorded} == {1}
 
 
+def test_before_version_3_every_action_was_sampled(tmp_path: Path) -> None:
+    lines = [trajectory_to_dict(one()), trajectory_to_dict(one(sample_index=1))]
+    for line in lines:
+        for part in line["segments"]:
+            del part["sampled"]
+    (tmp_path / "old.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    assert read_trajectories(tmp_path / "old.jsonl") == [one()]
+    lines[1]["logprobs"] = [None] * 6
+    (tmp_path / "lost.jsonl").write_text(json.dumps(lines[1]) + "\n")
+    with pytest.raises(DataError, match="not a trajectory"):
+        read_trajectories(tmp_path / "lost.jsonl")
+
+
 def test_a_file_of_a_later_version_is_refused(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
     write_trajectories(tmp_path / "rows.parquet", [one()])
     table = pq.read_table(tmp_path / "rows.parquet")
-    assert table.schema.metadata[b"backtalk_trajectories"] == b"2"
-    later = table.replace_schema_metadata({b"backtalk_trajectories": b"3"})
+    assert table.schema.metadata[b"backtalk_trajectories"] == b"3"
+    later = table.replace_schema_metadata({b"backtalk_trajectories": b"4"})
     pq.write_table(later, tmp_path / "later.parquet")
-    with pytest.raises(DataError, match="version '3' of the trajectory format, and this backtalk reads 1 to 2"):
+    with pytest.raises(DataError, match="version '4' of the trajectory format, and this backtalk reads 1 to 3"):
         read_trajectories(tmp_path / "later.parquet")
 
 

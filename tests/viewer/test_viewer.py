@@ -76,6 +76,7 @@ AGAIN = (  # a history written anew, and a turn in it
     Segment(TokenRole.CONTEXT, encode("count the lines, ls"), branch=1),
     Segment(TokenRole.ACTION, (3, 4), (-0.5, -0.25), 1, branch=1),
     Segment(TokenRole.ENV_OUTPUT, encode("total 3"), None, 1, "bash", 1),
+    Segment(TokenRole.ACTION, (5, 6, 7), None, 2, branch=1),  # which nobody sampled
 )
 
 

@@ -28,10 +28,9 @@ async def capture_episode(
 ) -> Trajectory:
     """One episode, as ``run_rollout`` records it.
 
-    An action that was not sampled as the ids it has here (a script's, a person's, a text tokenised anew) is CONTEXT
-    of its turn, as in imported trajectories, so that nobody trains the policy term on it; ``stats["unsampled_turns"]``
-    counts them. Where the author left, the episode ends as ``max_turns`` and has no reward. Nothing is tried again:
-    an author has heard the beginning.
+    An action that was not sampled as the ids it has here (a script's, a person's, a text tokenised anew) has no
+    logprobs, as in imported trajectories, so that nobody trains the policy term on it. Where the author left, the
+    episode ends as ``max_turns`` and has no reward. Nothing is tried again: an author has heard the beginning.
     """
     limits = replace(limits, max_retries=0)
     stage = _Stage(author, renderer, limits.max_tokens_per_turn)
@@ -44,17 +43,9 @@ async def capture_episode(
         sample_index=sample_index,
         key=f"capture/{sample_index}",
     )
-    if trajectory.failure is not None and trajectory.failure.error == Left.__name__:
-        trajectory = replace(trajectory, stop_reason=StopReason.MAX_TURNS, failure=None)
-    segments = tuple(
-        replace(segment, role=TokenRole.CONTEXT, logprobs=None)
-        if segment.role is TokenRole.ACTION and segment.turn not in stage.sampled
-        else segment
-        for segment in trajectory.segments
-    )
-    unsampled = sum(before is not after for before, after in zip(trajectory.segments, segments, strict=True))
-    stats = {**trajectory.stats, **({"unsampled_turns": float(unsampled)} if unsampled else {})}
-    return replace(trajectory, segments=segments, stats=stats)
+    if stage.author_left and trajectory.failure is not None:
+        return replace(trajectory, stop_reason=StopReason.MAX_TURNS, failure=None)
+    return trajectory
 
 
 @dataclass(slots=True)
@@ -66,8 +57,7 @@ class _Stage:
     max_tokens: int
     tools: tuple[ToolSpec, ...] = ()
     said: list[Message] = field(default_factory=list)  # since the last reply
-    turn: int = 0
-    sampled: set[int] = field(default_factory=set)  # turns whose ids and logprobs are a model's own
+    author_left: bool = False
     policy_version: int = 0
 
     def watching(self, open_env: EnvFactory) -> EnvFactory:
@@ -93,11 +83,12 @@ class _Stage:
             stop_token_ids=renderer.stop_token_ids,
             max_tokens=room,
         )
-        reply = await self.author.reply(seen)
+        try:
+            reply = await self.author.reply(seen)
+        except Left:
+            self.author_left = True
+            raise
         completion = reply.sampled or _written(reply, renderer, room)
-        if reply.sampled is not None:
-            self.sampled.add(self.turn)
-        self.turn += 1
         action = renderer.parse_action(completion.token_ids, completion.stopped)
         told = action.error or action.notice  # what the rollout answers itself; the environment never hears of it
         self.said += [Message("tool", (Part(told, TokenRole.WARNING),))] if told else []
@@ -105,10 +96,10 @@ class _Stage:
 
 
 def _written(reply: Reply, renderer: Renderer, room: int) -> Completion:
-    """A reply in the renderer's own tokens, with no logprobs worth the name."""
+    """A reply in the renderer's own tokens, which nobody sampled."""
     ids = renderer.encode_text(reply.text) if reply.call is None else renderer.encode_action(reply.call, reply.text)
     kept = ids[:-1][:room] if reply.cut else ids[:room]
-    return Completion(kept, (0.0,) * len(kept), stopped=not reply.cut and len(kept) == len(ids))
+    return Completion(kept, None, stopped=not reply.cut and len(kept) == len(ids))
 
 
 class _Watched:

@@ -242,8 +242,7 @@ async def _play(
 def _summary(trajectory: Trajectory) -> str:
     from backtalk.trajectory import TokenRole
 
-    turns, unsampled = (int(trajectory.stats.get(name, 0)) for name in ("num_turns", "unsampled_turns"))
-    turns = max(turns, unsampled)
+    turns, unsampled = trajectory.num_turns, trajectory.num_unsampled_turns
     failure = trajectory.failure
     ending = (
         f"failed at {failure.where}: {failure.error}: {failure.message}" if failure else trajectory.stop_reason.value

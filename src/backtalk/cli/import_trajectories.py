@@ -212,10 +212,9 @@ def _notes(imported: Imported, options: ImportOptions) -> list[str]:
     """What was decided about the records that a person should know of."""
     total = imported.total
     notes = []
-    if total("unsampled_turns"):
-        notes.append(
-            f"{total('unsampled_turns'):,} turns have no logprobs: their text is CONTEXT and never trained as an action"
-        )
+    unsampled = sum(trajectory.num_unsampled_turns for trajectory in imported.trajectories)
+    if unsampled:
+        notes.append(f"{unsampled:,} turns have no logprobs: unsampled actions, which no policy term trains")
     if total("user_messages") and options.user_role.name == "CONTEXT":
         notes.append(
             f"{total('user_messages'):,} user messages after a first turn are CONTEXT; if the environment speaks "

@@ -16,7 +16,7 @@ from backtalk.engines.copied import copied_tokens
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.forms import kl_to_reference, sequence_ratio
 from backtalk.objective.loss import policy_weights, world_weights
-from backtalk.objective.samples import Batch, Sample, TokenCounts, collate, is_action, policy_tokens, target_tokens
+from backtalk.objective.samples import Batch, Sample, TokenCounts, collate, policy_tokens, target_tokens
 from backtalk.trajectory import TokenRole
 
 SHARES = ("context", "template", "action", "env_output", "warning")
@@ -130,7 +130,7 @@ def _of_tool(samples: Sequence[Sample], tool: str) -> Tensor:
 def _policy(
     logprobs_BT: Tensor, reference_BT: Tensor | None, batch: Batch, config: ObjectiveConfig
 ) -> dict[str, float]:
-    trained_BT, action_BT = policy_tokens(batch), is_action(batch.roles_BT)
+    trained_BT, action_BT = policy_tokens(batch), batch.sampled_BT
     gap_BT = logprobs_BT - batch.sampling_logprobs_BT
     log_ratio_BT = gap_BT.masked_fill(~trained_BT, 0.0)
     if config.policy.loss == "gspo":
@@ -156,8 +156,8 @@ def _balance(gradients_BT: Tensor, batch: Batch, counts: TokenCounts, config: Ob
     w_BT = world_weights(batch, counts, config, torch.float64)
     policy_weight = config.policy_coeff * _mean(p_BT, policy_tokens(batch))
     world_weight = config.world_coeff * _mean(w_BT, target_tokens(batch, config))
-    action_BT, pull_BT = is_action(batch.roles_BT), gradients_BT.abs()
-    policy_pull, pull = float(pull_BT[action_BT].sum()), float(pull_BT.sum())
+    pull_BT = gradients_BT.abs()
+    policy_pull, pull = float(pull_BT[batch.sampled_BT].sum()), float(pull_BT.sum())
     return {
         "effective_obs_weight": world_weight / policy_weight if policy_weight else math.nan,
         "world_pull_share": 1 - policy_pull / pull if pull else math.nan,

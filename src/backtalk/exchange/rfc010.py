@@ -37,7 +37,8 @@ def to_rfc010(trajectory: Trajectory, world_loss_target: Rfc010Target = "env_onl
     """A trajectory as JSON-ready data, every column with one entry a token.
 
     ``obs_mask`` is what the world term learns: environment output, and with ``world_loss_target`` "all" the harness's
-    warnings too. ``logprobs`` are the sampler's in nats, None where a token was not sampled.
+    warnings too. ``action_mask`` is all that the agent wrote; ``logprobs`` are the sampler's in nats, None where a
+    token was not sampled.
 
     Raises:
         DataError: an unknown ``world_loss_target``.
@@ -52,7 +53,7 @@ def to_rfc010(trajectory: Trajectory, world_loss_target: Rfc010Target = "env_onl
         "action_mask": [role is TokenRole.ACTION for role in roles],
         "obs_mask": [role in learned for role in roles],
         "warning_mask": [role is TokenRole.WARNING for role in roles],
-        "logprobs": [x for s in trajectory.segments for x in (s.logprobs or (None,) * len(s))],
+        "logprobs": list(trajectory.logprobs),
         "world_loss_target": world_loss_target,
         "reward": trajectory.reward,
         "messages": [dict(message) for message in trajectory.messages],
@@ -63,10 +64,7 @@ def to_rfc010(trajectory: Trajectory, world_loss_target: Rfc010Target = "env_onl
             "stop_reason": trajectory.stop_reason.value,
             "failure": failure and {"where": failure.where, "error": failure.error, "message": failure.message},
             "stats": dict(trajectory.stats),
-            "segments": [
-                {"role": s.role.name, "length": len(s), "turn": s.turn, "tool": s.tool, "branch": s.branch}
-                for s in trajectory.segments
-            ],
+            "segments": [segment.to_dict() for segment in trajectory.segments],
         },
     }
 
@@ -75,7 +73,7 @@ def from_rfc010(record: Mapping[str, Any], *, task_id: str = "", sample_index: i
     """The trajectory of a record with ``action_mask``, ``obs_mask`` and ``warning_mask``; ``input_ids`` will do too.
 
     ``task_id`` and ``sample_index`` are for records without metadata. Actions without ``logprobs``, which the RFC
-    does not ask for, become CONTEXT of their turn: without them there is no ratio, so the policy term cannot use them.
+    does not ask for, are unsampled: without them there is no ratio, so the policy term cannot use them.
 
     Raises:
         DataError: columns of different lengths, masks that overlap, roles that contradict them, a logprob that is
@@ -166,7 +164,7 @@ def _segments(
     if logprobs is not None and len(logprobs) != len(ids):
         raise DataError(f"logprobs has {len(logprobs)} entries for {len(ids)} tokens; one a token is needed")
     start = 0
-    for part in _runs(roles) if kept is None else kept:
+    for part in _runs(roles, logprobs) if kept is None else kept:
         end = start + int(part["length"])
         role = (
             TokenRole[part["role"]]
@@ -178,9 +176,8 @@ def _segments(
         if end > len(ids) or {ROLE_NAMES[one] for one in roles[start:end]} - {ROLE_NAMES[role]}:
             raise DataError(f"metadata.segments does not fit the masks at tokens {start} to {end}; leave it out")
         sampled = None
-        if role is TokenRole.ACTION and logprobs is not None:
+        if role is TokenRole.ACTION and logprobs is not None and part.get("sampled", True):
             sampled = tuple(_finite(logprobs[t], t) for t in range(start, end))
-        role = TokenRole.CONTEXT if role is TokenRole.ACTION and sampled is None else role
         turn, tool = part.get("turn"), part.get("tool")
         turn, tool = None if turn is None else int(turn), None if tool is None else str(tool)
         yield Segment(role, ids[start:end], sampled, turn, tool, int(part.get("branch", 0)))
@@ -189,16 +186,19 @@ def _segments(
         raise DataError(f"metadata.segments covers {start} of {len(ids)} tokens; leave it out")
 
 
-def _runs(roles: Sequence[TokenRole]) -> Iterator[dict[str, Any]]:
-    """Segments where nothing says what they were: each run of one role, a turn from each action on."""
+def _runs(roles: Sequence[TokenRole], logprobs: Sequence[float | None] | None) -> Iterator[dict[str, Any]]:
+    """Segments where nothing says what they were: each run of one role, sampled or not; a turn from each action on."""
     turn: int | None = None
-    for role, run in groupby(roles):
-        if role is TokenRole.ACTION:
+    before: TokenRole | None = None
+    known = [x is not None for x in logprobs or [None] * len(roles)]
+    for (role, sampled), run in groupby(zip(roles, known, strict=True)):
+        if role is TokenRole.ACTION and before is not role:
             turn = 0 if turn is None else turn + 1
-        yield {"length": len(list(run)), "turn": turn}
+        before = role
+        yield {"length": len(list(run)), "turn": turn, "sampled": sampled}
 
 
 def _finite(logprob: float | None, t: int) -> float:
     if logprob is None or not math.isfinite(logprob):
-        raise DataError(f"logprobs[{t}] is {logprob}, but action_mask says that token was sampled")
+        raise DataError(f"logprobs[{t}] is {logprob}, but its segment says that it was sampled")
     return float(logprob)

@@ -4,9 +4,9 @@
     world  = sum_t w_t * -logp_t
     total  = policy_coeff * policy + world_model_coeff * world
 
-over action tokens (p_t > 0) and target tokens (w_t > 0). The weights hold every denominator, and every
-denominator comes from one row or from the ``TokenCounts`` of the whole optimizer step: B rows, A_i action
-tokens of row i, O_i its observation tokens (environment output + warnings), O'_i its target tokens, L =
+over sampled action tokens (p_t > 0) and target tokens (w_t > 0). The weights hold every denominator, and every
+denominator comes from one row or from the ``TokenCounts`` of the whole optimizer step: B rows, A_i sampled
+action tokens of row i, O_i its observation tokens (environment output + warnings), O'_i its target tokens, L =
 ``max_seq_len``. So losses of micro-batches add up to the loss of the step.
 
     normalizer                p_t             w_t / s_t
@@ -33,7 +33,6 @@ from backtalk.objective.forms import importance_weights, kl_to_reference, policy
 from backtalk.objective.samples import (
     Batch,
     TokenCounts,
-    is_action,
     is_observation,
     is_scaffold,
     is_target,
@@ -73,9 +72,8 @@ def token_weights(
 
 
 def policy_weights(batch: Batch, counts: TokenCounts, config: ObjectiveConfig, dtype: torch.dtype) -> Tensor:
-    """p_t: weight of every action token of rows that have a reward, 0 elsewhere; [B, T]."""
-    action_BT = is_action(batch.roles_BT)
-    row_actions_B = action_BT.sum(-1) + batch.actions_elsewhere_B
+    """p_t: weight of every sampled action token of rows that have a reward, 0 elsewhere; [B, T]."""
+    row_actions_B = batch.sampled_BT.sum(-1) + batch.actions_elsewhere_B
     return token_weights(
         policy_tokens(batch),
         row_actions_B,

@@ -38,7 +38,7 @@ class Span:
 class RowCounts:
     """Numbers of tokens that means over a row divide by."""
 
-    actions: int = 0  # A
+    actions: int = 0  # A: sampled actions
     observations: int = 0  # O: environment output and warnings
     scaffold: int = 0  # template tokens after an action
     targets: int = 0  # O': those of the observations that the world-model term learns
@@ -62,6 +62,7 @@ class Sample:
     token_ids: Tensor  # int64
     roles: Tensor  # int8, TokenRole values
     turns: Tensor  # int32, -1 before the first action
+    sampled: Tensor  # bool, actions with known logprobs: the only tokens that the policy term reads
     sampling_logprobs: Tensor  # float32 nats, 0 where the token was not sampled
     advantage: float
     has_reward: bool
@@ -79,12 +80,14 @@ class Sample:
     def __post_init__(self) -> None:
         n = len(self.token_ids)
         scales = n if self.world_scale is None else len(self.world_scale)
-        lengths = (len(self.roles), len(self.turns), len(self.sampling_logprobs), scales)
-        if lengths != (n,) * 4:
+        lengths = (len(self.roles), len(self.turns), len(self.sampled), len(self.sampling_logprobs), scales)
+        if lengths != (n,) * 5:
             raise ValueError(
-                f"sample of {n} tokens has {lengths[0]} roles, {lengths[1]} turns, {lengths[2]} logprobs and "
-                f"{lengths[3]} world scales; every field needs one entry a token"
+                f"sample of {n} tokens has {lengths[0]} roles, {lengths[1]} turns, {lengths[2]} marks of sampled, "
+                f"{lengths[3]} logprobs and {lengths[4]} world scales; every field needs one entry a token"
             )
+        if (self.sampled & (self.roles != TokenRole.ACTION)).any():
+            raise ValueError("a token that is no ACTION is marked as sampled; only actions are")
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -97,7 +100,7 @@ class Sample:
     def counts(self, target: WorldLossTarget) -> RowCounts:
         """Of this sample's own tokens."""
         return RowCounts(
-            actions=int(is_action(self.roles).sum()),
+            actions=int(self.sampled.sum()),
             observations=int(is_observation(self.roles).sum()),
             scaffold=int(is_scaffold(self.roles, self.turns).sum()),
             targets=int(self.targets(target).sum()),
@@ -182,6 +185,7 @@ def _branch_sample(
         token_ids=column((token for s in segments for token in s.token_ids), torch.int64),
         roles=column((s.role for s in spans for _ in range(s.start, s.end)), torch.int8),
         turns=column((-1 if s.turn is None else s.turn for s in spans for _ in range(s.start, s.end)), torch.int32),
+        sampled=column((s.is_sampled for s in segments for _ in s.token_ids), torch.bool),
         sampling_logprobs=column((x for s in segments for x in (s.logprobs or (0.0,) * len(s))), torch.float32),
         advantage=advantage,
         has_reward=trajectory.reward is not None,
@@ -192,11 +196,6 @@ def _branch_sample(
         sample_index=trajectory.sample_index,
         policy_version=trajectory.policy_version,
     )
-
-
-def is_action(roles: Tensor) -> Tensor:
-    """Which tokens the policy sampled; bool, shape of ``roles``."""
-    return roles == TokenRole.ACTION
 
 
 def is_observation(roles: Tensor) -> Tensor:
@@ -255,7 +254,7 @@ class TokenCounts:
 
     sequences: int  # rows, whatever their number of branches
     rewarded_sequences: int
-    action_tokens: int
+    action_tokens: int  # sampled ones
     policy_tokens: int  # action tokens of rows that have a reward
     env_output_tokens: int
     warning_tokens: int
@@ -265,14 +264,15 @@ class TokenCounts:
     def of(cls, samples: Sequence[Sample], target: WorldLossTarget = "env_only") -> TokenCounts:
         """Count the rows and tokens of a whole optimizer step."""
 
-        def count(role: TokenRole, *, rewarded_only: bool = False) -> int:
-            return sum(int((s.roles == role).sum()) for s in samples if s.has_reward or not rewarded_only)
+        def count(role: TokenRole) -> int:
+            return sum(int((s.roles == role).sum()) for s in samples)
 
+        actions = [int(sample.sampled.sum()) for sample in samples]
         return cls(
             sequences=sum(sample.branch == 0 for sample in samples),
             rewarded_sequences=sum(sample.branch == 0 and sample.has_reward for sample in samples),
-            action_tokens=count(TokenRole.ACTION),
-            policy_tokens=count(TokenRole.ACTION, rewarded_only=True),
+            action_tokens=sum(actions),
+            policy_tokens=sum(n for n, sample in zip(actions, samples, strict=True) if sample.has_reward),
             env_output_tokens=count(TokenRole.ENV_OUTPUT),
             warning_tokens=count(TokenRole.WARNING),
             target_tokens=sum(int(sample.targets(target).sum()) for sample in samples),
@@ -293,6 +293,7 @@ class Batch:
     token_ids_BT: Tensor  # int64
     roles_BT: Tensor  # int8
     turns_BT: Tensor  # int32
+    sampled_BT: Tensor  # bool, sampled actions: the only ones that the policy term reads
     sampling_logprobs_BT: Tensor  # float32 nats
     world_scale_BT: Tensor  # float32
     advantages_B: Tensor  # float32
@@ -323,6 +324,7 @@ def collate(samples: Sequence[Sample], pad_token_id: int) -> Batch:
         token_ids_BT=pad((s.token_ids for s in samples), pad_token_id),
         roles_BT=pad((s.roles for s in samples), TokenRole.CONTEXT),
         turns_BT=pad((s.turns for s in samples), -1),
+        sampled_BT=pad((s.sampled for s in samples), 0),
         sampling_logprobs_BT=pad((s.sampling_logprobs for s in samples), 0),
         world_scale_BT=pad((torch.ones(len(s)) if s.world_scale is None else s.world_scale for s in samples), 0),
         advantages_B=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
@@ -337,8 +339,8 @@ def collate(samples: Sequence[Sample], pad_token_id: int) -> Batch:
 
 
 def policy_tokens(batch: Batch) -> Tensor:
-    """Tokens of the policy term: actions of rows that have a reward; bool [B, T]."""
-    return is_action(batch.roles_BT) & batch.has_reward_B[:, None]
+    """Tokens of the policy term: sampled actions of rows that have a reward; bool [B, T]."""
+    return batch.sampled_BT & batch.has_reward_B[:, None]
 
 
 def target_tokens(batch: Batch, config: ObjectiveConfig) -> Tensor:
@@ -359,12 +361,12 @@ def trained_tokens(batch: Batch, config: ObjectiveConfig) -> Tensor:
 def measured_tokens(batch: Batch, config: ObjectiveConfig) -> Tensor:
     """Tokens whose log-probability is asked for, trained or only reported; bool [B, T]."""
     target_BT = is_target(batch.roles_BT, batch.turns_BT, config.world_loss_target)
-    return is_action(batch.roles_BT) | is_observation(batch.roles_BT) | target_BT
+    return batch.sampled_BT | is_observation(batch.roles_BT) | target_BT
 
 
 def token_temperatures(batch: Batch, config: ObjectiveConfig) -> Tensor:
     """What logits are divided by: actions by their sampling temperature, the rest by 1 unless tempered; [B, T]."""
-    sampled_BT = is_action(batch.roles_BT)
+    sampled_BT = batch.sampled_BT
     if config.world.temperature == "sampling":
         sampled_BT = torch.ones_like(sampled_BT)
     return torch.where(sampled_BT, batch.temperatures_B[:, None], 1.0)

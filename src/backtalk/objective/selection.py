@@ -7,7 +7,7 @@ a run folder can work out the same numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from backtalk.errors import ConfigError
 from backtalk.objective.config import TARGET_ROLES, ObjectiveConfig, WorldOptions
@@ -99,18 +99,26 @@ def return_balance(rewards: Sequence[float | None]) -> float:
 def uncertain_turns(group: TrajectoryGroup, share: float) -> list[frozenset[int]] | None:
     """The turns of each rollout that are among the ``share`` of the group's turns with the highest action entropy.
 
-    Entropy is estimated by the mean of -logprob over a turn's action tokens, in nats. None where all are kept.
+    Entropy is estimated by the mean of -logprob over a turn's sampled tokens, in nats; a turn without any has none, and
+    is not among them. None where all are kept.
     """
     if share >= 1:
         return None
     entropies = sorted(
         (
-            (-math.fsum(s.logprobs or ()) / max(len(s), 1), i, s.turn)
+            (-math.fsum(x for s in sampled for x in s.logprobs or ()) / max(sum(map(len, sampled)), 1), i, turn)
             for i, trajectory in enumerate(group)
-            for s in trajectory.segments
-            if s.role is TokenRole.ACTION
+            for turn, sampled in _sampled_turns(trajectory)
         ),
-        key=lambda turn: (-turn[0], turn[1:]),
+        key=lambda found: (-found[0], found[1:]),
     )
     kept = entropies[: math.ceil(share * len(entropies) - 1e-9)]
-    return [frozenset(turn for _, k, turn in kept if k == i and turn is not None) for i in range(len(group))]
+    return [frozenset(turn for _, k, turn in kept if k == i) for i in range(len(group))]
+
+
+def _sampled_turns(trajectory: Trajectory) -> Iterator[tuple[int, list[Segment]]]:
+    """Each turn of which something was sampled, with that."""
+    for action in trajectory.actions:
+        sampled = [segment for segment in action if segment.is_sampled]
+        if sampled:
+            yield sampled[0].turn or 0, sampled

@@ -69,7 +69,7 @@ class Record:
         return dropped
 
     def act(self, completion: Completion, action: ParsedAction, turn: int) -> None:
-        """Append what the policy sampled, unchanged."""
+        """Append an action, unchanged."""
         self.add([Segment(TokenRole.ACTION, completion.token_ids, completion.logprobs, turn=turn)])
         self.conversation.append(completion.token_ids)
         self.messages.append({"role": "assistant", "content": action.text})

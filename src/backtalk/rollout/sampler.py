@@ -24,13 +24,14 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the policy sampled: ids and, for each, its log-probability in nats at the sampling temperature.
+    """An action: ids and, for each, its log-probability in nats at the sampling temperature.
 
-    The stop token is part of it; ``stopped`` is False where the token limit cut it.
+    ``logprobs`` is None where no policy sampled it (see ``Segment``). The stop token is part of it; ``stopped`` is
+    False where the token limit cut it.
     """
 
     token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    logprobs: tuple[float, ...] | None
     stopped: bool
 
 
@@ -58,27 +59,33 @@ class ScriptedSampler:
 
     ``replies`` is a fixed list of texts, the same in every session, or a function from the session's key
     to one. ``encode`` turns a text into ids (usually ``renderer.encode_action``, stop token included).
-    After the last reply it repeats the last one.
+    After the last reply it repeats the last one. ``logprob`` is given for every token, in nats; without it the actions
+    are unsampled.
     """
 
     policy_version = 0
 
     def __init__(
-        self, replies: Sequence[str] | Callable[[str], Sequence[str]], encode: Callable[[str], Sequence[int]]
+        self,
+        replies: Sequence[str] | Callable[[str], Sequence[str]],
+        encode: Callable[[str], Sequence[int]],
+        logprob: float | None = None,
     ) -> None:
         self._replies = replies if callable(replies) else (lambda key: replies)
         self._encode = encode
+        self._logprob = logprob
 
     def session(self, key: str) -> _ScriptedSession:
-        return _ScriptedSession(list(self._replies(key)), self._encode)
+        return _ScriptedSession(list(self._replies(key)), self._encode, self._logprob)
 
 
 class _ScriptedSession:
-    def __init__(self, replies: list[str], encode: Callable[[str], Sequence[int]]) -> None:
+    def __init__(self, replies: list[str], encode: Callable[[str], Sequence[int]], logprob: float | None) -> None:
         if not replies:
             raise ValueError("a scripted policy needs at least one reply, got none")
         self._replies = replies
         self._encode = encode
+        self._logprob = logprob
         self._turn = 0
 
     async def __aenter__(self) -> _ScriptedSession:
@@ -94,4 +101,4 @@ class _ScriptedSession:
         self._turn += 1
         stopped = max_tokens is None or len(ids) <= max_tokens
         ids = ids if stopped else ids[:max_tokens]
-        return Completion(ids, (0.0,) * len(ids), stopped)
+        return Completion(ids, None if self._logprob is None else (self._logprob,) * len(ids), stopped)

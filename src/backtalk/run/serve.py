@@ -144,7 +144,7 @@ class Endpoint:
         renderer: Renderer,
     ) -> dict[str, Any]:
         decode = renderer.encoder.decode
-        logprobs = [
+        logprobs = completion.logprobs and [
             {"token": decode([token]), "logprob": value, "bytes": None, "top_logprobs": []}
             for token, value in zip(completion.token_ids, completion.logprobs, strict=True)
         ]
@@ -153,7 +153,7 @@ class Endpoint:
             "index": 0,
             "message": message,
             "finish_reason": ending,
-            "logprobs": {"content": logprobs},
+            "logprobs": None if logprobs is None else {"content": list(logprobs)},
             "token_ids": list(completion.token_ids),
         }
         used = {"prompt_tokens": len(prompt), "completion_tokens": len(completion.token_ids)}

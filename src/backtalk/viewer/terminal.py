@@ -136,6 +136,8 @@ def _heading(weights: RowWeights, start: int, end: int, segment: Segment) -> Tex
         what.append(segment.tool)
     if segment.logprobs:
         what.append(f"mean logprob {sum(segment.logprobs) / len(segment.logprobs):.3f}")
+    if segment.role is TokenRole.ACTION and not segment.is_sampled:
+        what.append("not sampled")
     for name, row in (("policy", weights.policy), ("world", weights.world)):
         if any(row[start:end]):
             what.append(f"{name} weight {row[start]:+.2e} each")

@@ -15,7 +15,7 @@ MAX_TOKENS_A_CHARACTER = 4  # of UTF-8 bytes, each possibly its own token
 LOOKS = {
     TokenRole.CONTEXT: ("grey62", "#57606a", "#f6f8fa", "given text"),
     TokenRole.TEMPLATE: ("grey37", "#afb8c1", "#ffffff", "chat template"),
-    TokenRole.ACTION: ("bold green", "#116329", "#dafbe1", "sampled by the policy"),
+    TokenRole.ACTION: ("bold green", "#116329", "#dafbe1", "written by the agent"),
     TokenRole.ENV_OUTPUT: ("cyan", "#0a3069", "#ddf4ff", "said by the world"),
     TokenRole.WARNING: ("yellow", "#7d4e00", "#fff8c5", "said by the harness"),
 }

@@ -38,17 +38,17 @@ def step_weights(groups: Sequence[TrajectoryGroup], objective: ObjectiveConfig) 
     """Weights of every token of a training step, in the order of groups and rows."""
     scales = {id(row): s for group in groups for row, s in zip(group, _group_scales(group, objective), strict=True)}
     rows = [row for group in groups for row in group]
-    all_actions = sum(row.count(TokenRole.ACTION) for row in rows)
+    all_actions = sum(map(_sampled, rows))
     all_targets = sum(scale > 0 for row in scales.values() for scale in row)
     length = objective.max_seq_len or 0
 
     def weights(row: Trajectory, advantage: float) -> RowWeights:
-        scale, actions = scales[id(row)], row.count(TokenRole.ACTION)
+        scale, actions = scales[id(row)], _sampled(row)
         targets = sum(x > 0 for x in scale)
         p = _weight(objective.policy_normalizer, len(rows), actions, 0, all_actions, length)
         w = _weight(objective.world_normalizer, len(rows), _observed(row, objective), targets, all_targets, length)
         p *= objective.policy_coeff * (advantage if row.reward is not None else 0.0)
-        policy = [p if role is TokenRole.ACTION else 0.0 for role in row.roles]
+        policy = [0.0 if x is None else p for x in row.logprobs]
         return RowWeights(advantage, policy, [objective.world_coeff * w * x for x in scale])
 
     return [
@@ -69,6 +69,10 @@ def _group_scales(group: TrajectoryGroup, objective: ObjectiveConfig) -> list[li
         is_target = [is_target_role(segment, objective) for segment in row.segments for _ in segment.token_ids]
         scales.append([x * t for x, t in zip(scale or [1.0] * len(is_target), is_target, strict=True)])
     return scales
+
+
+def _sampled(row: Trajectory) -> int:
+    return sum(x is not None for x in row.logprobs)
 
 
 def _observed(row: Trajectory, objective: ObjectiveConfig) -> int:

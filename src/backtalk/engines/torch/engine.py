@@ -46,7 +46,6 @@ from backtalk.objective.samples import (
     Sample,
     TokenCounts,
     collate,
-    is_action,
     measured_tokens,
     to_samples,
     token_temperatures,
@@ -227,7 +226,7 @@ class TorchEngine:
                 losses[name] += float(value)
             record.add([sample for row in part for sample in row], batch, scores.logprobs_BT)
             if scores.states_ND is not None and scores.states_ND.grad is not None:
-                record.add_states(scores.states_ND.grad, is_action(batch.roles_BT)[scores.trained_BT])
+                record.add_states(scores.states_ND.grad, batch.sampled_BT[scores.trained_BT])
         self.model.eval()
         return losses, record, has_gradient
 
@@ -258,7 +257,7 @@ class TorchEngine:
             batch.lengths_B,
             row_sizes,
             trained_BT=trained_BT,
-            measured_BT=measured_tokens(batch, config) if counts is not None else is_action(batch.roles_BT),
+            measured_BT=measured_tokens(batch, config) if counts is not None else batch.sampled_BT,
             temperature_BT=token_temperatures(batch, config),
             foreseen_BT=foreseen_BT,
         )

@@ -54,13 +54,12 @@ def transcribed(record: Any, source: Format, where: str) -> Trajectory | None:
 
 
 def recounted(trajectory: Trajectory, decode: Decode, encode: Encode = characters) -> Trajectory:
-    """The same episode in other tokens, segment by segment. Logprobs do not survive this, so no token is ACTION."""
+    """The same episode in other tokens, segment by segment. Logprobs do not survive this, so no action is sampled."""
     segments = []
     for segment in trajectory.segments:
-        role = TokenRole.CONTEXT if segment.role is TokenRole.ACTION else segment.role
         ids = tuple(encode(decode(segment.token_ids)))
         if ids:
-            segments.append(replace(segment, role=role, logprobs=None, token_ids=ids))
+            segments.append(replace(segment, logprobs=None, token_ids=ids))
     return replace(trajectory, segments=tuple(segments))
 
 
@@ -88,7 +87,8 @@ def _written(message: ChatMessage, turn: int | None) -> list[Segment]:
             json.dumps({"name": tool, "arguments": x}, sort_keys=True, ensure_ascii=False) for tool, x in message.calls
         ]
         text = message.text + "".join(f"<tool_call>\n{call}\n</tool_call>\n" for call in calls)
-        return [Segment(TokenRole.CONTEXT, characters(text), turn=turn)]
+        role = TokenRole.CONTEXT if message.given else TokenRole.ACTION
+        return [Segment(role, characters(text), turn=turn)]
     if message.role != "tool" or turn is None or message.given:
         return [Segment(TokenRole.CONTEXT, characters(message.text), turn=turn)]
     parts = message.parts or (Part(message.text, TokenRole.ENV_OUTPUT),)

@@ -12,7 +12,6 @@ from functools import reduce
 from operator import add
 from typing import Literal, TypeVar, get_args
 
-from backtalk.exchange.write import agent_segments
 from backtalk.trajectory import TokenRole, Trajectory
 
 Kind = Literal["context", "template", "action", "env_output", "warning"]
@@ -32,8 +31,7 @@ Key = TypeVar("Key", bound=Hashable)
 class Stretch:
     """Tokens ``start`` to ``end`` (exclusive) of a trajectory, of one kind.
 
-    Kind "action" is all that the agent wrote; ``sampled`` says whether its logprobs are known. ``tool`` of an action
-    is the one that answered it.
+    ``sampled`` says of an action whether its logprobs are known. ``tool`` of an action is the one that answered it.
     """
 
     start: int
@@ -77,21 +75,19 @@ class Tally:
 
 def stretches(trajectory: Trajectory) -> list[Stretch]:
     """A trajectory's tokens that have one before them in their branch, in order."""
-    written = agent_segments(trajectory.segments)
     answered: dict[int | None, str | None] = {}
     for segment in trajectory.segments:
         if segment.tool is not None:
             answered.setdefault(segment.turn, segment.tool)
     found: list[Stretch] = []
     branch = -1
-    for position, (start, end, segment) in enumerate(trajectory.spans()):
+    for start, end, segment in trajectory.spans():
         if segment.branch != branch and end > start:
             branch, start = segment.branch, start + 1
         if end == start:
             continue
-        kind = "action" if position in written else _KIND_OF[segment.role]
-        tool = answered.get(segment.turn) if position in written else segment.tool
-        found.append(Stretch(start, end, kind, segment.role is TokenRole.ACTION, segment.turn, tool))
+        tool = answered.get(segment.turn) if segment.role is TokenRole.ACTION else segment.tool
+        found.append(Stretch(start, end, _KIND_OF[segment.role], segment.is_sampled, segment.turn, tool))
     return found
 
 

@@ -14,12 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from backtalk.exchange.write import agent_segments
 from backtalk.objective.advantages import group_advantages
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.loss import objective
 from backtalk.objective.samples import Sample, TokenCounts, build_samples, collate
-from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
+from backtalk.trajectory import TokenRole, Trajectory, TrajectoryGroup
 
 Name = Literal["grpo", "echo", "verifier_free"]
 
@@ -40,13 +39,13 @@ class Loss:
 
 
 def as_if_sampled(trajectory: Trajectory, logprobs: Sequence[float]) -> Trajectory:
-    """What the agent wrote as ACTION. Where nobody knows its logprobs they are the model's own: a ratio of 1."""
-    written = agent_segments(trajectory.segments)
-    segments: list[Segment] = []
-    for position, (start, end, segment) in enumerate(trajectory.spans()):
-        if position in written and segment.role is not TokenRole.ACTION:
-            segment = replace(segment, role=TokenRole.ACTION, logprobs=tuple(logprobs[start:end]))
-        segments.append(segment)
+    """The trajectory with a model's own logprobs where nobody knows those of an action: a ratio of 1."""
+    segments = (
+        replace(segment, logprobs=tuple(logprobs[start:end]))
+        if segment.role is TokenRole.ACTION and not segment.is_sampled
+        else segment
+        for start, end, segment in trajectory.spans()
+    )
     return replace(trajectory, segments=tuple(segments))
 
 

@@ -64,7 +64,7 @@ def account_of(
     return Account(
         name=f"{trajectory.task_id}#{trajectory.sample_index}",
         reward=trajectory.reward,
-        num_turns=len({part.turn for part in played}),
+        num_turns=trajectory.num_turns,
         whole=tally(parts, logprobs),
         turns=tallies(played, _place, logprobs),
         tools=tallies(played, lambda part: part.tool or "-", logprobs),
@@ -93,8 +93,9 @@ def _place(part: Stretch) -> Place:
 
 def _gap(trajectory: Trajectory, parts: Sequence[Stretch], logprobs: Sequence[float]) -> float | None:
     recorded = trajectory.logprobs
-    sampled = [t for part in parts if part.sampled for t in range(part.start, part.end)]
-    return sum(abs(recorded[t] - logprobs[t]) for t in sampled) / len(sampled) if sampled else None
+    places = [t for part in parts for t in range(part.start, part.end)]
+    gaps = [abs(known - logprobs[t]) for t in places if (known := recorded[t]) is not None]
+    return sum(gaps) / len(gaps) if gaps else None
 
 
 def _plain(found: Tally) -> dict[str, Any]:

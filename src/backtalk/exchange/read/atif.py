@@ -1,7 +1,7 @@
 """Harbor's trajectories: ATIF 1.0 to 1.8 (``trajectory.json``), with token ids where the agent collected them.
 
 Read against harbor 0.25.0. Where every model call has its ids they are the tokens, and an action keeps its logprobs;
-elsewhere the messages are rendered, and nothing is an action.
+elsewhere the messages are rendered, and no action is a sampled one.
 """
 
 from __future__ import annotations

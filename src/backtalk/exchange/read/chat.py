@@ -1,7 +1,7 @@
 """Chat messages in OpenAI's format, rendered by the model's own chat template.
 
-Their assistant's text was not sampled by our policy, or nobody can show that it was: it becomes CONTEXT of its turn.
-So nothing in them is ever trained as an action, and what the world said is trained as anywhere else.
+Their assistant's text was not sampled by our policy, or nobody can show that it was: it is an unsampled ACTION. So the
+policy term leaves it alone, and what the world said is trained as anywhere else.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ChatMessage:
     reasoning: str = ""
     tool: str | None = None
     parts: tuple[Part, ...] = ()
-    given: bool = False  # copied from elsewhere, so that not even an observation may be learned from
+    given: bool = False  # copied from elsewhere: CONTEXT, so that not even an observation may be learned from
 
     @property
     def commands(self) -> tuple[str, ...]:
@@ -45,7 +45,7 @@ def trajectory_from_chat(
     *,
     keep_reasoning: bool = False,
 ) -> Trajectory:
-    """One trajectory of given text: prompt and assistant CONTEXT, what tools said ENV_OUTPUT and WARNING.
+    """One trajectory of text: prompt CONTEXT, assistant ACTION, what tools said ENV_OUTPUT and WARNING.
 
     ``keep_reasoning`` writes a message's reasoning before its text, in <think> tags; without it, it is left out and
     counted, as most chat templates do with what is not the last turn.
@@ -72,7 +72,8 @@ def trajectory_from_chat(
             raise DataError(f"messages {position} and {end} are both the assistant's; put what was said to it between")
         turn += 1
         ids = assistant_ids(assistant, renderer, keep_reasoning=keep_reasoning)
-        segments.append(Segment(TokenRole.CONTEXT, ids, turn=turn, branch=branch))
+        role = TokenRole.CONTEXT if assistant.given else TokenRole.ACTION
+        segments.append(Segment(role, ids, turn=turn, branch=branch))
         said = [_observation(m, assistant, observations) for m in messages[position + 1 : end]]
         conversation.append(ids)
         if said and renderer.extends_turn(conversation, said):
@@ -86,7 +87,6 @@ def trajectory_from_chat(
     return about.trajectory(
         segments,
         drifts=branch,
-        unsampled_turns=turn + 1,
         user_messages=sum(m.role == "user" for m in after),
         dropped_reasonings=0 if keep_reasoning else sum(bool(m.reasoning) for m in after),
     )

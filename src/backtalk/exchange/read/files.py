@@ -237,12 +237,9 @@ def cut_to(trajectory: Trajectory, max_tokens: int) -> Trajectory:
         return trajectory
     if not kept:
         raise DataError(f"prompt and first turn are longer than --max-tokens {max_tokens}; nothing is left to keep")
-    turns = {s.turn for s in kept} - {None}
-    stats = {**trajectory.stats, "cut_tokens": float(gone), "num_turns": float(len(turns))}
-    if "unsampled_turns" in stats:
-        stats["unsampled_turns"] = float(len(turns - {s.turn for s in kept if s.role is TokenRole.ACTION}))
     reason = trajectory.stop_reason if trajectory.failure else StopReason.MAX_TOKENS
-    return replace(trajectory, segments=tuple(kept), stop_reason=reason, stats=stats)
+    short = replace(trajectory, segments=tuple(kept), stop_reason=reason)
+    return replace(short, stats={**trajectory.stats, "cut_tokens": float(gone), "num_turns": float(short.num_turns)})
 
 
 # ---------------------------------------------------------------- files

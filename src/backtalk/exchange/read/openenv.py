@@ -1,6 +1,6 @@
 """OpenEnv: EpisodeRecord (messages), TrainingTrace (token ids), and episodes of its Agent World Model environment.
 
-Read against openenv 0.10.0. An EpisodeRecord has no token ids, so nothing in it is an action; a TrainingTrace has.
+Read against openenv 0.10.0. An EpisodeRecord has no token ids, so its actions are unsampled; a TrainingTrace has.
 Where ``backtalk.exchange.write`` wrote the record, it also has the roles, and comes back as it was.
 """
 
@@ -60,13 +60,14 @@ def _written_by_us(record: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _whole(turns: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of the whole trajectory: what was before the first action, then action and observation in turn."""
-    columns: dict[str, list[Any]] = {name: [] for name in ("token_ids", "obs_mask", "warning_mask", "logprobs")}
-    columns["action_mask"] = []
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("token_ids", "action_mask", "obs_mask", "warning_mask", "logprobs")
+    }
 
     def add(said: Mapping[str, Any], sampled: Sequence[int] = (), logprobs: Sequence[float] = ()) -> None:
         n, rest = len(sampled), len(said["token_ids"])
         columns["token_ids"] += [*sampled, *said["token_ids"]]
-        columns["action_mask"] += [1] * n + [0] * rest
+        columns["action_mask"] += [1] * n + list(said.get("action_mask") or [0] * rest)
         columns["logprobs"] += [*logprobs, *([None] * rest)]
         for name in ("obs_mask", "warning_mask"):
             columns[name] += [*([0] * n), *said[name]]

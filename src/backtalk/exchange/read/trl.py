@@ -62,7 +62,7 @@ def trajectory_from_trl(record: Any, about: About, observations: Observations) -
             "completion_mask is 0 everywhere, as mask_truncated_completions leaves it; nothing is known here"
         )
     segments = [Segment(TokenRole.CONTEXT, prompt), *_runs(ids[:end], model[:end], known, observations)]
-    return about.trajectory(segments, unsampled_turns=0 if known is not None else _turns(segments))
+    return about.trajectory(segments)
 
 
 def _runs(
@@ -84,7 +84,3 @@ def _runs(
             segments += observations.segments(part, turn=turn, closed=closed)
         start = end
     return segments
-
-
-def _turns(segments: Sequence[Segment]) -> int:
-    return len({segment.turn for segment in segments if segment.turn is not None})

@@ -24,7 +24,7 @@ OnDrift = Literal["stop", "fork"]
 class Turn:
     """One call of a model: the whole prompt, what was sampled, and the sampler's logprobs in nats.
 
-    ``logprobs`` None: nobody knows them, so the completion is given text, which the policy term leaves alone.
+    ``logprobs`` None: nobody knows them, so the completion is an unsampled action, which the policy term leaves alone.
     ``sampled`` says which tokens of the completion the policy term may train; None is all. ``observation`` is what
     followed and ``commands`` what the agent had typed, where the record has them as text too.
 
@@ -66,7 +66,7 @@ class About:
 
     def trajectory(self, segments: Sequence[Segment], **stats: float) -> Trajectory:
         """Raises DataError where there is no turn in the segments."""
-        turns = {segment.turn for segment in segments if segment.turn is not None}
+        turns = {segment.turn for segment in segments if segment.role is TokenRole.ACTION}
         if not turns:
             raise DataError(f"{self.task_id} holds no turn of an agent, so there is nothing to learn from it")
         return Trajectory(
@@ -83,7 +83,7 @@ class About:
 def trajectory_from_turns(
     turns: Sequence[Turn], about: About, observations: Observations, on_drift: OnDrift = "stop"
 ) -> Trajectory:
-    """One trajectory; the first prompt is CONTEXT, every completion with logprobs is an ACTION, unchanged.
+    """One trajectory; the first prompt is CONTEXT, every completion is an ACTION, unchanged.
 
     ``on_drift`` "fork" begins a new branch where a prompt does not begin with what came before: all it takes over
     is CONTEXT there, but the observation just made keeps its roles where its text is known.
@@ -118,7 +118,7 @@ def trajectory_from_turns(
     if turns and turns[-1].observation:  # what the world said last teaches as well
         closed = _closed(turns[-1], observations)
         segments += observations.render(turns[-1].observation, turn=len(turns) - 1, closed=closed, branch=branch) or ()
-    return about.trajectory(segments, drifts=branch, unsampled_turns=sum(turn.logprobs is None for turn in turns))
+    return about.trajectory(segments, drifts=branch)
 
 
 def completion_segments(
@@ -129,14 +129,12 @@ def completion_segments(
     turn: int,
     branch: int = 0,
 ) -> Iterator[Segment]:
-    """ACTION where the policy sampled and its logprobs are known, else CONTEXT of that turn."""
-    may = [logprobs is not None] * len(ids) if logprobs is None or sampled is None else list(sampled)
+    """The agent's action, with logprobs where the policy sampled and they are known."""
     start = 0
-    for is_action, run in groupby(may):
+    for is_sampled, run in groupby([True] * len(ids) if sampled is None else sampled):
         end = start + len(list(run))
-        known = tuple(logprobs[start:end]) if is_action and logprobs is not None else None
-        role = TokenRole.CONTEXT if known is None else TokenRole.ACTION
-        yield Segment(role, tuple(ids[start:end]), known, turn=turn, branch=branch)
+        known = tuple(logprobs[start:end]) if is_sampled and logprobs is not None else None
+        yield Segment(TokenRole.ACTION, tuple(ids[start:end]), known, turn=turn, branch=branch)
         start = end
 
 

@@ -48,9 +48,8 @@ def trajectory_from_trace(record: Any, about: About, observations: Observations)
             segments += [replace(s, branch=branch) for s in _node(nodes[i], i, turn, i in seen, observations)]
         seen.update(path)
     errors = [mapping(error, "an error") for error in record.get("errors") or ()]
-    unknown = sum(not nodes[i].get("logprobs") for i in turns)
     trajectory = replace(about, reward=_reward(record)).trajectory(
-        segments, drifts=len({s.branch for s in segments}) - 1, unsampled_turns=unknown
+        segments, drifts=len({s.branch for s in segments}) - 1
     )
     if errors and not record.get("ok"):
         last = errors[-1]

@@ -5,6 +5,5 @@ The way back is ``backtalk.exchange.read``. ATIF is written by ``atif.to_atif``,
 """
 
 from backtalk.exchange.write.openenv import to_episode_record, to_training_trace
-from backtalk.exchange.write.written import agent_segments
 
-__all__ = ["agent_segments", "to_episode_record", "to_training_trace"]
+__all__ = ["to_episode_record", "to_training_trace"]

@@ -7,13 +7,13 @@ Written against ``harbor.models.trajectories`` of harbor 0.24.0 and held to it b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import groupby
+from dataclasses import dataclass
 from typing import Any
 
 from backtalk import __version__
 from backtalk.errors import DataError
 from backtalk.messages import ToolCall, ToolSpec
-from backtalk.trajectory import Segment, TokenRole, Trajectory
+from backtalk.trajectory import TokenRole, Trajectory
 
 SCHEMA_VERSION = "ATIF-v1.7"  # the first with `trajectory_id` and `llm_call_count`; nothing of 1.8 (audio) is used
 AGENT_NAME = "backtalk"
@@ -30,10 +30,10 @@ def to_atif(
 ) -> dict[str, Any]:
     """One trajectory as an ATIF document.
 
-    An agent step is one action: ``metrics`` hold the whole prompt it was sampled from, its tokens and the sampler's
-    logprobs in nats, unchanged. What the world answered is the step's ``observation``. The root's ``extra["backtalk"]``
-    has what ATIF has no place for: reward, stop reason, and the role of every token as runs
-    ``[role, tokens, turn, tool, branch]``, with the ids of what follows the last action.
+    An agent step is one action: ``metrics`` hold the whole prompt before it, its tokens and, where all of them were
+    sampled, the sampler's logprobs in nats, unchanged. What the world answered is the step's ``observation``. The
+    root's ``extra["backtalk"]`` has what ATIF has no place for: reward, stop reason, and the role of every token as
+    runs ``[role, tokens, turn, tool, branch]``, with the ids of what follows the last action.
 
     ``calls_of`` reads an action's tool calls from its token ids, for example
     ``lambda ids: renderer.parse_action(ids, True).calls``. Without it a step has its message alone.
@@ -43,15 +43,15 @@ def to_atif(
     """
     dialogue = _turns(trajectory)
     steps = [_given_step(message) for message in dialogue[0]]
-    samples = _samples(trajectory)
-    if samples and len(samples) != len(dialogue) - 1:
+    actions = _actions(trajectory)
+    if actions and len(actions) != len(dialogue) - 1:
         raise DataError(
-            f"trajectory {trajectory.task_id!r} has {len(samples)} sampled actions and {len(dialogue) - 1} messages of "
+            f"trajectory {trajectory.task_id!r} has {len(actions)} actions and {len(dialogue) - 1} messages of "
             "the assistant, so which action said what cannot be told; export trajectories that keep all their messages"
         )
     for number, (said, *answers) in enumerate(dialogue[1:]):
-        sample = samples[number] if samples else None
-        steps.append(_agent_step(number, said, answers, sample, calls_of))
+        action = actions[number] if actions else None
+        steps.append(_agent_step(number, said, answers, action, calls_of))
     if not steps:
         raise DataError(f"trajectory {trajectory.task_id!r} holds no message, and ATIF needs at least one step")
     for number, step in enumerate(steps, 1):
@@ -67,8 +67,8 @@ def to_atif(
         "agent": agent,
         "steps": steps,
         "final_metrics": {
-            "total_prompt_tokens": sum(len(prompt) for prompt, _ in samples),
-            "total_completion_tokens": sum(len(action) for _, action in samples),
+            "total_prompt_tokens": sum(len(action.prompt) for action in actions),
+            "total_completion_tokens": sum(len(action.token_ids) for action in actions),
             "total_steps": len(steps),
         },
         "extra": {"backtalk": _extra(trajectory)},
@@ -85,15 +85,29 @@ def _turns(trajectory: Trajectory) -> list[list[Mapping[str, Any]]]:
     return stretches
 
 
-def _samples(trajectory: Trajectory) -> list[tuple[tuple[int, ...], Segment]]:
-    """Each action with the tokens of its branch before it."""
+@dataclass(frozen=True, slots=True)
+class _Action:
+    """A turn's action with the tokens of its branch before it."""
+
+    prompt: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None  # None unless all of it was sampled
+
+
+def _actions(trajectory: Trajectory) -> list[_Action]:
+    first: dict[int | None, int] = {}  # where each turn's action begins
+    branch_starts: dict[int, int] = {}
+    for start, _, segment in trajectory.spans():
+        branch_starts.setdefault(segment.branch, start)
+        if segment.role is TokenRole.ACTION:
+            first.setdefault(segment.turn, start)
     found = []
-    for _, branch in groupby(trajectory.segments, key=lambda segment: segment.branch):
-        before: tuple[int, ...] = ()
-        for segment in branch:
-            if segment.role is TokenRole.ACTION:
-                found.append((before, segment))
-            before += segment.token_ids
+    for action in trajectory.actions:
+        prompt = trajectory.token_ids[branch_starts[action[0].branch] : first[action[0].turn]]
+        ids = tuple(token for segment in action for token in segment.token_ids)
+        sampled = all(segment.is_sampled for segment in action)
+        logprobs = tuple(x for segment in action for x in segment.logprobs or ())
+        found.append(_Action(prompt, ids, logprobs if sampled else None))
     return found
 
 
@@ -106,21 +120,21 @@ def _agent_step(
     number: int,
     said: Mapping[str, Any],
     answers: Sequence[Mapping[str, Any]],
-    sample: tuple[tuple[int, ...], Segment] | None,
+    action: _Action | None,
     calls_of: CallsOf | None,
 ) -> dict[str, Any]:
     step: dict[str, Any] = {"source": "agent", "message": str(said["content"])}
     ids: list[str] = []
-    if sample is not None:
-        prompt, action = sample
-        step["llm_call_count"] = 1
+    if action is not None:
         step["metrics"] = {
-            "prompt_tokens": len(prompt),
-            "completion_tokens": len(action),
-            "prompt_token_ids": list(prompt),
+            "prompt_tokens": len(action.prompt),
+            "completion_tokens": len(action.token_ids),
+            "prompt_token_ids": list(action.prompt),
             "completion_token_ids": list(action.token_ids),
-            "logprobs": list(action.logprobs or ()),
         }
+        if action.logprobs is not None:
+            step["llm_call_count"] = 1
+            step["metrics"]["logprobs"] = list(action.logprobs)
         calls = list(calls_of(action.token_ids)) if calls_of is not None else []
         ids = [f"call_{number}_{i}" for i in range(len(calls))]
         if calls:

@@ -12,13 +12,12 @@ from typing import Any
 
 from backtalk.errors import DataError
 from backtalk.exchange.rfc010 import Rfc010Target, to_rfc010
-from backtalk.exchange.write.written import agent_segments
 from backtalk.messages import ToolCall
-from backtalk.trajectory import Segment, StopReason, TokenRole, Trajectory
+from backtalk.trajectory import StopReason, Trajectory
 
 CallsOf = Callable[[Sequence[int]], Sequence[ToolCall]]
 
-_COLUMNS = ("token_ids", "obs_mask", "warning_mask")
+_COLUMNS = ("token_ids", "action_mask", "obs_mask", "warning_mask")
 
 
 def to_episode_record(
@@ -57,15 +56,16 @@ def to_episode_record(
 def to_training_trace(trajectory: Trajectory, *, world_loss_target: Rfc010Target = "env_only") -> dict[str, Any]:
     """A trajectory as a ``TrainingTrace``: a turn for each sampled action, ids and logprobs as they are.
 
-    A turn's ``metadata["observation"]`` holds the tokens after its completion, up to the next one, with ``obs_mask``
-    and ``warning_mask``. There each observation stands once, the last one too, which is in no prompt. The first turn's
-    ``metadata["backtalk"]`` has what is said of the whole trajectory.
+    A turn's ``metadata["observation"]`` holds the tokens after its completion, up to the next one, with ``obs_mask``,
+    ``warning_mask``, and ``action_mask`` for what the agent wrote and nobody sampled. There each observation stands
+    once, the last one too, which is in no prompt. The first turn's ``metadata["backtalk"]`` has what is said of the
+    whole trajectory.
 
     Raises:
         DataError: no action was sampled, so there is nothing that a policy gradient may train.
     """
     record = to_rfc010(trajectory, world_loss_target)
-    spans = [span for span in trajectory.spans() if span[2].role is TokenRole.ACTION]
+    spans = [span for span in trajectory.spans() if span[2].is_sampled]
     if not spans:
         raise DataError(
             f"{_name(trajectory)} has no action with logprobs (a script's, a person's or an imported one's have none), "
@@ -116,26 +116,16 @@ def _tool_trace(trajectory: Trajectory, calls_of: CallsOf, done: bool) -> Iterat
             answers.append([])
         elif answers:
             answers[-1].append(message)
-    turns = _actions(trajectory)
+    turns = trajectory.actions
     if len(turns) != len(answers):
         raise DataError(
             f"{_name(trajectory)} has {len(turns)} actions and {len(answers)} messages of the assistant, so which call "
             "got which answer cannot be told; leave calls_of out"
         )
-    for turn, (ids, said) in enumerate(zip(turns, answers, strict=True)):
-        calls = calls_of(ids)
+    for turn, (action, said) in enumerate(zip(turns, answers, strict=True)):
+        calls = calls_of([token for segment in action for token in segment.token_ids])
         for number, call in enumerate(calls):
             last = done and turn == len(turns) - 1 and number == len(calls) - 1
             answer = str(said[number]["content"]) if number < len(said) else None
             result = {"data": answer, "done": last, "metadata": {}, "error": None}
             yield {"tool_name": call.tool, "arguments": dict(call.arguments), "result": result}
-
-
-def _actions(trajectory: Trajectory) -> list[tuple[int, ...]]:
-    """The ids of each turn that the agent wrote."""
-    written = agent_segments(trajectory.segments)
-    turns: dict[int | None, list[Segment]] = {}
-    for position, segment in enumerate(trajectory.segments):
-        if position in written:
-            turns.setdefault(segment.turn, []).append(segment)
-    return [tuple(token for segment in segments for token in segment.token_ids) for segments in turns.values()]

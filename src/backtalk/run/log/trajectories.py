@@ -12,7 +12,7 @@ from backtalk.errors import DataError
 from backtalk.files import read_lines, readable, write_bytes
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 
-SCHEMA_VERSION = 2  # 1 had no branches
+SCHEMA_VERSION = 3  # 1 had no branches, and 1 and 2 no unsampled actions
 _VERSION_KEY = b"backtalk_trajectories"
 
 
@@ -36,11 +36,8 @@ def trajectory_to_dict(trajectory: Trajectory) -> dict[str, Any]:
         else {"where": failure.where, "error": failure.error, "message": failure.message},
         "token_ids": list(trajectory.token_ids),
         "roles": [int(role) for role in trajectory.roles],
-        "logprobs": [x for s in trajectory.segments for x in (s.logprobs or (None,) * len(s))],
-        "segments": [
-            {"role": s.role.name, "length": len(s), "turn": s.turn, "tool": s.tool, "branch": s.branch}
-            for s in trajectory.segments
-        ],
+        "logprobs": list(trajectory.logprobs),
+        "segments": [segment.to_dict() for segment in trajectory.segments],
         "messages": [dict(message) for message in trajectory.messages],
         "stats": {name: float(value) for name, value in trajectory.stats.items()},
     }
@@ -80,7 +77,8 @@ def _segments(data: Mapping[str, Any]) -> Iterator[Segment]:
     for segment in data["segments"]:
         end = start + segment["length"]
         role = TokenRole[segment["role"]]
-        sampled = tuple(logprobs[start:end]) if role is TokenRole.ACTION else None
+        is_sampled = segment.get("sampled", role is TokenRole.ACTION)  # before version 3 every action was
+        sampled = tuple(logprobs[start:end]) if is_sampled else None
         branch = segment.get("branch", 0)  # records of version 1 are of one history
         yield Segment(role, tuple(token_ids[start:end]), sampled, segment["turn"], segment["tool"], branch)
         start = end
@@ -141,7 +139,7 @@ def _schema() -> Any:
     import pyarrow as pa
 
     numbers = [(name, pa.int32()) for name in ("length", "turn", "branch")]
-    segment = pa.struct([("role", pa.string()), ("tool", pa.string()), *numbers])
+    segment = pa.struct([("role", pa.string()), ("sampled", pa.bool_()), ("tool", pa.string()), *numbers])
     return pa.schema(
         [
             ("task_id", pa.string()),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from backtalk.trajectory import TokenRole
+from backtalk.trajectory import Segment, TokenRole
 from backtalk.viewer.terminal import Shown, branch_line
 from backtalk.viewer.text import LOOKS
 
@@ -96,7 +96,7 @@ def trajectory(shown: Shown, *, opened: bool = False) -> str:
         branch = segment.branch
         for offset in range(len(segment)):
             if position < MAX_SHOWN_TOKENS:
-                spans.append(_token(shown, position, segment.role, segment.turn, segment.logprobs, offset))
+                spans.append(_token(shown, position, segment, offset))
             position += 1
     left_out = f"\n({position - MAX_SHOWN_TOKENS} more tokens)" if position > MAX_SHOWN_TOKENS else ""
     reward = "no reward" if t.reward is None else f"reward {t.reward:g}"
@@ -107,18 +107,13 @@ def trajectory(shown: Shown, *, opened: bool = False) -> str:
     )
 
 
-def _token(
-    shown: Shown,
-    position: int,
-    role: TokenRole,
-    turn: int | None,
-    logprobs: Sequence[float] | None,
-    offset: int,
-) -> str:
+def _token(shown: Shown, position: int, segment: Segment, offset: int) -> str:
+    role, turn, logprobs = segment.role, segment.turn, segment.logprobs
     policy, world = shown.weights.policy[position], shown.weights.world[position]
     facts = [role.name, f"id {shown.trajectory.token_ids[position]}"]
     facts += [] if turn is None else [f"turn {turn}"]
-    facts += [] if logprobs is None else [f"logprob {logprobs[offset]:.4f}"]
+    if role is TokenRole.ACTION:
+        facts.append("not sampled" if logprobs is None else f"logprob {logprobs[offset]:.4f}")
     facts += [f"policy weight {policy:+.3e}"] if policy else []
     facts += [f"world weight {world:+.3e}"] if world else []
     trained = " t" if policy or world else ""
