@@ -58,7 +58,7 @@ def capture(
     """Record real episodes, with the same rollout that training uses, as trajectories with who made each token.
 
     An action is kept as one that can be trained only where a server says which ids it sampled, with which logprobs,
-    from just our tokens. All others are CONTEXT of their turn; what the world said is learned from all the same.
+    from just our tokens. All others have no logprobs; what the world said is learned from all the same.
 
     Examples: `backtalk capture terminal --task workbench/rota-bug --human --out mine.jsonl`,
     `backtalk capture awm:shop --script buy.txt --out shop.jsonl`,
