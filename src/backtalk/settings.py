@@ -10,18 +10,19 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, reduce
 from importlib import import_module, resources
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from backtalk.errors import ConfigError
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
     from pydantic_core import ErrorDetails
+
+T = TypeVar("T")
 
 MAX_BASES = 20  # files in a chain of ``base``: more are a circle
 
@@ -153,17 +154,10 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 # ---------------------------------------------------------------- plain data to checked settings and back
 
 
-def build(
-    kind: Any,
-    tree: Any,
-    prefix: str = "",
-    hidden: Collection[str] = (),
-    derived: Mapping[str, Any] = MappingProxyType({}),
-) -> Any:
+def build(kind: type[T], tree: Any, prefix: str = "") -> T:
     """Return settings of class ``kind`` (a dataclass or a pydantic model) from nested plain data, all of it checked.
 
-    ``prefix`` stands before every key in messages; ``hidden`` are the dotted keys of settings that are not offered, and
-    ``derived`` the values of some of them.
+    ``prefix`` stands before every key in messages.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong kind, settings that cannot work.
@@ -174,53 +168,38 @@ def build(
         raise ConfigError(f"{prefix.rstrip('.') or 'the file'} holds {tree!r}; write its settings indented beneath it")
     plain = _plain(tree)
     for key, value in flatten(plain).items():
-        if key in hidden:
-            raise ConfigError(_unknown(kind, key, prefix, hidden))
         if value != value:  # nan passes every check for a bound
             raise ConfigError(f"{prefix}{key}={value!r} is not a number")
-    for key, value in derived.items():
-        if isinstance(plain.get(key.partition(".")[0]), Mapping | None):
-            set_dotted(plain, key, value)
     while True:
         try:
             return _adapter(kind).validate_json(json.dumps(plain), strict=True, extra="forbid")
         except ValidationError as error:
             mistakes = error.errors(include_url=False)
             if not any([_mend(plain, mistake) for mistake in mistakes]):
-                raise _explain(kind, plain, mistakes, prefix, hidden) from None
+                raise _explain(kind, plain, mistakes, prefix) from None
 
 
-def to_plain(value: Any, kind: Any = None, hidden: Collection[str] = ()) -> dict[str, Any]:
+def to_plain(value: Any, kind: Any = None) -> dict[str, Any]:
     """Return settings as nested plain data, ready for YAML: the inverse of :func:`build`."""
-    tree = _adapter(kind or type(value)).dump_python(value, mode="json", warnings=False)
-    for key in hidden:
-        *path, last = key.split(".")
-        reduce(dict.__getitem__, path, tree).pop(last, None)
-    return tree
+    return _adapter(kind or type(value)).dump_python(value, mode="json", warnings=False)
 
 
-def json_schema(kind: Any, hidden: Collection[str] = ()) -> dict[str, Any]:
+def json_schema(kind: Any) -> dict[str, Any]:
     """Return the JSON Schema of the settings of class ``kind``; the string under a field describes it."""
     from pydantic import TypeAdapter
 
     # Of a list of them, because an adapter takes no configuration for a dataclass itself.
     several: Any = list.__class_getitem__(kind)
     schema = TypeAdapter(several, config={"extra": "forbid", "use_attribute_docstrings": True}).json_schema()
-    top = schema["$defs"].pop(schema["items"]["$ref"].rpartition("/")[2]) | {"$defs": schema["$defs"]}
-    for key in hidden:
-        *path, last = key.split(".")
-        reduce(lambda node, name: _resolve(node["properties"][name], top), path, top)["properties"].pop(last, None)
-    return top
+    return schema["$defs"].pop(schema["items"]["$ref"].rpartition("/")[2]) | {"$defs": schema["$defs"]}
 
 
-def setting_schemas(
-    kind: Any, prefix: str = "", hidden: Collection[str] = (), *, alternatives: bool = False
-) -> dict[str, dict[str, Any]]:
+def setting_schemas(kind: Any, prefix: str = "", *, alternatives: bool = False) -> dict[str, dict[str, Any]]:
     """Return the JSON Schema of every setting by its dotted key.
 
     A value that may also be a group of settings is one setting, unless ``alternatives`` asks for those of the group.
     """
-    top = json_schema(kind, hidden)
+    top = json_schema(kind)
 
     def below(node: dict[str, Any], prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for name, item in _resolve(node, top).get("properties", {}).items():
@@ -251,6 +230,17 @@ def import_path(path: str, key: str) -> Any:
             f"{key}={path!r} cannot be imported ({error}); write package.module:Name, and start from the folder that "
             "holds the package, or install it"
         ) from error
+
+
+def check_choices(config: Any) -> None:
+    """Refuse a value that a field's Literal does not list, in settings made in Python, which no reader has checked."""
+    for name, hint in _hints(type(config)).items():
+        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
+            choices = ", ".join(map(str, get_args(hint)))
+            raise ConfigError(f"{name}={getattr(config, name)!r} is no choice; use one of {choices}")
+
+
+_hints = cache(get_type_hints)
 
 
 @cache
@@ -315,9 +305,7 @@ def _mend(plain: dict[str, Any], mistake: ErrorDetails) -> bool:
     return True
 
 
-def _explain(
-    kind: Any, plain: dict[str, Any], mistakes: list[ErrorDetails], prefix: str, hidden: Collection[str]
-) -> ConfigError:
+def _explain(kind: Any, plain: dict[str, Any], mistakes: list[ErrorDetails], prefix: str) -> ConfigError:
     """Return what to tell a person about the weightiest mistake; a union has one of each of its members."""
     order = ("value_error", "extra_forbidden", "unexpected_keyword_argument", "literal_error", "missing")
     ranks = [order.index(one["type"]) if one["type"] in order else len(order) for one in mistakes]
@@ -332,7 +320,7 @@ def _explain(
             where = key.rstrip(".") or "of the run"
             return error if isinstance(error, ConfigError) else ConfigError(f"settings {where} cannot work: {error}")
         case "extra_forbidden" | "unexpected_keyword_argument":
-            return ConfigError(_unknown(kind, key.removeprefix(prefix), prefix, hidden))
+            return ConfigError(_unknown(kind, key.removeprefix(prefix), prefix))
         case "missing" if isinstance(value, list):
             return ConfigError(f"{key}={value!r} has {len(value)} values, which is too few")
         case "missing":
@@ -354,10 +342,10 @@ def _explain(
             return ConfigError(f"{key}={value!r} is not {named}" if named else f"{key}={value!r}: {mistake['msg']}")
 
 
-def _unknown(kind: Any, key: str, prefix: str, hidden: Collection[str]) -> str:
+def _unknown(kind: Any, key: str, prefix: str) -> str:
     """Return what to tell a person about a key that is no setting, with the nearest that is one."""
-    keys = list(setting_schemas(kind, prefix, hidden))
-    known = [*setting_schemas(kind, prefix, hidden, alternatives=True), *{k.rpartition(".")[0] for k in keys}]
+    keys = list(setting_schemas(kind, prefix))
+    known = [*setting_schemas(kind, prefix, alternatives=True), *{k.rpartition(".")[0] for k in keys}]
     plain_key = ".".join(part for part in (prefix + key).split(".") if not part.isdigit())
     near = difflib.get_close_matches(plain_key, known, n=1, cutoff=0.6)
     if not near:  # right name, wrong place

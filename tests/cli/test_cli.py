@@ -90,6 +90,16 @@ def test_every_command_has_help(command: str, backtalk: Run) -> None:
     assert "Usage" in result.out
 
 
+def test_settings_are_listed_on_one_screen_and_by_group(backtalk: Run) -> None:
+    lines = backtalk("settings").out.splitlines()
+    assert len(lines) <= 45
+    assert any(line.startswith("engine.learning_rate") and "0.0001" in line for line in lines)
+    assert "backtalk settings objective.world" in backtalk("settings").out
+    assert "objective.world.entropy_share" in backtalk("settings", "objective.world").out
+    assert "no setting begins with 'objectiv'" in refused(backtalk("settings", "objectiv"))
+    assert json.loads(backtalk("settings", "--schema").out)["properties"]["base"]["type"] == "string"
+
+
 def test_version(backtalk: Run) -> None:
     assert backtalk("--version").out == f"backtalk {__version__}\n"
 

@@ -73,7 +73,7 @@ def test_a_pydantic_model_will_do_too() -> None:
     assert open_engine(config.engine, seed=5) == ("opened", 4, 5)
     assert config_to_dict(config)["engine"] == {"kind": "test_own_engine:ModelConfig", "size": 4}
     assert config_from_dict(config_to_dict(config)) == config
-    assert config_to_dict(TrainConfig(engine=ModelConfig(size=4))) == config_to_dict(config)
+    assert config_to_dict(TrainConfig(engine=ModelConfig(size=4)))["engine"] == config_to_dict(config)["engine"]
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from backtalk.errors import ConfigError
 from backtalk.objective.config import Schedule
 from backtalk.run.config import (
-    OPTION_GROUPS,
     TrainConfig,
     config_from_dict,
     config_to_dict,
+    json_schema,
     load_config,
+    option_group,
     setting_schemas,
 )
 from backtalk.settings import flatten, parse_overrides, preset_names, read_yaml
@@ -24,11 +27,10 @@ def run_presets() -> list[str]:
     return [name for name in preset_names() if "arms" not in read_yaml(name)[0]]
 
 
-def test_a_run_has_at_most_forty_settings() -> None:
+def test_a_run_has_at_most_thirty_six_settings() -> None:
     keys = setting_schemas()
     assert len(keys) == len(set(keys))
-    choices = {next((group for group in OPTION_GROUPS if key.startswith(f"{group}.")), key) for key in keys}
-    assert len(choices) <= 40
+    assert len({option_group(key) or key for key in keys}) <= 36
 
 
 @pytest.mark.parametrize("name", run_presets())
@@ -132,6 +134,49 @@ def test_a_file_that_is_no_text_and_bases_in_a_circle_are_refused(tmp_path: Path
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
     with pytest.raises(ConfigError, match="without an end"):
         load_config(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("tasks.source={name: openenv:x, options: {seed: 3}}", "did you mean 'tasks.source.options.seeds'?"),
+        ("tasks.source={name: awm:shop, options: {verifier: cod}}", "use one of code, sql; did you mean 'code'?"),
+        ("tasks.source={name: triage, options: {seeds: 3}}", "'triage' takes no options"),
+        ("tasks.source=[triage, {name: workbench, weigth: 2}]", "did you mean 'tasks.source.weight'?"),
+        ("tasks.source=[{weight: 2}]", "tasks.source.0.name is missing"),
+        ("tasks.source=[{name: triage, weight: 0}]", "use a number above 0"),
+        ("objective.clip=[0.2]", "has 1 values, which is too few"),
+        ("objective.clip=[0.2, 0.2, 0.2]", "has 3 values; write 2"),
+        ("objective.world.weights=3", "is no mapping; write it as {name: value}"),
+        ("objective.world_model_coeff={points: {early: 1}}", "objective.world_model_coeff.points.early"),
+        ("sandbox=bubblewarp", "did you mean 'bubblewrap'?"),
+        ("engine.model=[base]", "is not text"),
+    ],
+)
+def test_what_lies_deeper_is_checked_when_it_is_read(override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("triage", [override])
+    assert said in str(caught.value)
+
+
+def test_values_are_read_as_a_person_means_them(tmp_path: Path) -> None:
+    text = "engine: {model: 7, learning_rate: 1e-4, grad_clip_norm: .inf}\nrollout:\ntasks: {source: 2024-01-01, levels: 3}"
+    (tmp_path / "mine.yaml").write_text(text)
+    config = load_config(tmp_path / "mine.yaml")
+    assert (config.engine.model, config.engine.learning_rate, config.engine.grad_clip_norm) == ("7", 1e-4, math.inf)
+    assert config.tasks.levels == (3,) and config.tasks.sources[0].name == "2024-01-01"
+    assert config.rollout == TrainConfig().rollout
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+@pytest.mark.parametrize("name", run_presets())
+def test_an_editor_takes_every_preset_and_no_other_key(name: str) -> None:
+    schema = Draft202012Validator(json_schema())
+    tree = read_yaml(name)[0]
+    assert [error.message for error in schema.iter_errors(tree)] == []
+    for wrong in ({"stpes": 3}, {"engine": {"modle": "base"}}, {"steps": "many"}, {"sandbox": "docker"}):
+        assert not schema.is_valid(tree | wrong)
+    assert schema.is_valid({"objective": {"world_model_coeff": {"points": {"0": 0.1}}}})
 
 
 def test_nan_is_no_number() -> None:

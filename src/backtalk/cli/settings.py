@@ -22,7 +22,7 @@ def settings(
     `backtalk settings --schema > settings.schema.json`, and `# yaml-language-server: $schema=settings.schema.json` as
     the first line of a YAML file, let an editor complete and check it.
     """
-    from backtalk.run.config import OPTION_GROUPS, json_schema, setting_schemas
+    from backtalk.config import OPTION_GROUPS, json_schema, option_group, setting_schemas
 
     if schema:
         typer.echo(json.dumps(json_schema(engine), indent=1))
@@ -35,12 +35,11 @@ def settings(
     if not wanted:
         raise ConfigError(f"no setting begins with {group!r}; type `backtalk settings` for all of them")
     table = Table("setting", "default", "", box=None, pad_edge=False)
-    folded = OPTION_GROUPS if group is None else ()
     for key in wanted:
-        if not key.startswith(tuple(f"{name}." for name in folded)):
+        if group is not None or option_group(key) is None:
             default = every[key].get("default", {})
             table.add_row(key, "null" if default is None else json.dumps(default), every[key].get("description", ""))
-    for name in folded:
-        count = sum(key.startswith(f"{name}.") for key in every)
+    for name in OPTION_GROUPS if group is None else ():
+        count = sum(option_group(key) == name for key in every)
         table.add_row(f"{name}.*", "", f"{count} more: backtalk settings {name}")
     Console(markup=False, highlight=False).print(table)

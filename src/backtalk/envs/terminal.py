@@ -22,6 +22,7 @@ from backtalk.errors import ConfigError, SandboxError, TaskError, VerifierError
 from backtalk.messages import Message, Part, ToolCall, ToolSpec, shortened
 from backtalk.sandboxes.base import DEFAULT_PATH, HOME, ExecResult, Sandbox, SandboxBackend, SandboxFile, SandboxLimits
 from backtalk.tasks.task import Task
+from backtalk.settings import check_choices
 from backtalk.trajectory import TokenRole
 
 ANSWER = "/logs/agent/answer.txt"
@@ -96,8 +97,7 @@ class TerminalConfig:
                 f"command_timeout_s={self.command_timeout_s} and max_output_chars={self.max_output_chars}: "
                 "need more than 0 seconds and at least 2 characters"
             )
-        if self.truncate not in ("both", "head", "tail"):
-            raise ConfigError(f"truncate={self.truncate!r} keeps nothing known; use both, head or tail")
+        check_choices(self)
         if "bash" not in self.tools or len(set(self.tools)) < len(self.tools) or not TOOLS.keys() >= {*self.tools}:
             raise ConfigError(f"terminal.tools={list(self.tools)} is no terminal; use [bash, submit], or [bash]")
         if "submit" not in self.tools and "submit" in self.system_prompt:

@@ -21,6 +21,7 @@ from backtalk.errors import ConfigError, RenderError
 from backtalk.language.dialogue import Dialogue, Turn, open_dialogue
 from backtalk.language.encoder import Piece, encoder_of
 from backtalk.language.template import ChatTemplate, Roles, Scaffold, escape, plain_template, template_source
+from backtalk.settings import check_choices
 from backtalk.language.tool_formats import (
     CALL_CLOSE,
     CALL_OPEN,
@@ -57,26 +58,21 @@ class ChatTokenizer(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RendererConfig:
-    """How a conversation is written down.
+    """How a conversation is written down."""
 
-    ``thinking`` "off" asks the template for none (``enable_thinking=False``); "keep" leaves what was sampled in the
-    history, whatever the template would do; "strip" takes a turn's thinking out once the turn is over, which begins
-    a new branch. ``on_drift`` says what to do where the chat template rewrites earlier turns: "stop" raises, "fork"
-    begins a new branch.
-    """
-
-    tool_format: ToolFormat | None = None  # None: the one that the model was made for, see detect_format
+    tool_format: ToolFormat | None = None
+    """How calls are written; null is what the model was made for, see detect_format."""
     thinking: Literal["off", "keep", "strip"] = "off"
+    """off asks the template for none; keep leaves it in the history; strip takes it out after its turn, in a branch."""
     on_drift: Literal["stop", "fork"] = "stop"
+    """Where the chat template rewrites earlier turns: raise, or begin a new branch."""
     max_calls_per_turn: int = 1
-    which_calls: Literal["first", "last"] = "first"  # of a reply that holds more
+    which_calls: Literal["first", "last"] = "first"
+    """Of a reply that holds more."""
     format_warnings: bool = False
 
     def __post_init__(self) -> None:
-        known = {"thinking": ("off", "keep", "strip"), "on_drift": ("stop", "fork"), "which_calls": ("first", "last")}
-        for name, choices in known.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not known; use one of {', '.join(choices)}")
+        check_choices(self)
         if self.max_calls_per_turn < 1:
             raise ConfigError(f"max_calls_per_turn={self.max_calls_per_turn} leaves no room for a call; use 1 or more")
 

@@ -7,10 +7,11 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Literal
 
 from backtalk.errors import ConfigError
 from backtalk.objective.advantages import AdvantageEstimator
+from backtalk.settings import check_choices
 
 PolicyLoss = Literal["clip", "gspo", "cispo"]
 WorldLoss = Literal["cross_entropy", "clipped_mae"]
@@ -44,7 +45,7 @@ class Schedule:
             raise ConfigError(f"schedule points are at steps {steps}; start at 0 and go up, as in {{0: 0.05, 100: 0}}")
         if not all(math.isfinite(value) and value >= 0 for value in self.points.values()):
             raise ConfigError(f"schedule values {list(self.points.values())} must be finite and >= 0")
-        _check_choices(self, shape=Literal["linear", "steps"])
+        check_choices(self)
 
     def at(self, step: int) -> float:
         """The value at a training step, counted from 0."""
@@ -98,7 +99,7 @@ class PolicyOptions:
     length_penalty: LengthPenalty = field(default_factory=LengthPenalty)
 
     def __post_init__(self) -> None:
-        _check_choices(self, loss=PolicyLoss, advantage=AdvantageEstimator)
+        check_choices(self)
         if not 0 <= self.kl_coeff < math.inf:
             raise ConfigError(f"policy.kl_coeff={self.kl_coeff} rewards leaving the reference; use >= 0, 0 for none")
         if self.max_staleness < 0:
@@ -145,7 +146,7 @@ class WorldOptions:
     """Of the log-probabilities of targets."""
 
     def __post_init__(self) -> None:
-        _check_choices(self, loss=WorldLoss, temperature=Literal["one", "sampling"])
+        check_choices(self)
         for name in ("min_valid_calls", "min_clean_turns"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"world.{name}={getattr(self, name)} is a share of turns; use 0 to 1, 0 for no gate")
@@ -189,7 +190,7 @@ class ObjectiveConfig:
     world_loss_target: WorldLossTarget = "env_only"
     """Which roles of tokens the world-model term learns."""
     max_seq_len: int | None = None
-    """Tokens; the L of fixed_length, and used by nothing else."""
+    """Tokens: the L of fixed_length, and used by nothing else; null in a run is rollout.max_tokens."""
     policy: PolicyOptions = field(default_factory=PolicyOptions)
     world: WorldOptions = field(default_factory=WorldOptions)
 
@@ -209,12 +210,7 @@ class ObjectiveConfig:
         eps_low, eps_high = self.clip
         if not (0 <= eps_low <= 1 and 0 <= eps_high < math.inf):
             raise ConfigError(f"clip={list(self.clip)}: use [eps_low, eps_high], 0 <= eps_low <= 1, eps_high >= 0")
-        _check_choices(
-            self,
-            policy_normalizer=PolicyNormalizer,
-            world_normalizer=WorldNormalizer,
-            world_loss_target=WorldLossTarget,
-        )
+        check_choices(self)
         if "fixed_length" in (self.policy_normalizer, self.world_normalizer):
             check_length(self.max_seq_len)
         roles = TARGET_ROLES[self.world_loss_target]
@@ -256,9 +252,3 @@ def check_length(max_seq_len: int | None) -> int:
             "set it to the longest sequence that a rollout may reach, in tokens"
         )
     return max_seq_len
-
-
-def _check_choices(config: Any, **choices: Any) -> None:
-    for name, known in choices.items():
-        if getattr(config, name) not in get_args(known):
-            raise ConfigError(f"{name}={getattr(config, name)!r} is unknown; use one of {list(get_args(known))}")

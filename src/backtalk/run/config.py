@@ -24,20 +24,10 @@ from backtalk.rollout.limits import RolloutLimits
 from backtalk.sandboxes import SandboxChoice
 from backtalk.settings import parse_overrides, read_settings, set_dotted
 
-# Fields of the settings below that a run does not offer: they follow from others (see _derived), or stay as they are.
-NOT_OFFERED = frozenset(
-    {
-        "engine.threads",
-        "engine.betas",
-        "engine.weight_decay",
-        "engine.packing",
-        "objective.max_seq_len",
-        "terminal.sandbox.output_bytes",
-    }
-)
-# Groups that a run leaves alone unless it is about what they set; each counts as one choice.
-OPTION_GROUPS = ("objective.policy", "objective.world", "renderer", "terminal")
-
+# Settings that a run leaves alone unless it is about what they set, but for a few of the engine's: each group counts as
+# one choice.
+OPTION_GROUPS = ("objective.policy", "objective.world", "renderer", "terminal", "engine")
+NO_OPTIONS = ("engine.kind", "engine.model", "engine.learning_rate", "engine.lora_rank")
 
 E = TypeVar("E", bound=EngineConfig)
 
@@ -187,25 +177,31 @@ def config_from_dict(tree: Mapping[str, Any], overrides: Mapping[str, Any] | Seq
     tree = copy.deepcopy(dict(tree))
     for key, value in parse_overrides(overrides).items():
         set_dotted(tree, key, value)
-    engine, rollout = tree.get("engine"), tree.get("rollout")
+    engine, rollout, objective = (tree.get(group) for group in ("engine", "rollout", "objective"))
     kind = engine.get("kind", "torch") if isinstance(engine, Mapping) else "torch"
     longest = rollout.get("max_tokens") if isinstance(rollout, Mapping) else None
-    derived = {"objective.max_seq_len": longest or RolloutLimits().max_tokens}
-    return settings.build(TrainConfig[engine_config_class(kind)], tree, hidden=NOT_OFFERED, derived=derived)
+    if objective is None or (isinstance(objective, Mapping) and objective.get("max_seq_len") is None):
+        tree["objective"] = {**(objective or {}), "max_seq_len": longest or RolloutLimits().max_tokens}
+    return settings.build(TrainConfig[engine_config_class(kind)], tree)
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Return the offered settings as nested plain data, ready for YAML; the inverse of :func:`config_from_dict`."""
-    return settings.to_plain(config, TrainConfig[type(config.engine)], NOT_OFFERED)
+    """Return settings as nested plain data, ready for YAML; the inverse of :func:`config_from_dict`."""
+    return settings.to_plain(config, TrainConfig[type(config.engine)])
 
 
 def setting_schemas(kind: str = "torch") -> dict[str, dict[str, Any]]:
     """Return the JSON Schema of every setting of a run by its dotted key, with the settings of one kind of engine."""
-    return settings.setting_schemas(TrainConfig[engine_config_class(kind)], hidden=NOT_OFFERED)
+    return settings.setting_schemas(TrainConfig[engine_config_class(kind)])
+
+
+def option_group(key: str) -> str | None:
+    """Return the group of options that a setting belongs to; None for those that most runs are about."""
+    return next((name for name in OPTION_GROUPS if key.startswith(f"{name}.") and key not in NO_OPTIONS), None)
 
 
 def json_schema(kind: str = "torch") -> dict[str, Any]:
     """Return the JSON Schema of a file of settings, for editors."""
-    schema = settings.json_schema(TrainConfig[engine_config_class(kind)], NOT_OFFERED)
+    schema = settings.json_schema(TrainConfig[engine_config_class(kind)])
     schema["properties"]["base"] = {"type": "string", "description": "A preset or file that this one differs from."}
     return schema

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from backtalk.errors import ConfigError
+from backtalk.settings import check_choices
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +23,9 @@ class TorchConfig:
     warmup_steps: int = 0
     """Linear warm-up, from learning_rate / warmup_steps."""
     weight_decay: float = 0.0
+    """Of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW."""
     grad_clip_norm: float = 1.0
     """Largest global L2 norm of the gradient; inf switches clipping off."""
     max_tokens_per_microbatch: int = 8192
@@ -57,7 +60,4 @@ class TorchConfig:
             raise ConfigError(f"grad_clip_norm={self.grad_clip_norm} would stop every update; use > 0, or inf for none")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas={self.betas} cannot work; use two numbers in [0, 1), for example (0.9, 0.95)")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float64"):
-            raise ConfigError(f"dtype={self.dtype!r} is unknown; use 'auto', 'float32', 'bfloat16' or 'float64'")
-        if self.packing not in ("auto", "on", "off"):
-            raise ConfigError(f"packing={self.packing!r} is unknown; use 'auto', 'on' or 'off'")
+        check_choices(self)
