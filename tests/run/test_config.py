@@ -160,8 +160,8 @@ def test_what_lies_deeper_is_checked_when_it_is_read(override: str, said: str) -
 
 
 def test_values_are_read_as_a_person_means_them(tmp_path: Path) -> None:
-    text = "engine: {model: 7, learning_rate: 1e-4, grad_clip_norm: .inf}\nrollout:\ntasks: {source: 2024-01-01, levels: 3}"
-    (tmp_path / "mine.yaml").write_text(text)
+    engine = "engine: {model: 7, learning_rate: 1e-4, grad_clip_norm: .inf}"
+    (tmp_path / "mine.yaml").write_text(f"{engine}\nrollout:\ntasks: {{source: 2024-01-01, levels: 3}}\n")
     config = load_config(tmp_path / "mine.yaml")
     assert (config.engine.model, config.engine.learning_rate, config.engine.grad_clip_norm) == ("7", 1e-4, math.inf)
     assert config.tasks.levels == (3,) and config.tasks.sources[0].name == "2024-01-01"
