@@ -22,7 +22,7 @@ def settings(
     `backtalk settings --schema > settings.schema.json`, and `# yaml-language-server: $schema=settings.schema.json` as
     the first line of a YAML file, let an editor complete and check it.
     """
-    from backtalk.config import OPTION_GROUPS, json_schema, option_group, setting_schemas
+    from backtalk.run.config import OPTION_GROUPS, json_schema, option_group, setting_schemas
 
     if schema:
         typer.echo(json.dumps(json_schema(engine), indent=1))

@@ -21,8 +21,8 @@ from backtalk.envs.base import Step, WorldReport
 from backtalk.errors import ConfigError, SandboxError, TaskError, VerifierError
 from backtalk.messages import Message, Part, ToolCall, ToolSpec, shortened
 from backtalk.sandboxes.base import DEFAULT_PATH, HOME, ExecResult, Sandbox, SandboxBackend, SandboxFile, SandboxLimits
-from backtalk.tasks.task import Task
 from backtalk.settings import check_choices
+from backtalk.tasks.task import Task
 from backtalk.trajectory import TokenRole
 
 ANSWER = "/logs/agent/answer.txt"

@@ -21,7 +21,6 @@ from backtalk.errors import ConfigError, RenderError
 from backtalk.language.dialogue import Dialogue, Turn, open_dialogue
 from backtalk.language.encoder import Piece, encoder_of
 from backtalk.language.template import ChatTemplate, Roles, Scaffold, escape, plain_template, template_source
-from backtalk.settings import check_choices
 from backtalk.language.tool_formats import (
     CALL_CLOSE,
     CALL_OPEN,
@@ -40,6 +39,7 @@ from backtalk.language.tool_formats import (
     write_reply,
 )
 from backtalk.messages import Message, ParsedAction, ToolCall, ToolSpec, clean_text
+from backtalk.settings import check_choices
 from backtalk.trajectory import Segment, TokenRole
 
 Action = str | Sequence[int]  # an assistant's message: as decoded, or better the sampled ids themselves
