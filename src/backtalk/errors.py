@@ -42,3 +42,12 @@ class VerifierError(InfrastructureError):
 
 class SamplerError(InfrastructureError):
     """The policy could not be sampled from."""
+
+
+def distinct(errors: ExceptionGroup[Exception]) -> Exception:
+    """Return the only error of a group as it was raised, or the group with each that says the same once."""
+    found: dict[tuple[type, str], Exception] = {}
+    for error in errors.exceptions:
+        found.setdefault((type(error), str(error)), error)
+    first, *others = found.values()
+    return errors.derive([first, *others]) if others else first

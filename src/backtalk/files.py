@@ -31,7 +31,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise _not_written(path, error) from error
+        raise not_written(path, error) from error
 
 
 def append_line(path: Path, data: Mapping[str, Any]) -> None:
@@ -57,7 +57,7 @@ def append_line(path: Path, data: Mapping[str, Any]) -> None:
                     file.truncate(whole)
                 raise
     except OSError as error:
-        raise _not_written(path, error) from error
+        raise not_written(path, error) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -106,7 +106,8 @@ def readable(path: Path) -> Iterator[None]:
         raise DataError(f"cannot read {path}: {error.strerror}; check the path of the run or file") from error
 
 
-def _not_written(path: Path, error: OSError) -> DataError:
+def not_written(path: Path, error: OSError) -> DataError:
+    """Return the error to raise for a file that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DataError(
             f"cannot write {path}: the disk is full. Files written before are whole; "

@@ -27,7 +27,7 @@ from backtalk.evidence.account import account_of
 from backtalk.language.renderer import Renderer
 from backtalk.messages import Message, Part, ToolCall, ToolSpec
 from backtalk.rollout.limits import RolloutLimits
-from backtalk.run.log import read_trajectories
+from backtalk.run.log import lock_file, read_trajectories
 from backtalk.tasks.task import Task
 from backtalk.trajectory import StopReason, TokenRole, Trajectory
 from sandbox_help import backend_or_skip
@@ -480,3 +480,11 @@ def test_no_file_is_overwritten(tmp_path: Path) -> None:
     asked = ["terminal", "--task", "triage", "--human", "--out"]
     assert "there already" in str(invoke(*asked, str(tmp_path / "o.jsonl")).exception)
     assert "end the name in" in str(invoke(*asked, str(tmp_path / "o.csv")).exception)
+
+
+def test_a_file_that_is_being_written_is_refused_to_a_second(tmp_path: Path) -> None:
+    out = tmp_path / "o.jsonl"
+    with lock_file(out):
+        done = invoke("terminal", "--task", "triage", "--human", "--out", str(out), typed="/submit 0\n")
+    assert "o.jsonl is being written by process" in str(done.exception)
+    assert not out.exists()

@@ -25,7 +25,7 @@ from backtalk.evidence.study import (
     load_study,
     run_study,
 )
-from backtalk.run.log import RunLog
+from backtalk.run.log import RunLog, lock_folder
 from backtalk.sandboxes import local_sandbox
 from backtalk.viewer.web.study import write_study_report
 from taught import taught_model_dir
@@ -197,6 +197,13 @@ async def test_a_run_that_fails_is_told_with_its_last_words(tmp_path: Path) -> N
     study = load_study(write_study(tmp_path, model=tmp_path / "absent"))
     with pytest.raises(BacktalkError, match=r"(?s)grpo_seed0, echo_seed0 did not finish.*absent.*Start the study"):
         await run_study(study, tmp_path / "out", parallel=2)
+
+
+async def test_a_study_that_runs_is_not_begun_a_second_time(tmp_path: Path) -> None:
+    study = load_study(write_study(tmp_path, model=tmp_path / "absent"))
+    with lock_folder(tmp_path / "out"), pytest.raises(ConfigError, match="out is being written by process"):
+        await run_study(study, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 async def test_a_cancelled_study_stops_its_runs_and_can_go_on(model: Path, tmp_path: Path) -> None:

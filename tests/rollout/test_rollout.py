@@ -724,6 +724,29 @@ async def test_a_bug_in_one_ends_all_and_closes_every_world() -> None:
     assert all(world.events[-1] == "close" for world in worlds)
 
 
+async def test_bugs_at_the_same_moment_are_all_raised_each_once() -> None:
+    """The second comes while the first ends the others, the third says the same as the first."""
+    gate, waiting = asyncio.Event(), 0
+
+    def together(bug: Exception) -> Hook:
+        async def step(_: Any) -> None:
+            nonlocal waiting
+            waiting += 1
+            if waiting == 3:
+                gate.set()
+            await gate.wait()
+            raise bug
+
+        return step
+
+    bugs = [ZeroDivisionError("a bug"), KeyError("another"), ZeroDivisionError("a bug")]
+    worlds = [Echo({"step": together(bug)}) for bug in bugs]
+    with pytest.raises(ExceptionGroup) as caught:
+        await group_in(worlds)
+    assert sorted(map(repr, caught.value.exceptions)) == ["KeyError('another')", "ZeroDivisionError('a bug')"]
+    assert all(world.events[-1] == "close" for world in worlds)
+
+
 async def test_ctrl_c_closes_every_world() -> None:
     worlds = [Echo({"step": hangs}) for _ in range(4)]
     running = asyncio.create_task(group_in(worlds))

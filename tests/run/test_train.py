@@ -291,6 +291,29 @@ async def test_a_folder_with_another_run_is_not_written_over(
     assert RunLog(whole[0]).evaluation_steps() == [0, 4]
 
 
+async def test_a_folder_in_which_a_run_lives_is_refused_to_a_second(config: TrainConfig, tmp_path: Path) -> None:
+    """Begun anew or resumed; the first goes on to its end."""
+    refused: list[str] = []
+
+    async def second(event: Event) -> None:
+        for resume in (False, True):
+            with pytest.raises(ConfigError, match=f"being written by process {os.getpid()} .*two writers would mix"):
+                await train(config, tmp_path / "run", resume=resume)
+            refused.append(type(event).__name__)
+
+    seconds: list[asyncio.Task[None]] = []
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, RunStarted | StepDone):
+            seconds.append(asyncio.ensure_future(second(event)))
+
+    await train(config, tmp_path / "run", on_event=on_event)
+    await asyncio.gather(*seconds)
+    assert refused == ["RunStarted"] * 2 + ["StepDone"] * 2 * config.steps
+    assert [row["step"] for row in RunLog(tmp_path / "run").read_metrics()] == list(range(config.steps))
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
 async def test_a_run_without_its_checkpoint_is_not_begun_again(
     config: TrainConfig, model: Path, sandbox: str, whole: tuple[Path, list[Event]], tmp_path: Path
 ) -> None:

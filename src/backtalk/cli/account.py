@@ -85,8 +85,8 @@ def account(
 
 
 def _renderer(name: str) -> Renderer:
-    from backtalk.engines.torch.model import model_location
     from backtalk.language.renderer import Renderer, RendererConfig
+    from backtalk.language.tokenizer import model_location
 
     return Renderer.from_pretrained(model_location(name), (), RendererConfig(on_drift="fork"))
 

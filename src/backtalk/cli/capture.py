@@ -66,7 +66,7 @@ def capture(
     """
     from rich.console import Console
 
-    from backtalk.run.log import write_trajectories
+    from backtalk.run.log import lock_file, write_trajectories
 
     if sum((script is not None, human, endpoint is not None)) != 1:
         raise ConfigError("nothing says who plays; give one of --script FILE, --human and --endpoint URL")
@@ -75,8 +75,10 @@ def capture(
     lines = _lines(script)
     authors = _authors(lines, endpoint, model, tokens, temperature, console)
     config = _config(world, list(settings or []), max_turns, len(lines), human)
-    captured = run(_play(world, task, seed, authors, config, tokenizer, episodes))
-    write_trajectories(out, captured)
+    with lock_file(out):
+        _refuse_unless_new(out)  # again, as it may have been written meanwhile
+        captured = run(_play(world, task, seed, authors, config, tokenizer, episodes))
+        write_trajectories(out, captured)
     for trajectory in captured:
         console.print(_summary(trajectory), markup=False, highlight=False, soft_wrap=True)
     console.print(f"Written: {out}", markup=False, highlight=False, soft_wrap=True)
@@ -221,8 +223,8 @@ async def _play(
     episodes: int,
 ) -> list[Trajectory]:
     from backtalk.capture import capture_episode
-    from backtalk.engines.torch.model import load_tokenizer, model_location
     from backtalk.language.renderer import Renderer
+    from backtalk.language.tokenizer import load_tokenizer, model_location
     from backtalk.run.worlds import Worlds
 
     task = _find_task(world, name, seed, config)

@@ -55,8 +55,8 @@ def export(
 
     Example: `backtalk export captured.jsonl --format episode-record --out results.jsonl`.
     """
-    from backtalk.engines.torch.model import model_location
     from backtalk.language.renderer import Renderer, RendererConfig
+    from backtalk.language.tokenizer import model_location
     from backtalk.run.log import write_bytes
     from backtalk.run.log.sources import read_episodes, rendered
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -153,17 +153,15 @@ def _options(
 
 def _model(model: str, tool_format: str | None, on_drift: OnDrift) -> tuple[RendererOf, int | None]:
     """Renderers of a model's tokenizer, one for each set of tools, and the length of its context if it says so."""
-    from transformers import AutoTokenizer
-
-    from backtalk.engines.torch.model import model_location
     from backtalk.language.renderer import Renderer, RendererConfig
+    from backtalk.language.tokenizer import load_tokenizer, model_location
     from backtalk.language.tool_formats import ToolFormat
 
     if tool_format is not None and tool_format not in set(ToolFormat):
         raise ConfigError(f"--tool-format {tool_format!r} is unknown; use {', '.join(ToolFormat)}")
     config = RendererConfig(tool_format=None if tool_format is None else ToolFormat(tool_format), on_drift=on_drift)
     location = model_location(model)
-    tokenizer: Any = AutoTokenizer.from_pretrained(location)
+    tokenizer = load_tokenizer(location)
     renderers: dict[str, Renderer] = {}
 
     def renderer_of(tools: Sequence[ToolSpec]) -> Renderer:

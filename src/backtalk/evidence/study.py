@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backtalk.errors import BacktalkError, ConfigError
+from backtalk.errors import BacktalkError, ConfigError, distinct
 from backtalk.evidence.compare import Comparison, compare
 from backtalk.files import write_bytes
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict, setting_schemas
-from backtalk.run.log import RunLog
+from backtalk.run.log import RunLog, lock_folder
 from backtalk.settings import flatten, parse_overrides, read_settings, read_yaml
 
 POLL_S = 0.5
@@ -125,8 +125,14 @@ async def run_study(
 
     Raises:
         BacktalkError: a run failed; the others are finished first, and a new start repeats only what failed.
+        ConfigError: the study is running already, or its folder holds another.
     """
-    folder, tell = Path(folder), on_event or (lambda event: None)
+    folder = Path(folder)
+    with lock_folder(folder):
+        return await _run_study(study, folder, parallel, on_event or (lambda event: None))
+
+
+async def _run_study(study: Study, folder: Path, parallel: int | None, tell: OnStudyEvent) -> Comparison:
     jobs = [_Job(f"{arm}_seed{seed}", study.config(arm, seed), folder) for seed in study.seeds for arm in study.arms]
     for job in jobs:
         job.check_same()
@@ -145,7 +151,7 @@ async def run_study(
             for job in jobs:
                 group.create_task(run(job))
     except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+        raise distinct(errors) from None
     failed = [job for job in jobs if not job.is_finished()]
     if failed:
         raise BacktalkError(

@@ -21,6 +21,7 @@ from backtalk.errors import ConfigError, RenderError
 from backtalk.language.dialogue import Dialogue, Turn, open_dialogue
 from backtalk.language.encoder import Piece, encoder_of
 from backtalk.language.template import ChatTemplate, Roles, Scaffold, escape, plain_template, template_source
+from backtalk.language.tokenizer import load_tokenizer
 from backtalk.language.tool_formats import (
     CALL_CLOSE,
     CALL_OPEN,
@@ -130,9 +131,7 @@ class Renderer:
         template_options: Mapping[str, Any] | None = None,
     ) -> Renderer:
         """Load the tokenizer of a model folder or name; imports transformers."""
-        from transformers import AutoTokenizer
-
-        return cls(AutoTokenizer.from_pretrained(path), tools, config, template_options)
+        return cls(load_tokenizer(path), tools, config, template_options)
 
     def for_tools(self, tools: Sequence[ToolSpec]) -> Renderer:
         """The same for other tools, such as those of the world that a rollout is in; made once for each set."""

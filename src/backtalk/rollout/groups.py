@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
 
-from backtalk.errors import ConfigError
+from backtalk.errors import ConfigError, distinct
 from backtalk.language.renderer import Renderer
 from backtalk.rollout.limits import Deadline, RolloutLimits
 from backtalk.rollout.rollout import EnvFactory, attempt
@@ -138,7 +138,8 @@ async def run_groups(
 ) -> list[TrajectoryGroup]:
     """A group for each task, in order; at most ``at_once(limits)`` attempts at once, over all of them.
 
-    A failed attempt touches no other. A bug, or Ctrl-C, ends them all, closes their worlds and is raised.
+    A failed attempt touches no other. A bug, or Ctrl-C, ends them all, closes their worlds and is raised; several bugs
+    at the same moment are raised as an ExceptionGroup.
     """
     if group_size < 1:
         raise ConfigError(f"group_size={group_size} makes no attempt; use group_size >= 1")
@@ -157,7 +158,7 @@ async def run_groups(
         async with asyncio.TaskGroup() as attempts:
             groups = [[attempts.create_task(rollout(task, i)) for i in range(group_size)] for task in tasks]
     except ExceptionGroup as errors:
-        raise errors.exceptions[0] from None  # as it was raised, so that callers can catch it by its class
+        raise distinct(errors) from None
     return [
         TrajectoryGroup(task.id, tuple(done.result() for done in group))
         for task, group in zip(tasks, groups, strict=True)

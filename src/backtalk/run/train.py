@@ -21,7 +21,7 @@ from backtalk.rollout.sampler import SamplingParams
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict
 from backtalk.run.evaluate import Evaluation, evaluate, rollout_metrics, row_metrics, time_metrics
 from backtalk.run.events import EvaluationDone, Notice, OnEvent, RunDone, RunStarted, StepDone
-from backtalk.run.log import RunLog
+from backtalk.run.log import RunLog, lock_folder
 from backtalk.run.tasks import held_out_tasks, mixed_tasks_of_step, recorded_trajectories, train_tasks
 from backtalk.run.worlds import Worlds, counted
 from backtalk.settings import flatten
@@ -52,11 +52,17 @@ async def train(
     ``resume=True`` goes on from the last one.
 
     Raises:
-        ConfigError: settings that cannot work, or a folder that holds another run.
+        ConfigError: settings that cannot work, or a folder that holds another run or that another process writes.
         InfrastructureError: every rollout of a step failed.
         DataError: the run folder cannot be written.
     """
-    log, tell = RunLog(folder), on_event or (lambda event: None)
+    log = RunLog(folder)
+    with lock_folder(log.folder):
+        await _train(config, log, resume, on_event or (lambda event: None), stop)
+    return log.folder
+
+
+async def _train(config: TrainConfig, log: RunLog, resume: bool, tell: OnEvent, stop: StopFlag | None) -> None:
     _claim(log, config, resume)
     run = Run(config, tell)
     first = run.restore(log) if resume else 0
@@ -83,7 +89,6 @@ async def train(
     finally:
         await run.worlds.close()
     tell(RunDone(log.folder, done, done >= config.steps))
-    return log.folder
 
 
 async def _unbroken(work: Coroutine[Any, Any, T]) -> T:

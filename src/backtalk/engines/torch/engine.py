@@ -29,8 +29,6 @@ from backtalk.engines.torch.model import (
     enable_checkpointing,
     load_adapter,
     load_model,
-    load_tokenizer,
-    model_location,
     quiet_transformers,
     resolve_device,
     resolve_dtype,
@@ -39,6 +37,7 @@ from backtalk.engines.torch.optimizer import StepOptimizer
 from backtalk.engines.torch.packing import Part, packing_pays, plan
 from backtalk.errors import ConfigError, DataError
 from backtalk.language.renderer import Renderer, RendererConfig
+from backtalk.language.tokenizer import load_tokenizer, model_location
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.loss import objective, world_weights
 from backtalk.objective.samples import (

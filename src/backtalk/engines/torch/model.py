@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 from torch import nn
 
 from backtalk.errors import ConfigError
 
-EMBEDDED = {"base": "base_model", "shop": "shop_model"}  # the models in the package: name, folder of assets
-HUB_TIMEOUT_S = 10.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -42,52 +36,6 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def model_location(model: str) -> str:
-    """A folder, or the name that transformers looks up.
-
-    Raises:
-        ConfigError: the embedded model is not installed, a path that does not exist, or a name and no network.
-    """
-    if model in EMBEDDED:
-        folder = Path(str(resources.files("backtalk"))) / "assets" / EMBEDDED[model]
-        if not (folder / "config.json").is_file():
-            raise ConfigError(
-                f"model={model!r} is a model that ships with backtalk, but {folder} does not hold it; "
-                "reinstall backtalk, or pass the folder or Hugging Face name of another model"
-            )
-        return str(folder)
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"model={model!r} is a folder without a config.json; pass one that holds a saved model")
-        return str(path)
-    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise ConfigError(f"model={model!r} does not exist; pass an existing folder, a Hugging Face name, or 'base'")
-    _check_reach(model)
-    return model
-
-
-def _check_reach(name: str) -> None:
-    """Say at once that a model can be had from nowhere: the hub's own client tries again for a minute."""
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    try:
-        if isinstance(try_to_load_from_cache(name, "config.json"), str):
-            return
-    except ValueError:  # no name the hub could have; it says why better than we could
-        return
-    hub = urlsplit(constants.ENDPOINT)
-    if constants.HF_HUB_OFFLINE or getproxies() or hub.hostname is None:
-        return
-    try:
-        socket.create_connection((hub.hostname, hub.port or 443), timeout=HUB_TIMEOUT_S).close()
-    except OSError as error:
-        raise ConfigError(
-            f"model={name!r} is no folder and not in this machine's cache, and {hub.hostname} cannot be reached "
-            f"({error}); pass a folder that holds a model, or 'base' for the embedded one"
-        ) from error
-
-
 def load_model(location: str, device: torch.device, dtype: torch.dtype) -> Any:
     """The model in eval mode with every dropout at 0, so that a token has one probability."""
     from safetensors import SafetensorError
@@ -108,18 +56,6 @@ def load_model(location: str, device: torch.device, dtype: torch.dtype) -> Any:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     return model.to(device).eval()
-
-
-def load_tokenizer(location: str) -> Any:
-    """The model's fast tokenizer."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(location)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the tokenizer of {location!r} cannot be loaded: {error}; pass a model that has one beside it"
-        ) from error
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -7,6 +7,7 @@ A run folder holds::
     groups/step_00012.parquet       the trajectories that step 12 was trained on, one row each
     evaluation_step_00012.json      the policy as it stood before step 12
     checkpoint/  tokenizer/         written by the engine and by ``train``
+    .lock                           there while a process writes, which alone may
 
 Nothing here may lose what is already written: whole files appear by rename, lines are appended and
 synced, and a line cut off by a kill or a full disk is dropped by the next reader and writer.
@@ -14,6 +15,7 @@ synced, and a line cut off by a kill or a full disk is dropped by the next reade
 
 from backtalk.files import write_bytes
 from backtalk.run.log.folder import RunLog
+from backtalk.run.log.lock import lock_file, lock_folder
 from backtalk.run.log.trajectories import (
     group_trajectories,
     read_trajectories,
@@ -25,6 +27,8 @@ from backtalk.run.log.trajectories import (
 __all__ = [
     "RunLog",
     "group_trajectories",
+    "lock_file",
+    "lock_folder",
     "read_trajectories",
     "trajectory_from_dict",
     "trajectory_to_dict",

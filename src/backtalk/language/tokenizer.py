@@ -1,0 +1,116 @@
+"""Find a pretrained model by its name or folder, and load its tokenizer: it must know text and fit the embedding."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from backtalk.errors import ConfigError
+
+EMBEDDED = {"base": "base_model", "shop": "shop_model"}  # the models in the package: name, folder of assets
+HUB_TIMEOUT_S = 10.0
+
+
+def model_location(model: str) -> str:
+    """Return a folder, or the name that transformers looks up.
+
+    Raises:
+        ConfigError: the embedded model is not installed, a path that does not exist, or a name and no network.
+    """
+    if model in EMBEDDED:
+        folder = Path(str(resources.files("backtalk"))) / "assets" / EMBEDDED[model]
+        if not (folder / "config.json").is_file():
+            raise ConfigError(
+                f"model={model!r} is a model that ships with backtalk, but {folder} does not hold it; "
+                "reinstall backtalk, or pass the folder or Hugging Face name of another model"
+            )
+        return str(folder)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model={model!r} is a folder without a config.json; pass one that holds a saved model")
+        return str(path)
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ConfigError(f"model={model!r} does not exist; pass an existing folder, a Hugging Face name, or 'base'")
+    _check_reach(model)
+    return model
+
+
+def _check_reach(name: str) -> None:
+    """Say at once that a model can be had from nowhere: the hub's own client tries again for a minute."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+    except ValueError:  # no name the hub could have; it says why better than we could
+        return
+    hub = urlsplit(constants.ENDPOINT)
+    if constants.HF_HUB_OFFLINE or getproxies() or hub.hostname is None:
+        return
+    try:
+        socket.create_connection((hub.hostname, hub.port or 443), timeout=HUB_TIMEOUT_S).close()
+    except OSError as error:
+        raise ConfigError(
+            f"model={name!r} is no folder and not in this machine's cache, and {hub.hostname} cannot be reached "
+            f"({error}); pass a folder that holds a model, or 'base' for the embedded one"
+        ) from error
+
+
+def load_tokenizer(location: str | Path) -> Any:
+    """Return the fast tokenizer of a model's folder or Hugging Face name.
+
+    Raises:
+        ConfigError: there is none, it is damaged, it knows no text, or it has more tokens than the model's embedding.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(location)
+    except Exception as error:  # damaged files raise whatever they like
+        raise ConfigError(
+            f"the tokenizer of {str(location)!r} cannot be loaded{_missing(location)}: "
+            f"{' '.join(str(error).split())}; save the tokenizer that the model was trained with beside it"
+        ) from error
+    ids = tokenizer.get_vocab()
+    if not ids.keys() - tokenizer.get_added_vocab().keys():  # transformers makes an empty one where files are missing
+        raise ConfigError(
+            f"the tokenizer of {str(location)!r} knows no text, only {len(ids)} special tokens"
+            f"{_missing(location, tokenizer.vocab_files_names.values())}; save the tokenizer that the model was "
+            "trained with beside it, or pass another model"
+        )
+    rows, needed = _embedding_rows(location), max(ids.values()) + 1
+    if rows is not None and needed > rows:
+        raise ConfigError(
+            f"the tokenizer of {str(location)!r} has token ids up to {needed - 1} and the model's embedding has {rows} "
+            f"rows, so it cannot read some tokens; call model.resize_token_embeddings({needed}) and save the model "
+            "again, or save the tokenizer that it was trained with beside it"
+        )
+    return tokenizer
+
+
+def _missing(location: str | Path, names: Iterable[str] = ()) -> str:
+    """Return which files a folder without a tokenizer.json lacks, as words to go on with; nothing for others."""
+    folder = Path(location)
+    if not folder.is_dir() or (folder / "tokenizer.json").is_file():
+        return ""
+    lacking = (name for name in {"tokenizer.json", *names} if not (folder / name).is_file())
+    return f" (the folder lacks {', '.join(sorted(lacking))})"
+
+
+def _embedding_rows(location: str | Path) -> int | None:
+    """Return how many tokens the model's config makes room for; None where there is no config, or it does not say."""
+    from transformers import AutoConfig
+
+    if Path(location).is_dir() and not (Path(location) / "config.json").is_file():
+        return None
+    try:
+        rows = getattr(AutoConfig.from_pretrained(location).get_text_config(), "vocab_size", None)
+    except (OSError, ValueError, KeyError):  # loading the model says what is wrong with its config
+        return None
+    return rows if isinstance(rows, int) else None
