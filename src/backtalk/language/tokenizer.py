@@ -88,7 +88,7 @@ def load_tokenizer(location: str | Path) -> Any:
     if rows is not None and needed > rows:
         raise ConfigError(
             f"the tokenizer of {str(location)!r} has token ids up to {needed - 1} and the model's embedding has {rows} "
-            f"rows, so it cannot read some tokens; call model.resize_token_embeddings({needed}) and save the model "
+            f"rows, so it cannot read all of them; call model.resize_token_embeddings({needed}) and save the model "
             "again, or save the tokenizer that it was trained with beside it"
         )
     return tokenizer

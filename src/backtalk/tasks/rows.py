@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from backtalk.errors import ConfigError, DataError, TaskError
+from backtalk.files import parquet_table
 from backtalk.sandboxes.base import HOME, SandboxFile
 from backtalk.tasks.folder import DEFAULT_TIMEOUT_S, add_needs, read_harbor_task
 from backtalk.tasks.scripts import offline_script
@@ -90,14 +91,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not Parquet ({error}); write it again, or give a .jsonl file") from error
-    yield from ((f"row {number}", row) for number, row in enumerate(rows))
+    yield from ((f"row {number}", row) for number, row in enumerate(parquet_table(path).to_pylist()))
 
 
 def _tasks(

@@ -20,7 +20,7 @@ from backtalk.exchange.read.turns import About, OnDrift, trajectory_from_turns, 
 from backtalk.exchange.read.verifiers import trajectory_from_trace
 from backtalk.exchange.read.wrappers import NO_WRAPPERS, TERMINUS, Wrappers
 from backtalk.exchange.rfc010 import from_rfc010
-from backtalk.files import readable
+from backtalk.files import parquet_table, readable
 from backtalk.language.renderer import Renderer
 from backtalk.messages import ToolSpec
 from backtalk.trajectory import Segment, StopReason, TokenRole, Trajectory
@@ -292,14 +292,5 @@ def _json(content: bytes, where: str) -> Any:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with readable(path):
-        content = path.read_bytes()
-    try:
-        rows = pq.read_table(pa.BufferReader(content)).to_pylist()
-    except pa.ArrowException as error:
-        raise DataError(f"{path} is not a Parquet file ({error}); it may be cut off") from error
-    for number, row in enumerate(rows):
+    for number, row in enumerate(parquet_table(path).to_pylist()):
         yield f"{path}[{number}]", row

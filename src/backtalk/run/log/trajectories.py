@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from backtalk.errors import DataError
-from backtalk.files import read_lines, readable, write_bytes
+from backtalk.files import parquet_table, read_lines, write_bytes
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 
 SCHEMA_VERSION = 3  # 1 had no branches, and 1 and 2 no unsampled actions
@@ -179,12 +179,9 @@ def _to_parquet(rows: list[dict[str, Any]]) -> bytes:
 
 def _from_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
-    with readable(path):
-        content = path.read_bytes()
+    table = parquet_table(path)
     try:
-        table = pq.read_table(io.BytesIO(content))
         missing = set(_schema().names) - set(table.schema.names)
         if missing:
             raise DataError(f"{path} lacks the columns {sorted(missing)}; it holds something other than trajectories")
