@@ -16,9 +16,9 @@ from backtalk.engines.torch.engine import TorchEngine
 from backtalk.errors import ConfigError
 from backtalk.language.renderer import Renderer
 from backtalk.language.tokenizer import load_tokenizer
-from backtalk.run import train
 from backtalk.run.config import config_from_dict
 from backtalk.run.log import RunLog
+from backtalk.run.train import train
 from tiny import tiny_model_dir, tiny_tokenizer
 
 
