@@ -20,7 +20,7 @@ PACKAGE = SRC / "backtalk"
 LINES: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"files", "settings", "trajectory"}),
-    frozenset({"", "messages"}),
+    frozenset({"", "messages", "parquet"}),
     frozenset({"objective", "language", "sandboxes"}),
     frozenset({"tasks"}),
     frozenset({"envs"}),
@@ -32,8 +32,8 @@ LINES: tuple[frozenset[str], ...] = (
     frozenset({"cli"}),
 )
 WORLD_TOWER = (
-    *("files", "settings", "messages", "sandboxes", "tasks", "envs", "language", "rollout", "exchange", "run.log"),
-    *("viewer", "capture"),
+    *("files", "parquet", "settings", "messages", "sandboxes", "tasks", "envs", "language", "rollout", "exchange"),
+    *("run.log", "viewer", "capture"),
 )
 MATHS_TOWER = ("objective",)
 NOT_MATHS = ("asyncio", "logging", "pathlib", "os", "io", "shutil", "tempfile", "subprocess", "pyarrow", "json")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,7 +27,8 @@ from backtalk.envs.base import Step
 from backtalk.envs.terminal import BASH, SUBMIT
 from backtalk.errors import ConfigError, DataError, SamplerError
 from backtalk.evidence.account import account_of
-from backtalk.language.renderer import Renderer
+from backtalk.language.renderer import Renderer, RendererConfig
+from backtalk.language.tool_formats import ToolFormat
 from backtalk.messages import Message, Part, ToolCall, ToolSpec
 from backtalk.rollout.limits import RolloutLimits
 from backtalk.run.log import lock_file, read_trajectories
@@ -43,8 +47,8 @@ runner = CliRunner()
 
 
 @cache
-def renderer() -> Renderer:
-    return Renderer(tiny_tokenizer(), (BASH, SUBMIT))
+def renderer(tool_format: ToolFormat | None = None) -> Renderer:
+    return Renderer(tiny_tokenizer(), (BASH, SUBMIT), RendererConfig(tool_format=tool_format))
 
 
 class Counter:
@@ -75,8 +79,8 @@ class Counter:
         return float(self.steps)
 
 
-async def played(author: Author, **limits: int) -> Trajectory:
-    return await capture_episode(TASK, lambda task: Counter(), author, renderer(), replace(LIMITS, **limits))
+async def played(author: Author, tool_format: ToolFormat | None = None, **limits: int) -> Trajectory:
+    return await capture_episode(TASK, lambda task: Counter(), author, renderer(tool_format), replace(LIMITS, **limits))
 
 
 # ---------------------------------------------------------------- actions as lines
@@ -211,7 +215,7 @@ async def test_an_error_that_is_named_as_leaving_is_none() -> None:
 # ---------------------------------------------------------------- a server
 
 
-Answer = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
+Answer = Callable[[dict[str, Any]], tuple[int, dict[str, Any]] | None]
 
 
 @dataclass
@@ -232,12 +236,17 @@ def serving(answer: Answer) -> Iterator[Server]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.asked.append(body | {"path": self.path})
             seen.keys.append(self.headers.get("Authorization"))
-            status, record = answer(body)
+            replied_with = answer(body)
+            if replied_with is None:  # as a server that dies
+                self.connection.close()
+                return
+            status, record = replied_with
             content = json.dumps(record).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            with suppress(BrokenPipeError):
+                self.wfile.write(content)
 
         def log_message(self, format: str, *args: Any) -> None:
             return None
@@ -411,7 +420,150 @@ async def test_a_busy_server_is_asked_again_and_a_dead_one_costs_the_episode(mon
     assert strange.failure is not None and "without a choice" in strange.failure.message
 
 
+def replied(**message: Any) -> dict[str, Any]:
+    return {"choices": [{"message": {"role": "assistant", **message}, "finish_reason": "stop"}]}
+
+
+def calling(call: Any) -> dict[str, Any]:
+    return replied(content=None, tool_calls=call)
+
+
+LS = {"id": "c", "type": "function", "function": {"name": "bash", "arguments": '{"command": "ls"}'}}
+THOUGHT = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+NO_CALL = "no tool call"
+DEEP = '{"command": ' + "[" * 200 + "]" * 200 + "}"
+
+
+@pytest.mark.parametrize("tool_format", [ToolFormat.HERMES, ToolFormat.TAGS])
+@pytest.mark.parametrize(
+    ("odd", "told"),
+    [
+        (called("submit", '{"answer": 42}'), "'answer' of submit has to be a string, got the number 42"),
+        (called("submit", '{"answer": ["4", "2"]}'), "'answer' of submit has to be a string, got an array of 2"),
+        (called("bash", '{"command": null}'), "'command' of bash has to be a string, got null"),
+        (called("bash", "{}"), "bash needs the argument 'command', got none"),
+        (called("bash", ""), "bash needs the argument 'command', got none"),
+        (called("fly", '{"to": "moon"}'), "there is no tool 'fly'"),
+        (called("bash", "{broken"), NO_CALL),
+        (called("bash", '{"command": "ls"} and more'), NO_CALL),
+        (called("bash", '["ls"]'), NO_CALL),
+        (called("bash", '{"command": NaN}'), NO_CALL),
+        (called("bash", DEEP), NO_CALL),
+        (calling([LS | {"function": {"name": "bash", "arguments": ["ls"]}}]), NO_CALL),
+        (calling([LS | {"function": {"arguments": "{}"}}]), NO_CALL),
+        (calling([LS | {"function": None}]), NO_CALL),
+        (calling([None]), NO_CALL),
+        (calling([17]), NO_CALL),
+        (calling("bash"), NO_CALL),
+        (replied(content=None), NO_CALL),
+        (replied(content=None, refusal="I would rather not."), NO_CALL),
+        (replied(content=[THOUGHT, {"type": "text", "text": "ok"}]), NO_CALL),
+        (replied(content="a lone \ud800 half <|im_end|> of nothing"), NO_CALL),
+        ({"choices": [{"index": 0}]}, NO_CALL),
+        ({"choices": [{"message": None, "logprobs": 3, "token_ids": 4, "prompt_token_ids": 5}]}, NO_CALL),
+    ],
+)
+async def test_an_odd_reply_is_told_and_the_rollout_goes_on(
+    odd: dict[str, Any], told: str, tool_format: ToolFormat
+) -> None:
+    done = called("submit", '{"answer": "2"}', 1)
+    with serving(scripted(odd, called("bash", '{"command": "ls"}'), done)) as server:
+        trajectory = await played(Endpoint(config(server)), tool_format)
+    assert (trajectory.failure, trajectory.reward, trajectory.stop_reason) == (None, 2.0, StopReason.SUBMITTED)
+    heard = server.asked[1]["messages"][-1]
+    assert told in heard["content"] and trajectory.stats["unclean_turns"] == 1
+    warned = next(m["content"] for m in trajectory.messages if m["role"] == "tool")
+    assert warned.startswith("[") and warned in heard["content"]
+    ends = [t for s in trajectory.segments if s.role in (CONTEXT, ACTION) and s.turn == 0 for t in s.token_ids]
+    assert [t in renderer().stop_token_ids for t in ends] == [False] * (len(ends) - 1) + [True]
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        replied(content=[THOUGHT, {"type": "text", "text": ""}], tool_calls=[LS]),
+        replied(content=None, refusal=None, reasoning_content="hm", tool_calls=[LS], audio=None),
+        calling([{**LS, "function": {**LS["function"], "arguments": {"command": "ls"}}}]),
+        calling([{**LS, "id": None}]),
+        calling([{"function": LS["function"], "index": 0}, LS]),
+        calling(LS),
+        {"choices": [*calling([LS])["choices"], replied(content="another")["choices"][0]]},
+    ],
+)
+async def test_what_is_only_written_otherwise_is_a_call(harmless: dict[str, Any]) -> None:
+    with serving(scripted(harmless, called("submit", '{"answer": "1"}', 1))) as server:
+        trajectory = await played(Endpoint(config(server)))
+    assert (trajectory.reward, trajectory.stats["unclean_turns"]) == (2.0, 0)
+    assistant, tool = server.asked[1]["messages"][-2:]
+    assert assistant["tool_calls"][0]["function"] == LS["function"]
+    assert (tool["role"], tool["tool_call_id"]) == ("tool", assistant["tool_calls"][0]["id"])
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        (200, {"choices": []}),
+        (200, {"choices": {"0": {}}}),
+        (200, {"choices": [None]}),
+        (200, {"error": {"message": "overloaded", "code": 502}}),
+        (200, replied(content=7)),
+        (200, replied(content=[{"type": "image_url", "image_url": {}}])),
+        (500, {"error": "out of memory"}),
+        None,  # the connection is cut
+    ],
+)
+async def test_a_broken_reply_costs_one_rollout(broken: tuple[int, dict[str, Any]] | None) -> None:
+    good = (200, called("submit", '{"answer": ""}'))
+    left = iter([good, broken, broken, good])
+    with serving(lambda body: next(left)) as server:
+        first, failed = [await played(Endpoint(config(server, attempts=2))) for _ in range(2)]
+        if broken and broken[0] == 200:  # not asked again
+            next(left)
+        last = await played(Endpoint(config(server)))
+    assert (first.reward, last.reward) == (1, 1)
+    assert failed.failure is not None and (failed.failure.where, failed.failure.error) == ("sample", "SamplerError")
+
+
 # ---------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_rollout_is_in_the_file_when_it_ends(tmp_path: Path, suffix: str) -> None:
+    """Readable while the third is played; Ctrl-C then costs only that one."""
+    backend_or_skip()
+    out, asked, go = tmp_path / f"o{suffix}", threading.Event(), threading.Event()
+    left = iter([called("bash", '{"command": "pwd"}'), called("submit", '{"answer": "1"}', 1)] * 2)
+
+    def answer(body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        reply = next(left, None)
+        if reply is None:
+            asked.set()
+            go.wait(60)
+        return 200, reply or {}
+
+    with serving(answer) as server:
+        where = ["--endpoint", server.url, "--model", "m", "--episodes", "3", "--out", str(out)]
+        command = [sys.executable, "-m", "backtalk.cli", "capture", "terminal", "--task", "triage", *where]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            assert asked.wait(120)
+            assert [t.sample_index for t in read_trajectories(out)] == [0, 1]
+            process.send_signal(signal.SIGINT)
+            said, _ = process.communicate(timeout=60)
+        go.set()
+    assert (process.returncode, f"Written: 2 of 3 rollouts to {out}" in said) == (130, True), said
+    written = read_trajectories(out)
+    assert [t.stop_reason for t in written] == [StopReason.SUBMITTED] * 2
+    assert all(t.reward is not None and t.count(ENV) for t in written)
+
+
+def test_a_rollout_that_fails_is_written_between_the_others(tmp_path: Path) -> None:
+    backend_or_skip()
+    done = called("submit", '{"answer": "1"}')
+    with serving(scripted(done, {"choices": []}, done)) as server:
+        where = ["--endpoint", server.url, "--model", "m", "--episodes", "3", "--out", str(tmp_path / "o.jsonl")]
+        result = invoke("terminal", "--task", "triage", *where)
+    assert result.exit_code == 1 and "Written: 3 of 3" in result.output
+    assert [t.failure is None for t in read_trajectories(tmp_path / "o.jsonl")] == [True, False, True]
 
 
 def invoke(*arguments: str, typed: str | None = None) -> Any:

@@ -12,6 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -776,6 +778,62 @@ def test_chat_through_the_command_with_the_embedded_model(tmp_path: Path, suffix
     (trajectory,) = read_trajectories(out)
     assert (trajectory.task_id, trajectory.reward, trajectory.messages) == ("c", 0.5, tuple(CHAT))
     assert trajectory.count(ENV) > 0
+
+
+def spec(name: str, **properties: dict[str, Any]) -> dict[str, Any]:
+    parameters = {"type": "object", "properties": properties, "required": list(properties)[:1]}
+    return {"type": "function", "function": {"name": name, "description": name, "parameters": parameters}}
+
+
+@pytest.mark.parametrize("tool_format", [ToolFormat.HERMES, ToolFormat.QWEN3_CODER])
+def test_parquet_gives_the_tokens_of_json_lines(tmp_path: Path, tool_format: ToolFormat) -> None:
+    """Arrow fills what one struct has and another has not with null: in arguments, in schemas, at any depth."""
+    where = {"type": "object", "properties": {"path": {"type": "string"}}}
+    tools = [
+        spec("bash", command={"type": "string"}, seconds={"type": "integer"}),
+        spec("move", to=where, how={"enum": ["fast", None], "type": "string"}),
+        spec("submit", answer={"type": "string", "minLength": 1}),
+    ]
+    said: list[dict[str, Any]] = [{"role": "user", "content": "Count."}]
+    for number, (tool, arguments) in enumerate(
+        [("bash", {"command": "ls"}), ("move", {"to": {"path": "/a"}}), ("bash", {}), ("submit", {"answer": "1"})]
+    ):
+        call = {"id": str(number), "type": "function", "function": {"name": tool, "arguments": arguments}}
+        said.append({"role": "assistant", "content": None, "tool_calls": [call]})
+        said.append({"role": "tool", "tool_call_id": str(number), "content": "ok"})
+    record = {"id": "r", "messages": said, "tools": tools}
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "chat.parquet")
+    text = {"id": "r", "messages": json.dumps(said), "tools": json.dumps(tools)}  # as many data sets keep them
+    pq.write_table(pa.Table.from_pylist([text]), tmp_path / "text.parquet")
+    (tmp_path / "chat.jsonl").write_text(json.dumps(record) + "\n")
+
+    def of(told: Any) -> Renderer:
+        return Renderer(tiny_tokenizer(), told, RendererConfig(tool_format=tool_format))
+
+    found = [import_files([tmp_path / name], "chat", of) for name in ("chat.jsonl", "chat.parquet", "text.parquet")]
+    (lines,), *others = (imported.trajectories for imported in found)
+    assert [other.segments for (other,) in others] == [lines.segments] * 2
+    assert '"minLength": 1' in decode(lines.token_ids) and "None" not in decode(lines.token_ids)
+    assert decode(lines.token_ids).count("null") == 1  # of the enum, which is a list
+
+
+def test_a_null_argument_survives_in_json_lines_and_in_text(tmp_path: Path) -> None:
+    def record(arguments: object) -> dict[str, Any]:
+        call = {"id": "1", "type": "function", "function": {"name": "move", "arguments": arguments}}
+        return {"messages": [CHAT[1], {"role": "assistant", "tool_calls": [call]}]}
+
+    def said(path: Path) -> str:
+        renderer = Renderer(tiny_tokenizer(), [], RendererConfig(tool_format=ToolFormat.HERMES))
+        (trajectory,) = import_files([path], "chat", lambda _: renderer).trajectories
+        return decode(trajectory.token_ids)
+
+    null = {"path": "/a", "speed": None}
+    (tmp_path / "n.jsonl").write_text(json.dumps(record(null)))
+    pq.write_table(pa.Table.from_pylist([record(json.dumps(null))]), tmp_path / "text.parquet")
+    pq.write_table(pa.Table.from_pylist([record(null | {"speed": None})]), tmp_path / "struct.parquet")
+    kept = '{"path": "/a", "speed": null}'
+    assert [kept in said(tmp_path / name) for name in ("n.jsonl", "text.parquet", "struct.parquet")] == [1, 1, 0]
+    assert '"arguments": {"path": "/a"}' in said(tmp_path / "struct.parquet")
 
 
 def test_a_call_that_a_format_cannot_hold_is_refused() -> None:

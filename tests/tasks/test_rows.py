@@ -53,6 +53,27 @@ def test_parquet_holds_the_same_tasks(tmp_path: Path) -> None:
     assert tasks[0].tests == lines[0].tests and lines[1].metadata["level"] == 2
 
 
+def test_nulls_that_parquet_fills_in_are_no_fields_of_a_task(tmp_path: Path) -> None:
+    rows = [
+        {**ROW, "env": {"A": "1"}, "metadata": {"level": 1, "world": {"kind": "shop", "sizes": [1, None]}}},
+        {**ROW, "id": "two", "files": {"b.txt": {"content": "b", "mode": "755"}}, "env": {"B": "2"}},
+        {**ROW, "id": "three", "files": {"b.txt": {"base64": "Yg=="}}, "metadata": {"world": {"door": "red"}}},
+    ]
+    rows[0]["files"] = {"a.txt": {"content": "1"}}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "tasks.parquet")
+    filled, lines = read_tasks(str(tmp_path / "tasks.parquet")), read_tasks(str(write(tmp_path / "t.jsonl", *rows)))
+    assert filled == lines
+    assert filled[0].metadata["world"] == {"kind": "shop", "sizes": [1, None]}  # a list has what it had
+    assert [dict(task.env) for task in filled] == [{"A": "1"}, {"B": "2"}, {}]
+    nulls = {**ROW, "env": {"A": "1", "B": None}, "metadata": {"level": 1, "world": {"kind": "shop", "door": None}}}
+    (null,) = read_tasks(str(write(tmp_path / "n.jsonl", nulls)))  # a null field of a task is no field, anywhere
+    assert (dict(null.env), null.metadata["world"]) == ({"A": "1"}, {"kind": "shop"})
+    columns = {name: [value] for name, value in {**ROW, "files": "{}"}.items()}
+    columns["env"] = pyarrow.array([[("A", "1")]], pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "map.parquet")
+    assert dict(read_tasks(str(tmp_path / "map.parquet"))[0].env) == {"A": "1"}
+
+
 def test_every_bad_row_is_named_and_nothing_runs(tmp_path: Path) -> None:
     unscored = {name: value for name, value in ROW.items() if name != "tests"} | {"id": "c"}
     path = write(tmp_path / "tasks.jsonl", ROW, "{", unscored, ROW)

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from backtalk.capture.author import Reply, Seen, text_of
-from backtalk.errors import ConfigError, SamplerError
+from backtalk.errors import ConfigError, DataError, SamplerError
+from backtalk.language.openai_chat import content_text, read_call, spelled_call
 from backtalk.language.tool_formats import tool_schemas
-from backtalk.messages import Message, ToolCall
+from backtalk.messages import Message, ToolCall, clean_text
 from backtalk.rollout.sampler import Completion
 
 SHOWN = 300  # characters of a server's refusal
@@ -91,12 +92,14 @@ class Endpoint:
                 raise _refused(self.config, status, answer)
             self.accepted += 1
         choice = _choice(answer, self.config)
-        said = choice.get("message") or {}
-        text, calls = said.get("content") or "", said.get("tool_calls") or []
-        call, text = _read_call(calls[0], text) if calls else (None, text)
-        kept = {"role": "assistant", "content": text, **({"tool_calls": calls[:1]} if call else {})}
+        text, call, identifier = _read_message(choice.get("message"), self.config)
+        kept: dict[str, Any] = {"role": "assistant", "content": text}
+        self.call_id = None
+        if call is not None:
+            self.call_id = identifier or f"call_{len(self.messages)}"
+            function = {"name": call.tool, "arguments": json.dumps(call.arguments)}
+            kept["tool_calls"] = [{"id": self.call_id, "type": "function", "function": function}]
         self.messages.append(kept)
-        self.call_id = str(calls[0].get("id")) if call else None
         sampled = _sampled(answer, choice, seen) if self.config.temperature == 1 else None
         return Reply(text=text, call=call, sampled=sampled, cut=choice.get("finish_reason") == "length")
 
@@ -138,7 +141,8 @@ class Endpoint:
         key = os.environ.get(self.config.key_variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         problem = ""
-        async with httpx.AsyncClient(timeout=self.config.timeout_s, headers=headers) as client:
+        secure = self.config.url.startswith("https")  # loading certificates takes longer than a local server's answer
+        async with httpx.AsyncClient(timeout=self.config.timeout_s, headers=headers, verify=secure) as client:
             for attempt in range(self.config.attempts):
                 wait_s = self.config.first_wait_s * 2**attempt
                 try:
@@ -168,31 +172,41 @@ def _httpx() -> Any:
 def _openai(messages: Sequence[Message], call_id: str | None) -> list[dict[str, Any]]:
     """In OpenAI's format. What answers a call is one message; what answers no call, as a parse error, is the user's."""
     if any(message.role != "tool" for message in messages):
-        return [{"role": m.role if m.role != "tool" else "user", "content": m.text} for m in messages]
+        return [{"role": m.role if m.role != "tool" else "user", "content": clean_text(m.text)} for m in messages]
     answered = {"role": "tool", "tool_call_id": call_id} if call_id else {"role": "user"}
-    return [{**answered, "content": text_of(messages)}]
+    return [{**answered, "content": clean_text(text_of(messages))}]
 
 
-def _read_call(call: Any, text: str) -> tuple[ToolCall | None, str]:
-    """A tool call; as text where its arguments are no JSON object, so that the policy is told what is wrong."""
-    function = call.get("function") or {}
-    name, written = str(function.get("name")), function.get("arguments") or "{}"
+def _read_message(message: Any, config: EndpointConfig) -> tuple[str, ToolCall | None, str | None]:
+    """Text, call and its id of a reply; a call that cannot be read as text, so that the policy is told what is wrong.
+
+    Raises:
+        SamplerError: the reply holds what is no text, an image say.
+    """
+    said: Mapping[str, Any] = message if isinstance(message, Mapping) else {}
     try:
-        arguments = json.loads(written) if isinstance(written, str) else written
-    except ValueError:
-        arguments = None
-    if not isinstance(arguments, dict):
-        return None, f"{text}\n{name} {written}".strip()
-    return ToolCall(name, arguments), text
+        text = clean_text(content_text(said.get("content")) or content_text(said.get("refusal")))
+    except DataError as error:
+        raise SamplerError(f"{config.url} answered with what no policy of ours can say: {error}") from error
+    calls = said.get("tool_calls")
+    first = next(iter(calls), None) if isinstance(calls, list) else calls
+    if not first:
+        return text, None, None
+    try:
+        return text, *read_call(first)
+    except DataError:
+        return f"{text}\n{spelled_call(first)}".strip(), None, None
 
 
 def _sampled(answer: Any, choice: Any, seen: Seen, *, own_prompt: bool = False) -> Completion | None:
     """The sampled ids with their logprobs, where the server says them and they continue just our tokens."""
     prompt = answer.get("prompt_token_ids") or choice.get("prompt_token_ids")
     ids, logprobs = choice.get("token_ids"), _logprobs(choice.get("logprobs"))
-    if (prompt is None and not own_prompt) or (prompt is not None and tuple(prompt) != seen.token_ids):
+    if (prompt is None and not own_prompt) or (prompt is not None and prompt != list(seen.token_ids)):
         return None
-    if not ids or logprobs is None or len(ids) != len(logprobs):
+    if not isinstance(ids, list) or not ids or not all(type(token) is int and token >= 0 for token in ids):
+        return None
+    if logprobs is None or len(ids) != len(logprobs):
         return None
     stopped = choice.get("finish_reason") != "length"
     if stopped and ids[-1] not in seen.stop_token_ids:  # it ended in some way that our tokens do not show
@@ -204,15 +218,16 @@ def _logprobs(found: Any) -> tuple[float, ...] | None:
     """Of the sampled tokens, as /chat/completions (``content``) and /completions (``token_logprobs``) give them."""
     if not isinstance(found, Mapping):
         return None
-    entries = found.get("content")
-    values = found.get("token_logprobs") if entries is None else [entry.get("logprob") for entry in entries]
-    known = values and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
+    values: Any = found.get("token_logprobs")
+    if isinstance(entries := found.get("content"), list):
+        values = [entry.get("logprob") if isinstance(entry, Mapping) else None for entry in entries]
+    known = isinstance(values, list) and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
     return tuple(map(float, values)) if values and known else None
 
 
 def _choice(answer: Any, config: EndpointConfig) -> dict[str, Any]:
     choices = answer.get("choices") if isinstance(answer, Mapping) else None
-    if not choices or not isinstance(choices[0], Mapping):
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
         raise SamplerError(f"{config.url} answered without a choice: {str(answer)[:SHOWN]}; is it the right URL?")
     return dict(choices[0])
 
@@ -229,7 +244,7 @@ def _refused(config: EndpointConfig, status: int, answer: Any) -> SamplerError:
 def _body(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 

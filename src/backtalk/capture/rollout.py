@@ -8,7 +8,9 @@ from dataclasses import dataclass, field, replace
 
 from backtalk.capture.author import Author, Left, Reply, Seen
 from backtalk.envs.base import Env, Step
+from backtalk.errors import RenderError
 from backtalk.language.renderer import Renderer
+from backtalk.language.tool_formats.values import what_is_wrong
 from backtalk.messages import Message, Part, ToolCall, ToolSpec
 from backtalk.rollout.groups import EnvFactory, run_rollout
 from backtalk.rollout.limits import RolloutLimits
@@ -91,13 +93,22 @@ class _Stage:
         completion = reply.sampled or _written(reply, renderer, room)
         action = renderer.parse_action(completion.token_ids, completion.stopped)
         told = action.error or action.notice  # what the rollout answers itself; the environment never hears of it
+        if action.error and reply.call is not None and (wrong := what_is_wrong(reply.call, self.tools)):
+            told = told if wrong in told else f"[{wrong}]\n{told}"  # it called a tool, and knows nothing of our format
         self.said += [Message("tool", (Part(told, TokenRole.WARNING),))] if told else []
         return completion
 
 
 def _written(reply: Reply, renderer: Renderer, room: int) -> Completion:
-    """A reply in the renderer's own tokens, which nobody sampled."""
-    ids = renderer.encode_text(reply.text) if reply.call is None else renderer.encode_action(reply.call, reply.text)
+    """A reply in the renderer's own tokens, which nobody sampled.
+
+    A call that the format cannot hold, as a number where its tags hold text, is spelled out, which is no call.
+    """
+    try:
+        call = None if reply.call is None else renderer.encode_action(reply.call, reply.text)
+    except RenderError:
+        call = renderer.encode_message(reply.text, (reply.call,) if reply.call else ())
+    ids = renderer.encode_message(reply.text) if call is None else call
     kept = ids[:-1][:room] if reply.cut else ids[:room]
     return Completion(kept, None, stopped=not reply.cut and len(kept) == len(ids))
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from backtalk.tasks.task import Task
     from backtalk.trajectory import Trajectory
 
+Keep = Callable[["Trajectory"], None]  # is handed each rollout as it ends
 OPTIONS = "options."  # settings of the world itself begin so
 PERSON_TURNS, PERSON_TIMEOUT_S = 200, 86_400.0
 
@@ -66,7 +69,7 @@ def capture(
     """
     from rich.console import Console
 
-    from backtalk.run.log import lock_file, write_trajectories
+    from backtalk.run.log import lock_file
 
     if sum((script is not None, human, endpoint is not None)) != 1:
         raise ConfigError("nothing says who plays; give one of --script FILE, --human and --endpoint URL")
@@ -75,15 +78,35 @@ def capture(
     lines = _lines(script)
     authors = _authors(lines, endpoint, model, tokens, temperature, console)
     config = _config(world, list(settings or []), max_turns, len(lines), human)
+    play = partial(_play, world, task, seed, authors, config, tokenizer, episodes)
     with lock_file(out):
         _refuse_unless_new(out)  # again, as it may have been written meanwhile
-        captured = run(_play(world, task, seed, authors, config, tokenizer, episodes))
-        write_trajectories(out, captured)
-    for trajectory in captured:
-        console.print(_summary(trajectory), markup=False, highlight=False, soft_wrap=True)
-    console.print(f"Written: {out}", markup=False, highlight=False, soft_wrap=True)
-    if any(trajectory.failure is not None for trajectory in captured):
+        failed = _record(out, episodes, console, play)
+    if failed:
         raise typer.Exit(1)
+
+
+def _record(out: Path, episodes: int, console: Console, play: Callable[[Keep], Coroutine[Any, Any, None]]) -> bool:
+    """Write each rollout when it ends, and say how many there are, however it all ends; return whether one failed."""
+    from backtalk.run.log import append_trajectory
+
+    failed: list[bool] = []
+
+    def keep(trajectory: Trajectory) -> None:
+        append_trajectory(out, trajectory)
+        failed.append(trajectory.failure is not None)
+        _say(console, _summary(trajectory))
+
+    try:
+        run(play(keep))
+    finally:
+        if failed:
+            _say(console, f"Written: {len(failed)} of {episodes} rollouts to {out}")
+    return any(failed)
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _refuse_unless_new(out: Path) -> None:
@@ -91,6 +114,9 @@ def _refuse_unless_new(out: Path) -> None:
         raise ConfigError(f"--out {out} ends in {out.suffix!r}; end the name in .parquet or .jsonl")
     if out.exists():
         raise ConfigError(f"{out} is there already; choose another name")
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"--out {out} cannot be written: {folder} is no folder that you may write to")
 
 
 def _lines(script: Path | None) -> list[str]:
@@ -221,7 +247,9 @@ async def _play(
     config: TrainConfig,
     tokenizer: str,
     episodes: int,
-) -> list[Trajectory]:
+    keep: Keep,
+) -> None:
+    """Play one rollout after the other, each handed to ``keep`` as it ends."""
     from backtalk.capture import capture_episode
     from backtalk.language.renderer import Renderer
     from backtalk.language.tokenizer import load_tokenizer, model_location
@@ -233,10 +261,8 @@ async def _play(
     renderer = Renderer(load_tokenizer(model_location(tokenizer)), (), config.renderer)
     worlds = Worlds([task], config)
     try:
-        return [
-            await capture_episode(task, worlds.open, authors(), renderer, config.rollout, sample_index=index)
-            for index in range(episodes)
-        ]
+        for index in range(episodes):
+            keep(await capture_episode(task, worlds.open, authors(), renderer, config.rollout, sample_index=index))
     finally:
         await worlds.close()
 
@@ -251,5 +277,7 @@ def _summary(trajectory: Trajectory) -> str:
     )
     reward = "no reward" if trajectory.reward is None else f"reward {trajectory.reward:g}"
     sampled = "none sampled" if unsampled == turns else "all sampled" if not unsampled else f"{unsampled} not sampled"
+    unclean = int(trajectory.stats.get("unclean_turns", 0))
+    sampled += f", {unclean} with a fault that was told" if unclean else ""
     counts = ", ".join(f"{role.name} {trajectory.count(role):,}" for role in TokenRole if trajectory.count(role))
     return f"{trajectory.task_id}: {turns} turns ({sampled}), {reward}, {ending}; {counts} tokens"

@@ -9,18 +9,17 @@ what is there alone; where it would not, that is raised, or the history is rewri
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from backtalk.errors import ConfigError, RenderError
 from backtalk.language.dialogue import Dialogue, Turn, open_dialogue
 from backtalk.language.encoder import Piece, encoder_of
-from backtalk.language.template import ChatTemplate, Roles, Scaffold, escape, plain_template, template_source
+from backtalk.language.template import ChatTemplate, ChatTokenizer, Roles, Scaffold, escape, source_of
 from backtalk.language.tokenizer import load_tokenizer
 from backtalk.language.tool_formats import (
     CALL_CLOSE,
@@ -37,6 +36,7 @@ from backtalk.language.tool_formats import (
     refuse_control_tokens,
     tag_tokens,
     tool_schemas,
+    write_message,
     write_reply,
 )
 from backtalk.messages import Message, ParsedAction, ToolCall, ToolSpec, clean_text
@@ -46,15 +46,6 @@ from backtalk.trajectory import Segment, TokenRole
 Action = str | Sequence[int]  # an assistant's message: as decoded, or better the sampled ids themselves
 
 _MARK = re.compile(r"</?[^\s<>]{1,40}>|\[/?[A-Z_]{2,40}\]")  # how templates spell the marks they set around bodies
-
-
-class ChatTokenizer(Protocol):
-    """What is used of a transformers fast tokenizer, beside its eos, bos and pad tokens if it has them."""
-
-    @property
-    def backend_tokenizer(self) -> Any: ...
-
-    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,7 +97,7 @@ class Renderer:
         self.encoder = encoder_of(tokenizer)
         self._scan = lru_cache(4096)(self.encoder.scan)
         refuse_control_tokens(self.tools, self.encoder.control_ids)
-        source = self._template_source()
+        source = source_of(tokenizer, self.encoder.control_ids)
         self.tool_format = config.tool_format or detect_format(source, self.encoder.control_ids, self.tools)
         self._syntax = open_syntax(self.tool_format, self.tools, self.encoder.control_ids)
         self._dialogue, self._preamble = self._open_dialogue(source, template_options or {})
@@ -211,7 +202,7 @@ class Renderer:
 
     def imitates_observation(self, token_ids: Sequence[int]) -> bool:
         """Whether an action holds what the template sets around observations, as control tokens or spelled out."""
-        text = self._decode(self._without_stop(token_ids))
+        text = self.encoder.decode(self._without_stop(token_ids))
         return any(mark in text for mark in self._observation_marks)
 
     # --- actions ---
@@ -231,7 +222,7 @@ class Renderer:
         )
 
     def encode_action(self, call: ToolCall, text: str = "") -> tuple[int, ...]:
-        """The ids of a well-written call after some text, with the stop token: for scripted policies.
+        """Return the ids of a well-written call after some text, with the stop token: for scripted policies.
 
         Where thinking is on, the text is thought.
 
@@ -239,22 +230,34 @@ class Renderer:
             RenderError: the format cannot hold this call.
         """
         thinking = self.config.thinking != "off"
-        items: list[int | str] = []
-        for piece in write_reply(self._syntax, call, text, opened=self._thinking, thinking=thinking):
-            items += self._scan(piece) if isinstance(piece, Mark) else [piece]
+        pieces = write_reply(self._syntax, call, text, opened=self._thinking, thinking=thinking)
+        return self._written(pieces)
+
+    def encode_message(self, text: str, calls: Sequence[ToolCall] = (), reasoning: str = "") -> tuple[int, ...]:
+        """Return the ids of an assistant's message that is known only as text and calls, with the stop token.
+
+        Only marks of thinking and of calls become control tokens. A call that the format cannot hold is spelled out.
+        ``reasoning`` stands before the text in think tags, where thinking is on.
+        """
+        thought = "" if self.config.thinking == "off" else reasoning
+        pieces = write_message(self._syntax, text, calls, thought, marks=self._action_marks, opened=self._thinking)
+        return self._written(pieces)
+
+    def _written(self, pieces: Iterable[str]) -> tuple[int, ...]:
+        items = (item for piece in pieces for item in (self._scan(piece) if isinstance(piece, Mark) else (piece,)))
         return (*self._encode(items), self.end_of_turn_id)
 
     def _decode_marks(self, token_ids: Sequence[int]) -> tuple[str, frozenset[int] | None]:
         """The text of sampled ids, and where the format's own tokens stand in it, if only those count."""
         if not self._syntax.are_tokens:
-            return self._decode(token_ids), None
+            return self.encoder.decode(token_ids), None
         tags = {self.encoder.control_ids[tag] for tag in tag_tokens(self.tools)}
         text, starts = "", set()
         for is_tag, run in groupby(token_ids, key=tags.__contains__):
             for piece in [[token] for token in run] if is_tag else [list(run)]:
                 if is_tag:
                     starts.add(len(text))
-                text += self._decode(piece)
+                text += self.encoder.decode(piece)
         return text, frozenset(starts)
 
     def encode_text(self, text: str) -> tuple[int, ...]:
@@ -288,9 +291,6 @@ class Renderer:
     @staticmethod
     def _pieces(items: Iterable[int | str], role: TokenRole, tool: str | None = None) -> Iterator[Piece]:
         return (Piece((item,) if isinstance(item, int) else item, role, tool) for item in items)
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return self.encoder.decode(token_ids)
 
     # --- what is said, as turns of the chat template ---
 
@@ -337,7 +337,7 @@ class Renderer:
         """What is left of an action: all of it where nobody thought, nothing where the thinking had no end."""
         close = self.encoder.control_ids.get(THINK_CLOSE)
         if isinstance(action, str) or close is None:
-            text = action if isinstance(action, str) else self._decode(self._without_stop(action))
+            text = action if isinstance(action, str) else self.encoder.decode(self._without_stop(action))
             _, closed, rest = text.rpartition(THINK_CLOSE)
             if not closed and not self._thinking and THINK_OPEN not in text:
                 return action
@@ -347,17 +347,10 @@ class Renderer:
             opened = self._thinking or self.encoder.control_ids.get(THINK_OPEN) in ids
             return () if opened else action
         rest = ids[len(ids) - ids[::-1].index(close) :]
-        blank = next((n for n, token in enumerate(rest) if self._decode([token]).strip("\n")), len(rest))
+        blank = next((n for n, token in enumerate(rest) if self.encoder.decode([token]).strip("\n")), len(rest))
         return tuple(rest[blank:])
 
     # --- what is found out about the chat template ---
-
-    def _template_source(self) -> str:
-        source = template_source(self.tokenizer)
-        if source is None:
-            source = plain_template(self.encoder.control_ids, getattr(self.tokenizer, "eos_token", None))
-            warnings.warn(f"the tokenizer has no chat template; Backtalk's own is used: {source}", stacklevel=3)
-        return source
 
     def _open_dialogue(self, source: str, options: Mapping[str, Any]) -> tuple[Dialogue, str]:
         """The template at work, and what to tell about the tools where it does not, or not in the policy's format."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import date
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from backtalk.errors import RenderError
 
@@ -23,6 +24,15 @@ FIXED_DATE = date(2024, 7, 26)
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
 _SHAPES_KEPT = 2048
 _EMPTY_THINKING = re.compile(r"<think>\s*(</think>\s*)?$")
+
+
+class ChatTokenizer(Protocol):
+    """What is used of a transformers fast tokenizer, beside its eos, bos and pad tokens if it has them."""
+
+    @property
+    def backend_tokenizer(self) -> Any: ...
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any: ...
 
 
 class Scaffold(NamedTuple):
@@ -67,6 +77,15 @@ def template_source(tokenizer: Any) -> str | None:
             "set tokenizer.chat_template to the one to use"
         )
     return template["default"]
+
+
+def source_of(tokenizer: Any, control: Mapping[str, int]) -> str:
+    """Return the text of the tokenizer's template; where it has none, our own format, with a warning."""
+    source = template_source(tokenizer)
+    if source is None:
+        source = plain_template(control, getattr(tokenizer, "eos_token", None))
+        warnings.warn(f"the tokenizer has no chat template; Backtalk's own is used: {source}", stacklevel=3)
+    return source
 
 
 class ChatTemplate:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from backtalk.language.history import History
 from backtalk.language.renderer import Renderer
 from backtalk.messages import Message, ParsedAction, clean_text
 from backtalk.rollout.sampler import Completion
@@ -31,15 +32,12 @@ _COUNTS = (
 class Record:
     """What has happened in a rollout so far. Segments and messages are only ever appended.
 
-    ``token_ids`` are those of the current branch, which the policy goes on from; ``conversation`` is what was said, an
-    action as its ids, and ``messages`` the same for people to read.
+    ``history`` is what the policy goes on from, and ``messages`` what was said for people to read.
     ``where`` is the phase that a failure would carry: reset, sample, step, score, or close when all is done.
     """
 
-    token_ids: list[int] = field(default_factory=list)
+    history: History = field(default_factory=History)
     segments: list[Segment] = field(default_factory=list)
-    branch: int = 0
-    conversation: list[Message | Sequence[int]] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*_COUNTS, *_SECONDS.values()), 0.0))
     where: str = "reset"
@@ -56,42 +54,44 @@ class Record:
         finally:
             self.stats[_SECONDS[where]] += time.perf_counter() - start
 
-    def add(self, segments: Sequence[Segment], max_tokens: int | None = None) -> int:
-        """Append to the branch what fits into ``max_tokens``; returns how many observation-body tokens did not."""
-        dropped = 0
-        for segment in segments:
-            room = len(segment) if max_tokens is None else max(0, max_tokens - len(self.token_ids))
-            kept = replace(segment, token_ids=segment.token_ids[:room], branch=self.branch)
-            if len(kept) or segment.role is TokenRole.ACTION:  # an action of no token is still a turn
-                self.segments.append(kept)
-            self.token_ids += kept.token_ids
-            dropped += len(segment) - len(kept) if segment.role in _BODY else 0
-        return dropped
+    @property
+    def token_ids(self) -> list[int]:
+        """Ids of the current branch."""
+        return self.history.token_ids
+
+    def begin(self, messages: Sequence[Message], renderer: Renderer) -> None:
+        """Append the prompt."""
+        self.segments += self.history.begin(messages, renderer)
+        self._say(messages)
 
     def act(self, completion: Completion, action: ParsedAction, turn: int) -> None:
-        """Append an action, unchanged."""
-        self.add([Segment(TokenRole.ACTION, completion.token_ids, completion.logprobs, turn=turn)])
-        self.conversation.append(completion.token_ids)
+        """Append an action, unchanged; one of no token is still a turn."""
+        ids, branch = completion.token_ids, self.history.branch
+        self.segments.append(Segment(TokenRole.ACTION, ids, completion.logprobs, turn=turn, branch=branch))
+        self.history.act(ids)
         self.messages.append({"role": "assistant", "content": action.text})
 
-    def observe(self, messages: Sequence[Message], renderer: Renderer, turn: int, max_tokens: int) -> int:
-        """Append what the policy sees next; returns how many observation-body tokens did not fit.
+    def observe(self, messages: Sequence[Message], renderer: Renderer, max_tokens: int) -> int:
+        """Append what the policy sees next, up to ``max_tokens``; returns how many observation-body tokens did not fit.
 
         Where the history cannot be extended as it is, it is rewritten, and a new branch begins with it.
         """
-        if not renderer.extends_turn(self.conversation, messages):
-            segments = renderer.render_history(self.conversation, messages, turn=turn, branch=self.branch + 1)
-            self.branch, self.token_ids = self.branch + 1, []
+        branch, room = self.history.branch, max_tokens - len(self.token_ids)
+        segments = self.history.observe(messages, renderer)
+        if self.history.branch > branch:
             self.stats["drifts"] += 1
-        else:
-            closed = self.token_ids[-1:] == [renderer.end_of_turn_id]
-            segments = renderer.render_observation(messages, turn=turn, closed=closed)
-        self.say(messages)
-        return self.add(segments, max_tokens)
+            room = max_tokens
+        del self.token_ids[max_tokens:]
+        dropped = 0
+        for segment in segments:
+            kept = replace(segment, token_ids=segment.token_ids[: max(0, room)])
+            self.segments += [kept] if len(kept) else []
+            room -= len(kept)
+            dropped += len(segment) - len(kept) if segment.role in _BODY else 0
+        self._say(messages)
+        return dropped
 
-    def say(self, messages: Sequence[Message]) -> None:
-        """Keep what was said to the policy."""
-        self.conversation += messages
+    def _say(self, messages: Sequence[Message]) -> None:
         for message in messages:
             named = {} if message.tool is None else {"tool": message.tool}
             self.messages.append({"role": message.role, "content": clean_text(message.text), **named})

@@ -73,8 +73,7 @@ async def attempt(
                         env = await worlds.enter_async_context(open_env(task))
                         messages = await env.reset()
                     renderer = renderer.for_tools(env.tools)
-                    record.say(messages)
-                    record.add(renderer.render_prompt(messages))
+                    record.begin(messages, renderer)
                     record.stop_reason = await _play(env, session, renderer, limits, deadline, record)
             except (TimeoutError, InfrastructureError):
                 if not scope.expired():
@@ -114,7 +113,7 @@ async def _play(
             with record.phase("step"):
                 await _carry_out(action, env, steps)
         finally:  # if the world breaks at the second call, what it said to the first is kept
-            _observe(steps, action, turn, renderer, limits, record)
+            _observe(steps, action, renderer, limits, record)
         if steps[-1].done:
             return StopReason.SUBMITTED if steps[-1].submitted else StopReason.ENV_DONE
         if len(record.token_ids) >= limits.max_tokens:
@@ -134,7 +133,7 @@ async def _carry_out(action: ParsedAction, env: Env, steps: list[Step]) -> None:
 
 
 def _observe(
-    steps: Sequence[Step], action: ParsedAction, turn: int, renderer: Renderer, limits: RolloutLimits, record: Record
+    steps: Sequence[Step], action: ParsedAction, renderer: Renderer, limits: RolloutLimits, record: Record
 ) -> None:
     """Append one observation of all that was said; after the last turn too, as that teaches as well."""
     messages = [message for step in steps for message in step.messages]
@@ -142,7 +141,7 @@ def _observe(
     if messages or (steps and not steps[-1].done):
         if action.notice and messages:
             messages[0] = replace(messages[0], parts=(Part(action.notice, TokenRole.WARNING), *messages[0].parts))
-        dropped = record.observe(messages, renderer, turn, limits.max_tokens)
+        dropped = record.observe(messages, renderer, limits.max_tokens)
     record.stats["command_timeouts"] += sum(step.timed_out for step in steps)
     record.stats["truncated_observations"] += dropped > 0 or any(step.truncated for step in steps)
 

@@ -1,7 +1,9 @@
 """An OpenAI-compatible endpoint over our sampler, for agents that other people wrote.
 
-Token in, token out: what a conversation's replies were sampled as is remembered, so that a conversation that only grows
-is continued from the very ids, and never tokenised again. Each reply carries its prompt's ids, its own and their
+Token in, token out: what a conversation's replies were sampled as is remembered, so that a conversation that comes back
+is continued from the very ids. It is known by what it means, not by its bytes: agents write JSON anew and add fields.
+Replies that are not known are rendered with their calls in the policy's tool format. Either way a prompt is, token for
+token, what training would have rendered (``History``). Each reply carries its prompt's ids, its own and their
 log-probabilities, under the names that vLLM gives them.
 """
 
@@ -13,13 +15,17 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from itertools import count
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
-from backtalk.errors import BacktalkError, ConfigError
+from backtalk.errors import BacktalkError, ConfigError, DataError
+from backtalk.language.history import History
+from backtalk.language.openai_chat import content_text, read_call, reasoning_text, spelled_call
 from backtalk.language.renderer import Renderer
-from backtalk.messages import Message, ParsedAction, Part, ToolSpec
+from backtalk.messages import Message, ParsedAction, Part, ToolCall, ToolSpec, clean_text
 from backtalk.rollout.sampler import Completion, Sampler, SamplingParams
 from backtalk.trajectory import TokenRole
 
@@ -79,8 +85,8 @@ class Endpoint:
         self.name = name
         self._renderer, self._sampler_of, self._defaults, self._max_tokens = renderer, sampler_of, defaults, max_tokens
         self._samplers: dict[SamplingParams, Sampler] = {}
-        self._known: OrderedDict[str, tuple[tuple[int, ...], tuple[int, ...]]] = OrderedDict()  # history, last reply
-        self._numbers = count()
+        self._known: OrderedDict[str, History] = OrderedDict()  # up to and with a reply
+        self._numbers, self._salt = count(), token_hex(4)  # so that no call has the id of one before a restart
 
     async def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to one request, as plain data.
@@ -90,7 +96,9 @@ class Endpoint:
         """
         request = Request.of(body, self._defaults)
         renderer = self._renderer.for_tools(request.tools)
-        prompt = self._prompt(request, renderer)
+        said = Conversation.of(request)
+        history = self._history(said, renderer)
+        prompt = tuple(history.token_ids)
         room = self._max_tokens - len(prompt)
         if room < 1:
             raise ContextTooLong(
@@ -100,8 +108,9 @@ class Endpoint:
         async with self._sampler(request.params).session(f"serve/{number}") as session:
             completion = await session.sample(prompt, min(room, request.max_tokens))
         action = renderer.parse_action(completion.token_ids, completion.stopped)
-        message = _message(action, bool(request.tools))
-        self._remember(request, message, prompt, completion.token_ids)
+        message = _message(action, bool(request.tools), f"{self._salt}{number}")
+        history.act(completion.token_ids)
+        self._remember(said.keys_with(message), history)
         return self._answer(number, request, prompt, completion, message, renderer)
 
     def _sampler(self, params: SamplingParams) -> Sampler:
@@ -109,28 +118,27 @@ class Endpoint:
             self._samplers[params] = self._sampler_of(params)
         return self._samplers[params]
 
-    def _prompt(self, request: Request, renderer: Renderer) -> tuple[int, ...]:
-        """The ids that the reply follows: those of the conversation so far where it only grew."""
-        replies = [n for n, message in enumerate(request.messages) if message.get("role") == "assistant"]
-        if not replies:
-            segments = renderer.render_prompt([_said(message) for message in request.messages])
-            return tuple(token for segment in segments for token in segment.token_ids)
-        last = replies[-1]
-        news = [_said(message) for message in request.messages[last + 1 :]]
-        known = self._known.get(_key(request.tools, request.messages[: last + 1]))
-        if known is not None:
-            history, reply = known
-            closed = reply[-1:] == (renderer.end_of_turn_id,)
-            segments = renderer.render_observation(news, turn=len(replies) - 1, closed=closed)
-            return history + reply + tuple(token for segment in segments for token in segment.token_ids)
-        before = [_said(m) if m.get("role") != "assistant" else _text(m) for m in request.messages[: last + 1]]
-        segments = renderer.render_history(before, news, turn=len(replies) - 1, branch=0)
-        return tuple(token for segment in segments for token in segment.token_ids)
+    def _history(self, said: Conversation, renderer: Renderer) -> History:
+        """The conversation as training would have rendered it, from the last reply on that is remembered."""
+        history, start = History(), 0
+        for turn in range(len(said.turns), 0, -1):
+            known = next((self._known[key] for key in said.keys[turn - 1] if key in self._known), None)
+            if known is not None:
+                history, start = known.copy(), turn
+                history.observe(said.turns[turn - 1].answers, renderer)
+                break
+        else:
+            if said.prompt:
+                history.begin(said.prompt, renderer)
+        for turn in said.turns[start:]:
+            history.act(renderer.encode_message(turn.text, turn.calls, turn.reasoning))
+            history.observe(turn.answers, renderer)
+        return history
 
-    def _remember(
-        self, request: Request, message: Mapping[str, Any], prompt: tuple[int, ...], reply: tuple[int, ...]
-    ) -> None:
-        self._known[_key(request.tools, (*request.messages, message))] = (prompt, reply)
+    def _remember(self, keys: Sequence[str], history: History) -> None:
+        for key in keys:
+            self._known[key] = history
+            self._known.move_to_end(key)
         while len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
 
@@ -238,42 +246,124 @@ def _tool(tool: Mapping[str, Any]) -> ToolSpec:
     return ToolSpec(function["name"], function.get("description") or "", parameters)
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A reply as a history tells it, what has been said since, and the ids that its calls have there."""
+
+    text: str
+    calls: tuple[ToolCall, ...]
+    reasoning: str
+    ids: tuple[str | None, ...]
+    answers: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """A history in turns. ``keys`` are what it is remembered by up to each reply: with the calls' ids, and without.
+
+    The same call may have been sampled in many ways; its id tells which. Where an agent has changed the ids, the last
+    reply of that meaning is taken.
+    """
+
+    prompt: tuple[Message, ...]
+    turns: tuple[Turn, ...]
+    keys: tuple[tuple[str, str], ...]
+    end: tuple[str, str]  # the keys of all of it
+
+    @classmethod
+    def of(cls, request: Request) -> Conversation:
+        """Raises ConfigError, or DataError: a message that cannot be served."""
+        prompt: list[Message] = []
+        turns: list[Turn] = []
+        for message in request.messages:
+            if message.get("role") == "assistant":
+                turn = _turn(message)
+                if turns and not turns[-1].answers:  # some agents send text and calls of a reply one after the other
+                    turn = _joined(turns.pop(), turn)
+                turns.append(turn)
+            elif turns:
+                turns[-1] = replace(turns[-1], answers=(*turns[-1].answers, _said(message)))
+            else:
+                prompt.append(_said(message))
+        tools = [[tool.name, tool.description, tool.parameters] for tool in request.tools]
+        end, keys = _after(("", ""), [tools, _meaning(prompt)]), []
+        for turn in turns:
+            keys.append(end := _after(end, *_reply_meaning(turn)))
+            end = _after(end, _meaning(turn.answers))
+        return cls(tuple(prompt), tuple(turns), tuple(keys), end)
+
+    def keys_with(self, reply: Mapping[str, Any]) -> tuple[str, str]:
+        """What this conversation with a reply after it is known by."""
+        return _after(self.end, *_reply_meaning(_turn(reply)))
+
+
+def _after(keys: tuple[str, str], meaning: Any, ids: Any = None) -> tuple[str, str]:
+    """Return the keys of what went before and then this: one with the calls' ids, one without."""
+    exact, loose = (
+        sha256(f"{key}{json.dumps(told, sort_keys=True)}".encode()).hexdigest()
+        for key, told in zip(keys, ([meaning, ids], meaning), strict=True)
+    )
+    return exact, loose
+
+
+def _meaning(messages: Sequence[Message]) -> list[list[str]]:
+    return [[message.role, message.text] for message in messages]
+
+
+def _reply_meaning(turn: Turn) -> tuple[Any, Any]:
+    """Return what a reply says, whichever way it is written, and the ids of its calls."""
+    calls = [[call.tool, _same_numbers(call.arguments)] for call in turn.calls]
+    return [turn.text.strip(), calls], list(turn.ids)
+
+
+def _same_numbers(value: Any) -> Any:
+    """Return a JSON value in which 1.0 is 1, as JavaScript writes it."""
+    if isinstance(value, Mapping):
+        return {key: _same_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_same_numbers(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _turn(message: Mapping[str, Any]) -> Turn:
+    """A reply; of its calls, those that cannot be read are text."""
+    text, calls, ids = clean_text(content_text(message.get("content"))), list[ToolCall](), list[str | None]()
+    written = message.get("tool_calls") or message.get("function_call") or ()
+    for call in [written] if isinstance(written, Mapping) else written:
+        try:
+            found, identifier = read_call(call)
+        except DataError:
+            text = f"{text}\n{spelled_call(call)}".strip()
+        else:
+            calls.append(found)
+            ids.append(identifier)
+    return Turn(text, tuple(calls), reasoning_text(message), tuple(ids), ())
+
+
+def _joined(first: Turn, second: Turn) -> Turn:
+    text = "\n".join(filter(None, (first.text, second.text)))
+    reasoning = "\n".join(filter(None, (first.reasoning, second.reasoning)))
+    return Turn(text, first.calls + second.calls, reasoning, first.ids + second.ids, ())
+
+
 def _said(message: Mapping[str, Any]) -> Message:
     role = {"developer": "system", "function": "tool"}.get(str(message.get("role")), str(message.get("role")))
     if role not in ("system", "user", "tool"):
         raise ConfigError(f"message role {message.get('role')!r} is not known; use system, user, assistant or tool")
-    return Message(role, (Part(_text(message), TokenRole.ENV_OUTPUT),), tool=message.get("name"))
+    text = clean_text(content_text(message.get("content")))
+    return Message(role, (Part(text, TokenRole.ENV_OUTPUT),), tool=message.get("name"))
 
 
-def _text(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    if isinstance(content, str) or content is None:
-        return content or ""
-    texts = [part.get("text") for part in content if isinstance(part, Mapping) and part.get("type") == "text"]
-    if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
-        raise ConfigError("a message holds something other than text; only text is served")
-    return "".join(str(text) for text in texts)
-
-
-def _message(action: ParsedAction, may_call: bool) -> dict[str, Any]:
-    """The reply as the protocol has it; a call that cannot be read stays text."""
+def _message(action: ParsedAction, may_call: bool, name: str) -> dict[str, Any]:
+    """The reply as the protocol has it; a call that cannot be read stays text. ``name`` is no other reply's."""
     if not may_call or not action.calls:
         return {"role": "assistant", "content": action.text}
     calls = [
         {
-            "id": f"call_{number}",
+            "id": f"call_{name}_{position}",
             "type": "function",
             "function": {"name": call.tool, "arguments": json.dumps(dict(call.arguments))},
         }
-        for number, call in enumerate(action.calls)
+        for position, call in enumerate(action.calls)
     ]
     return {"role": "assistant", "content": None, "tool_calls": calls}
-
-
-def _key(tools: Sequence[ToolSpec], messages: Sequence[Mapping[str, Any]]) -> str:
-    """What a conversation is known by: who said what. Agents add and drop fields, and null for none."""
-    said = [
-        [message.get("role"), _text(message), [call.get("function") for call in message.get("tool_calls") or ()]]
-        for message in messages
-    ]
-    return json.dumps([[tool.name for tool in tools], said])

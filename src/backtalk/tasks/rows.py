@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from backtalk.errors import ConfigError, DataError, TaskError
-from backtalk.files import parquet_table
+from backtalk.parquet import parquet_rows
 from backtalk.sandboxes.base import HOME, SandboxFile
 from backtalk.tasks.folder import DEFAULT_TIMEOUT_S, add_needs, read_harbor_task
 from backtalk.tasks.scripts import offline_script
@@ -44,7 +44,10 @@ def read_row_file(path: str | Path, *, host_packages: bool = False, world_model_
         DataError: the file cannot be read at all.
     """
     path = Path(path)
-    rows = _json_rows(path) if path.suffix == ".jsonl" else _parquet_rows(path)
+    if path.suffix == ".jsonl":
+        rows = _json_rows(path)
+    else:
+        rows = ((f"row {number}", row) for number, row in enumerate(parquet_rows(path)))
     return _tasks(str(path), rows, path.parent, host_packages, world_model_only)
 
 
@@ -90,10 +93,6 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 yield f"line {number}", TaskError(f"is not JSON: {error}")
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    yield from ((f"row {number}", row) for number, row in enumerate(parquet_table(path).to_pylist()))
-
-
 def _tasks(
     source: str, rows: Iterator[Row], folder: Path | None, host_packages: bool, world_model_only: bool
 ) -> list[Task]:
@@ -112,6 +111,8 @@ def _tasks(
             tasks[task.id], places[task.id] = task, place
         except TaskError as error:
             errors[place] = str(error)
+        except RecursionError:
+            errors[place] = "is nested too deeply to be read"
     if errors:
         reasons = [f"{place}: {reason}" for place, reason in list(errors.items())[:MAX_REASONS]]
         rest = list(errors)[MAX_REASONS:]
@@ -125,7 +126,7 @@ def _tasks(
 def _task(row: Any, folder: Path | None, host_packages: bool, world_model_only: bool) -> Task:
     if not isinstance(row, Mapping):
         raise TaskError(f"holds a {type(row).__name__}, not an object with fields such as id and instruction")
-    given = {name: value for name, value in row.items() if value is not None}  # Parquet fills in what is not there
+    given = _without_nulls(row)  # whatever the format: Parquet and data sets fill in what is not there
     metadata = _metadata(given)
     if world_model_only:
         metadata["world_model_only"] = True
@@ -220,11 +221,16 @@ def _mapping(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
             value = json.loads(value)
         except ValueError as error:
             raise TaskError(f"{name}: {value[:80]!r} is no JSON object ({error})") from error
-    if isinstance(value, Sequence) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
-        value = dict(value)  # a Parquet map
     if not isinstance(value, Mapping):
         raise TaskError(f"{name}: {value!r} is no object")
-    return {key: inner for key, inner in value.items() if inner is not None}
+    return _without_nulls(value)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a copy in which no object has a field that is null, at any depth; lists keep theirs."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _tree(given: Mapping[str, Any], name: str, only: str) -> dict[str, SandboxFile]:
@@ -246,7 +252,7 @@ def _tree(given: Mapping[str, Any], name: str, only: str) -> dict[str, SandboxFi
 
 def _file(what: str, value: Any) -> SandboxFile:
     if isinstance(value, Mapping):
-        given = {key: inner for key, inner in value.items() if inner is not None}
+        given = value
         mode, mtime = given.get("mode", "644"), given.get("mtime")
         if set(given) - {"content", "base64", "mode", "mtime"} or ("content" in given) == ("base64" in given):
             raise TaskError(f"{what}: has {', '.join(given) or 'nothing'}; write content or base64, and mode and mtime")

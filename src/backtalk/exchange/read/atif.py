@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 from backtalk.errors import DataError
-from backtalk.exchange.read.chat import ChatMessage, text_of, trajectory_from_chat
+from backtalk.exchange.read.chat import ChatMessage, trajectory_from_chat
 from backtalk.exchange.read.observations import Observations
 from backtalk.exchange.read.plain import mapping, numbers, required, token_ids
 from backtalk.exchange.read.turns import About, OnDrift, Turn, trajectory_from_turns
+from backtalk.language.openai_chat import content_text
 from backtalk.trajectory import Trajectory
 
 
@@ -71,7 +72,7 @@ def _step_messages(step: Mapping[str, Any]) -> list[ChatMessage]:
     if source == "agent":
         found = [_agent_message(step)]
     elif source in ("system", "user"):
-        text = text_of(step.get("message"), what)
+        text = content_text(step.get("message"), what)
         found = [ChatMessage(role=source, text=text, given=given)] if text else []
     else:
         raise DataError(f"{what} has source {source!r}; ATIF knows system, user and agent")
@@ -84,7 +85,7 @@ def _step_messages(step: Mapping[str, Any]) -> list[ChatMessage]:
         result = mapping(raw, f"a result of {what}")
         if result.get("content") is None and result.get("subagent_trajectory_ref"):
             raise DataError(f"{what} is answered by a subagent's trajectory, which has no text here")
-        text = text_of(result.get("content"), f"a result of {what}")
+        text = content_text(result.get("content"), f"a result of {what}")
         tool = names.get(result.get("source_call_id"), only)
         found.append(ChatMessage(role="tool", text=text, tool=tool, given=given))
     return found
@@ -95,7 +96,7 @@ def _agent_message(step: Mapping[str, Any]) -> ChatMessage:
     calls = [mapping(call, f"a call of {what}") for call in step.get("tool_calls") or ()]
     return ChatMessage(
         role="assistant",
-        text=text_of(step.get("message"), what),
+        text=content_text(step.get("message"), what),
         calls=tuple((str(call.get("function_name")), call.get("arguments") or {}) for call in calls),
         reasoning=str(step.get("reasoning_content") or ""),
         given=bool(step.get("is_copied_context")),

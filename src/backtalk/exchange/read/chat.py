@@ -6,15 +6,16 @@ policy term leaves it alone, and what the world said is trained as anywhere else
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from backtalk.errors import DataError
 from backtalk.exchange.read.observations import Observations
-from backtalk.exchange.read.plain import first_of, mapping
+from backtalk.exchange.read.plain import mapping, plain
 from backtalk.exchange.read.turns import About
+from backtalk.language.history import History
+from backtalk.language.openai_chat import content_text, read_call, reasoning_text
 from backtalk.language.renderer import Renderer
 from backtalk.messages import Message, Part, ToolCall
 from backtalk.trajectory import Segment, TokenRole, Trajectory
@@ -62,31 +63,25 @@ def trajectory_from_chat(
     if not first:
         raise DataError("a conversation needs a prompt and then an assistant's message; this one has not both")
     prompt = [Message(m.role, (Part(m.text, TokenRole.CONTEXT),)) for m in messages[:first]]
-    segments = list(renderer.render_prompt(prompt))
-    conversation: list[Message | tuple[int, ...]] = [*prompt]
-    turn, position, branch = -1, first, 0
+    history = History()
+    segments = list(history.begin(prompt, renderer))
+    position = first
     while position < len(messages):
         assistant = messages[position]
         end = next((i for i in range(position + 1, len(messages)) if messages[i].role == "assistant"), len(messages))
         if end == position + 1 < len(messages):
             raise DataError(f"messages {position} and {end} are both the assistant's; put what was said to it between")
-        turn += 1
         ids = assistant_ids(assistant, renderer, keep_reasoning=keep_reasoning)
         role = TokenRole.CONTEXT if assistant.given else TokenRole.ACTION
-        segments.append(Segment(role, ids, turn=turn, branch=branch))
+        segments.append(Segment(role, ids, turn=history.turns, branch=history.branch))
+        history.act(ids)
         said = [_observation(m, assistant, observations) for m in messages[position + 1 : end]]
-        conversation.append(ids)
-        if said and renderer.extends_turn(conversation, said):
-            segments += (replace(s, branch=branch) for s in renderer.render_observation(said, turn=turn, closed=True))
-        elif said:  # as in a rollout: the template now writes the past in another way
-            branch += 1
-            segments += renderer.render_history(conversation, said, turn=turn, branch=branch)
-        conversation += said
+        segments += history.observe(said, renderer) if said else ()
         position = end
     after = messages[first:]
     return about.trajectory(
         segments,
-        drifts=branch,
+        drifts=history.branch,
         user_messages=sum(m.role == "user" for m in after),
         dropped_reasonings=0 if keep_reasoning else sum(bool(m.reasoning) for m in after),
     )
@@ -140,15 +135,15 @@ def openai_messages(messages: Sequence[Any]) -> list[ChatMessage]:
             raise DataError(f"message {position} has role {role!r}; known are system, user, assistant and tool")
         calls: list[tuple[str, Mapping[str, Any]]] = []
         for call in message.get("tool_calls") or ():
-            name, arguments, identifier = _call(mapping(call, f"a tool call of message {position}"), position)
-            calls.append((name, arguments))
-            names[identifier] = name
+            found_call, identifier = read_call(plain(call), f"a tool call of message {position}")
+            calls.append((found_call.tool, found_call.arguments))
+            names[str(identifier)] = found_call.tool
         found.append(
             ChatMessage(
                 role=role,
-                text=text_of(message.get("content"), f"message {position}"),
+                text=content_text(message.get("content"), f"message {position}"),
                 calls=tuple(calls),
-                reasoning=str(first_of(message, "reasoning_content", "reasoning") or ""),
+                reasoning=reasoning_text(message),
                 tool=_tool(message.get("name") or names.get(str(message.get("tool_call_id"))))
                 if role == "tool"
                 else None,
@@ -159,31 +154,3 @@ def openai_messages(messages: Sequence[Any]) -> list[ChatMessage]:
 
 def _tool(name: Any) -> str | None:
     return None if name is None else str(name)
-
-
-def _call(call: Mapping[str, Any], position: int) -> tuple[str, Mapping[str, Any], str]:
-    function = mapping(call.get("function") or call, f"the function of message {position}")
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError as error:
-            raise DataError(
-                f"a tool call of message {position} has arguments that are not JSON ({error}): {arguments[:80]!r}"
-            ) from error
-    if not isinstance(arguments, Mapping):
-        raise DataError(f"a tool call of message {position} has arguments that are no object: {str(arguments)[:80]!r}")
-    return str(function.get("name")), arguments, str(call.get("id"))
-
-
-def text_of(content: Any, what: str) -> str:
-    """The text of a message's content: a string, nothing, or a list of text parts."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if isinstance(content, (list, tuple)):
-        parts = [mapping(part, f"a part of {what}") for part in content]
-        strange = [str(part.get("type")) for part in parts if not isinstance(part.get("text"), str)]
-        if not strange:
-            return "".join(part["text"] for part in parts)
-        raise DataError(f"{what} holds {strange[0]!r}; only text can be imported")
-    raise DataError(f"{what} has content of type {type(content).__name__}; only text can be imported")

@@ -14,15 +14,16 @@ from backtalk.exchange.read.atif import trajectory_from_atif
 from backtalk.exchange.read.chat import openai_messages, trajectory_from_chat
 from backtalk.exchange.read.observations import Observations
 from backtalk.exchange.read.openenv import trajectory_from_openenv
-from backtalk.exchange.read.plain import first_of, mapping, plain, reward_of
+from backtalk.exchange.read.plain import first_of, mapping, parsed, plain, reward_of
 from backtalk.exchange.read.trl import rows_of, trajectory_from_trl
 from backtalk.exchange.read.turns import About, OnDrift, trajectory_from_turns, turns_of
 from backtalk.exchange.read.verifiers import trajectory_from_trace
 from backtalk.exchange.read.wrappers import NO_WRAPPERS, TERMINUS, Wrappers
 from backtalk.exchange.rfc010 import from_rfc010
-from backtalk.files import parquet_table, readable
+from backtalk.files import readable
 from backtalk.language.renderer import Renderer
 from backtalk.messages import ToolSpec
+from backtalk.parquet import parquet_rows
 from backtalk.trajectory import Segment, StopReason, TokenRole, Trajectory
 
 Format = Literal["chat", "atif", "turns", "trl", "verifiers", "openenv", "rfc010"]
@@ -136,7 +137,7 @@ def import_record(
     drift, reasoning = options.on_drift, options.keep_reasoning
     match source:
         case "chat":
-            messages = outer if isinstance(outer, (list, tuple)) else outer.get("messages")
+            messages = outer if isinstance(outer, (list, tuple)) else parsed(outer.get("messages"), "messages")
             if not isinstance(messages, (list, tuple)):
                 raise DataError("a chat record is a list of messages, or has them under 'messages'")
             return trajectory_from_chat(openai_messages(messages), about, observations, keep_reasoning=reasoning)
@@ -186,8 +187,8 @@ def _tools(outer: Any, inner: Any) -> tuple[ToolSpec, ...]:
         agent = inner.get("agent")
         listed = agent.get("tool_definitions") if isinstance(agent, Mapping) else first_of(outer, "tools")
     tools = []
-    for tool in listed or ():
-        function = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+    for tool in parsed(listed, "tools") or ():
+        function = first_of(tool, "function") or tool if isinstance(tool, Mapping) else {}
         if isinstance(function, Mapping) and isinstance(function.get("parameters"), Mapping):
             tools.append(
                 ToolSpec(str(function["name"]), str(function.get("description") or ""), function["parameters"])
@@ -253,7 +254,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     """
     name = path.name.removesuffix(".gz")
     if name.endswith(".parquet"):
-        yield from _parquet_rows(path)
+        yield from ((f"{path}[{number}]", row) for number, row in enumerate(parquet_rows(path)))
         return
     if not name.endswith((".jsonl", ".json")):
         raise DataError(f"{path} is neither .json, .jsonl, .parquet nor one of them with .gz; rename or convert it")
@@ -289,8 +290,3 @@ def _json(content: bytes, where: str) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         return DataError(f"{where} is not JSON ({error})")
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, row in enumerate(parquet_table(path).to_pylist()):
-        yield f"{path}[{number}]", row

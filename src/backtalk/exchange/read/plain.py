@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,6 +32,18 @@ def mapping(record: Any, what: str) -> Mapping[str, Any]:
     if not isinstance(found, Mapping):
         raise DataError(f"{what} is a {type(found).__name__}, not an object with fields; is the format the right one?")
     return found
+
+
+def parsed(value: Any, what: str) -> Any:
+    """Return a value that data sets often keep as JSON text, read; any other value as it is.
+
+    Raises:
+        DataError: a text that is not JSON.
+    """
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise DataError(f"{what} is a text that is not JSON ({error}): {value[:80]!r}") from error
 
 
 def first_of(record: Mapping[str, Any], *names: str) -> Any:

@@ -12,10 +12,10 @@ from itertools import groupby
 from typing import Any
 
 from backtalk.errors import DataError
-from backtalk.exchange.read.chat import text_of
 from backtalk.exchange.read.observations import Observations
 from backtalk.exchange.read.plain import booleans, mapping, numbers, required, same_length, token_ids
 from backtalk.exchange.read.turns import About, completion_segments
+from backtalk.language.openai_chat import content_text
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory
 
 _STOPS = {
@@ -123,7 +123,7 @@ def _said(
     if content is None:
         if observations.role is None:
             raise DataError(
-                f"a {message.get('role')} message ({text_of(message.get('content'), 'a message')[:40]!r}) has no "
+                f"a {message.get('role')} message ({content_text(message.get('content'), 'a message')[:40]!r}) has no "
                 "is_content, so its template cannot be told from its body; say --observation-role env_output "
                 "to take all of it"
             )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 from backtalk.errors import RenderError
 from backtalk.language.tool_formats.base import THINK_CLOSE, THINK_OPEN, Mark, Reply, Syntax
 from backtalk.language.tool_formats.schemas import shape
 from backtalk.language.tool_formats.values import clean_value, what_is_wrong
-from backtalk.messages import ParsedAction, ToolCall, ToolSpec
+from backtalk.messages import ParsedAction, ToolCall, ToolSpec, clean_text
 
 
 def parse_reply(
@@ -86,6 +88,34 @@ def write_reply(
         f"a call of {call.tool} with the arguments {str(dict(call.arguments))[:200]} cannot be written in this format: "
         f"{problem}; the strings of tool_format='hermes' hold any text"
     )
+
+
+def write_message(
+    syntax: Syntax, text: str, calls: Sequence[ToolCall], reasoning: str, *, marks: Iterable[str], opened: bool
+) -> list[str]:
+    """An assistant's message that somebody else wrote down, as markup and text in turns.
+
+    What spells out one of ``marks`` is markup. A call that the format cannot hold is spelled out as text. ``reasoning``
+    stands before the text in think tags; ``opened`` says that the chat template has opened them.
+    """
+    pieces: list[str] = []
+    if (opened or reasoning) and THINK_CLOSE not in text:
+        pieces += [*([] if opened else [Mark(THINK_OPEN)]), f"\n{reasoning}\n", Mark(THINK_CLOSE), "\n\n"]
+    known = "|".join(re.escape(mark) for mark in sorted(marks, key=len, reverse=True))
+    pieces += [Mark(piece) if n % 2 else piece for n, piece in enumerate(re.split(f"({known})", text))]
+    for number, call in enumerate(calls):
+        pieces += ["\n"] if number or text else []
+        try:
+            pieces += write_reply(syntax, call)
+        except RenderError:
+            pieces.append(spell_call(call.tool, call.arguments))
+    return pieces
+
+
+def spell_call(tool: Any, arguments: Any) -> str:
+    """A call that cannot be read, or that a format cannot hold, as text: the tool and its arguments."""
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
+    return clean_text(f"{tool} {written}".strip())
 
 
 def _marks(syntax: Syntax, pieces: Sequence[str]) -> frozenset[int] | None:

@@ -17,6 +17,7 @@ from backtalk.files import write_bytes
 from backtalk.run.log.folder import RunLog
 from backtalk.run.log.lock import lock_file, lock_folder
 from backtalk.run.log.trajectories import (
+    append_trajectory,
     group_trajectories,
     read_trajectories,
     trajectory_from_dict,
@@ -26,6 +27,7 @@ from backtalk.run.log.trajectories import (
 
 __all__ = [
     "RunLog",
+    "append_trajectory",
     "group_trajectories",
     "lock_file",
     "lock_folder",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from backtalk.errors import DataError
-from backtalk.files import parquet_table, read_lines, write_bytes
+from backtalk.files import append_line, parquet_table, read_lines, write_bytes
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 
 SCHEMA_VERSION = 3  # 1 had no branches, and 1 and 2 no unsampled actions
@@ -104,6 +104,21 @@ def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> 
             raise DataError(
                 f"cannot write trajectories to a {suffix!r} file ({path}); end the name in .jsonl or .parquet"
             )
+
+
+def append_trajectory(path: str | Path, trajectory: Trajectory) -> None:
+    """Add one row to a file of trajectories, which is whole and can be read after each; a new file begins with it.
+
+    JSON lines are appended to; Parquet cannot be, and is written anew.
+
+    Raises:
+        DataError: as :func:`write_trajectories`; what was in the file before is untouched.
+    """
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        append_line(path, trajectory_to_dict(trajectory))
+    else:
+        write_trajectories(path, [*(read_trajectories(path) if path.exists() else ()), trajectory])
 
 
 def read_trajectories(path: str | Path) -> list[Trajectory]:

@@ -1,0 +1,88 @@
+"""Read messages of OpenAI's chat format as servers, agents and data sets really write them.
+
+Content may be a text or a list of parts, with thinking among them; the arguments of a call a JSON text or an object;
+fields may be null or missing. What cannot be read is a DataError, so that each caller decides what it costs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from backtalk.errors import DataError
+from backtalk.language.tool_formats import spell_call
+from backtalk.language.tool_formats.values import clean_value, read_json
+from backtalk.messages import ToolCall, clean_text
+
+_THINKING = ("thinking", "reasoning", "redacted_thinking")  # parts that are no part of the answer
+
+
+def content_text(content: Any, what: str = "a message") -> str:
+    """Return the text of a message's content: a text, nothing, or a list of parts, of which thinking is left out.
+
+    Raises:
+        DataError: a part that is neither text nor thinking, or content of another type.
+    """
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, (list, tuple)):
+        raise DataError(f"{what} has content of type {type(content).__name__}; only text can be read")
+    return "".join(_part_text(part, what) for part in content)
+
+
+def _part_text(part: Any, what: str) -> str:
+    if isinstance(part, str):
+        return part
+    kind: Any = type(part).__name__
+    if isinstance(part, Mapping):
+        kind = part.get("type")
+        if kind in _THINKING:
+            return ""
+        for name in ("text", "refusal"):
+            if isinstance(part.get(name), str):
+                return part[name]
+    raise DataError(f"{what} holds {kind!r}; only text can be read")
+
+
+def reasoning_text(message: Mapping[str, Any]) -> str:
+    """Return a message's reasoning, from the fields that servers use for it or from its thinking parts."""
+    for name in ("reasoning_content", "reasoning"):
+        if message.get(name):
+            return str(message[name])
+    content = message.get("content")
+    parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, (list, tuple)) else []
+    thoughts = [part.get("thinking") or part.get("text") for part in parts if part.get("type") in _THINKING]
+    return "\n".join(content_text(thought, "a thought") for thought in thoughts)
+
+
+def read_call(call: Any, what: str = "a tool call") -> tuple[ToolCall, str | None]:
+    """Return one of a message's tool calls, and its id if it has one.
+
+    Raises:
+        DataError: it names no tool, or its arguments are not JSON, or are no object.
+    """
+    function = call.get("function") or call if isinstance(call, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
+        raise DataError(f"{what} names no tool: {str(call)[:80]!r}")
+    arguments, identifier = function.get("arguments"), call.get("id")
+    try:
+        if isinstance(arguments, str):
+            text = arguments.strip() or "{}"
+            arguments, end = read_json(text)
+            if text[end:]:
+                raise ValueError(f"{text[end : end + 24]!r} follows it")
+        arguments = {} if arguments is None else clean_value(arguments)
+    except ValueError as error:
+        raise DataError(f"{what} has arguments that are not JSON ({error}): {str(arguments)[:80]!r}") from None
+    if not isinstance(arguments, dict):
+        raise DataError(f"{what} has arguments that are no object: {str(arguments)[:80]!r}")
+    return ToolCall(clean_text(name), arguments), None if identifier is None else clean_text(str(identifier))
+
+
+def spelled_call(call: Any) -> str:
+    """Return a call that cannot be read as text."""
+    function = call.get("function") or call if isinstance(call, Mapping) else call
+    if not isinstance(function, Mapping):
+        return clean_text(str(function))
+    return spell_call(function.get("name") or "", function.get("arguments") or "")
