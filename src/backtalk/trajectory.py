@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from itertools import accumulate, groupby, pairwise
-from typing import Any
+from typing import Any, Literal
+
+from backtalk.errors import ConfigError
 
 
 class TokenRole(IntEnum):
@@ -22,6 +24,29 @@ class TokenRole(IntEnum):
     ACTION = 2  # written by the agent: a policy, a script, a person
     ENV_OUTPUT = 3  # what the world said
     WARNING = 4  # what the harness said: format warnings, parse errors, truncation notices
+
+
+WorldLossTarget = Literal["env_only", "warning_only", "warning_plus_env", "full_observation"]
+TARGET_ROLES: Mapping[str, tuple[TokenRole, ...]] = {
+    "env_only": (TokenRole.ENV_OUTPUT,),
+    "warning_only": (TokenRole.WARNING,),
+    "warning_plus_env": (TokenRole.ENV_OUTPUT, TokenRole.WARNING),  # "all" in RFC 010 of OpenEnv
+    "full_observation": (TokenRole.ENV_OUTPUT, TokenRole.WARNING, TokenRole.TEMPLATE),
+}
+
+
+def is_target(role: TokenRole, turn: int | None, target: WorldLossTarget) -> bool:
+    """Return whether the world-model term learns the tokens of a role, in a turn or before the first (None).
+
+    ``full_observation`` adds the scaffold that follows an action up to the next one, which holds the generation
+    prompt too. The scaffold of the prompt, given text and actions are never targets.
+
+    Raises:
+        ConfigError: an unknown target.
+    """
+    if target not in TARGET_ROLES:
+        raise ConfigError(f"world_loss_target={target!r} is unknown; use one of {list(TARGET_ROLES)}")
+    return role in TARGET_ROLES[target] and not (role is TokenRole.TEMPLATE and turn is None)
 
 
 class StopReason(StrEnum):
@@ -219,3 +244,15 @@ class TrajectoryGroup:
     @property
     def rewards(self) -> tuple[float | None, ...]:
         return tuple(t.reward for t in self.trajectories)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenWeights:
+    """One trajectory's weights in the loss of the step that trained on it: one number a token, over all branches.
+
+    Each is minus d(loss)/d(logprob) of a cross-entropy, and of a policy that is still the one that sampled.
+    """
+
+    advantage: float | None  # None where the policy term left the trajectory out: no reward, or too stale
+    policy: tuple[float, ...]  # policy_coeff * p_t * advantage: its sign says whether the token is made more likely
+    world: tuple[float, ...]  # world_model_coeff * w_t

@@ -14,13 +14,13 @@ from backtalk.cli.progress import (
     comparison_table,
     evaluation_line,
     evaluation_table,
-    interval_text,
     step_line,
 )
 from backtalk.envs.base import WorldReport
 from backtalk.evidence.compare import ArmResult, Comparison
 from backtalk.evidence.study import StudyProgress, StudyRunDone, StudyStarted
-from backtalk.run.evaluate import Evaluation, Interval
+from backtalk.run.estimates import Interval
+from backtalk.run.evaluate import Evaluation
 from backtalk.run.events import EvaluationDone, Notice, RolloutDone, RunDone, RunStarted, StepDone
 
 METRICS = {"reward": 0.25, "env_output_ce": 1.5, "tokens_per_second": 12_345.6, "failed": 0}
@@ -43,12 +43,6 @@ EVALUATION = Evaluation(
 
 def test_times_are_read_as_on_a_clock() -> None:
     assert [clock_text(s) for s in (0.4, 65, 3725, float("nan"))] == ["0:00", "1:05", "1:02:05", "?"]
-
-
-def test_intervals_show_bounds_where_there_are_any() -> None:
-    assert interval_text(Interval(0.25, 0.125, 0.375)) == "0.250 [0.125, 0.375]"
-    assert interval_text(Interval(0.25)) == "0.250"
-    assert interval_text(None) == "-"
 
 
 def test_a_step_is_one_line() -> None:
@@ -104,7 +98,7 @@ def test_an_evaluation_in_full() -> None:
     out = StringIO()
     Console(file=out, width=100).print(evaluation_table(EVALUATION))
     text = out.getvalue()
-    for words in ("pass@1", "0.250 [0.125, 0.375]", "pass@4", "num turns per rollout", "3.50", "ended with max_turns"):
+    for words in ("pass@1", "0.250 [0.125, 0.375]", "pass@4", "turns per rollout", "3.50", "ended with max_turns"):
         assert words in text
 
 

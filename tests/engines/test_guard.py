@@ -105,7 +105,7 @@ def test_metrics_by_hand() -> None:
     metrics = token_metrics(record, counts, config, ["bash", "submit", "unused"])
 
     expected = {
-        "world_ce": (3 + 3 + 5 + 12) / 7,
+        "target_ce": (3 + 3 + 5 + 12) / 7,
         "env_output_ce": (3 + 3 + 5 + 12) / 7,
         "env_output_ce_copied": 1.0,
         "env_output_ce_new": (3 + 5 + 12) / 4,
@@ -114,12 +114,12 @@ def test_metrics_by_hand() -> None:
         "env_output_ce/unused": math.nan,
         "warning_ce": 9.0,
         "template_ce": math.nan,
-        "share_copied": 3 / 7,
-        "share_context": 3 / 15,
-        "share_template": 0.0,
-        "share_action": 4 / 15,
-        "share_env_output": 7 / 15,
-        "share_warning": 1 / 15,
+        "copied_share": 3 / 7,
+        "context_share": 3 / 15,
+        "template_share": 0.0,
+        "action_share": 4 / 15,
+        "env_output_share": 7 / 15,
+        "warning_share": 1 / 15,
         "entropy": 2.0,
         "ratio_mean": 1.0,
         "clip_fraction": 0.0,
@@ -132,7 +132,7 @@ def test_metrics_by_hand() -> None:
         "grad_norm_ratio": 2 / 13,
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, nan_ok=True)
-    assert metrics.keys() == expected.keys() | {"sequences", "rewarded_sequences", "action_tokens",
+    assert metrics.keys() == expected.keys() | {"sequences", "rewarded_sequences", "policy_tokens", "action_tokens",
         "env_output_tokens", "warning_tokens", "target_tokens"}  # fmt: skip
 
 
@@ -285,7 +285,7 @@ async def test_a_row_without_targets_adds_nothing_to_the_world_term(model_dir: P
     with_row = await make_engine(model_dir).train_step([bare, *samples[1:]], BOTH)
     without = await make_engine(model_dir).train_step(samples[1:], BOTH)
     assert with_row["world_model_loss"] == pytest.approx(without["world_model_loss"] * 3 / 4, rel=1e-12)
-    assert with_row["world_ce"] == pytest.approx(without["world_ce"], rel=1e-12)
+    assert with_row["target_ce"] == pytest.approx(without["target_ce"], rel=1e-12)
 
 
 async def test_the_engine_warns_once_until_it_is_well_again(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -123,9 +123,9 @@ async def test_coefficient_zero_still_measures_the_world(model_dir: Path) -> Non
     samples = build_samples(make_group(MIXED))
     plain = await make_engine(model_dir).train_step(samples, PLAIN)
     both = await make_engine(model_dir).train_step(samples, BOTH)
-    for name in ("world_ce", "env_output_ce", "warning_ce", "world_model_loss", "policy_loss"):
+    for name in ("target_ce", "env_output_ce", "warning_ce", "world_model_loss", "policy_loss"):
         assert plain[name] == pytest.approx(both[name], rel=1e-6)
-    assert plain["world_ce"] == pytest.approx(math.log(488), abs=0.1)  # a random model knows nothing
+    assert plain["target_ce"] == pytest.approx(math.log(488), abs=0.1)  # a random model knows nothing
     assert plain.keys() == both.keys()
 
 
@@ -168,7 +168,7 @@ async def test_temperature_is_the_actions_alone(model_dir: Path) -> None:
     group = make_group(MIXED)
     one = await make_engine(model_dir).train_step(build_samples(group), PLAIN)
     warm = await make_engine(model_dir).train_step(build_samples(group, temperature=2.0), PLAIN)
-    assert warm["world_ce"] == one["world_ce"]
+    assert warm["target_ce"] == one["target_ce"]
     assert warm["entropy"] != pytest.approx(one["entropy"], rel=1e-4)
 
 
@@ -196,7 +196,7 @@ async def test_both_terms_are_learned(model_dir: Path) -> None:
     first = await engine.train_step(samples, BOTH)
     for _ in range(10):
         last = await engine.train_step(samples, BOTH)
-    assert last["world_ce"] < first["world_ce"] - 0.3
+    assert last["target_ce"] < first["target_ce"] - 0.3
     assert last["policy_loss"] < first["policy_loss"]
 
 
@@ -228,7 +228,7 @@ async def test_a_step_without_targets_says_so(model_dir: Path, caplog: pytest.Lo
     ]
     with caplog.at_level(logging.WARNING):
         metrics = await make_engine(model_dir).train_step(samples, BOTH)
-    assert "no target token" in caplog.text and math.isnan(metrics["world_ce"])
+    assert "no target token" in caplog.text and math.isnan(metrics["target_ce"])
     assert metrics["skipped"] == 0.0
 
 

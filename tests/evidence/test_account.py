@@ -27,8 +27,8 @@ from backtalk.evidence.account import (
     transcribed,
 )
 from backtalk.evidence.account.characters import PREAMBLE, characters
-from backtalk.run.log import write_trajectories
-from backtalk.trajectory import Segment, TokenRole, Trajectory
+from backtalk.run.log import RunLog, write_trajectories
+from backtalk.trajectory import Segment, TokenRole, TokenWeights, Trajectory, TrajectoryGroup
 from outside_data import AWM, needs
 from tiny import tiny_model_dir
 
@@ -237,6 +237,28 @@ def test_the_losses_are_those_of_torch_alone(tiny: Path, tmp_path: Path) -> None
     assert (second["losses"]["grpo"]["total"], second["losses"]["echo"]["observed_tokens"]) == (0, 4)
     assert found["losses"]["echo"]["total"] == pytest.approx((grpo + 2 * 0.2 * world) / 2, rel=1e-4)
     assert "this model's at temperature 1" in done.output  # the logprobs above are invented
+
+
+def test_a_steps_advantages_are_those_on_record(tiny: Path, tmp_path: Path) -> None:
+    log = RunLog(tmp_path / "run")
+    log.write_config({"engine": {"model": "tiny"}})
+    groups = [TrajectoryGroup("t", (EPISODE, replace(EPISODE, sample_index=1, reward=0.0)))]
+    log.write_groups(3, groups)
+    arguments = ["account", str(log.groups_path(3)), "--model", str(tiny), "--json", str(tmp_path / "a.json")]
+
+    def advantages() -> tuple[list[float | None], str]:
+        done = runner.invoke(app, arguments)
+        assert done.exit_code == 0, done.output
+        found = json.loads((tmp_path / "a.json").read_text())["scored"]
+        return [episode["advantage"] for episode in found], done.output
+
+    before, said = advantages()
+    assert before == pytest.approx([0.5**0.5, -(0.5**0.5)], rel=1e-5)
+    assert "no training step has left weights on record" in said
+    nothing = (0.0,) * len(EPISODE)  # a length penalty turned the signs round, and one row was too old
+    log.write_weights(3, groups, [TokenWeights(-0.567, nothing, nothing), TokenWeights(None, nothing, nothing)])
+    after, said = advantages()
+    assert after == [-0.567, None] and "those that the run was trained with" in said
 
 
 def test_what_cannot_be_accounted_for_is_said(tiny: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from backtalk.errors import BacktalkError, ConfigError, SandboxUnavailable
-from backtalk.evidence.compare import compare, mean_interval
+from backtalk.evidence.compare import compare
 from backtalk.evidence.study import (
     StudyDone,
     StudyEvent,
@@ -25,6 +25,7 @@ from backtalk.evidence.study import (
     load_study,
     run_study,
 )
+from backtalk.run.estimates import mean_interval
 from backtalk.run.log import RunLog, lock_folder
 from backtalk.sandboxes import local_sandbox
 from backtalk.viewer.web.study import write_study_report
@@ -33,18 +34,6 @@ from taught import taught_model_dir
 HERE = Path(__file__).parents[1]
 
 # ---------------------------------------------------------------- the comparison
-
-
-def test_students_interval_by_hand() -> None:
-    interval = mean_interval([1.0, 2.0, 3.0])  # sd 1, error 1/sqrt(3), t(2) = 4.303
-    assert interval and interval.low is not None and interval.high is not None
-    assert interval.value == 2.0
-    assert interval.high - interval.value == pytest.approx(4.303 / 3**0.5)
-    assert interval.value - interval.low == pytest.approx(4.303 / 3**0.5)
-    single = mean_interval([1.0])
-    assert single and (single.value, single.low) == (1.0, None)
-    assert mean_interval([1.0, None]) is None
-    assert mean_interval([]) is None
 
 
 def evaluation(solved: list[int], recorded: list[float]) -> dict[str, Any]:

@@ -10,24 +10,25 @@ import pytest
 import torch
 
 from backtalk.errors import ConfigError
+from backtalk.exchange.rfc010 import to_rfc010
 from backtalk.objective import objective
-from backtalk.objective.config import LengthPenalty, ObjectiveConfig, PolicyOptions
+from backtalk.objective.config import LengthPenalty, ObjectiveConfig, PolicyOptions, WorldOptions
 from backtalk.objective.samples import (
     Sample,
     TokenCounts,
     build_samples,
     collate,
     is_observation,
-    is_target,
     measured_tokens,
     micro_batches,
     policy_tokens,
     roles_from_masks,
+    targets_of,
     to_samples,
     token_temperatures,
 )
 from backtalk.run.evaluate import row_metrics
-from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
+from backtalk.trajectory import TARGET_ROLES, Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 
 CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole
 
@@ -157,7 +158,7 @@ def test_padding_is_context_and_nothing_selects_it() -> None:
     for selected_BT in (
         batch.sampled_BT,
         is_observation(batch.roles_BT),
-        is_target(batch.roles_BT, batch.turns_BT, "full_observation"),
+        targets_of(batch.roles_BT, batch.turns_BT, "full_observation"),
     ):
         assert not (selected_BT & padding_BT).any()
 
@@ -173,12 +174,22 @@ def test_padding_is_context_and_nothing_selects_it() -> None:
 )
 def test_targets(target: str, positions: list[int]) -> None:
     (sample,) = to_samples(trajectory())
-    assert is_target(sample.roles, sample.turns, target).nonzero().flatten().tolist() == positions  # type: ignore
+    assert targets_of(sample.roles, sample.turns, target).nonzero().flatten().tolist() == positions  # type: ignore
+
+
+def test_sums_weights_and_exports_follow_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a target's roles are is said once: change it there, and losses, selections and records all follow."""
+    monkeypatch.setitem(TARGET_ROLES, "env_only", (ACTION,))  # type: ignore[arg-type]
+    config = ObjectiveConfig(world=WorldOptions(max_tokens_per_observation=1))
+    (sample,) = build_samples(TrajectoryGroup("t", (trajectory(),)), config)
+    assert targets_of(sample.roles, sample.turns, "env_only").nonzero().flatten().tolist() == [3, 4]
+    assert sample.targets("env_only").nonzero().flatten().tolist() == [3]  # the cap is on targets
+    assert [t for t, learned in enumerate(to_rfc010(trajectory())["obs_mask"]) if learned] == [3, 4]
 
 
 def test_unknown_target_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="env_only"):
-        is_target(torch.zeros(1), torch.zeros(1), "all")  # type: ignore[arg-type]
+        targets_of(torch.zeros(1), torch.zeros(1), "all")  # type: ignore[arg-type]
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget() -> None:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from backtalk.errors import DataError
 from backtalk.files import append_line, read_lines, write_bytes
 from backtalk.run.log import RunLog, group_trajectories, read_trajectories, trajectory_to_dict, write_trajectories
-from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
+from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, TokenWeights, Trajectory, TrajectoryGroup
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 TOKENS = st.lists(st.integers(0, 2**31), max_size=6).map(tuple)
@@ -280,12 +280,15 @@ def test_truncate_after_forgets_exactly_what_a_resume_makes_again(tmp_path: Path
     log = RunLog(tmp_path)
     for step in range(4):
         log.write_metrics(step, {"reward": step / 4})
-        log.write_groups(step, [TrajectoryGroup("a", (one(),))])
+        groups = [TrajectoryGroup("a", (one(),))]
+        log.write_groups(step, groups)
+        log.write_weights(step, groups, [TokenWeights(None, (0.0,) * len(one()), (0.5,) * len(one()))])
     for step in (0, 2, 4):
         log.write_evaluation(step, {"step": step})
     log.truncate_after(1)  # the checkpoint holds the policy before step 2
     assert [row["step"] for row in log.read_metrics()] == [0, 1]
     assert log.group_steps() == [0, 1]
+    assert [log.weights_path(step).exists() for step in range(4)] == [True, True, False, False]
     assert log.evaluation_steps() == [0, 2]
     log.truncate_after(-1)
     assert (log.read_metrics(), log.group_steps(), log.evaluation_steps()) == ([], [], [0])

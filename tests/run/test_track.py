@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from backtalk.errors import ConfigError
-from backtalk.run.evaluate import Evaluation, Interval
+from backtalk.run.estimates import Interval
+from backtalk.run.evaluate import Evaluation
 from backtalk.run.events import EvaluationDone, Notice, StepDone
 from backtalk.run.track import _forward, tracking
 

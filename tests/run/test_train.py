@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,24 @@ from typing import Any
 import pytest
 
 from backtalk.errors import ConfigError, DataError, InfrastructureError, SandboxUnavailable
+from backtalk.objective import objective
+from backtalk.objective.config import ObjectiveConfig
+from backtalk.objective.samples import Sample, TokenCounts, collate
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict, load_config
 from backtalk.run.evaluate import Evaluation
 from backtalk.run.events import EvaluationDone, Event, Notice, RolloutDone, RunDone, RunStarted, StepDone
 from backtalk.run.log import RunLog, read_trajectories, write_trajectories
+from backtalk.run.log.metrics import METRICS
 from backtalk.run.sources import load_tasks
 from backtalk.run.tasks import tasks_of_step
-from backtalk.run.train import _unbroken, evaluate_run, train
+from backtalk.run.train import Run, _unbroken, evaluate_run, train
 from backtalk.sandboxes import local_sandbox
 from backtalk.sandboxes.base import SandboxFile
 from backtalk.tasks.folder import write_harbor_task
 from backtalk.tasks.task import Split
-from backtalk.trajectory import Segment, TokenRole, Trajectory
+from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
+from backtalk.viewer.terminal import find_trajectory
+from backtalk.viewer.web.curves import BEHAVIOUR, GRAD_NORMS, ROLE_METRICS, draw_run
 from taught import taught_model_dir
 
 HERE = Path(__file__).parents[1]
@@ -123,6 +130,11 @@ async def test_a_run_leaves_everything_a_reader_needs(config: TrainConfig, whole
         assert row["reward"] == sum(t.reward or 0.0 for t in rollouts) / 6
         assert math.isfinite(row["total_loss"]) and row["sampler_logprob_gap"] < 1e-3
         assert 0 < row["sandbox_share"] < 1 and row["rollout_seconds"] > 0 and row["tokens_per_second"] > 0
+        weights = log.read_weights(row["step"], groups)
+        assert weights is not None and [len(rows) for rows in weights] == [3, 3]
+        observed = sum(t.count(TokenRole.ENV_OUTPUT) > 0 and t.count(TokenRole.WARNING) == 0 for t in rollouts)
+        said = sum(sum(w.world) for rows in weights for w in rows)
+        assert 0.05 * observed / 6 - 1e-6 <= said <= 0.05 + 1e-6
     assert sum(row["env_output_tokens"] for row in log.read_metrics()) > 0
 
     kinds = [type(event) for event in events if not isinstance(event, RolloutDone | Notice)]
@@ -134,6 +146,32 @@ async def test_a_run_leaves_everything_a_reader_needs(config: TrainConfig, whole
     again = await evaluate_run(folder)
     assert measured(again) == measured(log.read_evaluation(4))
     assert (await evaluate_run(folder, overrides=["evaluation.tasks=1"], base=True)).step == 0
+
+
+def test_metrics_are_the_listed_ones(whole: tuple[Path, list[Event]]) -> None:
+    for row in RunLog(whole[0]).read_metrics():
+        names = dict.fromkeys(name.partition("/")[0] for name in row)
+        assert set(names) == {"step", *METRICS}
+
+
+async def test_every_curve_is_drawn_of_a_real_run(whole: tuple[Path, list[Event]]) -> None:
+    log = RunLog(whole[0])
+    recorded = log.evaluation_path(0).with_suffix(".parquet")
+    measured = await evaluate_run(log.folder, overrides={"evaluation.recorded_path": str(recorded)})
+    figure = draw_run(log.read_metrics(), {4: measured.to_dict()})
+    assert {axis.get_title(): axis.get_legend_handles_labels()[1] for axis in figure.axes} == {
+        "reward": ["reward of the step", "share solved", "held-out pass@1"],
+        "env-output cross-entropy, nats/token": ["training rollouts", "held-out, recorded", "held-out, own"],
+        "gradient norm": [*GRAD_NORMS.values()],
+        "tokens a step, by role": ["action", "env output", "warning"],
+        "seconds a step": ["sampling", "sandbox", "training"],
+        "per rollout, on average": [*BEHAVIOUR.values()],
+    }
+    assert {*GRAD_NORMS, *BEHAVIOUR, *ROLE_METRICS} <= set(METRICS)
+    for axis in figure.axes[:3]:  # each line has numbers that are drawn
+        assert all(len(line.get_xdata()) for line in axis.get_lines())
+    for axis in figure.axes[3:5]:
+        assert all(area.get_paths()[0].get_extents().height > 0 for area in axis.collections)
 
 
 async def test_observations_alone_teach_what_another_policys_world_says(
@@ -148,6 +186,56 @@ async def test_observations_alone_teach_what_another_policys_world_says(
     assert after < 0.9 * before
     said = sum(t.count(TokenRole.ENV_OUTPUT) for t in read_trajectories(recorded))
     assert sum(task["env_tokens"] for task in log.read_evaluation(0)["recorded"]) == said > 0
+
+
+# ---------------------------------------------------------------- what is shown is what was trained
+
+
+class GradientEngine:
+    """An engine at version 3 whose gradient d(loss) / d(logprob) is taken at the sampling policy, and kept."""
+
+    policy_version = 3
+
+    async def train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
+        batch = collate(samples, 0)
+        logprobs_BT = batch.sampling_logprobs_BT.double().requires_grad_()
+        objective(logprobs_BT, batch, TokenCounts.of(samples), config)[0].backward()
+        assert logprobs_BT.grad is not None
+        self.gradients = [row[: len(sample)] for row, sample in zip(logprobs_BT.grad, samples, strict=True)]
+        return {}
+
+
+async def test_what_is_shown_is_what_was_trained(model: Path, sandbox: str, tmp_path: Path) -> None:
+    """Length and age move a reward before advantages, and a viewer that starts from the reward shows another sign."""
+    penalty = {"advantage": "dr_grpo", "length_penalty": {"per_1000_tokens": 100, "most": 9.0}}  # 0.1 a token
+    config = tiny_config(model, sandbox, **{"objective.policy": penalty, "checkpoint_every": 4})
+
+    def rollout(task: str, index: int, reward: float, length: int, version: int) -> Trajectory:
+        prompt, action = Segment(TokenRole.CONTEXT, (5, 6)), Segment(TokenRole.ACTION, (7, 8), (-0.5, -0.5), 0)
+        said = Segment(TokenRole.ENV_OUTPUT, (9,) * (length - 2), None, 0, "bash")
+        segments = (prompt, action, said)
+        return Trajectory(task_id=task, sample_index=index, segments=segments, reward=reward, policy_version=version)
+
+    groups = [
+        TrajectoryGroup("long", (rollout("long", 0, 1.0, 24, 3), rollout("long", 1, 0.5, 10, 3))),
+        TrajectoryGroup("old", (rollout("old", 0, 1.0, 6, 2), rollout("old", 1, 0.0, 6, 2))),
+    ]
+    run, log, engine = Run(config, lambda event: None), RunLog(tmp_path / "run"), GradientEngine()
+    log.write_config(config_to_dict(config))
+    run.engine.tokenizer.save_pretrained(str(log.tokenizer_path))
+    run.engine = engine  # type: ignore[assignment]
+    log.write_groups(0, groups)
+    assert find_trajectory(log.folder).weights is None  # not trained yet
+    await run.learn(0, groups, 1.0, log)
+    await run.worlds.close()
+
+    trained = iter(engine.gradients)
+    for group, sample, advantage in [(0, 0, -0.45), (0, 1, 0.45), (1, 0, None), (1, 1, None)]:
+        weights = find_trajectory(log.folder, group=group, sample=sample).weights
+        assert weights is not None and weights.advantage == pytest.approx(advantage)  # 1 - 2.4 and 0.5 - 1.0
+        shown = [p + w for p, w in zip(weights.policy, weights.world, strict=True)]
+        assert shown == pytest.approx((-next(trained)).tolist(), rel=1e-6)
+        assert any(weights.policy) == (group == 0) and any(weights.world)
 
 
 # ---------------------------------------------------------------- killed and resumed

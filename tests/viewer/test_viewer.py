@@ -1,4 +1,4 @@
-"""What people see of a run: weights that are the objective's own, text that cannot steer a terminal, whole pages."""
+"""What people see of a run: weights that are on record, text that cannot steer a terminal, whole pages."""
 
 from __future__ import annotations
 
@@ -7,33 +7,24 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from backtalk.errors import DataError
-from backtalk.objective import policy_weights, world_weights
-from backtalk.objective.config import (
-    ObjectiveConfig,
-    PolicyNormalizer,
-    PolicyOptions,
-    Schedule,
-    WorldLossTarget,
-    WorldNormalizer,
-    WorldOptions,
-)
-from backtalk.objective.samples import TokenCounts, build_samples, collate
-from backtalk.run.evaluate import Evaluation, Interval
+from backtalk.objective.config import ObjectiveConfig
+from backtalk.objective.samples import build_samples
+from backtalk.objective.weights import step_weights
+from backtalk.run.estimates import Interval
+from backtalk.run.evaluate import Evaluation
 from backtalk.run.log import RunLog
 from backtalk.settings import to_plain
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 from backtalk.viewer.terminal import find_groups, list_groups, show
 from backtalk.viewer.text import token_texts, visible
-from backtalk.viewer.web.report import interval_text, write_report
+from backtalk.viewer.web.report import write_report
 from backtalk.viewer.web.study import read_study
-from backtalk.viewer.weights import step_objective, step_weights
 from tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -72,78 +63,6 @@ GROUPS = [
 ]
 
 
-AGAIN = (  # a history written anew, and a turn in it
-    Segment(TokenRole.CONTEXT, encode("count the lines, ls"), branch=1),
-    Segment(TokenRole.ACTION, (3, 4), (-0.5, -0.25), 1, branch=1),
-    Segment(TokenRole.ENV_OUTPUT, encode("total 3"), None, 1, "bash", 1),
-    Segment(TokenRole.ACTION, (5, 6, 7), None, 2, branch=1),  # which nobody sampled
-)
-
-
-# ---------------------------------------------------------------- weights
-
-
-@pytest.mark.parametrize("policy", get_args(PolicyNormalizer))
-@pytest.mark.parametrize("world", get_args(WorldNormalizer))
-@pytest.mark.parametrize("target", get_args(WorldLossTarget))
-def test_weights_are_those_of_the_objective(policy: Any, world: Any, target: Any) -> None:
-    config = ObjectiveConfig(
-        policy_coeff=2.0,
-        world_model_coeff=0.3,
-        policy_normalizer=policy,
-        world_normalizer=world,
-        world_loss_target=target,
-        max_seq_len=100,
-    )
-    samples = [sample for group in GROUPS for sample in build_samples(group)]
-    batch, counts = collate(samples, 0), TokenCounts.of(samples, target)
-    expected_policy = 2.0 * policy_weights(batch, counts, config, torch.float64) * batch.advantages_B[:, None]
-    expected_world = 0.3 * world_weights(batch, counts, config, torch.float64)
-    rows = [row for group in step_weights(GROUPS, config) for row in group]
-    for row, sample, p, w in zip(rows, samples, expected_policy, expected_world, strict=True):
-        n = len(sample)
-        assert row.advantage == sample.advantage
-        assert row.policy == pytest.approx(p[:n].tolist(), rel=1e-6, abs=1e-12)  # advantages are float32 there
-        assert row.world == pytest.approx(w[:n].tolist(), rel=1e-12, abs=1e-15)
-
-
-OPTIONS = {
-    "schedule": ObjectiveConfig(world_model_coeff=Schedule({0: 0.5, 10: 0.1})),
-    "weights": ObjectiveConfig(
-        world_loss_target="warning_plus_env", world=WorldOptions(weights={"warning": 0.25, "tool:bash": 0.5})
-    ),
-    "cap": ObjectiveConfig(
-        world_normalizer="sequence_mean_selected",
-        world_loss_target="full_observation",
-        world=WorldOptions(max_tokens_per_observation=4),
-    ),
-    "gate": ObjectiveConfig(world_normalizer="token_mean", world=WorldOptions(min_correct=0.5)),
-    "paw": ObjectiveConfig(world=WorldOptions(entropy_share=0.5, return_adaptive=True)),
-    "rloo": ObjectiveConfig(policy=PolicyOptions(advantage="rloo")),
-}
-
-
-@pytest.mark.parametrize("name", OPTIONS)
-def test_weights_are_those_of_the_objective_with_every_option(name: str) -> None:
-    objective = OPTIONS[name]
-    tree = {"objective": to_plain(objective), "rollout": {"max_tokens": 100}}
-    del tree["objective"]["max_seq_len"]
-    config = step_objective(tree, step=5)
-    assert config == replace(objective, max_seq_len=100).at(5)
-    branched = replace(GROUPS[0].trajectories[0], segments=(*GROUPS[0].trajectories[0].segments, *AGAIN))
-    groups = [TrajectoryGroup("a", (branched, GROUPS[0].trajectories[1])), GROUPS[1]]
-    samples = [sample for group in groups for sample in build_samples(group, config)]
-    batch, counts = collate(samples, 0), TokenCounts.of(samples, config.world_loss_target)
-    assert counts.target_tokens > 0
-    expected_policy = policy_weights(batch, counts, config, torch.float64) * batch.advantages_B[:, None]
-    expected_world = config.world_coeff * world_weights(batch, counts, config, torch.float64)
-    rows = [row for group in step_weights(groups, config) for row in group]
-    ours = [x for row in rows for x in row.policy], [x for row in rows for x in row.world]
-    for mine, theirs in zip(ours, (expected_policy, expected_world), strict=True):
-        flat = [x for row, sample in zip(theirs.tolist(), samples, strict=True) for x in row[: len(sample)]]
-        assert mine == pytest.approx(flat, rel=1e-6, abs=1e-12)
-
-
 # ---------------------------------------------------------------- text
 
 
@@ -157,6 +76,12 @@ def test_tokens_become_the_text_they_are_of_and_control_characters_are_pictures(
 
 
 # ---------------------------------------------------------------- a run folder
+
+
+def train_on(log: RunLog, step: int, groups: list[TrajectoryGroup]) -> None:
+    log.write_groups(step, groups)
+    samples = [sample for group in groups for sample in build_samples(group)]
+    log.write_weights(step, groups, step_weights(samples, ObjectiveConfig()))
 
 
 @pytest.fixture
@@ -174,7 +99,7 @@ def run(tmp_path: Path) -> Path:
     )
     TOKENIZER.save_pretrained(str(log.tokenizer_path))
     for step in range(2):
-        log.write_groups(step, GROUPS)
+        train_on(log, step, GROUPS)
         log.write_metrics(
             step, {"reward": 0.5, "rollouts": 4, "env_output_ce": 2.0, "grad_norm": 1.0, "action_tokens": 9}
         )
@@ -220,7 +145,7 @@ def test_where_a_branch_begins_is_said(run: Path) -> None:
         Segment(TokenRole.ENV_OUTPUT, encode("total 3"), None, 1, "bash", 1),
     )
     forked = replace(plain, segments=(*plain.segments, *again))
-    RunLog(run).write_groups(1, [TrajectoryGroup("a", (forked, GROUPS[0].trajectories[1]))])
+    train_on(RunLog(run), 1, [TrajectoryGroup("a", (forked, GROUPS[0].trajectories[1]))])
     text = shown(run)
     line = "branch 1: the history so far was rewritten"
     assert text.count(line) == 1 and "2 branches" in text
@@ -241,6 +166,16 @@ def test_trained_tokens_are_underlined_and_roles_have_colours(run: Path) -> None
 def test_an_evaluation_weighs_nothing(run: Path) -> None:
     text = shown(run, evaluation=True)
     assert "evaluation before step 0" in text and "weight +" not in text and "weight -" not in text
+    assert "no weights on record: no step was trained on it" in text and "· advantage" not in text
+
+
+def test_weights_that_are_not_on_record_are_not_guessed(run: Path) -> None:
+    assert "advantage +0.707" in shown(run, step=1) and "outside the policy term" in shown(run, group=1, sample=1)
+    RunLog(run).weights_path(1).unlink()
+    text = shown(run, step=1)
+    assert "no weights on record" in text and "· advantage" not in text and "weight +" not in text
+    page = write_report(run).read_text()
+    assert page.count("no weights on record") == 2 and page.count("advantage +0.707") == 1  # steps 1 and 0
 
 
 def test_what_is_not_there_is_said(run: Path, tmp_path: Path) -> None:
@@ -290,7 +225,8 @@ def test_the_report_is_one_self_contained_page(run: Path) -> None:
     assert "25.0% [10.0%, 40.0%]" in text
     assert "objective.world_model_coeff" in text
     assert "policy weight +" in text and "world weight +" in text
-    assert "&lt;script&gt;" in "".join(re.findall(r">([^<]*)</span>", text)) or "&lt;" in text
+    tokens = "".join(re.findall(r"<span [^>]*>([^<]*)</span>", text))
+    assert "␛]0;owned␇&lt;script&gt;alert(1)&lt;/script&gt; ünï☃" in tokens
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -299,9 +235,3 @@ def test_a_run_that_has_only_begun_has_a_report_too(run: Path) -> None:
     log.truncate_after(-1)
     log.evaluation_path(0).unlink()
     assert "no step has finished yet" in write_report(run).read_text()
-
-
-def test_intervals_as_text() -> None:
-    assert interval_text(None, "{:.1f}") == "-"
-    assert interval_text({"value": 1.0, "low": None, "high": None}, "{:.1f}") == "1.0"
-    assert interval_text({"value": 1.0, "low": 0.5, "high": 2.0}, "{:.1f}") == "1.0 [0.5, 2.0]"

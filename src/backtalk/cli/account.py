@@ -41,7 +41,9 @@ def account(
     coeff: Annotated[float, typer.Option(min=0, help="ECHO's world_model_coeff.")] = 0.05,
     advantage: Annotated[
         float | None,
-        typer.Option(help="Of every episode. Without it: by the group where there is one, else the reward itself."),
+        typer.Option(
+            help="Of every episode. Without it: that of the training step, else by the group, else the reward itself."
+        ),
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all of it to this file.")] = None,
 ) -> None:
@@ -63,16 +65,17 @@ def account(
     whose = model or (unit if unit != CHARACTERS else "base")
     counted = _read(files, kind, unit, whose)
     accounts = [account_of(one) for one in counted.trajectories]
-    scored, step = [], []
+    scored, step, notes = [], [], []
     if model is not None:
         own = counted if unit == model else _read(files, kind, model, model)
-        scored, step = _score(own.trajectories, model, coeff, advantage)
+        advantages, notes = _advantages(files, own, advantage)
+        scored, step = _score(own.trajectories, model, coeff, advantages)
     console = Console()
     for part in tables(accounts, unit, scored, step, model, coeff):
         console.print(part, soft_wrap=isinstance(part, Text))
         console.print()
-    for refusal in counted.refusals:
-        console.print(f"- refused: {refusal.where}: {refusal.reason}", markup=False, highlight=False, soft_wrap=True)
+    for note in [*notes, *(f"refused: {refusal.where}: {refusal.reason}" for refusal in counted.refusals)]:
+        console.print(f"- {note}", markup=False, highlight=False, soft_wrap=True)
     if json_path is not None:
         from backtalk.run.log import write_bytes
 
@@ -134,13 +137,31 @@ def _check_ids(trajectory: Trajectory, renderer: Renderer, whose: str) -> None:
 # ---------------------------------------------------------------- scoring
 
 
+def _advantages(
+    files: Sequence[Path], episodes: Imported, advantage: float | None
+) -> tuple[list[float | None], list[str]]:
+    """Return each episode's advantage, and notes: as asked for, as a run was trained with, or by the group."""
+    from backtalk.evidence.account import advantages_of
+    from backtalk.run.log import RunLog
+
+    if advantage is not None:
+        return [advantage] * len(episodes.trajectories), []
+    steps = [RunLog.of_groups(file) for file in files]
+    trained = [found[0].read_weights(found[1], found[0].read_groups(found[1])) for found in steps if found]
+    if len(trained) == len(files) and None not in trained and not episodes.refusals:
+        rows = [row for groups in trained for group in groups or () for row in group]
+        return [row.advantage for row in rows], ["the advantages are those that the run was trained with"]
+    note = "advantages are worked out from the rewards, without penalties: no training step has left weights on record"
+    return advantages_of(episodes.trajectories), [note] if any(steps) else []
+
+
 def _score(
-    trajectories: Sequence[Trajectory], model: str, coeff: float, advantage: float | None
+    trajectories: Sequence[Trajectory], model: str, coeff: float, advantages: Sequence[float | None]
 ) -> tuple[list[Account], list[Loss]]:
     """Each episode with its losses, and those of one step over all, from one forward pass at temperature 1."""
     from backtalk.engines.torch.config import TorchConfig
     from backtalk.engines.torch.engine import TorchEngine
-    from backtalk.evidence.account import account_of, advantages_of, three_losses
+    from backtalk.evidence.account import account_of, three_losses
 
     engine = TorchEngine(TorchConfig(model=model))
     longest = getattr(engine.model.config, "max_position_embeddings", None)
@@ -152,7 +173,6 @@ def _score(
                 "longer context, or leave --model out"
             )
     logprobs = run(engine.score(list(trajectories)))
-    advantages = advantages_of(trajectories) if advantage is None else [advantage] * len(trajectories)
     each = [
         account_of(one, scores, advantage=gain, world_model_coeff=coeff)
         for one, scores, gain in zip(trajectories, logprobs, advantages, strict=True)

@@ -15,8 +15,10 @@ from rich.table import Table
 from backtalk.evidence.compare import Comparison
 from backtalk.evidence.study import StudyDone, StudyEvent, StudyProgress, StudyRunDone, StudyStarted
 from backtalk.run.benchmark import BenchmarkResult
-from backtalk.run.evaluate import Evaluation, Interval
+from backtalk.run.estimates import interval_text
+from backtalk.run.evaluate import Evaluation
 from backtalk.run.events import EvaluationDone, Event, Notice, RolloutDone, RunDone, RunStarted, StepDone
+from backtalk.viewer.web.report import evaluation_rows
 
 RECENT_STEPS = 10  # that the time left is estimated from
 
@@ -213,22 +215,12 @@ def evaluation_line(evaluation: Evaluation) -> str:
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
-    """One evaluation in full."""
+    """Return one evaluation in full."""
     table = Table("held out", f"after {evaluation.step} steps")
-    rows = {
-        "pass@1": evaluation.pass_at_1,
-        f"pass@{evaluation.samples_per_task}": evaluation.pass_at_k,
-        "reward": evaluation.reward,
-        "env CE on recorded trajectories, nats/token": evaluation.env_ce_recorded,
-        "env CE on own rollouts, nats/token": evaluation.env_ce_own,
-    }
-    for name, interval in rows.items():
-        table.add_row(name, interval_text(interval))
-    for name, value in evaluation.per_rollout.items():
-        table.add_row(f"{name.replace('_', ' ')} per rollout", f"{value:.2f}")
+    for row in evaluation_rows([evaluation.to_dict()]):
+        table.add_row(*row)
     for reason, count in sorted(evaluation.stop_reasons.items()):
         table.add_row(f"ended with {reason}", str(count))
-    table.add_row("rollouts without a reward", str(evaluation.no_reward))
     table.add_row("seconds", f"{evaluation.seconds:.0f}")
     return table
 
@@ -242,14 +234,6 @@ def benchmark_table(result: BenchmarkResult, dataset: str) -> Table:
     for k, interval in result.pass_at.items():
         table.add_row(f"pass@{k}", interval_text(interval))
     return table
-
-
-def interval_text(interval: Interval | None) -> str:
-    """0.250 [0.188, 0.312], or a dash where nothing was measured."""
-    if interval is None:
-        return "-"
-    bounds = "" if interval.low is None or interval.high is None else f" [{interval.low:.3f}, {interval.high:.3f}]"
-    return f"{interval.value:.3f}{bounds}"
 
 
 def clock_text(seconds: float) -> str:

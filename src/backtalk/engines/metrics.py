@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -81,10 +81,10 @@ def token_metrics(
 def _names(tools: Iterable[str]) -> tuple[str, ...]:
     """The metrics of a step without a token."""
     return (
-        *("world_ce", "env_output_ce", "env_output_ce_copied", "env_output_ce_new", "warning_ce", "template_ce"),
+        *("target_ce", "env_output_ce", "env_output_ce_copied", "env_output_ce_new", "warning_ce", "template_ce"),
         *(f"env_output_ce/{tool}" for tool in tools),
-        *(f"share_{role}" for role in SHARES),
-        *("share_copied", "entropy", "ratio_mean", "clip_fraction", "reference_kl", "sampler_logprob_gap"),
+        *(f"{role}_share" for role in SHARES),
+        *("copied_share", "entropy", "ratio_mean", "clip_fraction", "reference_kl", "sampler_logprob_gap"),
         *("effective_obs_weight", "world_pull_share"),
         *("policy_grad_norm", "world_grad_norm", "grad_norm_ratio"),
     )
@@ -102,17 +102,17 @@ def _cross_entropies(
     said_BT, copied_BT = has_role(TokenRole.ENV_OUTPUT), _pad([copied_tokens(sample) for sample in samples])
     scaffold_BT = target_tokens(batch, config) & has_role(TokenRole.TEMPLATE)  # measured where it is learned
     tokens = int(batch.lengths_B.sum())
-    shares = {f"share_{name}": int(has_role(TokenRole[name.upper()]).sum()) / max(tokens, 1) for name in SHARES}
+    shares = {f"{name}_share": int(has_role(TokenRole[name.upper()]).sum()) / max(tokens, 1) for name in SHARES}
     by_tool = {f"env_output_ce/{tool}": ce(said_BT & _of_tool(samples, tool)) for tool in tools}
     return (
         {
-            "world_ce": ce(target_tokens(batch, config)),
+            "target_ce": ce(target_tokens(batch, config)),
             "env_output_ce": ce(said_BT),
             "env_output_ce_copied": ce(said_BT & copied_BT),
             "env_output_ce_new": ce(said_BT & ~copied_BT),
             "warning_ce": ce(has_role(TokenRole.WARNING)),
             "template_ce": ce(scaffold_BT),
-            "share_copied": _mean(copied_BT.double(), said_BT),
+            "copied_share": _mean(copied_BT.double(), said_BT),
         }
         | by_tool
         | shares
@@ -181,14 +181,7 @@ def _gradient_norms(record: StepRecord, batch: Batch, config: ObjectiveConfig) -
 
 
 def _counts(counts: TokenCounts) -> dict[str, float]:
-    return {
-        "sequences": float(counts.sequences),
-        "rewarded_sequences": float(counts.rewarded_sequences),
-        "action_tokens": float(counts.action_tokens),
-        "env_output_tokens": float(counts.env_output_tokens),
-        "warning_tokens": float(counts.warning_tokens),
-        "target_tokens": float(counts.target_tokens),
-    }
+    return {name: float(count) for name, count in asdict(counts).items()}
 
 
 def _mean(values_BT: Tensor, selected_BT: Tensor) -> float:

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from backtalk.run.evaluate import Interval, difference_interval
-
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond the table the normal's is within 2 %.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_T += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
-_NORMAL = 1.960
+from backtalk.run.estimates import Interval, difference_interval, mean_interval
 
 # name in the table, name in an evaluation
 METRICS = (
@@ -65,7 +59,7 @@ def compare(
                 against = _difference(after, first)
             else:
                 b, a = runs[arm, seeds[0]]
-                made = (_interval(b.get(key)), _interval(a.get(key)), _paired(a, b, key))
+                made = (Interval.from_dict(b.get(key)), Interval.from_dict(a.get(key)), _paired(a, b, key))
                 against = _paired(a, runs[arms[0], seeds[0]][1], key)
             results.append(
                 ArmResult(
@@ -81,19 +75,6 @@ def compare(
     return Comparison(study=study, seeds=tuple(seeds), interval=over, results=tuple(results))
 
 
-def mean_interval(values: Sequence[float | None]) -> Interval | None:
-    """Mean of independent values with Student's 95 % interval; None unless every value is there."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return None
-    n, mean = len(known), math.fsum(known) / len(known)
-    if n < 2:
-        return Interval(mean)
-    error = math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (n - 1) / n)
-    half = (_T[n - 2] if n - 2 < len(_T) else _NORMAL) * error
-    return Interval(mean, mean - half, mean + half)
-
-
 def _difference(a: Sequence[float | None], b: Sequence[float | None]) -> Interval | None:
     pairs = zip(a, b, strict=True)
     return mean_interval([None if x is None or y is None else x - y for x, y in pairs])
@@ -102,10 +83,6 @@ def _difference(a: Sequence[float | None], b: Sequence[float | None]) -> Interva
 def _value(evaluation: Mapping[str, Any], key: str) -> float | None:
     interval = evaluation.get(key)
     return None if interval is None else interval["value"]
-
-
-def _interval(data: Mapping[str, Any] | None) -> Interval | None:
-    return None if data is None else Interval(**data)
 
 
 def _paired(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> Interval | None:

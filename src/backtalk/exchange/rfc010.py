@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 from backtalk.errors import DataError
-from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory
+from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, WorldLossTarget, is_target
 
 Rfc010Target = Literal["env_only", "all"]
 
@@ -43,15 +43,14 @@ def to_rfc010(trajectory: Trajectory, world_loss_target: Rfc010Target = "env_onl
     Raises:
         DataError: an unknown ``world_loss_target``.
     """
-    _check_target(world_loss_target)
+    target = _check_target(world_loss_target)
     roles = trajectory.roles
-    learned = {TokenRole.ENV_OUTPUT} | ({TokenRole.WARNING} if world_loss_target == "all" else set())
     failure = trajectory.failure
     return {
         "token_ids": list(trajectory.token_ids),
         "roles": [ROLE_NAMES[role] for role in roles],
         "action_mask": [role is TokenRole.ACTION for role in roles],
-        "obs_mask": [role in learned for role in roles],
+        "obs_mask": [is_target(s.role, s.turn, target) for s in trajectory.segments for _ in s.token_ids],
         "warning_mask": [role is TokenRole.WARNING for role in roles],
         "logprobs": list(trajectory.logprobs),
         "world_loss_target": world_loss_target,
@@ -108,17 +107,19 @@ def from_rfc010(record: Mapping[str, Any], *, task_id: str = "", sample_index: i
         raise DataError(f"this is no record of RFC 010 ({type(error).__name__}: {error})") from error
 
 
-def _check_target(target: object) -> None:
+def _check_target(target: object) -> WorldLossTarget:
+    """Return RFC 010's name of a target as ours."""
     if target not in ("env_only", "all"):
         raise DataError(
             f"world_loss_target={target!r} is unknown to RFC 010; use 'env_only', or 'all' for warnings as well"
         )
+    return "warning_plus_env" if target == "all" else "env_only"
 
 
 def _roles(record: Mapping[str, Any], n: int) -> list[TokenRole]:
     """The role of each token, from the masks, checked against ``roles`` where the record has them."""
-    target = record.get("world_loss_target", "env_only")
-    _check_target(target)
+    name = record.get("world_loss_target", "env_only")
+    target = _check_target(name)
     masks = {name: _mask(record, name, n) for name in ("action_mask", "obs_mask", "warning_mask")}
     roles = []
     for t, (action, observed, warning) in enumerate(zip(*masks.values(), strict=True)):
@@ -126,10 +127,10 @@ def _roles(record: Mapping[str, Any], n: int) -> list[TokenRole]:
             raise DataError(
                 f"token {t} is in action_mask and in {'obs' if observed else 'warning'}_mask; one token, one role"
             )
-        if warning and observed != (target == "all"):
+        if warning and observed != is_target(TokenRole.WARNING, None, target):
             raise DataError(
                 f"token {t} is {'in' if observed else 'not in'} obs_mask and in warning_mask with "
-                f"world_loss_target={target!r}; obs_mask holds the warnings exactly where that is 'all'"
+                f"world_loss_target={name!r}; obs_mask holds the warnings exactly where that is 'all'"
             )
         role = TokenRole.ACTION if action else TokenRole.WARNING if warning else TokenRole.ENV_OUTPUT
         roles.append(role if action or warning or observed else TokenRole.CONTEXT)

@@ -12,20 +12,14 @@ from typing import Literal
 from backtalk.errors import ConfigError
 from backtalk.objective.advantages import AdvantageEstimator
 from backtalk.settings import check_choices
+from backtalk.trajectory import TARGET_ROLES, WorldLossTarget
 
 PolicyLoss = Literal["clip", "gspo", "cispo"]
 WorldLoss = Literal["cross_entropy", "clipped_mae"]
-WorldLossTarget = Literal["env_only", "warning_only", "warning_plus_env", "full_observation"]
 PolicyNormalizer = Literal["sequence_mean", "token_mean", "fixed_length"]
 WorldNormalizer = Literal["sequence_mean", "sequence_mean_selected", "token_mean", "fixed_length"]
 
-# RFC 010 of OpenEnv calls the body of an observation, environment and warnings, "all".
-TARGET_ROLES: Mapping[str, tuple[str, ...]] = {
-    "env_only": ("env_output",),
-    "warning_only": ("warning",),
-    "warning_plus_env": ("env_output", "warning"),
-    "full_observation": ("env_output", "warning", "template"),
-}
+ROLE_NAMES = {target: tuple(role.name.lower() for role in roles) for target, roles in TARGET_ROLES.items()}
 TOOL_PREFIX = "tool:"  # of a tool's name in WorldOptions.weights
 
 
@@ -161,7 +155,7 @@ class WorldOptions:
         if cap is not None and cap < 1:
             raise ConfigError(f"world.max_tokens_per_observation={cap} leaves nothing; use >= 1, or null for all")
         for name, weight in (self.weights or {}).items():
-            if name not in TARGET_ROLES["full_observation"] and not name.startswith(TOOL_PREFIX):
+            if name not in ROLE_NAMES["full_observation"] and not name.startswith(TOOL_PREFIX):
                 raise ConfigError(
                     f"world.weights names {name!r}, which is no role; "
                     f"use env_output, warning, template or {TOOL_PREFIX}NAME"
@@ -213,7 +207,7 @@ class ObjectiveConfig:
         check_choices(self)
         if "fixed_length" in (self.policy_normalizer, self.world_normalizer):
             check_length(self.max_seq_len)
-        roles = TARGET_ROLES[self.world_loss_target]
+        roles = ROLE_NAMES[self.world_loss_target]
         idle = [name for name in self.world.weights or {} if name not in roles and not name.startswith(TOOL_PREFIX)]
         if idle:
             raise ConfigError(

@@ -28,18 +28,19 @@ import torch
 from torch import Tensor
 
 from backtalk.errors import ConfigError
-from backtalk.objective.config import ObjectiveConfig, WorldLossTarget, WorldNormalizer, check_length
+from backtalk.objective.config import ObjectiveConfig, WorldNormalizer, check_length
 from backtalk.objective.forms import importance_weights, kl_to_reference, policy_surrogate, world_surprise
 from backtalk.objective.samples import (
     Batch,
     TokenCounts,
     is_observation,
     is_scaffold,
-    is_target,
     policy_tokens,
     roles_from_masks,
     target_tokens,
+    targets_of,
 )
+from backtalk.trajectory import WorldLossTarget
 
 
 def token_weights(
@@ -151,7 +152,7 @@ def world_model_loss_from_masks(
     if target == "full_observation":
         raise ConfigError("target='full_observation' needs the roles of template tokens; use objective() on a Batch")
     roles_BT = roles_from_masks(env_mask_BT, warning_mask_BT, shape=logprobs_BT.shape)
-    target_BT = is_target(roles_BT, roles_BT, target)
+    target_BT = targets_of(roles_BT, roles_BT, target)
     weights_BT = token_weights(
         target_BT,
         is_observation(roles_BT).sum(-1),

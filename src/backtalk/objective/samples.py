@@ -18,9 +18,9 @@ from torch import Tensor
 
 from backtalk.errors import ConfigError
 from backtalk.objective.advantages import group_advantages
-from backtalk.objective.config import ObjectiveConfig, WorldLossTarget
+from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.selection import world_scales
-from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
+from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup, WorldLossTarget, is_target
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ class Sample:
 
     def targets(self, target: WorldLossTarget) -> Tensor:
         """Which tokens the world-model term learns, O'; bool [T]."""
-        chosen = is_target(self.roles, self.turns, target)
+        chosen = targets_of(self.roles, self.turns, target)
         return chosen if self.world_scale is None else chosen & (self.world_scale > 0)
 
     def counts(self, target: WorldLossTarget) -> RowCounts:
@@ -208,25 +208,10 @@ def is_scaffold(roles: Tensor, turns: Tensor) -> Tensor:
     return (roles == TokenRole.TEMPLATE) & (turns >= 0)
 
 
-def is_target(roles: Tensor, turns: Tensor, target: WorldLossTarget) -> Tensor:
-    """Which tokens have a role that the world-model term learns; bool, shape of ``roles``.
-
-    ``full_observation`` adds the scaffold that follows an action up to the next one, which holds the
-    generation prompt too. The prompt (turn -1), actions and padding are never targets.
-    """
-    match target:
-        case "env_only":
-            return roles == TokenRole.ENV_OUTPUT
-        case "warning_only":
-            return roles == TokenRole.WARNING
-        case "warning_plus_env":
-            return is_observation(roles)
-        case "full_observation":
-            return is_observation(roles) | is_scaffold(roles, turns)
-    raise ConfigError(
-        f"world_loss_target={target!r} is unknown; "
-        "use 'env_only', 'warning_only', 'warning_plus_env' or 'full_observation'"
-    )
+def targets_of(roles: Tensor, turns: Tensor, target: WorldLossTarget) -> Tensor:
+    """Return which tokens have a role that the world-model term learns, by ``is_target``; bool, shape of ``roles``."""
+    learned = [[is_target(role, turn, target) for role in TokenRole] for turn in (None, 0)]
+    return torch.tensor(learned, device=roles.device)[(turns >= 0).long(), roles.long()]
 
 
 def roles_from_masks(env_mask_BT: Tensor, warning_mask_BT: Tensor, *, shape: torch.Size) -> Tensor:
@@ -345,7 +330,7 @@ def policy_tokens(batch: Batch) -> Tensor:
 
 def target_tokens(batch: Batch, config: ObjectiveConfig) -> Tensor:
     """Tokens of the world-model term, O'; bool [B, T]."""
-    return is_target(batch.roles_BT, batch.turns_BT, config.world_loss_target) & (batch.world_scale_BT > 0)
+    return targets_of(batch.roles_BT, batch.turns_BT, config.world_loss_target) & (batch.world_scale_BT > 0)
 
 
 def trained_tokens(batch: Batch, config: ObjectiveConfig) -> Tensor:
@@ -360,7 +345,7 @@ def trained_tokens(batch: Batch, config: ObjectiveConfig) -> Tensor:
 
 def measured_tokens(batch: Batch, config: ObjectiveConfig) -> Tensor:
     """Tokens whose log-probability is asked for, trained or only reported; bool [B, T]."""
-    target_BT = is_target(batch.roles_BT, batch.turns_BT, config.world_loss_target)
+    target_BT = targets_of(batch.roles_BT, batch.turns_BT, config.world_loss_target)
     return batch.sampled_BT | is_observation(batch.roles_BT) | target_BT
 
 

@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from backtalk.errors import ConfigError
-from backtalk.objective.config import TARGET_ROLES, ObjectiveConfig, WorldOptions
-from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
+from backtalk.objective.config import ObjectiveConfig, WorldOptions
+from backtalk.trajectory import Segment, Trajectory, TrajectoryGroup, is_target
 
 SOLVED = 1.0  # a rollout with at least this reward counts as correct
 
@@ -37,7 +37,7 @@ def _scales(trajectory: Trajectory, share: float, turns: frozenset[int] | None, 
     scales: list[float] = []
     for segment in trajectory.segments:
         scale = share if turns is None or segment.turn in turns else 0.0
-        if segment.turn is None or not is_target_role(segment, config):
+        if segment.turn is None or not is_target(segment.role, segment.turn, config.world_loss_target):
             scales += [scale] * len(segment)
             continue
         scale *= options.weight(segment.role.name.lower(), segment.tool)
@@ -46,13 +46,6 @@ def _scales(trajectory: Trajectory, share: float, turns: frozenset[int] | None, 
             taken[segment.turn] = taken.get(segment.turn, 0) + room
         scales += [scale] * room + [0.0] * (len(segment) - room)
     return scales
-
-
-def is_target_role(segment: Segment, config: ObjectiveConfig) -> bool:
-    """Whether ``world_loss_target`` selects a segment; the scaffold of the prompt never is."""
-    role = segment.role.name.lower()
-    prompt = segment.role is TokenRole.TEMPLATE and segment.turn is None
-    return role in TARGET_ROLES[config.world_loss_target] and not prompt
 
 
 def observation_shares(group: TrajectoryGroup, options: WorldOptions) -> list[float]:

@@ -15,7 +15,8 @@ from backtalk.errors import ConfigError
 from backtalk.language.renderer import Renderer
 from backtalk.rollout.sampler import SamplingParams
 from backtalk.run.config import TrainConfig
-from backtalk.run.evaluate import Evaluation, Interval, evaluate, pass_at_k, ratio_interval
+from backtalk.run.estimates import Interval, pass_at_k, ratio_interval
+from backtalk.run.evaluate import Evaluation, evaluate
 from backtalk.run.events import Notice, OnEvent
 from backtalk.run.sources import read_tasks
 from backtalk.run.worlds import counted

@@ -11,40 +11,26 @@ import dataclasses
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb
 from typing import TYPE_CHECKING, Any
 
 from backtalk.engines.base import Engine
 from backtalk.language.renderer import Renderer
 from backtalk.objective.config import ObjectiveConfig
+from backtalk.objective.selection import SOLVED
 from backtalk.rollout.groups import EnvFactory, run_groups
 from backtalk.rollout.limits import RolloutLimits
 from backtalk.rollout.sampler import SamplingParams
+from backtalk.run.estimates import Interval, mean, pass_at_k, ratio_interval
 from backtalk.tasks.task import Task
 from backtalk.trajectory import StopReason, TokenRole, Trajectory, TrajectoryGroup
 
-if TYPE_CHECKING:  # a study is read, and refused, without numpy or PyTorch
-    import numpy as np
-    from numpy.typing import NDArray
-
+if TYPE_CHECKING:  # a study is read, and refused, without PyTorch
     from backtalk.objective.samples import Sample
 
-SOLVED = 1.0  # a rollout with at least this reward counts as solved
-RESAMPLES = 2000
-CONFIDENCE = 0.95
 COUNTED_STATS = ("num_turns", "invalid_calls", "truncated_observations", "command_timeouts")
 SANDBOX_STATS = ("reset_seconds", "env_seconds", "score_seconds")
-
-
-@dataclass(frozen=True, slots=True)
-class Interval:
-    """An estimate and its 95 % interval; the bounds are None where too little was measured to give any."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +178,10 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
         "role_confusion": confused / turns if turns else math.nan,  # share of turns that hold an observation's format
         "groups_with_signal": sum(spread),  # the others have advantage 0 and teach through the world term alone
         **per_rollout,
-        **{f"stop_{reason.value}": mean([float(t.stop_reason is reason) for t in rollouts]) for reason in StopReason},
+        **{
+            f"stop_reason/{reason.value}": mean([float(t.stop_reason is reason) for t in rollouts])
+            for reason in StopReason
+        },
     }
 
 
@@ -226,63 +215,3 @@ def time_metrics(groups: Sequence[TrajectoryGroup], rollout_seconds: float, trai
         "tokens_per_second": tokens / whole,
         "action_tokens_per_second": actions / max(rollout_seconds, 1e-9),
     }
-
-
-# ---------------------------------------------------------------- estimates
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that at least one of k attempts solves the task, from c solved of n: 1 - C(n-c, k) / C(n, k).
-
-    Unbiased (Chen et al. 2021, arXiv 2107.03374), where 1 - (1 - c/n)^k would be too low.
-    """
-    if not 0 <= c <= n or not 1 <= k <= n:
-        raise ValueError(
-            f"pass@{k} of {c} solved in {n} attempts: needs 0 <= solved <= attempts and 1 <= k <= attempts"
-        )
-    return 1.0 - comb(n - c, k) / comb(n, k)
-
-
-def mean(values: Sequence[float]) -> float:
-    """0 where there is none."""
-    return float(sum(values)) / len(values) if values else 0.0
-
-
-def ratio_interval(pairs: Sequence[tuple[float, float]], seed: int = 0) -> Interval | None:
-    """sum(a) / sum(b) over pairs (a, b), one a task, with a percentile bootstrap over the tasks.
-
-    A mean is the case b = 1. None where the denominator is 0; no bounds for a single task.
-    """
-    if sum(b for _, b in pairs) <= 0:
-        return None
-    return _bootstrap(pairs, _ratio, seed)
-
-
-def difference_interval(rows: Sequence[tuple[float, float, float, float]], seed: int = 0) -> Interval | None:
-    """sum(a) / sum(b) - sum(c) / sum(d) over rows (a, b, c, d), one a task, so that both see the same tasks."""
-    if sum(row[1] for row in rows) <= 0 or sum(row[3] for row in rows) <= 0:
-        return None
-    return _bootstrap(rows, lambda sums: _ratio(sums[..., :2]) - _ratio(sums[..., 2:]), seed)
-
-
-def _ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    import numpy as np
-
-    with np.errstate(invalid="ignore", divide="ignore"):  # a resample without any token says nothing
-        return sums[..., 0] / sums[..., 1]
-
-
-def _bootstrap(
-    rows: Sequence[Sequence[float]], statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]], seed: int
-) -> Interval:
-    """A statistic of column sums, with a percentile bootstrap over the rows; no bounds for a single row."""
-    import numpy as np
-
-    numbers = np.array(rows, dtype=np.float64)
-    value = float(statistic(numbers.sum(axis=0)))
-    if len(rows) < 2:
-        return Interval(value)
-    picks = np.random.default_rng(seed).integers(len(rows), size=(RESAMPLES, len(rows)))
-    drawn = statistic(numbers[picks].sum(axis=1))
-    low, high = np.quantile(drawn[np.isfinite(drawn)], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(value, float(low), float(high))

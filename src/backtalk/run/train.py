@@ -16,6 +16,7 @@ from backtalk.engines.guard import guard
 from backtalk.errors import ConfigError, DataError, InfrastructureError
 from backtalk.language.renderer import Renderer
 from backtalk.objective.samples import build_samples
+from backtalk.objective.weights import step_weights
 from backtalk.rollout.groups import at_once, run_groups
 from backtalk.rollout.sampler import SamplingParams
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict
@@ -215,6 +216,8 @@ class Run:
             for sample in build_samples(group, objective, temperature=config.temperature, policy_version=now)
         ]
         learned = await self.engine.train_step(samples, objective)
+        if not learned.get("skipped"):
+            log.write_weights(step, groups, step_weights(samples, objective))
         seconds = time_metrics(groups, rollout_seconds, time.monotonic() - started)
         rolled = rollout_metrics(groups)
         for line in guard(rolled, objective):  # the engine logs its own

@@ -13,19 +13,36 @@ from rich.text import Text
 
 from backtalk.errors import DataError
 from backtalk.run.log import RunLog
-from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
+from backtalk.trajectory import Segment, TokenRole, TokenWeights, Trajectory, TrajectoryGroup
 from backtalk.viewer.text import LOOKS, load_tokenizer, token_texts
-from backtalk.viewer.weights import RowWeights, step_objective, step_weights
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """A trajectory with what is needed to show it."""
+    """A trajectory with what is needed to show it. ``weights`` is None where nothing was trained on it."""
 
     trajectory: Trajectory
     texts: Sequence[str]
-    weights: RowWeights
+    weights: TokenWeights | None
     title: str
+
+    @property
+    def facts(self) -> list[str]:
+        """Reward, advantage and ending, in words."""
+        reward, weights = self.trajectory.reward, self.weights
+        if weights is None:
+            advantage = "no weights on record: no step was trained on it"
+        elif weights.advantage is None:
+            advantage = "no advantage: outside the policy term"
+        else:
+            advantage = f"advantage {weights.advantage:+.3f}"
+        ending = self.trajectory.stop_reason.value
+        return ["no reward" if reward is None else f"reward {reward:g}", advantage, ending]
+
+    def weights_at(self, position: int) -> tuple[float, float]:
+        """Return a token's weight in the policy term and in the world-model term."""
+        weights = self.weights
+        return (0.0, 0.0) if weights is None else (weights.policy[position], weights.world[position])
 
 
 def find_trajectory(
@@ -37,18 +54,17 @@ def find_trajectory(
         DataError: there is no such step, group or sample.
     """
     log = RunLog(folder)
-    config = log.read_config()
+    log.read_config()  # a folder that is no run is told so
     step = _pick_step(log, step, evaluation)
     groups = find_groups(folder, step=step, evaluation=evaluation)
     _check_range("group", group, len(groups))
     _check_range("sample", sample, len(groups[group]))
     trajectory = groups[group].trajectories[sample]
-    weights = _no_weights(trajectory)
-    if not evaluation:
-        weights = step_weights(groups, step_objective(config, step))[group][sample]
+    weights = None if evaluation else log.read_weights(step, groups)
     kind = "evaluation before step" if evaluation else "training step"
     title = f"{kind} {step} · group {group} of {len(groups)} · sample {sample} of {len(groups[group])}"
-    return Shown(trajectory, token_texts(load_tokenizer(log.tokenizer_path), trajectory.token_ids), weights, title)
+    texts = token_texts(load_tokenizer(log.tokenizer_path), trajectory.token_ids)
+    return Shown(trajectory, texts, weights[group][sample] if weights else None, title)
 
 
 def find_groups(folder: str | Path, *, step: int | None = None, evaluation: bool = False) -> list[TrajectoryGroup]:
@@ -92,15 +108,9 @@ def render(shown: Shown) -> RenderableType:
 
 
 def _parts(shown: Shown) -> Iterator[RenderableType]:
-    trajectory, weights = shown.trajectory, shown.weights
-    reward = "no reward" if trajectory.reward is None else f"reward {trajectory.reward:g}"
+    trajectory = shown.trajectory
     yield Rule(Text(f"{trajectory.task_id} · {shown.title}"))
-    facts = [
-        reward,
-        f"advantage {weights.advantage:+.3f}",
-        trajectory.stop_reason.value,
-        f"{trajectory.num_turns} turns",
-    ]
+    facts = [*shown.facts, f"{trajectory.num_turns} turns"]
     if len(trajectory.branches) > 1:
         facts.append(f"{len(trajectory.branches)} branches")
     if trajectory.failure is not None:
@@ -112,10 +122,10 @@ def _parts(shown: Shown) -> Iterator[RenderableType]:
         if segment.branch != branch:
             branch = segment.branch
             yield Rule(Text(branch_line(branch)), style="yellow")
-        yield _heading(shown.weights, start, end, segment)
+        yield _heading(shown, start, end, segment)
         text = Text()
         for position in range(start, end):
-            trained = weights.policy[position] != 0 or weights.world[position] != 0
+            trained = any(shown.weights_at(position))
             text.append(shown.texts[position], style=LOOKS[segment.role][0] + (" underline" if trained else ""))
         if text.plain:
             text.rstrip()
@@ -123,12 +133,12 @@ def _parts(shown: Shown) -> Iterator[RenderableType]:
 
 
 def branch_line(branch: int) -> str:
-    """What stands where a new branch begins."""
+    """Return the heading of a new branch."""
     return f"branch {branch}: the history so far was rewritten, and sampling went on from here"
 
 
-def _heading(weights: RowWeights, start: int, end: int, segment: Segment) -> Text:
-    """Whose stretch this is, in words too: colours may be missing."""
+def _heading(shown: Shown, start: int, end: int, segment: Segment) -> Text:
+    """Return the role, turn, tool and weights of a segment in words: colours may be missing."""
     what = [segment.role.name, f"{end - start} tokens"]
     if segment.turn is not None:
         what.insert(0, f"turn {segment.turn}")
@@ -138,9 +148,11 @@ def _heading(weights: RowWeights, start: int, end: int, segment: Segment) -> Tex
         what.append(f"mean logprob {sum(segment.logprobs) / len(segment.logprobs):.3f}")
     if segment.role is TokenRole.ACTION and not segment.is_sampled:
         what.append("not sampled")
-    for name, row in (("policy", weights.policy), ("world", weights.world)):
-        if any(row[start:end]):
-            what.append(f"{name} weight {row[start]:+.2e} each")
+    for name, term in (("policy", 0), ("world", 1)):
+        found = [weight for i in range(start, end) if (weight := shown.weights_at(i)[term])]
+        if found:
+            each = "each" if len(found) == end - start else f"on {len(found)} of them"
+            what.append(f"{name} weight {found[0]:+.2e} {each}")
     return Text("── " + " · ".join(what), style="dim")
 
 
@@ -151,8 +163,7 @@ def _legend(shown: Shown) -> Table:
     roles = shown.trajectory.roles
     for role, (style, _, _, meaning) in LOOKS.items():
         positions = [i for i, other in enumerate(roles) if other is role]
-        policy = sum(shown.weights.policy[i] for i in positions)
-        world = sum(shown.weights.world[i] for i in positions)
+        policy, world = (sum(shown.weights_at(i)[term] for i in positions) for term in (0, 1))
         table.add_row(
             Text(role.name, style=style),
             meaning,
@@ -163,10 +174,6 @@ def _legend(shown: Shown) -> Table:
     table.caption = "underlined tokens are trained on; a policy weight is signed by the advantage"
     table.caption_justify = "left"
     return table
-
-
-def _no_weights(trajectory: Trajectory) -> RowWeights:
-    return RowWeights(0.0, [0.0] * len(trajectory), [0.0] * len(trajectory))
 
 
 def _check_range(what: str, index: int, count: int) -> None:

@@ -132,28 +132,8 @@ class TorchEngine:
     async def train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
         """One optimizer step over all samples, in micro-batches that change nothing but memory.
 
-        Metrics, NaN where there was nothing to measure; the same names whatever the step holds (tools: all met so far):
-            policy_loss, world_model_loss, total_loss   as in ``objective``; the terms before their coefficients
-            world_ce, env_output_ce, warning_ce         nats a token over the step's tokens, at temperature 1 unless
-                                                        ``world.temperature`` says otherwise
-            env_output_ce_copied, env_output_ce_new     of text that stands in the turn's action too, and of the rest
-            env_output_ce/TOOL, template_ce             by tool; of the scaffold, where it is learned
-            share_ROLE, share_copied                    of all tokens; of environment output
-            entropy                                     of actions, nats a token: the mean of -log p, an estimate
-            ratio_mean, clip_fraction                   over action tokens of rows with a reward
-            reference_kl                                to the model that the run began with, nats, where kl_coeff > 0
-            sampler_logprob_gap                         largest |trainer - sampler| on an action token, nats
-            effective_obs_weight                        of one target token, relative to one action token
-            world_pull_share                            world-model share of the L1 norm of d(loss)/d(logprobs)
-            policy_grad_norm, world_grad_norm           L2 norms of the gradient at the last hidden states (the logits
-                                                        of a model that caps them), where the terms do not mix
-            grad_norm_ratio                             the second over the first
-            world_model_coeff                           of this step
-            grad_norm, learning_rate                    before clipping; as used
-            update_scale                                below 1 where a world-only step is held, see StepOptimizer
-            skipped                                     1 where the weights did not change: no token carries weight,
-                                                        or the gradient is not finite
-            sequences, rewarded_sequences, *_tokens     counts
+        Metrics are those of ``backtalk.run.log.metrics``, the same names whatever the step holds (tools: all met so
+        far); NaN where there was nothing to measure.
         """
         config = config.at(self._policy_version)
         metrics = await self._in_worker(lambda: self._train_step(samples, config))

@@ -5,6 +5,7 @@ A run folder holds::
     config.yaml                     the resolved settings
     metrics.jsonl                   one line a training step
     groups/step_00012.parquet       the trajectories that step 12 was trained on, one row each
+    weights/step_00012.parquet      what each of their tokens weighed in the loss, and their advantages
     evaluation_step_00012.json      the policy as it stood before step 12
     checkpoint/  tokenizer/         written by the engine and by ``train``
     .lock                           there while a process writes, which alone may

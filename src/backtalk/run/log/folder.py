@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from backtalk.errors import DataError
 from backtalk.files import append_line, read_lines, readable, write_bytes
 from backtalk.run.log.trajectories import group_trajectories, read_trajectories, write_trajectories
-from backtalk.trajectory import TrajectoryGroup
+from backtalk.run.log.weights import read_weights, write_weights
+from backtalk.trajectory import TokenWeights, TrajectoryGroup
 
 
 class RunLog:
@@ -20,6 +21,13 @@ class RunLog:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+
+    @classmethod
+    def of_groups(cls, path: Path) -> tuple[RunLog, int] | None:
+        """Return the run and the step whose trajectories a file holds; None where it is another file."""
+        folder, match = path.resolve().parent, re.fullmatch(r"step_(\d+)\.parquet", path.name)
+        log = cls(folder.parent)
+        return (log, int(match[1])) if match and folder.name == "groups" and log.config_path.is_file() else None
 
     @property
     def config_path(self) -> Path:
@@ -40,6 +48,9 @@ class RunLog:
     def groups_path(self, step: int) -> Path:
         return self.folder / "groups" / f"step_{step:05d}.parquet"
 
+    def weights_path(self, step: int) -> Path:
+        return self.folder / "weights" / f"step_{step:05d}.parquet"
+
     def evaluation_path(self, step: int) -> Path:
         return self.folder / f"evaluation_step_{step:05d}.json"
 
@@ -52,6 +63,10 @@ class RunLog:
 
     def write_groups(self, step: int, groups: Iterable[TrajectoryGroup]) -> None:
         write_trajectories(self.groups_path(step), [trajectory for group in groups for trajectory in group])
+
+    def write_weights(self, step: int, groups: Sequence[TrajectoryGroup], weights: Sequence[TokenWeights]) -> None:
+        """Write the weights of every token of ``groups`` in the loss of the step that trained on them."""
+        write_weights(self.weights_path(step), groups, weights)
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line; what is not finite (a mean over nothing) is null."""
@@ -70,14 +85,15 @@ class RunLog:
     def truncate_after(self, step: int) -> None:
         """Forget what lies beyond ``step``, for a resume from the checkpoint made after it (-1: everything).
 
-        Kept are metrics and groups up to ``step`` and evaluations up to that of the policy it left behind.
+        Kept are metrics, groups and weights up to ``step`` and evaluations up to that of the policy it left behind.
         """
         if self.metrics_path.exists():
             kept = [row for row in self.read_metrics() if row["step"] <= step]
             write_bytes(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        for number, path in self._numbered("groups/step_*.parquet"):
-            if number > step:
-                path.unlink()
+        for folder in ("groups", "weights"):
+            for number, path in self._numbered(f"{folder}/step_*.parquet"):
+                if number > step:
+                    path.unlink()
         for number, path in self._numbered("evaluation_step_*.*"):
             if number > step + 1:
                 path.unlink()
@@ -125,6 +141,15 @@ class RunLog:
             there = f"steps {steps[0]} to {steps[-1]} are there" if steps else "the run has not finished a step yet"
             raise DataError(f"{self.folder} has no trajectories of step {step}; {there}")
         return group_trajectories(read_trajectories(path))
+
+    def read_weights(self, step: int, groups: Sequence[TrajectoryGroup]) -> list[list[TokenWeights]] | None:
+        """Read the weights of a step's trajectories; None where the step has changed no model (yet).
+
+        Raises:
+            DataError: the file cannot be read, or belongs to other trajectories.
+        """
+        path = self.weights_path(step)
+        return read_weights(path, groups) if path.exists() else None
 
     def evaluation_steps(self) -> list[int]:
         return [number for number, _ in self._numbered("evaluation_step_*.json")]

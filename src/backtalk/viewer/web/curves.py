@@ -16,8 +16,25 @@ ROLE_METRICS = {
 }
 
 
+# Metric: label.
+GRAD_NORMS = {
+    "grad_norm": "of all weights, before clipping",
+    "policy_grad_norm": "policy term, at the last hidden states",
+    "world_grad_norm": "world-model term, at the last hidden states",
+}
+BEHAVIOUR = {"num_turns": "turns", "invalid_calls": "invalid calls", "command_timeouts": "time-outs"}
+
+
 def run_curves(metrics: Rows, evaluations: Mapping[int, Mapping[str, Any]]) -> bytes:
-    """Six panels over training steps: reward, cross-entropy, gradient norm, tokens, time, behaviour. PNG bytes."""
+    """Draw the curves of a run; PNG bytes."""
+    return finish(draw_run(metrics, evaluations))
+
+
+def draw_run(metrics: Rows, evaluations: Mapping[int, Mapping[str, Any]]) -> Any:
+    """Return a figure of six panels over training steps: reward, cross-entropy, gradient norm, tokens, time, behaviour.
+
+    Metrics and estimates that the run did not measure have no curve.
+    """
     figure, axes = new_figure(2, 3)
     (reward, ce, norm), (tokens, seconds, behaviour) = axes
     steps = [row["step"] for row in metrics]
@@ -29,20 +46,19 @@ def run_curves(metrics: Rows, evaluations: Mapping[int, Mapping[str, Any]]) -> b
     _points(ce, evaluations, "env_ce_recorded", "held-out, recorded")
     _points(ce, evaluations, "env_ce_own", "held-out, own")
     ce.set(title="env-output cross-entropy, nats/token", ylim=(0, None))
-    for name in ("grad_norm", "grad_norm_policy", "grad_norm_world"):
-        _line(norm, metrics, name, name.replace("_", " "))
-    norm.set(title="gradient norm before clipping", ylim=(0, None))
+    for axis, lines in ((norm, GRAD_NORMS), (behaviour, BEHAVIOUR)):
+        for name, label in lines.items():
+            _line(axis, metrics, name, label)
+    norm.set(title="gradient norm", ylim=(0, None))
     columns = {label: _column(metrics, name) for name, (label, _) in ROLE_METRICS.items()}
     stack(tokens, steps, columns, [color for _, color in ROLE_METRICS.values()])
     tokens.set(title="tokens a step, by role")
     stack(seconds, steps, _time_parts(metrics), ["#8250df", "#bf8700", "#8c959f"])
     seconds.set(title="seconds a step")
-    for name, label in (("num_turns", "turns"), ("invalid_calls", "invalid calls"), ("command_timeouts", "time-outs")):
-        _line(behaviour, metrics, name, label)
     behaviour.set(title="per rollout, on average", ylim=(0, None))
     for axis in (tokens, seconds, behaviour):
         axis.set_xlabel("training step", fontsize=8)
-    return finish(figure)
+    return figure
 
 
 def new_figure(rows: int, columns: int, width: float = 4.2, height: float = 3.0) -> tuple[Any, Any]:

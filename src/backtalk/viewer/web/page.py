@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from backtalk.settings import flatten
 from backtalk.trajectory import Segment, TokenRole
 from backtalk.viewer.terminal import Shown, branch_line
 from backtalk.viewer.text import LOOKS
@@ -70,15 +71,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def settings(tree: Mapping[str, Any]) -> str:
     """Nested settings, folded away."""
-    rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in _flat(tree).items())
+    rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in flatten(tree).items())
     return f"<details><summary>all of them</summary><table>{rows}</table></details>"
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def legend() -> str:
@@ -99,8 +93,7 @@ def trajectory(shown: Shown, *, opened: bool = False) -> str:
                 spans.append(_token(shown, position, segment, offset))
             position += 1
     left_out = f"\n({position - MAX_SHOWN_TOKENS} more tokens)" if position > MAX_SHOWN_TOKENS else ""
-    reward = "no reward" if t.reward is None else f"reward {t.reward:g}"
-    title = f"{t.task_id} · {shown.title} · {reward} · advantage {shown.weights.advantage:+.3f} · {t.stop_reason.value}"
+    title = " · ".join([t.task_id, shown.title, *shown.facts])
     return (
         f"<details{' open' if opened else ''}><summary>{escape(title)}</summary>"
         f"<pre>{''.join(spans)}{left_out}</pre></details>"
@@ -109,7 +102,7 @@ def trajectory(shown: Shown, *, opened: bool = False) -> str:
 
 def _token(shown: Shown, position: int, segment: Segment, offset: int) -> str:
     role, turn, logprobs = segment.role, segment.turn, segment.logprobs
-    policy, world = shown.weights.policy[position], shown.weights.world[position]
+    policy, world = shown.weights_at(position)
     facts = [role.name, f"id {shown.trajectory.token_ids[position]}"]
     facts += [] if turn is None else [f"turn {turn}"]
     if role is TokenRole.ACTION:

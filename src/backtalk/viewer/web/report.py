@@ -8,13 +8,13 @@ from typing import Any
 
 from backtalk.errors import DataError
 from backtalk.files import write_bytes
+from backtalk.run.estimates import Interval, interval_text
 from backtalk.run.log import RunLog
 from backtalk.trajectory import TrajectoryGroup
 from backtalk.viewer.terminal import Shown
 from backtalk.viewer.text import load_tokenizer, token_texts
 from backtalk.viewer.web import page
 from backtalk.viewer.web.curves import run_curves
-from backtalk.viewer.weights import step_objective, step_weights
 
 EVALUATION_ROWS = (
     ("pass@1", "pass_at_1", "{:.1%}"),
@@ -39,8 +39,8 @@ def write_report(folder: str | Path) -> Path:
     parts = [
         page.paragraph(_summary(config, metrics)),
         page.image(curves, "curves of the run"),
-        page.section("Held-out tasks", evaluation_table(evaluations)),
-        page.section("What was said", page.legend(), *_trajectories(log, config)),
+        page.section("Held-out tasks", _evaluation_table(evaluations)),
+        page.section("What was said", page.legend(), *_trajectories(log)),
         page.section("Settings", page.settings(config)),
     ]
     path = log.folder / "report.html"
@@ -60,39 +60,32 @@ def _summary(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) ->
     )
 
 
-def evaluation_table(evaluations: Mapping[int, Mapping[str, Any]]) -> str:
-    """One column an evaluation."""
-    if not evaluations:
-        return page.paragraph("not measured")
-    some = next(iter(evaluations.values()))
-    rows = []
+def evaluation_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return a label and a column for each evaluation, given as plain data; a row for each thing measured."""
+    some, rows = evaluations[0], []
     for label, name, form in EVALUATION_ROWS:
         if name == "pass_at_k" and some["samples_per_task"] == 1:
             continue  # pass@1 once more
         label = label.replace("@k", f"@{some['samples_per_task']}")
-        rows.append([label, *[interval_text(e.get(name), form) for e in evaluations.values()]])
+        rows.append([label, *[interval_text(Interval.from_dict(e.get(name)), form) for e in evaluations]])
     for name in some["per_rollout"]:
-        label = f"{name.removeprefix('num_').replace('_', ' ')} a rollout"
-        rows.append([label, *[_number(e["per_rollout"], name) for e in evaluations.values()]])
-    rows.append(["rollouts without a reward", *[str(e["no_reward"]) for e in evaluations.values()]])
-    return page.table(["", *[f"after {step} steps" for step in evaluations]], rows)
-
-
-def interval_text(interval: Mapping[str, Any] | None, form: str) -> str:
-    """``12.5% [8.0%, 17.1%]``; a dash where nothing was measured."""
-    if interval is None:
-        return "-"
-    text = form.format(interval["value"])
-    if interval["low"] is None:
-        return text
-    return f"{text} [{form.format(interval['low'])}, {form.format(interval['high'])}]"
+        label = f"{name.removeprefix('num_').replace('_', ' ')} per rollout"
+        rows.append([label, *[_number(e["per_rollout"], name) for e in evaluations]])
+    return [*rows, ["rollouts without a reward", *[str(e["no_reward"]) for e in evaluations]]]
 
 
 def _number(row: Mapping[str, float], name: str) -> str:
     return f"{row[name]:.2f}" if name in row else "-"
 
 
-def _trajectories(log: RunLog, config: Mapping[str, Any]) -> list[str]:
+def _evaluation_table(evaluations: Mapping[int, Mapping[str, Any]]) -> str:
+    if not evaluations:
+        return page.paragraph("not measured")
+    header = ["", *[f"after {step} steps" for step in evaluations]]
+    return page.table(header, evaluation_rows(list(evaluations.values())))
+
+
+def _trajectories(log: RunLog) -> list[str]:
     """The best and the worst rollout of the first and of the last step."""
     steps = log.group_steps()
     if not steps:
@@ -104,11 +97,12 @@ def _trajectories(log: RunLog, config: Mapping[str, Any]) -> list[str]:
     parts = []
     for step in dict.fromkeys((steps[0], steps[-1])):
         groups = log.read_groups(step)
-        weights = step_weights(groups, step_objective(config, step))
+        weights = log.read_weights(step, groups)
         for number, sample in _best_and_worst(groups):
             chosen = groups[number].trajectories[sample]
             title = f"training step {step}, group {number}, sample {sample}"
-            shown = Shown(chosen, token_texts(tokenizer, chosen.token_ids), weights[number][sample], title)
+            row = weights[number][sample] if weights else None
+            shown = Shown(chosen, token_texts(tokenizer, chosen.token_ids), row, title)
             parts.append(page.trajectory(shown, opened=not parts))
     return parts
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from backtalk.errors import DataError
+from backtalk.run.estimates import Interval, interval_text
 from backtalk.run.log import RunLog, write_bytes
 from backtalk.viewer.web import page
 from backtalk.viewer.web.curves import band, finish, new_figure
-from backtalk.viewer.web.report import interval_text
 
 SMOOTHED_STEPS = 5  # of the reward curve: a step has few tasks, and their difficulty differs
 
@@ -55,9 +55,8 @@ def comparison_html(study: Mapping[str, Any]) -> str:
     for result in study["results"]:
         form = "{:.1%}" if result["metric"] == "pass@1" else "{:.3f}"
         signed = form.replace(":", ":+")
-        against = "-" if result["against_first"] is None else interval_text(result["against_first"], signed)
-        cells = [interval_text(result["before"], form), interval_text(result["after"], form)]
-        cells += [interval_text(result["change"], signed), against]
+        columns = {"before": form, "after": form, "change": signed, "against_first": signed}
+        cells = [interval_text(Interval.from_dict(result[name]), shown) for name, shown in columns.items()]
         rows.append([f"{result['metric']}, {result['arm']}", *cells])
     first = study["results"][0]["arm"] if study["results"] else "the first arm"
     return page.table(["", "before", "after", "change", f"after, minus {first}"], rows)

@@ -1,0 +1,38 @@
+"""Weights of every token in the loss of one optimizer step, for the record of whoever trains.
+
+They come from the functions that the loss itself uses, on the samples that it is given, so nothing has to work them
+out again later from rewards and settings. *_T is [T], the tokens of one sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from backtalk.objective.config import ObjectiveConfig
+from backtalk.objective.loss import policy_weights, world_weights
+from backtalk.objective.samples import Sample, TokenCounts, collate
+from backtalk.trajectory import TokenWeights
+
+
+def step_weights(samples: Sequence[Sample], config: ObjectiveConfig) -> list[TokenWeights]:
+    """Return the weights of each row of a step, in the order of its samples.
+
+    ``samples`` are the whole step, the branches of a row one after the other, as ``build_samples`` makes them;
+    ``config`` is the step's own, its coefficient a number.
+    """
+    counts = TokenCounts.of(samples, config.world_loss_target)
+    rows: list[TokenWeights] = []
+    for sample in samples:
+        batch = collate([sample], 0)
+        policy_T = policy_weights(batch, counts, config, torch.float64)[0] * (config.policy_coeff * sample.advantage)
+        world_T = world_weights(batch, counts, config, torch.float64)[0] * config.world_coeff
+        advantage = sample.advantage if sample.has_reward else None
+        row = TokenWeights(advantage, tuple(policy_T.tolist()), tuple(world_T.tolist()))
+        if sample.branch:
+            before = rows.pop()
+            row = replace(row, policy=before.policy + row.policy, world=before.world + row.world)
+        rows.append(row)
+    return rows
