@@ -136,6 +136,11 @@ def test_the_maths_tower_knows_tensors_only(path: Path) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_a_run_names_no_engine() -> None:
+    wrong = [f"{path}:{n}" for path in in_parts(("run", "evidence")) for t, n in imports(path) if "engines.torch" in t]
+    assert [line for line in wrong if "run/config.py" not in line] == []  # whose default are the settings of one
+
+
 @pytest.mark.parametrize("path", MODULES, ids=identify)
 def test_modules_and_functions_stay_short(path: Path) -> None:
     lines = len(path.read_text().splitlines())

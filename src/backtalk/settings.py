@@ -28,13 +28,13 @@ MAX_BASES = 20  # files in a chain of ``base``: more are a circle
 
 
 def preset_names() -> list[str]:
-    """The presets that ship with the package, runs and studies."""
+    """Return the names of the presets that ship with the package, runs and studies."""
     folder = resources.files("backtalk").joinpath("presets")
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def read_settings(source: str | Path, folder: Path | None = None, above: Sequence[str] = ()) -> dict[str, Any]:
-    """A YAML file or preset as nested data, with its ``base`` filled in beneath it.
+    """Read a YAML file or preset as nested data, with its ``base`` filled in beneath it.
 
     A relative path is looked for in ``folder`` first. ``above`` are the files that led here.
     """
@@ -57,7 +57,7 @@ def read_settings(source: str | Path, folder: Path | None = None, above: Sequenc
 
 
 def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
-    """``key=value`` strings, the values read as YAML; a mapping is taken as it is."""
+    """Split ``key=value`` strings and read the values as YAML; a mapping is taken as it is."""
     if isinstance(overrides, Mapping):
         return dict(overrides)
     parsed: dict[str, Any] = {}
@@ -90,7 +90,7 @@ def _choose_engine(tree: dict[str, Any], kind: Any) -> None:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested plain data by dotted key."""
+    """Return the leaves of nested plain data by dotted key."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
@@ -98,7 +98,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_yaml(source: str | Path) -> tuple[dict[str, Any], Path | None]:
-    """A YAML file or preset as it is written, and the folder it lies in (None for a preset).
+    """Read a YAML file or preset as it is written; return it and the folder it lies in (None for a preset).
 
     Raises:
         ConfigError: there is no such file or preset, or it is not YAML.

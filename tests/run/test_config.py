@@ -23,6 +23,10 @@ from backtalk.run.config import (
 from backtalk.settings import flatten, parse_overrides, preset_names, read_yaml
 
 
+def test_every_setting_says_what_it_is() -> None:
+    assert [key for key, schema in setting_schemas().items() if not schema.get("description")] == []
+
+
 def run_presets() -> list[str]:
     return [name for name in preset_names() if "arms" not in read_yaml(name)[0]]
 

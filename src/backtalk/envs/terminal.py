@@ -80,9 +80,11 @@ class TerminalConfig:
     """How a terminal is offered to the agent."""
 
     system_prompt: str = "You work in a Linux shell. Run commands with bash, and finish with submit."
+    """Told to the policy before the task."""
     tools: tuple[str, ...] = ("bash", "submit")
     """[bash, submit] or [bash]; without submit only a budget ends a rollout, and no answer is given."""
     command_timeout_s: float = 30.0
+    """Seconds for one command."""
     max_output_chars: int = 8000
     """Of the output of one command."""
     truncate: Literal["both", "head", "tail"] = "both"

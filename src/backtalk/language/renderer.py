@@ -59,9 +59,11 @@ class RendererConfig:
     on_drift: Literal["stop", "fork"] = "stop"
     """Where the chat template rewrites earlier turns: raise, or begin a new branch."""
     max_calls_per_turn: int = 1
+    """Tool calls that one action may hold."""
     which_calls: Literal["first", "last"] = "first"
     """Of a reply that holds more."""
     format_warnings: bool = False
+    """Say in a WARNING what was odd about a call that could be read."""
 
     def __post_init__(self) -> None:
         check_choices(self)

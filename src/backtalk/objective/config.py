@@ -83,7 +83,9 @@ class PolicyOptions:
     """Other published forms of the policy term. The default is GRPO's, without KL."""
 
     loss: PolicyLoss = "clip"
+    """Form of the policy term."""
     advantage: AdvantageEstimator = "grpo"
+    """Estimator of advantages within a group."""
     kl_coeff: float = 0.0
     """Weight of KL(policy || reference); the reference is the model that the run began with."""
     max_importance_ratio: float | None = None
@@ -180,7 +182,9 @@ class ObjectiveConfig:
     clip: tuple[float, float] = (0.2, 0.2)
     """eps_low, eps_high of the ratio."""
     policy_normalizer: PolicyNormalizer = "sequence_mean"
+    """Denominator of the policy term."""
     world_normalizer: WorldNormalizer = "sequence_mean"
+    """Denominator of the world-model term."""
     world_loss_target: WorldLossTarget = "env_only"
     """Which roles of tokens the world-model term learns."""
     max_seq_len: int | None = None

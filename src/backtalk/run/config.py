@@ -91,7 +91,7 @@ class TaskConfig:
 
     @property
     def sources(self) -> tuple[TaskSource, ...]:
-        """The sources, each with its weight and its levels."""
+        """Return the sources, each with its weight and its levels."""
         several = (self.source,) if isinstance(self.source, str) else self.source
         each = (one if isinstance(one, TaskSource) else TaskSource(name=one) for one in several)
         return tuple(replace(one, levels=one.levels or self.levels) for one in each)

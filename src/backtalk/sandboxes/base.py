@@ -16,8 +16,11 @@ class SandboxLimits:
     """What one sandbox may use at most."""
 
     memory_mb: int = 512
+    """Megabytes of memory."""
     processes: int = 64
+    """Processes and threads at once."""
     disk_mb: int = 64
+    """Megabytes of files it may write."""
     output_bytes: int = 65_536
     """Bytes kept of one command's output; the rest is read, counted and dropped."""
 

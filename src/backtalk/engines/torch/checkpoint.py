@@ -20,7 +20,7 @@ FORMAT = 1
 
 
 def write_state(folder: Path, state: dict[str, Any], training: dict[str, Any]) -> None:
-    """The parts beside the model."""
+    """Write the parts beside the model."""
     torch.save(training, folder / "training.pt")
     (folder / "state.json").write_text(json.dumps({"format": FORMAT} | state, indent=2) + "\n")
 
