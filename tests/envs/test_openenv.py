@@ -358,7 +358,7 @@ async def test_a_server_of_another_protocol(renderer: Renderer) -> None:
     old = LocalServer(SERVERS / "plain", OpenEnvConfig(env={"PLAIN_OLD": "1"}))
     try:
         url = old.start()
-        with pytest.raises(OpenEnvError, match=r"/schema \(HTTP Error 404"):
+        with pytest.raises(OpenEnvError, match=r"/schema \(Client error '404"):
             OpenEnvWorld(url, OpenEnvConfig())
         (trajectory,) = await play(url, renderer, ["hello"], actions="tools")
         assert trajectory.failure is not None and trajectory.failure.where == "reset"

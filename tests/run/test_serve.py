@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 
 from backtalk.language.renderer import Renderer, RendererConfig
@@ -228,9 +228,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     address = f"http://127.0.0.1:{port}"
     for _ in range(600):
         try:
-            httpx.get(f"{address}/health", timeout=5)
+            httpx2.get(f"{address}/health", timeout=5)
             break
-        except httpx.TransportError:
+        except httpx2.TransportError:
             assert server.poll() is None, "the server did not start"
             time.sleep(0.1)
     yield address
@@ -239,17 +239,17 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_over_http(url: str) -> None:
-    assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "backtalk"
+    assert httpx2.get(f"{url}/v1/models").json()["data"][0]["id"] == "backtalk"
     asked = {"messages": [USER], "max_tokens": 5, "model": "backtalk"}
-    one, two = (httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=60).json() for _ in range(2))
+    one, two = (httpx2.post(f"{url}/v1/chat/completions", json=asked, timeout=60).json() for _ in range(2))
     choice = one["choices"][0]
     assert 1 <= len(choice["token_ids"]) <= 5
     assert len(choice["logprobs"]["content"]) == len(choice["token_ids"]) == one["usage"]["completion_tokens"]
     assert all(item["logprob"] < 0 for item in choice["logprobs"]["content"])
     assert two["prompt_token_ids"] == one["prompt_token_ids"]
     greedy = {**asked, "temperature": 0}
-    same = [httpx.post(f"{url}/v1/chat/completions", json=greedy, timeout=60).json() for _ in range(2)]
+    same = [httpx2.post(f"{url}/v1/chat/completions", json=greedy, timeout=60).json() for _ in range(2)]
     assert same[0]["choices"][0]["token_ids"] == same[1]["choices"][0]["token_ids"]
     for wrong in (b"{", b"[]", b'{"messages": []}'):
-        refused = httpx.post(f"{url}/v1/chat/completions", content=wrong)
+        refused = httpx2.post(f"{url}/v1/chat/completions", content=wrong)
         assert refused.status_code == 400 and refused.json()["error"]["message"]

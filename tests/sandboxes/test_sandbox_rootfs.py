@@ -384,7 +384,9 @@ def test_its_variables_do_not_choose_the_verifiers_programs(context: Path, tree:
     [
         ("VOLUME /data", "line 2: VOLUME: '/data' cannot be carried out: a sandbox is one private tree"),
         ("ENTRYPOINT x", "nothing is started in a sandbox"),
-        ("FROM other", "one FROM"),
+        ("FROM other AS", "is not IMAGE or IMAGE AS NAME"),
+        ("COPY --from=0 a b", "--from=0 cannot be carried out: no stage above"),
+        ("SHELL {}", "is no list of words"),
         ("COPY --from=x a b", "--from=x cannot be carried out"),
         ("COPY ../a /b", "there is no '../a'"),
         ("COPY nothing /b", "there is no 'nothing'"),
@@ -401,6 +403,44 @@ def test_what_a_build_may_not_ask(tmp_path: Path, line: str, reason: str) -> Non
     (tmp_path / "Dockerfile").write_text(f"FROM x\n{line}\n")
     with pytest.raises(ConfigError, match=re.escape(reason)):
         open_root(str(tmp_path), probe(use_cgroups=False))
+
+
+STAGES = """\
+ARG WORD=global
+FROM x AS Maker
+ARG WORD
+WORKDIR /out
+ENV KEPT=yes
+RUN mkdir sub && echo "$WORD" >made && echo s >sub/f && ln -s /out/made link && ln -s {secret} evil
+FROM maker AS more
+RUN echo "$KEPT" >>made
+FROM x
+RUN echo "[$WORD$KEPT]" >/last && chown -R postgres:postgres /last && if true; then chgrp nobody /last; fi
+COPY --from=maker /out/made /out/link /a/
+COPY --from=0 /out/sub /b
+COPY --from=more /out/made /c/
+"""
+
+
+def test_stages_are_built_and_copied_from(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("of the machine")
+    text = STAGES.format(secret=tmp_path / "secret")
+    (tmp_path / "Dockerfile").write_text(text)
+    root = open_root(str(tmp_path), backend_or_skip()._machine)
+    assert root is not None and root.workdir is None and "KEPT" not in root.env
+    found = {name: (root.folder / name).read_text() for name in ("a/made", "a/link", "b/f", "c/made", "last")}
+    assert found == {
+        "a/made": "global\n",
+        "a/link": "global\n",
+        "b/f": "s\n",
+        "c/made": "global\nyes\n",
+        "last": "[]\n",
+    }
+    assert not (root.folder / "out").exists()
+    for source in ("/out/evil", "/out/../../secret", "/usr/bin/env", "/nothing"):
+        (tmp_path / "Dockerfile").write_text(f"{text}COPY --from=maker {source} /stolen\n")
+        with pytest.raises(ConfigError, match=rf"line 14: COPY: there is no '{source}' in that stage"):
+            open_root(str(tmp_path), backend_or_skip()._machine)
 
 
 def test_a_build_that_fails_says_where_and_leaves_nothing(tmp_path: Path) -> None:

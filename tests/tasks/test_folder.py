@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from backtalk.errors import ConfigError, TaskError
 from backtalk.run.sources import load_tasks
 from backtalk.sandboxes.base import SandboxFile
-from backtalk.tasks.dockerfile import parse_dockerfile
+from backtalk.sandboxes.images.dockerfile import parse_dockerfile
 from backtalk.tasks.folder import load_harbor_tasks, read_harbor_task, write_harbor_task
 from backtalk.tasks.task import Split, Task
 
@@ -194,7 +194,7 @@ CMD ["bash"]
 
 def test_commands_run_where_the_dockerfile_stood(tmp_path: Path) -> None:
     task = read_harbor_task(make(tmp_path, dockerfile="FROM x\nWORKDIR /a\nRUN pwd\nWORKDIR /b\nRUN pwd\n"))
-    assert task.setup == ("cd /a\npwd", "pwd")
+    assert task.setup == ("cd /\nmkdir -p /a", "cd /a\npwd", "pwd")
 
 
 def test_a_copy_into_a_known_folder_keeps_the_name(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_what_looks_like_a_heredoc_and_is_none() -> None:
         ('ENTRYPOINT ["x"]', "nothing is started"),
         ("FROM y", "several stages"),
         ("COPY --from=base /a /b", "no image to copy from"),
-        ("ADD https://example.org/a /a", "fetches or unpacks"),
+        ("ADD https://example.org/a /a", "needs the network"),
         ("ADD a.tar.gz /a", "fetches or unpacks"),
         ("COPY ../secret /a", "leads out of"),
         ("COPY sub/../../secret /a", "leads out of"),

@@ -194,7 +194,7 @@ def test_what_is_different_and_runs_all_the_same(tmp_path: Path, what: str) -> N
     task = read_harbor_task(folder_of(tmp_path / "task", files))
     assert task.instruction.startswith("Write Hello")
     assert task.tests["test.sh"].content.decode() == files["tests/test.sh"]
-    assert [path for path in task.files if path.endswith("/app/data.csv")] == list(task.files)
+    assert [path for path in task.files if path.endswith("/data.csv")] == list(task.files)
     assert set(task.tests) == {"test.sh", "test_outputs.py"}
 
 

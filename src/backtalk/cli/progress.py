@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -23,7 +23,33 @@ from backtalk.viewer.web.report import evaluation_rows
 RECENT_STEPS = 10  # that the time left is estimated from
 
 
-class RunDisplay:
+class _Display:
+    """Lines on a console with bars beneath them, which stand there in a terminal. A context manager."""
+
+    def __init__(self, console: Console, description: str, *, transient: bool = False) -> None:
+        self._console = console
+        self._bars = Progress(
+            TextColumn(description),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=transient,
+        )
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class RunDisplay(_Display):
     """Shows the events of one run. A context manager; pass ``show`` as ``on_event``.
 
     Every finished step leaves one line. In a terminal, bars for the run and for the rollouts of the current
@@ -31,30 +57,12 @@ class RunDisplay:
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console, self._clock = console, clock
-        self._live = console.is_terminal
-        self._bars = Progress(
-            TextColumn("{task.description:>12}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not self._live,
-            transient=True,
-        )
+        super().__init__(console, "{task.description:>12}", transient=True)
+        self._clock = clock
         self._steps: TaskID | None = None
         self._rollouts: TaskID | None = None
         self._last_step_at = clock()
         self._recent_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
-
-    def __enter__(self) -> RunDisplay:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()
 
     def show(self, event: Event) -> None:
         """React to one event."""
@@ -73,9 +81,6 @@ class RunDisplay:
             case RunDone():
                 ending = "finished" if event.finished else "stopped"
                 self._say(f"{ending} after step {event.step}: {event.folder}")
-
-    def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _started(self, event: RunStarted) -> None:
         begin = f"continuing after step {event.first_step}" if event.first_step else "starting"
@@ -107,29 +112,12 @@ class RunDisplay:
         return steps * pace
 
 
-class StudyDisplay:
+class StudyDisplay(_Display):
     """Shows the events of one study: a bar for each run in a terminal, a line for every tenth of a run elsewhere."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=30),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        super().__init__(console, "{task.description}")
         self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> StudyDisplay:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()
 
     def show(self, event: StudyEvent) -> None:
         """React to one event."""
@@ -145,9 +133,6 @@ class StudyDisplay:
                 self._run_done(event)
             case StudyDone():
                 return  # the comparison has a table of its own
-
-    def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _progress(self, event: StudyProgress) -> None:
         reward = _number(event.metrics.get("reward"), ".3f")

@@ -22,7 +22,7 @@ from backtalk.errors import ConfigError, TaskError, VerifierError
 from backtalk.sandboxes.base import SandboxFile
 from backtalk.sandboxes.harbor.backend import started
 from backtalk.sandboxes.harbor.session import HarborSandbox, words
-from backtalk.tasks.dockerfile import read_tree
+from backtalk.sandboxes.images.world import read_tree
 from backtalk.tasks.task import Task
 
 _UNLIMITED = {"disk_mb": 1 << 20, "processes": 1 << 15}  # the task's own image and resources are what limits it

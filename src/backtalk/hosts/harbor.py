@@ -23,10 +23,10 @@ from harbor.environments.capabilities import (  # pyright: ignore[reportMissingI
 from harbor.models.task.config import NetworkMode, NetworkPolicy  # pyright: ignore[reportMissingImports]
 
 from backtalk.envs.terminal import start_world
-from backtalk.errors import SandboxError, SandboxUnavailable, TaskError
+from backtalk.errors import SandboxError, SandboxUnavailable
 from backtalk.sandboxes import Sandbox, SandboxBackend, SandboxChoice, SandboxFile, SandboxLimits, local_sandbox
-from backtalk.sandboxes.base import HOME
-from backtalk.tasks.dockerfile import World, read_dockerfile
+from backtalk.sandboxes.images.world import World
+from backtalk.tasks.folder import read_world
 from backtalk.tasks.task import Task
 
 MEMORY_MB = 2048  # where a task says none
@@ -70,7 +70,7 @@ class BacktalkEnvironment(BaseEnvironment):
         self._processes = processes
         self._stack = AsyncExitStack()
         self._sandbox: Sandbox | None = None
-        self._world = World(Path())
+        self._world = World()
         super().__init__(*args, **kwargs)
 
     @staticmethod
@@ -111,22 +111,11 @@ class BacktalkEnvironment(BaseEnvironment):
         """Only offline, where every policy is the same."""
 
     def _validate_definition(self) -> None:
-        config, folder = self.task_env_config, self.environment_dir
-        for name in ("docker-compose.yaml", "docker-compose.yml"):
-            if (folder / name).exists():
-                raise TaskError(f"{folder / name} asks for several machines, and a sandbox is one")
         for mount in self._mounts:
             if not str(mount.get("target", "")).startswith("/logs/"):
                 raise ValueError(f"mount {dict(mount)} cannot be made: a sandbox has no files of this machine in it")
-        if (folder / "Dockerfile").is_file():
-            self._world = read_dockerfile(folder, host_packages=self._host_packages)
-        elif config.docker_image and not self._host_packages:
-            raise TaskError(
-                f"{folder} has no Dockerfile, only the ready-made image {config.docker_image!r}, which cannot be "
-                "opened here; write the Dockerfile, or pass --ek host_packages=true if nothing in that image matters"
-            )
-        else:
-            self._world = World(folder, workdir=HOME)
+        image = self.task_env_config.docker_image
+        self._world = read_world(self.environment_dir, image, host_packages=self._host_packages)
 
     @property
     def _workdir(self) -> str:
@@ -148,7 +137,7 @@ class BacktalkEnvironment(BaseEnvironment):
             id=self.environment_name,
             instruction="",
             files=world.files,
-            setup=tuple(f"cd {shlex.quote(at)}\n{command}" for at, command in world.setup),
+            setup=world.commands(self._workdir),
             env=world.env,
             workdir=self._workdir,
         )

@@ -19,7 +19,6 @@ import posixpath
 import secrets
 import shutil
 import signal
-import stat
 import subprocess
 import tempfile
 import time
@@ -28,8 +27,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from types import MappingProxyType
 
-from backtalk.errors import ConfigError, SandboxError, SandboxUnavailable
+from backtalk.errors import SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, SandboxLimits
+from backtalk.sandboxes.files import clean_path, read_regular
 from backtalk.sandboxes.machine.probe import probe
 from backtalk.sandboxes.session.exec_server import SHELL_PROGRAM, Rlimits, supervisor_program
 from backtalk.sandboxes.session.pipes import PipePair, sealed_file
@@ -164,7 +164,8 @@ class UnsafeSandbox:
     ) -> ExecResult:
         """Run a bash command in the one long-lived shell."""
         async with self._lock:
-            return await self._session.exec(command, timeout_s, env, None if cwd is None else str(self._place(cwd)))
+            where = None if cwd is None else f"{self._folder}{posixpath.normpath(f'/{cwd}')}"
+            return await self._session.exec(command, timeout_s, env, where)
 
     async def put(self, files: Mapping[str, SandboxFile]) -> None:
         """Write files under the temporary folder."""
@@ -191,14 +192,7 @@ class UnsafeSandbox:
             descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except (OSError, SandboxError):
             return None
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            return None
-        with os.fdopen(descriptor, "rb") as file:
-            content = file.read(max_bytes + 1)
-        if len(content) > max_bytes:
-            raise SandboxError(f"{path} is larger than {max_bytes} bytes; ask for more with max_bytes")
-        return content
+        return read_regular(descriptor, path, max_bytes)
 
     async def restart(self) -> None:
         """End every process that carries the sandbox's mark, and begin a fresh shell."""
@@ -226,9 +220,7 @@ class UnsafeSandbox:
             os.chown(path, self._uid, self._uid, follow_symlinks=False)
 
     def _place(self, path: str) -> Path:
-        if not path.startswith("/") or "\0" in path:
-            raise ConfigError(f"{path!r} is not an absolute path inside the sandbox; write it as /home/agent/{path}")
-        return self._folder / posixpath.normpath(path).lstrip("/")
+        return self._folder / clean_path(path).lstrip("/")
 
     def _refuse_links(self, folder: Path) -> None:
         if not folder.resolve().is_relative_to(self._folder):

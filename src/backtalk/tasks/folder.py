@@ -13,16 +13,18 @@ import math
 import re
 import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from backtalk.errors import TaskError
+import tomli_w
+
+from backtalk.errors import ConfigError, TaskError
 from backtalk.sandboxes.base import HOME, SandboxFile
-from backtalk.tasks.dockerfile import World, read_dockerfile, read_tree
-from backtalk.tasks.scripts import modules_of_tests, offline_script
+from backtalk.sandboxes.files import clean_path
+from backtalk.sandboxes.images.world import World, read_dockerfile, read_tree
+from backtalk.tasks.scripts import modules_of_tests, offline_tests
 from backtalk.tasks.task import Task
-from backtalk.tasks.toml_text import toml_text
 
 SCHEMA_VERSION = "1.4"
 DEFAULT_IMAGE = "python:3.11-slim-bookworm"  # written where a task names none; the sandbox never uses it
@@ -75,15 +77,19 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False, world_mod
     if not _unscored(toml):
         _demand(folder, "tests/test.sh")
     own = _pop(toml, "metadata", "backtalk") or {}
-    world = _read_world(folder, toml, host_packages)
+    image = toml.get("environment", {}).get("docker_image")
+    world = read_world(folder / "environment", image, host_packages=host_packages)
+    if world.image is None and (left := sorted(path.name for path in (folder / "environment").glob("*"))):
+        raise TaskError(f"{folder} has environment/{left[0]} but no environment/Dockerfile to COPY it; write one")
     instruction = _without_canary(_read_text(folder / "instruction.md"))
     if not instruction.strip():
         raise TaskError(f"{folder / 'instruction.md'} is empty; say what is to be done")
     name = _pop(toml, "task", "name")
     trees = {part: _read_part(folder, part, own.get("files", {})) for part in ("tests", "solution")}
     if not _unscored(toml):
-        add_needs(toml.setdefault("metadata", {}), trees["tests"])
-        trees["tests"] = _offline_tests(folder / "tests", trees["tests"], world, host_packages)
+        add_needs(toml.setdefault("metadata", {}), trees["tests"], world.installs)
+        trees["tests"], notes = offline_tests(folder / "tests", trees["tests"], host_packages)
+        world.notes += notes
     agent_timeout_s = _seconds(folder, toml, "agent", math.inf)
     verifier_timeout_s = _seconds(folder, toml, "verifier")
     env = _environment(folder, toml, world)
@@ -94,7 +100,7 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False, world_mod
         id=str(own.get("id") or name or folder.resolve().name),
         instruction=instruction,
         files=world.files,
-        setup=tuple(c if at == workdir else f"cd {shlex.quote(at)}\n{c}" for at, c in world.setup),
+        setup=world.commands(workdir),
         env=env,
         workdir=workdir,
         tests=trees["tests"],
@@ -193,12 +199,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _refuse(folder: Path, toml: Mapping[str, Any]) -> None:
     if toml.get("steps"):
         raise TaskError(f"{folder}: a task of several [[steps]] cannot run here; make each step a task of its own")
-    for name in ("docker-compose.yaml", "docker-compose.yml"):
-        if (folder / "environment" / name).exists():
-            raise TaskError(
-                f"{folder}: environment/{name} asks for several machines, and a sandbox is one; "
-                "start what its other services do in RUN lines of environment/Dockerfile, and remove it"
-            )
     if (folder / "trajectory.json").exists():
         raise TaskError(f"{folder}: trajectory.json is a conversation to go on with; a task here begins at its start")
     for (section, key), (harmless, why) in _REFUSED.items():
@@ -207,19 +207,26 @@ def _refuse(folder: Path, toml: Mapping[str, Any]) -> None:
             raise TaskError(f"{folder / 'task.toml'}: [{section}] {key} = {value!r} cannot be had: {why}")
 
 
-def _read_world(folder: Path, toml: Mapping[str, Any], host_packages: bool) -> World:
-    if (folder / "environment/Dockerfile").is_file():
-        return read_dockerfile(folder / "environment", host_packages=host_packages)
-    image = toml.get("environment", {}).get("docker_image")
+def read_world(folder: Path, image: str | None, *, host_packages: bool) -> World:
+    """Read how a task's world starts from its folder ``environment`` and the ready-made image that it names, if any.
+
+    Raises:
+        TaskError: it needs several machines, or an image that no Dockerfile makes.
+    """
+    for name in ("docker-compose.yaml", "docker-compose.yml"):
+        if (folder / name).exists():
+            raise TaskError(
+                f"{folder / name} asks for several machines, and a sandbox is one; start what its other services do in "
+                "RUN lines of the Dockerfile, and remove it"
+            )
+    if (folder / "Dockerfile").is_file():
+        return read_dockerfile(folder, host_packages=host_packages)
     if image and not host_packages:
         raise TaskError(
-            f"{folder} has no environment/Dockerfile, only the ready-made image {image!r}, which cannot be opened "
-            "here; write the Dockerfile, or read the task with host_packages=True if nothing in that image matters"
+            f"{folder} has no Dockerfile, only the ready-made image {image!r}, which cannot be opened here; write the "
+            "Dockerfile, or read the task with host_packages=True if nothing in that image matters"
         )
-    notes = [f"no Dockerfile: this machine stands in for the image {image}"] if image else []
-    if left := sorted(path.name for path in (folder / "environment").glob("*")):
-        raise TaskError(f"{folder} has environment/{left[0]} but no environment/Dockerfile to COPY it; write one")
-    return World(folder / "environment", workdir=HOME, notes=notes)
+    return World(workdir=HOME, notes=[f"no Dockerfile: this machine stands in for the image {image}"] if image else [])
 
 
 def _read_part(folder: Path, part: str, states: Mapping[str, Any]) -> dict[str, SandboxFile]:
@@ -231,25 +238,16 @@ def _read_part(folder: Path, part: str, states: Mapping[str, Any]) -> dict[str, 
     return files
 
 
-def _offline_tests(
-    folder: Path, tests: Mapping[str, SandboxFile], world: World, host_packages: bool
-) -> dict[str, SandboxFile]:
-    """The tests, their scripts without what needs the network; what was left out is noted in the world."""
-    kept = dict(tests)
-    for path, file in tests.items():
-        if path.endswith(".sh"):
-            content, notes = offline_script(folder / path, file.content, host_packages=host_packages)
-            kept[path] = SandboxFile(content, mode=file.mode, mtime=file.mtime)
-            world.notes += notes
-    return kept
-
-
-def add_needs(metadata: dict[str, Any], tests: Mapping[str, SandboxFile]) -> None:
-    """Modules that the tests' scripts install and the tests import go to ``needs``: this machine must have them."""
+def add_needs(metadata: dict[str, Any], tests: Mapping[str, SandboxFile], installs: Iterable[str] = ()) -> None:
+    """Add modules that tests import, and their scripts or ``installs`` install, to what this machine must have."""
     texts = {path: file.content.decode("utf-8", "replace") for path, file in tests.items()}
     scripts, sources = ([text for path, text in texts.items() if path.endswith(end)] for end in (".sh", ".py"))
     declared = metadata.get("needs", [])
-    new = [name for name in modules_of_tests(scripts, sources) if isinstance(declared, list) and name not in declared]
+    new = [
+        name
+        for name in modules_of_tests([*scripts, *installs], sources)
+        if isinstance(declared, list) and name not in declared
+    ]
     if new:
         metadata["needs"] = [*declared, *new]
 
@@ -268,10 +266,17 @@ def _pop(toml: dict[str, Any], section: str, key: str) -> Any:
 
 def _seconds(folder: Path, toml: dict[str, Any], section: str, otherwise: float = DEFAULT_TIMEOUT_S) -> float:
     value = _pop(toml, section, "timeout_sec")
-    if value is None:
-        return otherwise
+    return otherwise if value is None else positive_seconds(f"{folder / 'task.toml'}: [{section}] timeout_sec", value)
+
+
+def positive_seconds(name: str, value: object) -> float:
+    """Return a setting's value as seconds.
+
+    Raises:
+        TaskError: it is no number above 0.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise TaskError(f"{folder / 'task.toml'}: [{section}] timeout_sec = {value!r} is no number of seconds above 0")
+        raise TaskError(f"{name}: {value!r} is no number of seconds above 0")
     return float(value)
 
 
@@ -320,9 +325,10 @@ def _without_empty(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_file(root: Path, path: str, file: SandboxFile, task: Task) -> None:
-    if not path or ".." in path.split("/") or path.startswith("/") or "\0" in path:
-        raise TaskError(f"task {task.id!r} has a file at {path!r}; a path has to be plain, without '..'")
-    place = root / path
+    try:
+        place = root / clean_path(path, relative=True)
+    except ConfigError as error:
+        raise TaskError(f"task {task.id!r}: {error}") from error
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_bytes(file.content)
     place.chmod(0o755 if file.mode & 0o100 else 0o644)
@@ -382,6 +388,6 @@ def _toml_of(task: Task) -> str:
     toml["environment"] = environment | network | ({"env": long_env} if long_env else {})
     toml["metadata"] = metadata | {"backtalk": own}
     try:
-        return toml_text(toml)
+        return tomli_w.dumps(toml)
     except TypeError as error:
         raise TaskError(f"metadata of task {task.id!r} cannot be written as TOML: {error}") from error

@@ -24,8 +24,9 @@ from typing import Any
 from backtalk.errors import ConfigError, DataError, TaskError
 from backtalk.parquet import parquet_rows
 from backtalk.sandboxes.base import HOME, SandboxFile
-from backtalk.tasks.folder import DEFAULT_TIMEOUT_S, add_needs, read_harbor_task
-from backtalk.tasks.scripts import offline_script
+from backtalk.sandboxes.files import clean_path
+from backtalk.tasks.folder import DEFAULT_TIMEOUT_S, add_needs, positive_seconds, read_harbor_task
+from backtalk.tasks.scripts import offline_tests
 from backtalk.tasks.task import Task
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -137,11 +138,11 @@ def _task(row: Any, folder: Path | None, host_packages: bool, world_model_only: 
         id=_id(given),
         instruction=_text(given, "instruction"),
         workdir=(workdir := _workdir(given)),
-        files={_inside(p, workdir): f for p, f in _tree(given, "files", "").items()},
+        files={_path("files", posixpath.join(workdir, p)): f for p, f in _tree(given, "files", "").items()},
         setup=_setup(given),
         env=_env(given),
-        tests={_below("tests", p): f for p, f in _tree(given, "tests", "test.sh").items()},
-        solution={_below("solution", p): f for p, f in _tree(given, "solution", "solve.sh").items()},
+        tests={_path("tests", p, relative=True): f for p, f in _tree(given, "tests", "test.sh").items()},
+        solution={_path("solution", p, relative=True): f for p, f in _tree(given, "solution", "solve.sh").items()},
         agent_timeout_s=_seconds(given, "agent_timeout_s", math.inf),
         verifier_timeout_s=_seconds(given, "verifier_timeout_s"),
         metadata=metadata,
@@ -154,12 +155,7 @@ def _scored(task: Task, host_packages: bool) -> Task:
         raise TaskError(
             "tests: there is no test.sh, so nothing could score it; give the script, or world_model_only: true"
         )
-    tests, notes = dict(task.tests), []
-    for path, file in task.tests.items():
-        if path.endswith(".sh"):
-            content, changes = offline_script(Path("tests", path), file.content, host_packages=host_packages)
-            tests[path] = replace(file, content=content)
-            notes += changes
+    tests, notes = offline_tests(Path("tests"), task.tests, host_packages)
     metadata = dict(task.metadata) | ({"world_notes": notes} if notes else {})
     add_needs(metadata, task.tests)
     return replace(task, tests=tests, metadata=metadata)
@@ -286,16 +282,11 @@ def _workdir(given: Mapping[str, Any]) -> str:
     return workdir
 
 
-def _inside(path: str, workdir: str) -> str:
-    if not path or "\0" in path or ".." in path.split("/") or path.endswith("/"):
-        raise TaskError(f"files: {path!r} is no plain path of a file; leave out '..'")
-    return posixpath.join(workdir, path)
-
-
-def _below(name: str, path: str) -> str:
-    if not path or "\0" in path or path.startswith("/") or ".." in path.split("/"):
-        raise TaskError(f"{name}: {path!r} has to be a plain path below /{name}")
-    return path
+def _path(name: str, path: str, *, relative: bool = False) -> str:
+    try:
+        return clean_path(path, relative=relative)
+    except ConfigError as error:
+        raise TaskError(f"{name}: {error}") from error
 
 
 def _setup(given: Mapping[str, Any]) -> tuple[str, ...]:
@@ -315,9 +306,4 @@ def _env(given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _seconds(given: Mapping[str, Any], name: str, otherwise: float = DEFAULT_TIMEOUT_S) -> float:
-    if name not in given:
-        return otherwise
-    value = given[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise TaskError(f"{name}: {value!r} is no number of seconds above 0")
-    return float(value)
+    return positive_seconds(name, given[name]) if name in given else otherwise

@@ -8,10 +8,12 @@ machine has what it installs, run without those commands. A script that fetches 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from backtalk.errors import TaskError
+from backtalk.sandboxes.base import SandboxFile
 from backtalk.sandboxes.images.shellwords import split_words, unquoted
 
 _BEFORE = re.compile(
@@ -81,6 +83,19 @@ def offline_script(path: Path, content: bytes, *, host_packages: bool) -> tuple[
             notes.append(f"tests/{path.name}, line {number}: {what}, this machine's packages are used: {command}")
         lines.append(changed)
     return ("".join(lines).encode("utf-8", "surrogateescape") if notes else content), notes
+
+
+def offline_tests(
+    folder: Path, tests: Mapping[str, SandboxFile], host_packages: bool
+) -> tuple[dict[str, SandboxFile], list[str]]:
+    """Return the tests of a folder, their scripts without what needs the network, and notes of what was left out."""
+    kept, notes = dict(tests), []
+    for path, file in tests.items():
+        if path.endswith(".sh"):
+            content, changes = offline_script(folder / path, file.content, host_packages=host_packages)
+            kept[path] = replace(file, content=content)
+            notes += changes
+    return kept, notes
 
 
 def programs_of_tests(text: str) -> set[str]:

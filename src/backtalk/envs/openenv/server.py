@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import signal
 import socket
@@ -11,14 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Mapping, Set
 from contextlib import suppress
-from http.client import HTTPException
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
+
+import httpx2
 
 from backtalk.envs.openenv.config import OpenEnvConfig
 from backtalk.envs.openenv.session import OpenEnvError, is_loopback, missing, websocket_url
@@ -254,13 +252,13 @@ def get_json(url: str, *, timeout_s: float, headers: Mapping[str, str] | None = 
     scheme, _, rest = url.partition("://")
     address = f"{scheme.replace('ws', 'http', 1)}://{rest}"
     sent = {name: os.path.expandvars(value) for name, value in (headers or {}).items()}
-    proxies = {} if is_loopback(url) else None  # None: those of the environment
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
     try:
-        with opener.open(urllib.request.Request(address, headers=sent), timeout=timeout_s) as answer:
-            return json.loads(answer.read())
-    except (OSError, HTTPException, ValueError, RecursionError) as error:
-        raise OpenEnvError(f"no OpenEnv server answers at {address} ({error})") from error
+        # Of the environment, proxies are taken, but not for this machine's own servers.
+        with httpx2.Client(timeout=timeout_s, follow_redirects=True, trust_env=not is_loopback(url)) as client:
+            return client.get(address, headers=sent).raise_for_status().json()
+    except (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, RecursionError) as error:
+        first, *_ = str(error).splitlines() or [type(error).__name__]
+        raise OpenEnvError(f"no OpenEnv server answers at {address} ({first})") from error
 
 
 def _made(provider: str, options: Mapping[str, Any]) -> Any:

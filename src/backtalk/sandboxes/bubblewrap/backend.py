@@ -18,17 +18,17 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import posixpath
 import shlex
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from types import MappingProxyType
 
-from backtalk.errors import ConfigError, SandboxError, SandboxUnavailable
+from backtalk.errors import SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, SandboxLimits
 from backtalk.sandboxes.bubblewrap.holder import Holder
 from backtalk.sandboxes.bubblewrap.layers import has_disable_userns, has_size
+from backtalk.sandboxes.files import clean_path
 from backtalk.sandboxes.images.open import open_root
 from backtalk.sandboxes.machine.cgroup import watch
 from backtalk.sandboxes.machine.probe import Machine, advice, probe, tried
@@ -91,7 +91,7 @@ class BubblewrapSandbox:
         """Write files by absolute path inside, making parent folders, over whatever is in the way."""
         if files:
             async with self._lock:
-                await self._holder.put({_inside(path): file for path, file in files.items()})
+                await self._holder.put({clean_path(path): file for path, file in files.items()})
 
     async def get(self, path: str, *, max_bytes: int = 1 << 20) -> bytes | None:
         """A regular file's content; None where there is none that can be read. Links lead nowhere but inside.
@@ -100,7 +100,7 @@ class BubblewrapSandbox:
             SandboxError: the file is larger than `max_bytes`; or the sandbox is broken.
         """
         async with self._lock:
-            return await self._holder.get(_inside(path), max_bytes)
+            return await self._holder.get(clean_path(path), max_bytes)
 
     async def restart(self) -> None:
         """End every process and begin a fresh process namespace, shell and environment over the same files.
@@ -228,12 +228,6 @@ class BubblewrapBackend:
             result = await sandbox.exec("[[ ! -w /proc/sys/kernel/core_pattern ]] && echo fine", timeout_s=10)
             if result.output != "fine\n":
                 raise SandboxError(f"a trial command answered {result.output!r}, exit code {result.exit_code}")
-
-
-def _inside(path: str) -> str:
-    if not path.startswith("/") or "\0" in path:
-        raise ConfigError(f"{path!r} is not an absolute path inside the sandbox; write it as /home/agent/{path}")
-    return posixpath.normpath(path).replace("//", "/")
 
 
 def _files(root: Root | None) -> str:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
 import json
 import os
 import signal
 import subprocess
-import tarfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from backtalk.sandboxes.bubblewrap.layers import (
     inner_argv,
     outer_argv,
 )
+from backtalk.sandboxes.files import pack_files
 from backtalk.sandboxes.machine.cgroup import Cgroup
 from backtalk.sandboxes.machine.probe import Machine
 from backtalk.sandboxes.machine.seccomp import seccomp_program
@@ -168,7 +167,7 @@ class Holder:
 
     async def put(self, files: Mapping[str, SandboxFile]) -> None:
         """Write files, over whatever is in the way. See `Sandbox.put`."""
-        archive = _archive(files)
+        archive = pack_files(files)
         if len(archive) > (self._limits.disk_mb + 1) << 20:
             raise SandboxError(f"files of {len(archive)} bytes do not fit a disk of {self._limits.disk_mb} MiB")
         self._check()
@@ -305,14 +304,3 @@ def _emptied(shared: int) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # closed meanwhile
             os.ftruncate(shared, 0)
-
-
-def _archive(files: Mapping[str, SandboxFile]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as archive:
-        for path, file in files.items():
-            entry = tarfile.TarInfo(path.lstrip("/"))
-            entry.size, entry.mode = len(file.content), file.mode & 0o777
-            entry.mtime = int(time.time()) if file.mtime is None else file.mtime
-            archive.addfile(entry, io.BytesIO(file.content))
-    return buffer.getvalue()

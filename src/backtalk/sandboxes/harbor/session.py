@@ -9,13 +9,10 @@ import asyncio
 import base64
 import binascii
 import codecs
-import io
 import logging
 import math
-import posixpath
 import secrets
 import shlex
-import tarfile
 import tempfile
 import time
 from collections.abc import Mapping
@@ -23,8 +20,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from backtalk.errors import ConfigError, SandboxError
+from backtalk.errors import SandboxError
 from backtalk.sandboxes.base import HOME, ExecResult, SandboxFile, SandboxLimits
+from backtalk.sandboxes.files import clean_path, pack_files
 from backtalk.sandboxes.session.exec_server import command_text
 
 if TYPE_CHECKING:
@@ -155,7 +153,7 @@ class HarborSandbox:
         """Write files by absolute path inside, making parent folders, over whatever is in the way."""
         if files:
             async with self._lock:
-                await self._upload({_inside(path): file for path, file in files.items()})
+                await self._upload({clean_path(path): file for path, file in files.items()})
 
     async def get(self, path: str, *, max_bytes: int = 1 << 20) -> bytes | None:
         """A regular file's content; None where there is none that can be read.
@@ -163,7 +161,7 @@ class HarborSandbox:
         Raises:
             SandboxError: the file is larger than `max_bytes`; or the sandbox is broken.
         """
-        place = shlex.quote(_inside(path))
+        place = shlex.quote(clean_path(path))
         command = f"[ ! -L {place} ] && [ -f {place} ] && [ -r {place} ] || exit 44; head -c {max_bytes + 1} {place}"
         async with self._lock:
             code, said = await self._plain(f"{{ {command} | base64 -w0; }} 2>/dev/null", _FILES_TIMEOUT_S)
@@ -211,7 +209,7 @@ class HarborSandbox:
         place = f"/var/tmp/.backtalk-{secrets.token_hex(8)}.tar"
         with tempfile.TemporaryDirectory(prefix="backtalk-harbor-") as folder:
             archive = Path(folder, "files.tar")
-            archive.write_bytes(_archive(files))
+            archive.write_bytes(pack_files(files))
             try:
                 await self._environment.upload_file(archive, place)
             except Exception as error:
@@ -241,23 +239,6 @@ def _decoded(text: str) -> bytes | None:
         return base64.b64decode(text.strip(), validate=True)
     except (binascii.Error, ValueError):
         return None
-
-
-def _archive(files: Mapping[str, SandboxFile]) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as archive:
-        for path, file in files.items():
-            entry = tarfile.TarInfo(path.lstrip("/"))
-            entry.size, entry.mode = len(file.content), file.mode & 0o777
-            entry.mtime = int(time.time()) if file.mtime is None else file.mtime
-            archive.addfile(entry, io.BytesIO(file.content))
-    return buffer.getvalue()
-
-
-def _inside(path: str) -> str:
-    if not path.startswith("/") or "\0" in path:
-        raise ConfigError(f"{path!r} is not an absolute path inside the sandbox; write it as {HOME}/{path}")
-    return posixpath.normpath(path).replace("//", "/")
 
 
 def words(error: BaseException) -> str:

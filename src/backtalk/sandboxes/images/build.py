@@ -1,8 +1,8 @@
 """Builds the root that a Dockerfile asks for: commands run in a sandbox of their own, over a copy of the base.
 
 They run without a network as one user of the host, who is root inside and owns every file; after USER with another
-name he is uid 1000. A program that wants to give files to somebody else fails. Over this machine's own programs,
-``/usr`` and its like are read-only.
+name he is uid 1000. A program that wants to give files to somebody else fails; chown and chgrp do nothing. Over this
+machine's own programs, ``/usr`` and its like are read-only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import hashlib
 import os
 import shutil
 import subprocess
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from backtalk.errors import ConfigError
@@ -25,36 +26,95 @@ from backtalk.sandboxes.bubblewrap.layers import (
     mount_argv,
     programs_of_host,
 )
-from backtalk.sandboxes.images.plan import STAGE, Plan, Source, Step
+from backtalk.sandboxes.images.plan import COPY_SCRIPT, Copy, Plan, Run, Source, Stage, Step, Workdir
 from backtalk.sandboxes.machine.probe import Machine
 from backtalk.sandboxes.machine.seccomp import seccomp_program
-from backtalk.sandboxes.root import Root, cached, digest_of_file, of_folder
+from backtalk.sandboxes.root import Root, cached, digest_of_file, inside, of_folder
 from backtalk.sandboxes.session.pipes import sealed_file
 
-_FORMAT = "1"  # another one where the same text would be built otherwise
+_FORMAT = "2"  # another one where the same text would be built otherwise
 _RUN_TIMEOUT_S = 1800.0
 _KEPT_OUTPUT = 2000
+_STAGE = "/.stage"  # files on their way into the tree being built
 
 
-def build_root(plan: Plan, base: Root | None, machine: Machine) -> Root:
-    """The root that `plan` describes, over `base` (None: this machine's programs), from the cache or built now.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Command:
+    """A step as a process that changes the tree being built."""
+
+    line: int
+    argv: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    workdir: str = "/"
+    as_root: bool = True
+    sources: tuple[Source, ...] = ()
+    mode: int | None = None  # of the sources
+
+
+def build_root(plan: Plan, open_base: Callable[[str], Root | None], machine: Machine) -> Root:
+    """Return the root that `plan` describes, from the cache or built now, with the stages it copies from.
+
+    `open_base` gives the root for an image's name, None for this machine's programs.
 
     Raises:
         ConfigError: a command failed; nothing is left of it.
     """
-    place = cached(f"build-{_digest(plan, base)}", lambda folder: _build(plan, base, machine, folder))
-    name = f"{plan.path} (FROM {plan.image}: {base.name if base else 'programs of this machine'})"
+    return _build_stage(plan, plan.last, open_base, machine)
+
+
+def _build_stage(plan: Plan, stage: Stage, open_base: Callable[[str], Root | None], machine: Machine) -> Root:
+    def other(stage: Stage) -> Root:
+        return _build_stage(plan, stage, open_base, machine)  # a second time, it comes from the cache
+
+    base = open_base(stage.image) if stage.parent is None else other(stage.parent)
+    commands = [command for step in stage.steps for command in _command(plan, step, other)]
+    place = cached(f"build-{_digest(commands, base)}", lambda folder: _build(plan, commands, base, machine, folder))
+    name = f"{plan.path} (FROM {stage.image}: {base.name if base else 'programs of this machine'})"
     known = Root(name=name, folder=place)
     if base is not None and base.programs:
         known = of_folder(place, machine, name)
-    workdir = plan.workdir if plan.has_workdir else base.workdir if base else None
-    return replace(known, env={**(base.env if base else {}), **plan.env}, workdir=workdir)
+    workdir = stage.workdir if stage.has_workdir else base.workdir if base else None
+    return replace(known, env={**(base.env if base else {}), **stage.env}, workdir=workdir)
 
 
-def _digest(plan: Plan, base: Root | None) -> str:
-    """Of everything that the built tree depends on."""
+def _command(plan: Plan, step: Step, built: Callable[[Stage], Root]) -> Iterator[_Command]:
+    """Yield the process that carries a step out, where it needs one."""
+    match step:
+        case Workdir():
+            yield _Command(line=step.line, argv=("mkdir", "-p", "--", step.path))
+        case Copy():
+            found = [_of_stage(plan, step, source, built) for source in step.sources]
+            step = replace(step, sources=tuple(found))
+            argv = ("bash", "-ec", COPY_SCRIPT, "copy", _STAGE, *step.arguments)
+            yield _Command(line=step.line, argv=argv, sources=step.sources, mode=step.mode)
+        case Run():
+            is_sh = step.shell[0].rpartition("/")[2] in ("sh", "bash", "dash", "ash")
+            argv = step.words or (*step.shell, step.before * is_sh + step.command)
+            if own := step.is_script and step.command.startswith("#!"):
+                argv = (f"{_STAGE}/script",)
+            env = {**step.args, **step.env}
+            command = _Command(line=step.line, argv=argv, env=env, workdir=step.workdir, as_root=step.as_root)
+            yield replace(command, sources=(Source("f", "script", text=step.command),), mode=0o755) if own else command
+
+
+def _of_stage(plan: Plan, step: Copy, source: Source, built: Callable[[Stage], Root]) -> Source:
+    """Return a source as files of this machine. Links in a stage are a stranger's: they never lead out of it."""
+    if source.stage is None:
+        return source
+    folder = built(source.stage).folder
+    if (found := inside(folder, source.text)) is None:
+        raise ConfigError(
+            f"{plan.path}, line {step.line}: {step.keyword}: there is no {source.text!r} in that stage, of which this "
+            "machine's own programs are no part"
+        )
+    path = folder / found
+    return replace(source, kind="d" if path.is_dir() else "f", path=path, text="", stage=None)
+
+
+def _digest(commands: Sequence[_Command], base: Root | None) -> str:
+    """Hash everything that the built tree depends on."""
     digest = hashlib.sha256(f"{_FORMAT} {_identity(base)}".encode())
-    for step in plan.steps:
+    for step in commands:
         digest.update(repr((step.argv, sorted(step.env.items()), step.workdir, step.as_root, step.mode)).encode())
         for source in step.sources:
             digest.update(repr((source.kind, source.name, source.text)).encode())
@@ -88,7 +148,7 @@ def _identity(base: Root | None) -> str:
     return digest.hexdigest()
 
 
-def _build(plan: Plan, base: Root | None, machine: Machine, folder: Path) -> None:
+def _build(plan: Plan, commands: Sequence[_Command], base: Root | None, machine: Machine, folder: Path) -> None:
     folder.chmod(0o755)
     if base is None:
         for path, text in FIXED_FILES.items():
@@ -104,13 +164,13 @@ def _build(plan: Plan, base: Root | None, machine: Machine, folder: Path) -> Non
             raise ConfigError(f"root {base.name} could not be copied: {copied.stderr.strip()[-_KEPT_OUTPUT:]}")
     uid = machine.uid_range[-1] if machine.uid_range else None
     _give(folder, uid)
-    for step in plan.steps:
-        _stage(step, folder / STAGE.lstrip("/"), uid)
-        _run(plan, step, base, machine, uid, folder)
-        shutil.rmtree(folder / STAGE.lstrip("/"), ignore_errors=True)
+    for command in commands:
+        _put_sources(command, folder / _STAGE.lstrip("/"), uid)
+        _run(plan, command, base, machine, uid, folder)
+        shutil.rmtree(folder / _STAGE.lstrip("/"), ignore_errors=True)
 
 
-def _stage(step: Step, stage: Path, uid: int | None) -> None:
+def _put_sources(step: _Command, stage: Path, uid: int | None) -> None:
     """Lay a step's files down beside the tree's own; from there a process inside takes them where they belong.
 
     Of a mode only whether the owner may run a file is taken, as git does: the rest depends on who checked it out.
@@ -140,7 +200,7 @@ def _give(tree: Path, uid: int | None) -> None:
                 os.lchown(f"{folder}/{name}", uid, uid)
 
 
-def _run(plan: Plan, step: Step, base: Root | None, machine: Machine, uid: int | None, folder: Path) -> None:
+def _run(plan: Plan, step: _Command, base: Root | None, machine: Machine, uid: int | None, folder: Path) -> None:
     """Carry one step out in a sandbox that can write to the tree being built, and to nothing else.
 
     Raises:

@@ -81,7 +81,7 @@ def _heredoc(lines: list[str], at: int, mark: re.Match[str]) -> tuple[Heredoc, s
         line = lines[end].rstrip("\r")
         if (line.lstrip("\t") if mark.group(1) else line) == mark.group(3):
             body = [line.lstrip("\t") if mark.group(1) else line for line in lines[at:end]]
-            text = "\n".join(lines[at : end + 1])
+            text = "\n".join([*lines[at:end], line])
             return Heredoc("".join(line + "\n" for line in body), expand=not mark.group(2)), text, end + 1
     return None  # such as 1 << x: no line ends it
 
@@ -104,7 +104,7 @@ def is_json(text: str) -> bool:
 
 
 def assignments(text: str, variables: Mapping[str, str]) -> list[tuple[str, str]]:
-    """``A=1 B="x y"``, the older ``A x y``, and ARG's bare ``A``.
+    """Read what ENV sets: ``A=1 B="x y"``, or the older ``A x y``.
 
     Raises:
         ValueError: it is none of these.

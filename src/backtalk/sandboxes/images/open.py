@@ -39,9 +39,10 @@ def open_root(choice: str | None, machine: Machine, *, images: Mapping[str, str]
             f"root {choice!r} is no file and no folder; name a folder, a file of `docker export`, a Dockerfile or host"
         )
     if path.name == "Dockerfile" or path.suffix == ".Dockerfile" or path.name.startswith("Dockerfile."):
-        plan = read_plan(path)
-        base = open_root((images or {}).get(plan.image, "host"), machine, images=images)
-        return build_root(plan, base, machine)
+        given = images or {}
+        return build_root(
+            read_plan(path), lambda name: open_root(given.get(name, "host"), machine, images=images), machine
+        )
     if not is_tar(path):
         raise ConfigError(f"root {path} is neither a folder nor a .tar file nor a Dockerfile")
     place = cached(f"tar-{digest_of_file(path)}", lambda folder: unpack(path, folder))

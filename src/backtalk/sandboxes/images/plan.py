@@ -1,6 +1,7 @@
-"""Reads a Dockerfile into the steps that build a root: FROM, RUN, COPY, ADD, ENV, ARG, WORKDIR, USER, SHELL.
+"""Interpret a Dockerfile: a plan of steps, with every path, variable and flag worked out and checked, nothing yet done.
 
-Everything is read and checked before anything is done. What cannot be carried out is refused with its line.
+Two readers carry a plan out: `build` makes a root of its own from it, `world` starts a task over this
+machine's programs. What they share is here, what differs and why is in the first lines of `world`.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,18 +29,18 @@ from backtalk.sandboxes.images.dockerfile import (
 from backtalk.sandboxes.images.shellwords import expand, read_word, split_words
 
 _ARCHIVE = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz)$")
-STAGE = "/.stage"  # files on their way into the tree being built
-# $1 the destination; then f NAME, d NAME (a folder's content) or a NAME (an archive) below the stage.
-_COPY = f"""
-set -e; to=$1; shift; many=$(( $# > 2 ))
+_OWNERS = re.compile(r"\b(?:chown|chgrp)\s")
+# $1 where the files lie, $2 the destination; then f NAME, d NAME (a folder's content) or a NAME (an archive) there.
+COPY_SCRIPT = """\
+stage=$1; to=$2; shift 2; many=$(( $# > 2 ))
 while [ $# -gt 0 ]; do
-  from={STAGE}/$2
+  from=$stage/$2
   case $1 in
     d) mkdir -p -- "$to"; cp -a -- "$from/." "$to/" ;;
     a) mkdir -p -- "$to"; tar -xf "$from" -C "$to" ;;
     f) case $to in */) mkdir -p -- "$to" ;; *) mkdir -p -- "$(dirname -- "$to")" ;; esac
        [ $many = 0 ] || mkdir -p -- "$to"
-       if [ -d "$to" ]; then to_file=${{to%/}}/${{2##*/}}; else to_file=$to; fi
+       if [ -d "$to" ]; then to_file=${to%/}/${2##*/}; else to_file=$to; fi
        cp -a -- "$from" "$to_file" ;;
   esac
   shift 2
@@ -49,33 +50,93 @@ done
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One source of a COPY. ``kind``: d a folder's content, f a file, a an archive to unpack."""
+    """One source of a COPY. ``kind``: d a folder's content, f a file, a an archive to unpack, s a path of a stage."""
 
     kind: str
     name: str
-    path: Path | None = None  # None: `text` is its content
+    path: Path | None = None  # None: `text` is its content, or its path in `stage`
     text: str = ""
+    stage: Stage | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """Something to do to the tree, as `line` says."""
+    """An instruction that does something, and the line it begins on."""
 
     line: int
-    argv: tuple[str, ...] = ()
-    env: Mapping[str, str] = field(default_factory=dict)
+    keyword: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workdir(Step):
+    """Make a folder, where the steps after it run."""
+
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class User(Step):
+    """Change who runs the steps after it."""
+
+    name: str
+
+    @property
+    def is_root(self) -> bool:
+        return self.name.split(":")[0] in ("root", "0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shell(Step):
+    """Change the shell that runs the steps after it."""
+
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copy(Step):
+    """Copy ``sources`` to ``to``, an absolute path that ends in "/" where it must be a folder."""
+
+    sources: tuple[Source, ...]
+    to: str
+    mode: int | None = None
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """The destination and the sources, as COPY_SCRIPT takes them."""
+        return (self.to, *(word for source in self.sources for word in (source.kind, source.name)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run(Step):
+    """Run a command, with the state that the instructions before it left."""
+
+    command: str  # as a shell reads it; heredocs within it are part of it
+    outside: str  # the command without the bodies of heredocs that are some file's content
+    words: tuple[str, ...] = ()  # in place of the command: its exec form, run without a shell
+    is_script: bool = False  # the command is the body of a heredoc
+    env: Mapping[str, str] = field(default_factory=dict)  # of ENV alone
+    args: Mapping[str, str] = field(default_factory=dict)  # of ARG, those with a value that ENV does not hide
     workdir: str = "/"
     as_root: bool = True
-    sources: tuple[Source, ...] = ()
-    mode: int | None = None  # of copied files
+    shell: tuple[str, ...] = ()
+
+    @property
+    def before(self) -> str:
+        """What a shell reads before the command. Root, tree and sandbox have one user: nobody to give files to.
+
+        As functions, the two programs are stood in for wherever the command calls them.
+        """
+        return "chown() { :; }; chgrp() { :; }\n" if _OWNERS.search(self.outside) else ""
 
 
 @dataclass
-class Plan:
-    """What a Dockerfile asks for. Grows while it is read."""
+class Stage:
+    """What one FROM and the instructions below it ask for. Grows while it is read."""
 
-    path: Path
-    image: str = ""
+    line: int
+    image: str = ""  # an image's name, empty where `parent` is another stage of the file
+    parent: Stage | None = None
+    name: str = ""
     steps: list[Step] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
     args: dict[str, str] = field(default_factory=dict)
@@ -92,6 +153,24 @@ class Plan:
         return posixpath.normpath("/" + posixpath.join(self.workdir, path).lstrip("/"))
 
 
+@dataclass
+class Plan:
+    """A Dockerfile's stages; the last one is what is wanted. Grows while it is read."""
+
+    path: Path
+    stages: list[Stage] = field(default_factory=list)
+    args: dict[str, str] = field(default_factory=dict)  # of ARG before the first FROM, for FROM and for a bare ARG
+
+    @property
+    def last(self) -> Stage:
+        return self.stages[-1]
+
+    def stage(self, name: str) -> Stage | None:
+        """The stage of a name or number, of those read so far."""
+        named = {**{str(at): stage for at, stage in enumerate(self.stages)}, **{s.name: s for s in self.stages}}
+        return named.get(name.lower()) if name else None
+
+
 def read_plan(path: Path) -> Plan:
     """Read and check a Dockerfile.
 
@@ -101,109 +180,167 @@ def read_plan(path: Path) -> Plan:
     if (path.parent / ".dockerignore").exists():
         raise ConfigError(f"{path.parent / '.dockerignore'} is not read; name the files to COPY one by one instead")
     plan = Plan(path)
-    for instruction in parse_dockerfile(path.read_text("utf-8", "replace")):
+    for instruction in parse_dockerfile(path.read_bytes().decode("utf-8-sig", "replace")):
         try:
-            if not plan.image and instruction.keyword not in ("FROM", "ARG"):
+            if not plan.stages and instruction.keyword not in ("FROM", "ARG"):
                 raise ValueError("the first instruction must be FROM")
             _read(plan, instruction)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError) as error:  # ValueError: ours, and those of json and int
             raise ConfigError(f"{path}, line {instruction.line}: {instruction.keyword}: {error}") from error
-    if not plan.image:
-        raise ConfigError(f"{path} has no FROM")
+    if not plan.stages:
+        raise ConfigError(f"{path} has no FROM; write the image that it starts from")
     return plan
 
 
 def _read(plan: Plan, instruction: Instruction) -> None:
-    text = instruction.text
+    text, at = instruction.text, {"line": instruction.line, "keyword": instruction.keyword}
+    if instruction.keyword == "FROM":
+        plan.stages.append(_read_from(plan, instruction))
+        return
+    if instruction.keyword == "ARG":
+        _read_arg(plan, text)
+        return
+    stage = plan.last
     match instruction.keyword:
-        case "FROM":
-            words = [word for word in text.split() if not word.startswith("--")]
-            if plan.image or not words:
-                raise ValueError("one FROM with an image is needed; copy what another stage would give")
-            plan.image = expand(words[0], plan.args)
-        case "ARG":
-            plan.args.update(assignments(text, plan.variables))
         case "ENV":
-            plan.env.update(assignments(text, plan.variables))
-            if wrong := [name for name in plan.env if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)]:
+            stage.env.update(assignments(text, stage.variables))
+            if wrong := [name for name in stage.env if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII)]:
                 raise ValueError(f"{wrong[0]!r} is no name that bash can set; use letters, digits and _")
         case "WORKDIR":
-            plan.workdir, plan.has_workdir = plan.absolute(read_word(text, plan.variables)), True
-            plan.steps.append(Step(line=instruction.line, argv=("mkdir", "-p", "--", plan.workdir)))
+            stage.workdir, stage.has_workdir = stage.absolute(read_word(text, stage.variables)), True
+            stage.steps.append(Workdir(**at, path=stage.workdir))
         case "USER":
-            plan.as_root = read_word(text, plan.variables).split(":")[0] in ("root", "0")
+            user = User(**at, name=read_word(text, stage.variables))
+            stage.as_root = user.is_root
+            stage.steps.append(user)
         case "SHELL":
-            plan.shell = tuple(json.loads(text))
-            if not plan.shell or not all(isinstance(word, str) for word in plan.shell):
+            words = json.loads(text)
+            if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
                 raise ValueError(f"{text} is no list of words")
+            stage.shell = tuple(words)
+            stage.steps.append(Shell(**at, words=stage.shell))
         case "COPY" | "ADD":
-            _read_copy(plan, instruction)
+            stage.steps.append(_read_copy(plan, instruction))
         case "RUN":
-            plan.steps.append(_read_run(plan, instruction))
+            stage.steps.append(_read_run(stage, instruction))
         case keyword if keyword in NO_EFFECT:
             pass
         case keyword:
             raise ValueError(f"{text!r} cannot be carried out: {WHY_NOT.get(keyword, 'no such instruction is known')}")
 
 
-def _read_run(plan: Plan, instruction: Instruction) -> Step:
+def _read_from(plan: Plan, instruction: Instruction) -> Stage:
+    match [word for word in instruction.text.split() if not word.startswith("--")]:
+        case [image]:
+            name = ""
+        case [image, as_, name] if as_.lower() == "as":
+            pass
+        case _:
+            raise ValueError(f"{instruction.text!r} is not IMAGE or IMAGE AS NAME")
+    image = expand(image, plan.args)
+    if (parent := plan.stage(image)) is None or image.isdigit():
+        return Stage(instruction.line, image, name=name.lower())
+    kept = {"workdir": parent.workdir, "has_workdir": parent.has_workdir, "as_root": parent.as_root}
+    return Stage(instruction.line, "", parent, name.lower(), env=dict(parent.env), shell=parent.shell, **kept)
+
+
+def _read_arg(plan: Plan, text: str) -> None:
+    """Read ARG, whose bare names take what an ARG before the first FROM gave them."""
+    if not (words := split_words(text)):
+        raise ValueError("a name is missing")
+    for word in words:
+        name, sign, value = word.partition("=")
+        if not plan.stages:
+            plan.args[name] = read_word(value, plan.args)
+        else:
+            plan.last.args[name] = read_word(value, plan.last.variables) if sign else plan.args.get(name, "")
+
+
+def _read_run(stage: Stage, instruction: Instruction) -> Run:
     flags, command = split_flags(instruction.shell)
     if any(not flag.startswith(("mount=type=cache", "network=none")) for flag in flags):
         raise ValueError(f"--{' --'.join(flags)} cannot be carried out: there is no image builder here")
-    sources: tuple[Source, ...] = ()
-    argv = (*plan.shell, command)
-    if instruction.heredocs and SCRIPT.fullmatch(split_flags(instruction.text)[1]):
-        body = instruction.heredocs[0].body
-        sources = (Source("f", "script", text=body),) if body.startswith("#!") else ()
-        argv = (f"{STAGE}/script",) if sources else (*plan.shell, body)
+    outside = split_flags(instruction.text)[1]
+    is_script = bool(instruction.heredocs and SCRIPT.fullmatch(outside))
+    words: tuple[str, ...] = ()
+    if is_script:
+        command = outside = instruction.heredocs[0].body
     elif command.startswith("[") and is_json(command):
-        argv = tuple(map(str, json.loads(command)))
-    env = {name: value for name, value in {**plan.args, **plan.env}.items() if value or name in plan.env}
-    step = Step(line=instruction.line, argv=argv, env=env, workdir=plan.workdir, as_root=plan.as_root)
-    return replace(step, sources=sources, mode=0o755 if sources else None)
+        words = tuple(map(str, json.loads(command)))
+    return Run(
+        line=instruction.line,
+        keyword=instruction.keyword,
+        command=command,
+        outside=outside,
+        words=words,
+        is_script=is_script,
+        env=dict(stage.env),
+        args={name: value for name, value in stage.args.items() if value and name not in stage.env},
+        workdir=stage.workdir,
+        as_root=stage.as_root,
+        shell=stage.shell,
+    )
 
 
-def _read_copy(plan: Plan, instruction: Instruction) -> None:
+def _read_copy(plan: Plan, instruction: Instruction) -> Copy:
+    stage, folder, is_add = plan.last, plan.path.parent, instruction.keyword == "ADD"
     flags, text = split_flags(instruction.text)
-    mode = None
-    for flag in flags:
-        name, _, value = flag.partition("=")
+    mode, origin = None, None
+    for name, _, value in (flag.partition("=") for flag in flags):
         if name == "chmod":
             mode = int(value, 8)
+        elif name == "from" and not is_add:
+            origin = next((s for s in [plan.stage(value)] if s is not None and s is not stage), None)
+            if origin is None:
+                raise ValueError(
+                    f"--from={value} cannot be carried out: no stage above has that name, and there is no "
+                    "image to copy from"
+                )
         elif name not in ("chown", "link"):  # there is one user, and nothing to link to
-            raise ValueError(f"--{flag} cannot be carried out: there is no image to copy from")
-    known = plan.variables
-    words = json.loads(text) if text.startswith("[") else [read_word(word, known) for word in split_words(text)]
+            raise ValueError(
+                f"--{name} cannot be carried out; leave it out, and name the files to {instruction.keyword}"
+            )
+    words = json.loads(text) if text.startswith("[") else None
+    words = words or [read_word(word, stage.variables) for word in split_words(text)]
     if len(words) < 2:
         raise ValueError(f"{text!r} needs a source and a destination")
     heredocs = iter(instruction.heredocs)
     sources: list[Source] = []
     for word in words[:-1]:
-        if mark := HEREDOC_MARK.fullmatch(word):
+        if origin is not None:
+            if re.search(r"[*?[]", word):
+                raise ValueError(f"{word!r} is a pattern; name the files of a stage one by one")
+            sources.append(Source("s", posixpath.basename(word.rstrip("/")) or "all", text=word, stage=origin))
+        elif mark := HEREDOC_MARK.fullmatch(word):
             heredoc = next(heredocs)
-            body = expand(heredoc.body, known) if heredoc.expand else heredoc.body
+            body = expand(heredoc.body, stage.variables) if heredoc.expand else heredoc.body
             sources.append(Source("f", mark.group(3), text=body))
         else:
-            sources += _sources(plan.path.parent.resolve(), word, is_add=instruction.keyword == "ADD")
-    to = plan.absolute(words[-1]) + ("/" if words[-1].endswith(("/", ".")) else "")
+            sources += _sources(folder, word, is_add=is_add)
+    is_folder = posixpath.basename(words[-1]) in ("", ".", "..")
+    to = stage.absolute(words[-1])
     named = tuple(replace(source, name=f"{index}/{source.name}") for index, source in enumerate(sources))
-    pairs = [word for source in named for word in (source.kind, source.name)]
-    argv = ("bash", "-c", _COPY, "copy", to, *pairs)
-    plan.steps.append(Step(line=instruction.line, argv=argv, sources=named, mode=mode))
+    return Copy(
+        line=instruction.line,
+        keyword=instruction.keyword,
+        sources=named,
+        to=to + "/" if is_folder and to != "/" else to,
+        mode=mode,
+    )
 
 
-def _sources(folder: Path, word: str, *, is_add: bool) -> list[Source]:
-    """What one source of a COPY means: files, folders and, for ADD, archives."""
+def _sources(folder: Path, word: str, *, is_add: bool) -> Iterator[Source]:
+    """The files, folders and, for ADD, archives that one source of a COPY names in the Dockerfile's folder."""
     if is_add and re.match(r"\w+://|git@", word):
         raise ValueError(f"{word} needs the network, and a build has none; put the file there and use COPY")
     relative = posixpath.normpath(word.lstrip("/"))
-    matches = [folder] if relative == "." else sorted(folder.glob(relative)) if relative[:2] != ".." else []
+    if relative.split("/")[0] == "..":
+        raise ValueError(f"there is no {word!r} in {folder}: it leads out of it; copy it into that folder")
+    matches = [folder] if relative == "." else sorted(folder.glob(relative))
     if not matches:
         raise ValueError(f"there is no {word!r} in {folder}")
-    found = []
     for path in matches:
-        if not path.resolve().is_relative_to(folder):
+        if not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{path} leads out of {folder}; copy what it points at into that folder")
         kind = "d" if path.is_dir() else "a" if is_add and _ARCHIVE.search(path.name) else "f"
-        found.append(Source(kind, path.name or "all", path))
-    return found
+        yield Source(kind, path.name or "all", path)

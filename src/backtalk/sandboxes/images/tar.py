@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from backtalk.errors import ConfigError
+from backtalk.sandboxes.files import clean_path
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 
@@ -71,15 +72,18 @@ def _unpack_one(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path,
 
 def _place(folder: Path, name: str) -> Path:
     """Where a member goes. Its folders are real ones, so that writing there stays below `folder`."""
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    if ".." in parts:
-        raise tarfile.TarError(f"{name!r} leads out of it")
+    if (name := name.strip("/")) in ("", "."):
+        return folder
+    try:
+        parts = clean_path(name, relative=True).split("/")
+    except ConfigError as error:
+        raise tarfile.TarError(str(error)) from error
     place = folder
     for part in parts[:-1]:
         place = place / part
         if place.is_symlink() or (os.path.lexists(place) and not place.is_dir()):
             raise tarfile.TarError(f"{name!r} goes through {place.relative_to(folder)}, which is no folder")
-    return place / parts[-1] if parts else folder
+    return place / parts[-1]
 
 
 @contextmanager

@@ -23,9 +23,10 @@ from types import MappingProxyType
 from backtalk.errors import SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import HOME, BackendReport, ExecResult, SandboxFile, SandboxLimits
 from backtalk.sandboxes.bubblewrap.layers import FIXED_FILES, SESSION_FOLDERS
+from backtalk.sandboxes.files import clean_path
 from backtalk.sandboxes.machine.probe import probe, tried
 from backtalk.sandboxes.machine.seccomp import seccomp_program
-from backtalk.sandboxes.sandlock.files import RootedFiles, clean_path, held, remove, remove_orphans
+from backtalk.sandboxes.sandlock.files import RootedFiles, held, remove, remove_orphans
 from backtalk.sandboxes.sandlock.keeper import PROGRAMS, Guarded, alternatives, interpreter, programs
 from backtalk.sandboxes.session.shell import Session
 

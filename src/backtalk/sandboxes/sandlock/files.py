@@ -19,8 +19,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from backtalk.errors import ConfigError, SandboxError
+from backtalk.errors import SandboxError
 from backtalk.sandboxes.base import SandboxFile
+from backtalk.sandboxes.files import read_regular
 
 _OPENAT2 = 437  # on every processor
 _RESOLVE = 0x01 | 0x02 | 0x10  # RESOLVE_NO_XDEV, RESOLVE_NO_MAGICLINKS, RESOLVE_IN_ROOT
@@ -100,14 +101,7 @@ class RootedFiles:
             descriptor = self._open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
         except OSError:
             return None
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            return None
-        with open(descriptor, "rb") as file:
-            content = file.read(max_bytes + 1)
-        if len(content) > max_bytes:
-            raise SandboxError(f"{path} is larger than {max_bytes} bytes; ask for more with max_bytes")
-        return content
+        return read_regular(descriptor, path, max_bytes)
 
     def _open(self, path: str, flags: int) -> int:
         root = os.open(self._root, _FOLDER)
@@ -142,17 +136,6 @@ class RootedFiles:
                 os.unlink(name, dir_fd=parent)
         finally:
             os.close(descriptor)
-
-
-def clean_path(path: str) -> str:
-    """An absolute path inside, without detours.
-
-    Raises:
-        ConfigError: it is not absolute.
-    """
-    if not path.startswith("/") or "\0" in path:
-        raise ConfigError(f"{path!r} is not an absolute path inside the sandbox; write it as /home/agent/{path}")
-    return posixpath.normpath(path).replace("//", "/")
 
 
 def remove(folder: Path) -> None:

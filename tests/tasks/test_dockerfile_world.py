@@ -1,0 +1,131 @@
+"""Worlds that start from a Dockerfile over this machine's programs: as Docker would have them, or refused by line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from backtalk.envs.terminal import TerminalConfig, open_terminal_env
+from backtalk.errors import TaskError
+from backtalk.messages import ToolCall
+from backtalk.sandboxes.images.world import read_dockerfile
+from backtalk.tasks.folder import read_harbor_task
+from sandbox_help import backend_or_skip
+
+# (Dockerfile, command, what it prints): the numbers and words are what `docker build` and `docker run` give.
+KINDS = {
+    "line ends of Windows": (
+        "FROM x\r\nENV A=1\r\nWORKDIR /app\r\nRUN echo one >f && \\\r\n  # a comment\r\n\r\n  echo $A >>f\r\n"
+        "RUN cat <<EOF >g\r\nthree\r\nEOF\r\n",
+        "cat f g; echo",
+        "one\n1\nthree\r\n\n",
+    ),
+    "lower case": ("from x\nenv A=1\nworkdir /app\nrun echo $A >f\n", "cat f", "1\n"),
+    "comments within a command": ("FROM x\nRUN echo a >/f && \\\n# no\n   # no\n\n  echo b >>/f\n", "cat /f", "a\nb\n"),
+    "values with spaces": (
+        'FROM x\nENV A="two words" B=it\\ is C=\'$A\'\nENV D  three  words\nRUN echo "$A|$B|$C|$D" >/f\n',
+        'cat /f; echo "$A|$B|$C|$D"',
+        "two words|it is|$A|three  words\n" * 2,
+    ),
+    "a variable that changes": (
+        "FROM x\nENV A=1\nRUN echo $A $B >/f\nENV A=2 B=3\nRUN echo $A $B >>/f\n",
+        "cat /f; echo $A $B",
+        "1\n2 3\n2 3\n",
+    ),
+    "a path that changes": (
+        "FROM x\nRUN echo $PATH >/f\nENV PATH=/opt/own:$PATH\n",
+        "grep -c own /f; echo $PATH | grep -c own",
+        "0\n1\n",
+    ),
+    "arguments before FROM": (
+        "ARG A=1\nARG B=2\nFROM x\nARG A\nARG C\nRUN echo $A-$B-$C >/f\n",
+        "cat /f",
+        "1--\n",
+    ),
+    "a folder in the middle": (
+        "FROM x\nWORKDIR /tmp/build\nRUN echo x >a.txt\nWORKDIR /only/made\nWORKDIR /home/user\n",
+        "pwd; ls /tmp/build /only",
+        "/home/user\n/only:\nmade\n\n/tmp/build:\na.txt\n",
+    ),
+    "owners": (
+        "FROM x\nRUN useradd -m -d /home/user user || true\n"
+        "RUN mkdir -p /home/user/a && chown -R user:user /home/user && if true; then chown root /home/user; fi\n"
+        "RUN <<EOF\nset -e\nchgrp nobody /home/user\necho ok >/home/user/f\nEOF\nWORKDIR /home/user\n",
+        "ls; echo >a/mine && cat f",
+        "a\nf\nok\n",
+    ),
+    "a pipeline that fails": (
+        'FROM x\nSHELL ["/bin/bash", "-o", "pipefail", "-c"]\nRUN if false | true; then echo passed; fi >/f\n'
+        'SHELL ["/bin/bash", "-c"]\nRUN if false | true; then echo passed; fi >>/f; echo end >>/f\n',
+        "cat /f",
+        "passed\nend\n",
+    ),
+    "copies into folders that commands made": (
+        "FROM x\nRUN mkdir -p /data && touch /data/b\nCOPY a.txt /data\nCOPY a.txt /new\nCOPY sub /data/\n"
+        "COPY --chmod=600 a.txt sub/b /more/\n",
+        "cd /data; ls; cat a.txt b; cat /new; stat -c %a /more/b; ls -A / | grep -c copy || true",
+        "a.txt\nb\nfrom a\nfrom b\nfrom a\n600\n0\n",
+    ),
+    "copies into folders of every image": (
+        "FROM x\nCOPY a.txt /srv\nCOPY sub /opt\n",
+        "ls /srv /opt",
+        "/opt:\nb\n\n/srv:\na.txt\n",
+    ),
+}
+
+
+def folder_of(place: Path, dockerfile: str) -> Path:
+    for name, text in {
+        "task.toml": "",
+        "instruction.md": "Do it.\n",
+        "tests/test.sh": "echo 1 >/logs/verifier/reward.txt\n",
+        "environment/Dockerfile": dockerfile,
+        "environment/a.txt": "from a\n",
+        "environment/sub/b": "from b\n",
+    }.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(text.encode())
+    return place
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_world_starts_as_docker_would_start_it(tmp_path: Path, kind: str) -> None:
+    dockerfile, command, printed = KINDS[kind]
+    task = read_harbor_task(folder_of(tmp_path, dockerfile))
+    async with open_terminal_env(task, backend_or_skip(), TerminalConfig()) as env:
+        await env.reset()
+        step = await env.step(ToolCall("bash", {"command": command}))
+        assert step.messages[0].text == printed
+        assert await env.score() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("dockerfile", "reason"),
+    [
+        ("FROM x\nRUN true\nUSER user\n", r"line 3: USER: 'user' .* one ordinary user; take it out"),
+        ("FROM x\nRUN true && useradd -m user\n", r"line 2: RUN: 'useradd -m user' makes or changes users.*\|\| true"),
+        ("FROM x\nCOPY a.txt /usr/local/bin/tool\n", r"line 2: COPY: /usr/local/bin/tool is among this machine's own"),
+        ("FROM x\nRUN true\nADD a.txt /bin/\n", r"line 3: ADD: /bin/ is among"),
+        ("FROM x\nSHELL bash\n", r"line 2: SHELL: "),
+        ("FROM x\nENV A-B=1\n", r"line 2: ENV: 'A-B' is no name that bash can set"),
+        ("RUN true\n", r"line 1: RUN: the first instruction must be FROM"),
+        ("# nothing\n", r"has no FROM"),
+    ],
+)
+def test_what_a_world_cannot_have_is_refused_by_line(tmp_path: Path, dockerfile: str, reason: str) -> None:
+    with pytest.raises(TaskError, match=rf"{tmp_path}/environment/Dockerfile.*{reason}"):
+        read_dockerfile(folder_of(tmp_path, dockerfile) / "environment", host_packages=False)
+
+
+def test_what_the_image_installs_and_the_tests_import_is_needed(tmp_path: Path) -> None:
+    folder_of(tmp_path, "FROM x\nRUN pip3 install pytest pandas numpy\n")
+    (tmp_path / "tests/test_it.py").write_text("import pandas\nimport os\n")
+    assert read_harbor_task(tmp_path, host_packages=True).metadata["needs"] == ["python3:pandas"]
+
+
+def test_a_folder_of_the_settings_takes_nothing_from_the_dockerfile(tmp_path: Path) -> None:
+    folder_of(tmp_path, "FROM x\nWORKDIR /app\nRUN echo x >f\n")
+    (tmp_path / "task.toml").write_text("[environment]\nworkdir = '/srv/w'\n")
+    task = read_harbor_task(tmp_path)
+    assert task.workdir == "/srv/w" and task.setup == ("cd /\nmkdir -p /app", "cd /app\necho x >f")
