@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
-from backtalk.engines.torch.model import model_location
 from backtalk.language.renderer import Renderer, RendererConfig
+from backtalk.language.tokenizer import load_tokenizer, model_location
 from backtalk.objective import objective
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.samples import Sample, TokenCounts, collate
@@ -39,7 +38,7 @@ class BigramEngine:
     """log p(token | token before it) = logits[before, token] - logsumexp(logits[before]); at temperature 1 alone."""
 
     def __init__(self, config: BigramConfig) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(model_location("base"))
+        self.tokenizer = load_tokenizer(model_location("base"))
         self.stop_token_ids = Renderer(self.tokenizer, (), RendererConfig(on_drift="fork")).stop_token_ids
         self.logits_VV = torch.zeros(len(self.tokenizer), len(self.tokenizer), requires_grad=True)
         self.optimizer = torch.optim.SGD([self.logits_VV], lr=config.learning_rate)
