@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from backtalk.errors import SandboxUnavailable
+from backtalk.errors import SandboxError, SandboxUnavailable
+from backtalk.sandboxes.base import BackendReport, ExecResult, Sandbox, SandboxFile, SandboxLimits
 from backtalk.sandboxes.bubblewrap.backend import BubblewrapBackend
 
 
@@ -77,3 +82,59 @@ def bubblewraps() -> set[int]:
         except OSError:
             continue
     return found
+
+
+@dataclass(eq=False)
+class Box:
+    limits: SandboxLimits
+    alive: bool = True
+    uses: int = 0
+
+    async def exec(
+        self, command: str, *, timeout_s: float, env: Mapping[str, str] = {}, cwd: str | None = None
+    ) -> ExecResult:
+        if not self.alive:
+            raise SandboxError("it is dead")
+        return ExecResult("", 0)
+
+    async def put(self, files: Mapping[str, SandboxFile]) -> None: ...
+
+    async def get(self, path: str, *, max_bytes: int = 0) -> bytes | None: ...
+
+    async def restart(self) -> None: ...
+
+
+@dataclass(eq=False)
+class Counting:
+    """A backend that counts what is starting and alive. ``before`` runs at each start: to break or delay it."""
+
+    before: Callable[[int], object] = lambda number: None
+    pause_s: float = 0.001
+    report: BackendReport = field(default_factory=lambda: BackendReport("counting"))
+    made: list[Box] = field(default_factory=list)
+    starting: int = 0
+    live: int = 0
+    most_starting: int = 0
+    most_live: int = 0
+    starts: int = 0
+
+    @asynccontextmanager
+    async def open(self, limits: SandboxLimits) -> AsyncGenerator[Sandbox]:
+        self.starts += 1
+        self.starting += 1
+        self.most_starting = max(self.most_starting, self.starting)
+        try:
+            self.before(self.starts)
+            await asyncio.sleep(self.pause_s)
+        finally:
+            self.starting -= 1
+        box = Box(limits)
+        self.made.append(box)
+        self.live += 1
+        self.most_live = max(self.most_live, self.live)
+        try:
+            yield box
+        finally:
+            await asyncio.sleep(self.pause_s)
+            box.alive = False
+            self.live -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from backtalk.cli import doctor
 from backtalk.cli.doctor import GIB, Finding, State, examine, print_findings
 from backtalk.errors import SandboxUnavailable
 from backtalk.sandboxes import BackendReport
+from backtalk.sandboxes.machine import capacity
+from backtalk.sandboxes.machine.capacity import Capacity
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +30,26 @@ def test_it_looks_at_all_that_a_default_run_needs(findings: list[Finding]) -> No
     names = {finding.name.strip() for finding in findings}
     assert names >= {"Python", "CPU cores", "Memory", "Disk", "Packages", "Device", "Base model", "Sandbox"}
     assert names >= {f"Extra {extra}" for extra in doctor.EXTRAS}
+
+
+def test_it_says_how_many_sandboxes_and_what_bounds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {300: Capacity(300, "4 processor cores"), 22: Capacity(22, "246 open files left (ulimit -n)")}
+    for number, state in ((300, State.OK), (22, State.NOTE)):
+        monkeypatch.setattr(capacity, "capacity", lambda limits, number=number: found[number])
+        finding = doctor._capacity()
+        assert finding.state is state and finding.text.startswith(f"{number} at once, with {found[number].bound}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+def test_a_share_of_the_cores_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "cores", lambda: 0.5)
+    finding = doctor._cores()
+    assert finding.state is State.NOTE and finding.text.endswith("the time of 0.5 of them")
+
+
+def test_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "memory_limits", lambda: [3 * GIB // 2, 1 << 50])
+    assert doctor._memory() == Finding("Memory", State.NOTE, "1.5 GiB", "the default run wants 2 GiB")
 
 
 def test_python_and_packages_are_those_that_run_this_test(findings: list[Finding]) -> None:

@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+from backtalk.engines.torch.config import TorchConfig
+from backtalk.engines.torch.engine import TorchEngine
 from backtalk.envs.openenv import OpenEnvConfig, OpenEnvError, OpenEnvRefusal, OpenEnvWorld, connect, openenv_tasks
 from backtalk.envs.openenv.actions import is_tool_environment, mcp_actions, typed_actions
 from backtalk.envs.openenv.observe import observe
@@ -26,14 +28,14 @@ from backtalk.envs.openenv.server import LocalServer, find_app
 from backtalk.errors import ConfigError, TaskError
 from backtalk.language.renderer import Renderer
 from backtalk.messages import Part, ToolCall
-from backtalk.rollout.groups import run_groups
+from backtalk.rollout import admission, run_groups
 from backtalk.rollout.limits import RolloutLimits
-from backtalk.rollout.sampler import ScriptedSampler
+from backtalk.rollout.sampler import SamplingParams, ScriptedSampler
 from backtalk.run.sources import load_tasks
 from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import StopReason, TokenRole, Trajectory
 from openenv_servers.provider import LocalProvider
-from tiny import tiny_tokenizer
+from tiny import tiny_model_dir, tiny_tokenizer
 
 SERVERS = Path(__file__).parents[1] / "openenv_servers"
 TEXTWORLD = Path(__file__).parents[2] / "examples/textworld_server"
@@ -243,6 +245,25 @@ async def test_more_sessions_than_places(urls: dict[str, str], renderer: Rendere
     assert [said(t, renderer, ENV) for t in trajectories] == [[f"I am {i} [0]", "bye"] for i in range(PLACES)]
     trajectories = await play(urls["echo"], renderer, replies, group_size=PLACES + 8)
     assert [t.reward for t in trajectories] == [1.25] * (PLACES + 8)
+
+
+async def test_rollouts_that_wait_for_a_place_hold_up_nobody_at_the_sampler(
+    urls: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wave of the real sampler waits for every open session; a circle would end in a TimeoutError."""
+    monkeypatch.setattr(admission, "PATIENCE_S", 3600.0)
+    engine = TorchEngine(TorchConfig(model=str(tiny_model_dir(tmp_path / "model")), device="cpu"))
+    world = OpenEnvWorld(urls["echo"], OpenEnvConfig())
+    limits = RolloutLimits(max_turns=2, max_tokens_per_turn=4, rollout_timeout_s=3600)
+    sampler, task = engine.sampler(SamplingParams(max_tokens=4)), Task(id="t", instruction="Play.")
+    try:
+        async with asyncio.timeout(240):
+            (group,) = await run_groups(
+                [task], world.open, sampler, Renderer(engine.tokenizer, ()), limits, group_size=PLACES + 8, key="k"
+            )
+    finally:
+        await world.close()
+    assert [t.num_turns for t in group] == [2] * (PLACES + 8)
 
 
 async def test_an_attempt_waits_for_a_place(

@@ -22,12 +22,14 @@ from backtalk.evidence.study import (
     StudyProgress,
     StudyRunDone,
     StudyStarted,
+    _process,
     load_study,
     run_study,
 )
 from backtalk.run.estimates import mean_interval
 from backtalk.run.log import RunLog, lock_folder
 from backtalk.sandboxes import local_sandbox
+from backtalk.sandboxes.machine.capacity import SHARED_BY
 from backtalk.viewer.web.study import write_study_report
 from taught import taught_model_dir
 
@@ -245,3 +247,11 @@ def is_alive(pid: int) -> bool:
     except (FileNotFoundError, ProcessLookupError):
         return False
     return state != "Z"
+
+
+async def test_runs_side_by_side_are_told_how_many_share_the_machine(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", f"import os; print(os.environ[{SHARED_BY!r}])"]
+    for parallel in (2, 1):
+        async with _process(command, tmp_path / "log", parallel) as process:
+            await process.wait()
+    assert (tmp_path / "log").read_text() == "2\n1\n"

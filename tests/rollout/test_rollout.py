@@ -18,11 +18,12 @@ from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.messages import Message, Part, ToolCall, ToolSpec
 from backtalk.rollout import groups as rollout_module
 from backtalk.rollout import rollout as attempt_module
-from backtalk.rollout.groups import Stragglers, at_once, backoff_s, run_group, run_groups, run_rollout
+from backtalk.rollout.groups import Stragglers, backoff_s, fit_machine, run_group, run_groups, run_rollout
 from backtalk.rollout.limits import Deadline, RolloutLimits
 from backtalk.rollout.sampler import Completion, SamplerSession, ScriptedSampler
 from backtalk.sandboxes.base import SandboxLimits
-from backtalk.sandboxes.machine.capacity import how_many
+from backtalk.sandboxes.machine import capacity
+from backtalk.sandboxes.machine.capacity import Capacity
 from backtalk.tasks.task import Task
 from backtalk.trajectory import StopReason, TokenRole, Trajectory, TrajectoryGroup
 from tiny import tiny_tokenizer
@@ -636,11 +637,11 @@ class WatchingSession:
         return await self.inner.sample(token_ids, max_tokens)
 
 
-async def test_the_session_opens_before_the_world_and_closes_before_scoring() -> None:
+async def test_the_session_opens_when_the_world_is_there_and_closes_before_scoring() -> None:
     world = Echo()
     sampler = Watching(["<submit>1</submit>"], world.events)
     await attempt(world, sampler=sampler)
-    assert world.events == ["session opens", "open", "reset", "step", "session closes", "score", "close"]
+    assert world.events == ["open", "reset", "session opens", "step", "session closes", "score", "close"]
 
 
 async def test_history_only_grows_and_sampled_ids_are_kept() -> None:
@@ -810,11 +811,22 @@ async def test_without_a_factor_each_has_its_time() -> None:
         assert slow_one.left_s > 60
 
 
-async def test_how_many_at_once() -> None:
-    assert at_once(RolloutLimits(concurrency=7)) == 7
-    small, large = SandboxLimits(memory_mb=256), SandboxLimits(memory_mb=1 << 40)
-    assert at_once(RolloutLimits(), large) == 1 <= at_once(RolloutLimits(), small)
-    assert how_many(large) == 1
+def test_concurrency_is_an_upper_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[SandboxLimits] = []
+
+    def carries(limits: SandboxLimits) -> Capacity:
+        asked.append(limits)
+        return Capacity(19, "246 open files left (ulimit -n)")
+
+    monkeypatch.setattr(capacity, "capacity", carries)
+    large = SandboxLimits(memory_mb=2048)
+    assert fit_machine(RolloutLimits(concurrency=7), large) == (RolloutLimits(concurrency=7), None)
+    assert fit_machine(RolloutLimits(concurrency=19), large) == (RolloutLimits(concurrency=19), None)
+    assert fit_machine(RolloutLimits(max_turns=3)) == (RolloutLimits(max_turns=3, concurrency=19), None)
+    fitted, notice = fit_machine(RolloutLimits(concurrency=64), large)
+    assert fitted.concurrency == 19
+    assert notice is not None and "rollout.concurrency=64 is lowered to 19" in notice and "246 open files" in notice
+    assert asked == [large, large, SandboxLimits(), large]
 
 
 async def test_limits_check_themselves() -> None:

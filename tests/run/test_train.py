@@ -6,6 +6,8 @@ import asyncio
 import json
 import math
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from backtalk.errors import ConfigError, DataError, InfrastructureError, SandboxUnavailable
 from backtalk.objective import objective
@@ -30,11 +33,12 @@ from backtalk.run.log.metrics import METRICS
 from backtalk.run.sources import load_tasks
 from backtalk.run.tasks import tasks_of_step
 from backtalk.run.train import Run, _unbroken, evaluate_run, train
+from backtalk.run.worlds import check_rollouts
 from backtalk.sandboxes import local_sandbox
 from backtalk.sandboxes.base import SandboxFile
 from backtalk.tasks.folder import write_harbor_task
 from backtalk.tasks.task import Split
-from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
+from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 from backtalk.viewer.terminal import find_trajectory
 from backtalk.viewer.web.curves import BEHAVIOUR, GRAD_NORMS, ROLE_METRICS, draw_run
 from taught import taught_model_dir
@@ -441,6 +445,80 @@ async def test_a_world_in_which_nothing_works_stops_the_run(model: Path, sandbox
     with pytest.raises(InfrastructureError, match="all 4 rollouts of the held-out measurement failed"):
         await train(tiny_config(model, sandbox, **source), tmp_path / "other")
     assert RunLog(tmp_path / "other").evaluation_steps() == []  # a resume measures anew
+
+
+# ---------------------------------------------------------------- little room, little time
+
+
+def run_command(
+    config: Path, out: Path, *settings: str, open_files: int | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run ``backtalk train``, if asked for with as few open files as ``ulimit -n`` would give."""
+
+    def limit() -> None:
+        if open_files is not None:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
+
+    command = [sys.executable, "-m", "backtalk.cli", "train", str(config), "--out", str(out)]
+    command += [part for setting in settings for part in ("--set", setting)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, preexec_fn=limit)
+
+
+@pytest.fixture
+def config_file(config: TrainConfig, tmp_path: Path) -> Path:
+    changed = replace(config, steps=1, group_size=16, evaluation=replace(config.evaluation, tasks=0))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config_to_dict(changed)))
+    return path
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
+def test_few_open_files_mean_fewer_rollouts_at_once(config_file: Path, tmp_path: Path) -> None:
+    """32 rollouts with 200 open files, of which 64 are the trainer's, and 8 a sandbox: at most 17 at once."""
+    done = run_command(config_file, tmp_path / "run", open_files=200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lowered = re.search(r"rollout\.concurrency=64 is lowered to (\d+),.*with \d+ open files left", done.stdout)
+    assert lowered is not None and 1 <= int(lowered[1]) <= 17
+    rollouts = [t for group in RunLog(tmp_path / "run").read_groups(0) for t in group]
+    assert len(rollouts) == 32 and all(t.num_turns and t.failure is None for t in rollouts)
+
+
+def test_a_deadline_before_any_action_is_an_error(config_file: Path, tmp_path: Path) -> None:
+    done = run_command(config_file, tmp_path / "run", "rollout.rollout_timeout_s=0.001")
+    assert done.returncode == 2
+    assert "all 32 rollouts of step 0 ended at their deadline, before the policy sampled an action" in done.stderr
+    assert "raise rollout.rollout_timeout_s" in done.stderr
+    assert RunLog(tmp_path / "run").read_metrics() == []
+
+
+def ended(reason: StopReason, *, acted: bool, where: str = "reset") -> Trajectory:
+    action = Segment(TokenRole.ACTION, (5,), (-1.0,), turn=0)
+    segments = (Segment(TokenRole.CONTEXT, (1,)), *([action] if acted else []))
+    failure = Failure(where, "SandboxError", "it broke") if reason is StopReason.FAILED else None
+    reward = None if reason in (StopReason.DEADLINE, StopReason.FAILED) else 0.0
+    return Trajectory(
+        task_id="t", sample_index=0, segments=segments, reward=reward, stop_reason=reason, failure=failure
+    )
+
+
+def test_which_rollouts_came_through() -> None:
+    late, cut = ended(StopReason.DEADLINE, acted=False), ended(StopReason.DEADLINE, acted=True)
+    failed, whole = ended(StopReason.FAILED, acted=True), ended(StopReason.MAX_TURNS, acted=True)
+
+    def check(*rollouts: Trajectory, teach: bool = True) -> None:
+        check_rollouts([TrajectoryGroup("t", rollouts)], "step 7", observations_teach=teach)
+
+    check(late, failed, whole)
+    check(late, failed, cut)  # what it was told teaches the world-model term
+    check(whole, late, teach=False)
+    with pytest.raises(InfrastructureError, match=r"2 of 3 rollouts of step 7 ended .* before the policy sampled"):
+        check(late, failed, late)
+    with pytest.raises(InfrastructureError, match="1 of 3 rollouts of step 7 failed, the first at reset with Sandbox"):
+        check(late, failed, late)
+    with pytest.raises(InfrastructureError, match=r"all 2 rollouts of step 7 ended .* world_model_coeff=0 learns noth"):
+        check(cut, late, teach=False)
+    with pytest.raises(InfrastructureError, match="all 1 rollouts of step 7 failed, the first at reset"):
+        check(failed)
 
 
 async def test_too_few_tasks_for_a_step_are_refused(model: Path, sandbox: str, tmp_path: Path) -> None:

@@ -5,76 +5,30 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from backtalk.errors import ConfigError, SandboxError
-from backtalk.sandboxes import BackendReport, ExecResult, Sandbox, SandboxFile, SandboxLimits
+from backtalk.sandboxes import SandboxFile, SandboxLimits
 from backtalk.sandboxes import pool as pool_module
-from backtalk.sandboxes.machine.capacity import Room, available_mb, cores, fitting, how_many, room
+from backtalk.sandboxes.machine import capacity as capacity_module
+from backtalk.sandboxes.machine.capacity import (
+    SHARED_BY,
+    Capacity,
+    Room,
+    available_mb,
+    capacity,
+    cores,
+    fitting,
+    memory_is_short,
+    room,
+)
 from backtalk.sandboxes.pool import PooledBackend
-from sandbox_help import backend_or_skip, children, groups, open_files
+from sandbox_help import Box, Counting, backend_or_skip, children, groups, open_files
 
 SMALL, LARGE = SandboxLimits(memory_mb=64), SandboxLimits(memory_mb=128)
-
-
-@dataclass(eq=False)
-class Box:
-    limits: SandboxLimits
-    alive: bool = True
-    uses: int = 0
-
-    async def exec(
-        self, command: str, *, timeout_s: float, env: Mapping[str, str] = {}, cwd: str | None = None
-    ) -> ExecResult:
-        if not self.alive:
-            raise SandboxError("it is dead")
-        return ExecResult("", 0)
-
-    async def put(self, files: Mapping[str, SandboxFile]) -> None: ...
-
-    async def get(self, path: str, *, max_bytes: int = 0) -> bytes | None: ...
-
-    async def restart(self) -> None: ...
-
-
-@dataclass(eq=False)
-class Counting:
-    """A backend that counts what is starting and alive. ``before`` runs at each start: to break or delay it."""
-
-    before: Callable[[int], object] = lambda number: None
-    pause_s: float = 0.001
-    report: BackendReport = field(default_factory=lambda: BackendReport("counting"))
-    made: list[Box] = field(default_factory=list)
-    starting: int = 0
-    live: int = 0
-    most_starting: int = 0
-    most_live: int = 0
-    starts: int = 0
-
-    @asynccontextmanager
-    async def open(self, limits: SandboxLimits) -> AsyncGenerator[Sandbox]:
-        self.starts += 1
-        self.starting += 1
-        self.most_starting = max(self.most_starting, self.starting)
-        try:
-            self.before(self.starts)
-            await asyncio.sleep(self.pause_s)
-        finally:
-            self.starting -= 1
-        box = Box(limits)
-        self.made.append(box)
-        self.live += 1
-        self.most_live = max(self.most_live, self.live)
-        try:
-            yield box
-        finally:
-            await asyncio.sleep(self.pause_s)
-            box.alive = False
-            self.live -= 1
 
 
 async def use(pool: PooledBackend, limits: SandboxLimits = SMALL, seconds: float = 0.002) -> Box:
@@ -309,14 +263,18 @@ def test_the_scarcest_thing_decides() -> None:
     plenty = {"cores": 64.0, "memory_mb": 1e9, "processes": 10**9, "open_files": 10**9}
 
     def holds(**scarce: float) -> int:
-        return fitting(limits, Room(**(plenty | scarce)))  # type: ignore[arg-type]
+        return fitting(limits, Room(**(plenty | scarce))).sandboxes  # type: ignore[arg-type]
 
     assert holds(cores=2.0) == 256  # 128 for each
     assert holds(cores=0.5) == 64
     assert holds(memory_mb=16_384) == 210  # 16384 * 7/8 / (4 + 512/8) = 14336 / 68 = 210.8
-    assert holds(processes=4_096) == 224  # (4096 - 512) / (8 + 64/8)
-    assert holds(open_files=1_024) == 96  # (1024 - 256) / 8
-    assert holds(open_files=100) == holds(memory_mb=0.0) == 1
+    assert holds(processes=4_096) == 240  # (4096 - 256) / (8 + 64/8)
+    assert holds(open_files=1_024) == 120  # (1024 - 64) / 8
+    assert holds(open_files=50) == holds(memory_mb=0.0) == 1
+    few = Room(cores=2.0, memory_mb=1_700.4, processes=9_000, open_files=245)
+    assert fitting(limits, few) == Capacity(
+        21, "1700 MiB of memory left"
+    )  # 1700.4 * 7/8 / 68 = 21.9, before 22 by files
 
 
 def test_this_machine_has_room() -> None:
@@ -324,4 +282,39 @@ def test_this_machine_has_room() -> None:
     assert 0 < cores() <= (os.cpu_count() or 1) and left.open_files > 0 and left.processes > 0
     total_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 20)
     assert 0 < available_mb() < total_mb
-    assert how_many(SandboxLimits()) >= 1
+    assert capacity(SandboxLimits()).sandboxes >= 1
+
+
+@pytest.mark.parametrize(
+    ("limit", "used", "value"),
+    [
+        ("memory.max", "memory.current", "max"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", str((1 << 63) - 4096)),
+    ],
+)
+def test_the_memory_limit_of_every_control_group_above_counts(
+    limit: str, used: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Version 2 and version 1. 300 MiB may be used above, of which 200 are used and 50 of those are idle files."""
+    idle = "inactive_file" if limit == "memory.max" else "total_inactive_file"
+    own, above = tmp_path / "above" / "own", tmp_path / "above"
+    own.mkdir(parents=True)
+    for folder, most in ((own, value), (above, str(300 << 20))):
+        (folder / limit).write_text(most + "\n")
+        (folder / used).write_text(f"{200 << 20}\n")
+        (folder / "memory.stat").write_text(f"cache 1\n{idle} {50 << 20}\n")
+    monkeypatch.setattr(capacity_module, "own_groups", lambda controller: (own, above))
+    assert available_mb() == 150
+    assert memory_is_short(SandboxLimits(memory_mb=147)) and not memory_is_short(SandboxLimits(memory_mb=146))
+    assert capacity_module.memory_limits() == [300 << 20]
+    assert capacity(SandboxLimits(memory_mb=128)) == Capacity(6, "150 MiB of memory left")  # 150 * 7/8 / (4 + 16)
+    monkeypatch.setenv(SHARED_BY, "2")
+    assert capacity(SandboxLimits(memory_mb=128)) == Capacity(3, "75 MiB of memory left")
+
+
+def test_trainings_that_were_started_together_share_all_but_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = room()
+    monkeypatch.setenv(SHARED_BY, "4")
+    shared = room()
+    assert shared.cores == alone.cores / 4 and shared.memory_mb < alone.memory_mb / 2
+    assert shared.processes < alone.processes / 2 and shared.open_files == alone.open_files

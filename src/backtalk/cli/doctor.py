@@ -37,6 +37,7 @@ REQUIRED = ("torch", "transformers", "tokenizers", "safetensors", "pyarrow", "ma
 BASE_MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 MIN_MEMORY_GIB = 2.0
 MIN_DISK_GIB = 1.0
+DEFAULT_ROLLOUTS = 64  # at once
 GIB = 1 << 30
 STYLES = {"ok": "green", "note": "yellow", "optional": "dim", "missing": "bold red"}
 
@@ -70,6 +71,8 @@ def examine() -> Iterator[Finding]:
     yield _device()
     yield _base_model()
     yield from _sandbox()
+    if sys.platform == "linux":
+        yield _capacity()
     yield from _extras()
 
 
@@ -82,28 +85,13 @@ def _python() -> Finding:
 
 def _cores() -> Finding:
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _cpu_quota()
     text = f"{count} usable"
-    if quota is not None and quota < count:
-        return Finding("CPU cores", State.NOTE, f"{text}, and the container may use the time of {quota:g} of them")
+    if sys.platform == "linux":
+        from backtalk.sandboxes.machine.capacity import cores
+
+        if (share := cores()) < count:
+            return Finding("CPU cores", State.NOTE, f"{text}, and the container may use the time of {share:g} of them")
     return Finding("CPU cores", State.OK, text)
-
-
-def _cpu_quota() -> float | None:
-    """Cores' worth of time that the control group allows, or None where it does not limit it."""
-    pairs = (
-        ("/sys/fs/cgroup/cpu.max", None),
-        ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
-    )
-    for first, second in pairs:
-        try:
-            words = (Path(first).read_text() + " " + (Path(second).read_text() if second else "")).split()
-            quota, period = float(words[0]), float(words[1])
-        except (OSError, ValueError, IndexError):
-            continue
-        if quota > 0 and period > 0:
-            return quota / period
-    return None
 
 
 def _memory() -> Finding:
@@ -117,15 +105,14 @@ def _memory() -> Finding:
 
 
 def _memory_bytes() -> int | None:
-    """What this process may use: the machine's memory, or its control group's limit where that is less."""
+    """Return what this process may use: the machine's memory, or its control group's limit where that is less."""
     found = []
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            found.append(int(Path(path).read_text()))
-        except (OSError, ValueError):  # "max" is no limit
-            continue
     with suppress(OSError, ValueError):
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if sys.platform == "linux":
+        from backtalk.sandboxes.machine.capacity import memory_limits
+
+        found += memory_limits()
     return min(found, default=None)
 
 
@@ -205,6 +192,17 @@ def _sandbox() -> Iterator[Finding]:
         yield Finding("", State.NOTE, warning)
     for check, reason in report.cannot.items():
         yield Finding("", State.NOTE, f"cannot {check}: {reason}")
+
+
+def _capacity() -> Finding:
+    """Return how many sandboxes can be alive at once, and what bounds it."""
+    from backtalk.sandboxes.machine.capacity import capacity
+
+    found = capacity(SandboxLimits())
+    text = f"{found.sandboxes} at once, with {found.bound}"
+    if found.sandboxes >= DEFAULT_ROLLOUTS:
+        return Finding("Sandboxes", State.OK, text)
+    return Finding("Sandboxes", State.NOTE, f"{text}; the default run wants {DEFAULT_ROLLOUTS} and takes longer")
 
 
 async def _try_sandbox(backend: SandboxBackend) -> None:

@@ -23,6 +23,7 @@ from backtalk.evidence.compare import Comparison, compare
 from backtalk.files import write_bytes
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict, setting_schemas
 from backtalk.run.log import RunLog, lock_folder
+from backtalk.sandboxes.machine.capacity import SHARED_BY
 from backtalk.settings import flatten, parse_overrides, read_settings, read_yaml
 
 POLL_S = 0.5
@@ -144,7 +145,7 @@ async def _run_study(study: Study, folder: Path, parallel: int | None, tell: OnS
     async def run(job: _Job) -> None:
         async with places:
             if not job.is_finished():
-                await job.run(single_thread=parallel > 1, tell=tell)
+                await job.run(parallel, tell)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -202,13 +203,13 @@ class _Job:
         text = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
         return text[-LOG_TAIL_CHARS:].strip() or "(it wrote nothing)"
 
-    async def run(self, *, single_thread: bool, tell: OnStudyEvent) -> None:
+    async def run(self, parallel: int, tell: OnStudyEvent) -> None:
         import yaml
 
         write_bytes(self.config_path, yaml.safe_dump(config_to_dict(self.config), sort_keys=False).encode())
         command = [sys.executable, "-m", "backtalk.cli", "train", str(self.config_path), "--out", str(self.log.folder)]
         command += ["--resume"] if self.log.config_path.exists() else []
-        async with _process(command, self.log_path, single_thread) as process:
+        async with _process(command, self.log_path, parallel) as process:
             waiting = asyncio.ensure_future(process.wait())
             seen = self._done()
             while not waiting.done():
@@ -225,10 +226,10 @@ class _Job:
 
 
 @asynccontextmanager
-async def _process(command: Sequence[str], log_path: Path, single_thread: bool) -> AsyncIterator[Any]:
+async def _process(command: Sequence[str], log_path: Path, parallel: int) -> AsyncIterator[Any]:
     """A child that ends when we do: asked first, killed after a while, and by the kernel if we die."""
-    environment = dict(os.environ)
-    if single_thread:  # runs side by side would fight over the cores, and a waiting thread must not spin
+    environment = {**os.environ, SHARED_BY: str(parallel)}
+    if parallel > 1:  # runs side by side would fight over the cores, and a waiting thread must not spin
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with open(log_path, "ab") as log:

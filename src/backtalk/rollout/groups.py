@@ -11,10 +11,13 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from statistics import median
 
 from backtalk.errors import ConfigError, distinct
 from backtalk.language.renderer import Renderer
+from backtalk.rollout.admission import Admission
 from backtalk.rollout.limits import Deadline, RolloutLimits
 from backtalk.rollout.rollout import EnvFactory, attempt
 from backtalk.rollout.sampler import Sampler
@@ -24,7 +27,7 @@ from backtalk.trajectory import Trajectory, TrajectoryGroup
 
 BACKOFF_S = 1.0  # before the first retry, at most; twice as long before each further one
 MOST_ARE = 0.9  # share of a step's rollouts that has to be done before the others are hurried
-ELSEWHERE = 64  # rollouts at once where the machine cannot be asked
+ELSEWHERE = 64  # rollouts at once on a system that cannot be asked
 
 
 async def run_rollout(
@@ -37,20 +40,21 @@ async def run_rollout(
     sample_index: int,
     key: str,
     deadline: Deadline | None = None,
+    admission: Admission | None = None,
 ) -> Trajectory:
     """One attempt, in a fresh world again where one broke before the policy had said anything.
 
     Time for all of it, set-up and waiting included, is the smaller of the limits' and the task's.
     """
     version = sampler.policy_version
-    deadline = deadline or Deadline(time_for(task, limits))
-    record = await attempt(task, open_env, sampler, renderer, limits, deadline, key=key)
+    deadline, admission = deadline or Deadline(time_for(task, limits)), admission or Admission()
+    record = await attempt(task, open_env, sampler, renderer, limits, deadline, admission, key=key)
     for retry in range(limits.max_retries):
         wait_s = backoff_s(key, retry)
         if not record.may_be_retried or wait_s >= deadline.left_s:
             break
         await asyncio.sleep(wait_s)
-        record = await attempt(task, open_env, sampler, renderer, limits, deadline, key=key)
+        record = await attempt(task, open_env, sampler, renderer, limits, deadline, admission, key=key)
         record.stats["retries"] = retry + 1.0
     return record.trajectory(task, sample_index, version)
 
@@ -70,15 +74,23 @@ def backoff_s(key: str, retry: int) -> float:
     return BACKOFF_S * 2**retry * (1 - share / 2)
 
 
-def at_once(limits: RolloutLimits, sandbox: SandboxLimits | None = None) -> int:
-    """``limits.concurrency``; where it is None, as many as this machine holds sandboxes with these limits."""
-    if limits.concurrency is not None:
-        return limits.concurrency
-    if sys.platform != "linux":
-        return ELSEWHERE
-    from backtalk.sandboxes.machine.capacity import how_many
+def fit_machine(limits: RolloutLimits, sandbox: SandboxLimits | None = None) -> tuple[RolloutLimits, str | None]:
+    """Return the limits with as many rollouts at once as this machine holds sandboxes, and a line where that is fewer.
 
-    return how_many(sandbox or SandboxLimits())
+    ``limits.concurrency`` is an upper bound; None is none.
+    """
+    wanted = limits.concurrency
+    if sys.platform != "linux":
+        return replace(limits, concurrency=wanted or ELSEWHERE), None
+    from backtalk.sandboxes.machine.capacity import capacity
+
+    found = capacity(sandbox or SandboxLimits())
+    if wanted is None or wanted <= found.sandboxes:
+        return replace(limits, concurrency=wanted or found.sandboxes), None
+    return replace(limits, concurrency=found.sandboxes), (
+        f"rollout.concurrency={wanted} is lowered to {found.sandboxes}, as many sandboxes as this machine carries "
+        f"with {found.bound}; every rollout runs, fewer of them at once"
+    )
 
 
 class Stragglers:
@@ -136,23 +148,25 @@ async def run_groups(
     group_size: int,
     key: str,
 ) -> list[TrajectoryGroup]:
-    """A group for each task, in order; at most ``at_once(limits)`` attempts at once, over all of them.
+    """A group for each task, in order; at most ``limits.concurrency`` rollouts at once, over all of them.
+
+    None is as many as this machine holds sandboxes of the usual limits.
 
     A failed attempt touches no other. A bug, or Ctrl-C, ends them all, closes their worlds and is raised; several bugs
     at the same moment are raised as an ExceptionGroup.
     """
     if group_size < 1:
         raise ConfigError(f"group_size={group_size} makes no attempt; use group_size >= 1")
-    places = asyncio.Semaphore(at_once(limits))
+    num_concurrent = limits.concurrency or fit_machine(limits)[0].concurrency or 1
+    turns, admission = asyncio.Semaphore(num_concurrent), Admission()
     stragglers = Stragglers(len(tasks) * group_size, limits.straggler_factor)
 
     async def rollout(task: Task, index: int) -> Trajectory:
-        async with places:
+        async with turns:
             name, deadline = f"{key}/{task.id}/{index}", Deadline(time_for(task, limits))
+            play = partial(run_rollout, task, open_env, sampler, renderer, limits, sample_index=index, key=name)
             with stragglers.watch(deadline):
-                return await run_rollout(
-                    task, open_env, sampler, renderer, limits, sample_index=index, key=name, deadline=deadline
-                )
+                return await play(deadline=deadline, admission=admission)
 
     try:
         async with asyncio.TaskGroup() as attempts:

@@ -43,7 +43,7 @@ class RolloutLimits:
 
 
 class Deadline:
-    """When a rollout ends at the latest, over all its tries; it may be brought forward while it runs."""
+    """Time at which a rollout ends at the latest, over all its tries; it can be moved while the rollout runs."""
 
     def __init__(self, seconds: float) -> None:
         self._begun = asyncio.get_running_loop().time()
@@ -59,13 +59,21 @@ class Deadline:
         return self._ends - asyncio.get_running_loop().time()
 
     def scope(self) -> asyncio.Timeout:
-        """For one try: what is awaited inside is cancelled at the deadline. To be entered at once."""
+        """Return a context for one try: what is awaited inside is cancelled at the deadline. Enter it at once."""
         self._scope = asyncio.timeout_at(self._ends)
         return self._scope
 
     def bring_forward(self, seconds: float) -> None:
-        """To ``seconds`` after the beginning, if that is earlier."""
-        self._ends = min(self._ends, self._begun + seconds)
+        """Move to ``seconds`` after the beginning, if that is earlier."""
+        self._move(min(self._ends, self._begun + seconds))
+
+    def postpone(self, seconds: float) -> None:
+        """Move beginning and end ``seconds`` later: so much time was not the rollout's own."""
+        self._begun += seconds
+        self._move(self._ends + seconds)
+
+    def _move(self, ends: float) -> None:
+        self._ends = ends
         if self._scope is not None:
             with suppress(RuntimeError):  # the scope is left already
-                self._scope.reschedule(self._ends)
+                self._scope.reschedule(ends)

@@ -18,6 +18,7 @@ from backtalk.envs.base import Env, Step
 from backtalk.errors import InfrastructureError, VerifierError
 from backtalk.language.renderer import Renderer
 from backtalk.messages import Message, ParsedAction, Part
+from backtalk.rollout.admission import Admission
 from backtalk.rollout.limits import Deadline, RolloutLimits
 from backtalk.rollout.recorder import Record
 from backtalk.rollout.sampler import Sampler, SamplerSession
@@ -55,26 +56,29 @@ async def attempt(
     renderer: Renderer,
     limits: RolloutLimits,
     deadline: Deadline,
+    admission: Admission,
     *,
     key: str,
 ) -> Record:
-    """One try. Its world is closed before this returns or raises, and an InfrastructureError is in the record.
+    """Run one try. Its world is closed before this returns or raises, and an InfrastructureError is in the record.
 
-    The deadline covers setting up the world too. Scoring comes after the session is closed, so that the other
-    rollouts at the sampler do not wait for it.
+    The deadline covers setting up the world too. The session is opened when the world is there and closed before
+    scoring, so that the other rollouts at the sampler wait for neither (`Admission`).
     """
     record = Record()
     try:
         async with _Worlds() as worlds:
             scope = deadline.scope()
             try:
-                async with scope, sampler.session(key) as session:
-                    with record.phase("reset"):
-                        env = await worlds.enter_async_context(open_env(task))
-                        messages = await env.reset()
+                async with scope, AsyncExitStack() as sessions:
+                    with admission.arriving(deadline):
+                        with record.phase("reset"):
+                            env = await worlds.enter_async_context(open_env(task))
+                            messages = await env.reset()
+                        session = await sessions.enter_async_context(sampler.session(key))
                     renderer = renderer.for_tools(env.tools)
                     record.begin(messages, renderer)
-                    record.stop_reason = await _play(env, session, renderer, limits, deadline, record)
+                    record.stop_reason = await _play(env, session, renderer, limits, deadline, admission, record)
             except (TimeoutError, InfrastructureError):
                 if not scope.expired():
                     raise
@@ -86,13 +90,21 @@ async def attempt(
     except InfrastructureError as error:
         if record.where != "close":  # a world that breaks when all is said and scored takes nothing away
             record.fail(error)
+    finally:
+        admission.ended()
     return record
 
 
 async def _play(
-    env: Env, session: SamplerSession, renderer: Renderer, limits: RolloutLimits, deadline: Deadline, record: Record
+    env: Env,
+    session: SamplerSession,
+    renderer: Renderer,
+    limits: RolloutLimits,
+    deadline: Deadline,
+    admission: Admission,
+    record: Record,
 ) -> StopReason:
-    """Turn after turn, until something ends it."""
+    """Play turn after turn, until something ends it."""
     for turn in range(limits.max_turns):
         room = limits.max_tokens - len(record.token_ids)
         if room < 1:
@@ -100,6 +112,7 @@ async def _play(
         if deadline.left_s <= 0:  # the world swallowed the cancellation
             return StopReason.DEADLINE
         with record.phase("sample"):
+            await admission.settled()
             completion = await session.sample(tuple(record.token_ids), min(room, limits.max_tokens_per_turn))
         action = renderer.parse_action(completion.token_ids, completion.stopped)
         record.act(completion, action, turn)

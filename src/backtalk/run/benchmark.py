@@ -13,14 +13,16 @@ from backtalk.envs.base import World
 from backtalk.envs.terminal import TerminalWorld
 from backtalk.errors import ConfigError
 from backtalk.language.renderer import Renderer
+from backtalk.rollout.groups import fit_machine
 from backtalk.rollout.sampler import SamplingParams
 from backtalk.run.config import TrainConfig
 from backtalk.run.estimates import Interval, pass_at_k, ratio_interval
 from backtalk.run.evaluate import Evaluation, evaluate
 from backtalk.run.events import Notice, OnEvent
 from backtalk.run.sources import read_tasks
-from backtalk.run.worlds import counted
+from backtalk.run.worlds import check_rollouts, counted
 from backtalk.sandboxes import local_sandbox
+from backtalk.sandboxes.pool import PooledBackend
 from backtalk.tasks.task import Task
 from backtalk.trajectory import TrajectoryGroup
 
@@ -69,6 +71,7 @@ async def run_benchmark(
     Raises:
         ConfigError: no such dataset, or none of its tasks has such a name.
         TaskError: a task that cannot be played here; the message says where it can.
+        InfrastructureError: no rollout came through.
     """
     tell = on_event or (lambda event: None)
     tasks = await benchmark_tasks(benchmark, tell)
@@ -76,14 +79,18 @@ async def run_benchmark(
     engine = open_engine(config.engine, seed=config.seed)
     if checkpoint is not None:
         engine.load(checkpoint)
-    limit = config.rollout.max_tokens_per_turn
+    limit, limits = config.rollout.max_tokens_per_turn, config.rollout
+    if benchmark.environment == LOCAL:
+        limits, notice = fit_machine(limits, config.terminal.sandbox)
+        if notice:
+            tell(Notice(notice))
     try:
         evaluation, groups = await evaluate(
             engine,
             tasks,
             counted(world.open, "evaluation", 0, len(tasks) * benchmark.attempts, tell),
             Renderer(engine.tokenizer, (), config.renderer),
-            limits=config.rollout,
+            limits=limits,
             params=SamplingParams(temperature=config.temperature, max_tokens=limit, seed=config.seed),
             samples_per_task=benchmark.attempts,
             step=engine.policy_version,
@@ -91,6 +98,7 @@ async def run_benchmark(
         )
     finally:
         await world.close()
+    check_rollouts(groups, f"the benchmark {benchmark.dataset}")
     return BenchmarkResult(pass_at_every_k(evaluation), evaluation), groups
 
 
@@ -129,7 +137,7 @@ def _named(task: Task, patterns: Sequence[str]) -> bool:
 
 def _world(config: TrainConfig, benchmark: Benchmark) -> World:
     if benchmark.environment == LOCAL:
-        return TerminalWorld(local_sandbox(config.sandbox, root=config.terminal.root), config.terminal)
+        return TerminalWorld(PooledBackend(local_sandbox(config.sandbox, root=config.terminal.root)), config.terminal)
     from backtalk.envs.harbor import HarborWorld
 
     return HarborWorld(benchmark.environment, config.terminal)

@@ -6,25 +6,24 @@ import asyncio
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from backtalk.engines.checkpoint import find_checkpoint, write_atomically
 from backtalk.engines.choose import open_engine
 from backtalk.engines.guard import guard
-from backtalk.errors import ConfigError, DataError, InfrastructureError
+from backtalk.errors import ConfigError, DataError
 from backtalk.language.renderer import Renderer
 from backtalk.objective.samples import build_samples
 from backtalk.objective.weights import step_weights
-from backtalk.rollout.groups import at_once, run_groups
+from backtalk.rollout.groups import run_groups
 from backtalk.rollout.sampler import SamplingParams
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict
 from backtalk.run.evaluate import Evaluation, evaluate, rollout_metrics, row_metrics, time_metrics
 from backtalk.run.events import EvaluationDone, Notice, OnEvent, RunDone, RunStarted, StepDone
 from backtalk.run.log import RunLog, lock_folder
 from backtalk.run.tasks import held_out_tasks, mixed_tasks_of_step, recorded_trajectories, train_tasks
-from backtalk.run.worlds import Worlds, counted
+from backtalk.run.worlds import Worlds, check_rollouts, counted
 from backtalk.settings import flatten
 from backtalk.trajectory import TrajectoryGroup
 
@@ -54,7 +53,7 @@ async def train(
 
     Raises:
         ConfigError: settings that cannot work, or a folder that holds another run or that another process writes.
-        InfrastructureError: every rollout of a step failed.
+        InfrastructureError: no rollout of a step came through.
         DataError: the run folder cannot be written.
     """
     log = RunLog(folder)
@@ -154,16 +153,6 @@ def _claim(log: RunLog, config: TrainConfig, resume: bool) -> None:
         )
 
 
-def _check_world(groups: Sequence[TrajectoryGroup], what: str) -> None:
-    """Raises InfrastructureError where every rollout failed: then the world is broken, not a task."""
-    failures = [t.failure for group in groups for t in group]
-    if first := all(failures) and failures[0]:
-        raise InfrastructureError(
-            f"all {len(failures)} rollouts of {what} failed, the first at {first.where} with {first.error}: "
-            f"{first.message}; `backtalk doctor` says what this machine lacks. Continue with --resume once it works"
-        )
-
-
 class Run:
     """The parts of one run, put together from its settings."""
 
@@ -179,7 +168,7 @@ class Run:
         self.params = SamplingParams(
             temperature=config.temperature, max_tokens=config.rollout.max_tokens_per_turn, seed=config.seed
         )
-        self.limits = replace(config.rollout, concurrency=at_once(config.rollout, config.terminal.sandbox))
+        self.limits = self.worlds.fit_machine(tell)
         self.recorded = recorded_trajectories(config, len(self.engine.tokenizer), tell)
         self.saved_step = 0  # policy version of the checkpoint; 0 has none, it is the model itself
 
@@ -200,7 +189,7 @@ class Run:
             group_size=config.group_size,
             key=f"train/{step}",
         )
-        _check_world(groups, f"step {step}")
+        check_rollouts(groups, f"step {step}", observations_teach=config.objective.at(step).world_coeff > 0)
         return groups, time.monotonic() - started
 
     async def learn(
@@ -246,7 +235,7 @@ class Run:
             recorded=self.recorded,
             step=step,
         )
-        _check_world(groups, "the held-out measurement")
+        check_rollouts(groups, "the held-out measurement")
         return evaluation, groups
 
     async def evaluate_if_due(self, step: int, log: RunLog) -> None:

@@ -12,7 +12,8 @@ from types import TracebackType
 
 from backtalk.errors import ConfigError, SandboxError
 from backtalk.sandboxes.base import BackendReport, Sandbox, SandboxBackend, SandboxLimits
-from backtalk.sandboxes.machine.capacity import STARTS_PER_CORE, cores, how_many, memory_is_short
+from backtalk.sandboxes.machine.capacity import STARTS_PER_CORE, capacity, cores, memory_is_short
+from backtalk.sandboxes.places import Arrival, arrival
 
 _CHECK_TIMEOUT_S = 10.0
 _MEMORY_PAUSE_S = 0.05
@@ -23,7 +24,7 @@ class PooledBackend:
 
     - At most `live` of them are there at once, ready ones and those being started or closed included, and at most
       `starts` are being started. Whoever asks for more waits, in order. While memory is short none is started unless
-      no other is in use.
+      no other is in use. A rollout that waits for either says so (`sandboxes.places`).
     - Up to `ready` are started ahead, with the limits asked for last. One that died while it waited is replaced.
 
     A sandbox is closed before its block is left, as without a pool. What is ready is closed by `close`, or when the
@@ -33,7 +34,7 @@ class PooledBackend:
     def __init__(
         self, backend: SandboxBackend, *, ready: int = 0, live: int | None = None, starts: int | None = None
     ) -> None:
-        """`live` None is what the machine holds (`capacity.how_many`), `starts` None is 4 for each of its cores."""
+        """`live` None is what the machine holds (`capacity.capacity`), `starts` None is 4 for each of its cores."""
         for name, value in (("ready", ready + 1), ("live", live), ("starts", starts)):
             if value is not None and value < 1:
                 raise ConfigError(f"a pool with {name}={value} gives no sandbox; use 1 or more, or None")
@@ -57,7 +58,7 @@ class PooledBackend:
     async def _open(self, limits: SandboxLimits) -> AsyncGenerator[Sandbox]:
         loop = asyncio.get_running_loop()
         if loop not in self._pools:
-            live = self._live or how_many(limits)
+            live = self._live or capacity(limits).sandboxes
             starts = self._starts or max(1, int(STARTS_PER_CORE * cores()))
             self._pools[loop] = _Pool(self._backend, min(self._ready, live - 1), live, starts)
         pool = self._pools[loop]
@@ -99,15 +100,23 @@ class _Kept:
         return result.exit_code == 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Wanted:
+    """A sandbox that a rollout waits for."""
+
+    future: asyncio.Future[_Kept]
+    arrival: Arrival
+
+
 class _Pool:
-    """The sandboxes of one event loop."""
+    """Sandboxes of one event loop."""
 
     def __init__(self, backend: SandboxBackend, ready: int, live: int, starts: int) -> None:
-        self._backend, self._ready = backend, ready
+        self._backend, self._ready, self._most_live = backend, ready, live
         self._places = asyncio.Semaphore(live)  # held by each from before its start to after its end
         self._starts = asyncio.Semaphore(starts)
         self._shelf: list[_Kept] = []  # ready ones, the oldest first
-        self._waiting: defaultdict[SandboxLimits, deque[asyncio.Future[_Kept]]] = defaultdict(deque)
+        self._waiting: defaultdict[SandboxLimits, deque[_Wanted]] = defaultdict(deque)
         self._coming: Counter[SandboxLimits] = Counter()  # on the way, for whoever is first then
         self._live = 0  # begun and not ended
         self._keepers: dict[asyncio.Task[None], bool] = {}  # whether it is anybody's already
@@ -125,9 +134,12 @@ class _Pool:
                 self._refill(limits)
                 return kept
         future: asyncio.Future[_Kept] = asyncio.get_running_loop().create_future()
-        self._waiting[limits].append(future)
+        wanted = _Wanted(future, arrival.get())
+        self._waiting[limits].append(wanted)
         if self._coming[limits] < len(self._waiting[limits]):
             self._hire(limits)
+        if len(self._keepers) > self._most_live:  # the last of them has no place yet
+            wanted.arrival.wait()
         if self._places.locked():
             self._clear_one(but=limits)
         try:
@@ -137,8 +149,9 @@ class _Pool:
                 self._offer(future.result())  # it came in the very moment of the cancellation
             raise
         finally:
+            wanted.arrival.go_on()
             with suppress(ValueError):
-                self._waiting[limits].remove(future)
+                self._waiting[limits].remove(wanted)
         self._refill(limits)
         return kept
 
@@ -152,9 +165,9 @@ class _Pool:
     async def close(self) -> None:
         self._ready = 0
         for waiting in self._waiting.values():
-            for future in waiting:
-                if not future.done():
-                    future.set_exception(SandboxError("the pool of sandboxes was closed"))
+            for wanted in waiting:
+                if not wanted.future.done():
+                    wanted.future.set_exception(SandboxError("the pool of sandboxes was closed"))
         idle = [keeper for keeper, used in self._keepers.items() if not used]
         for keeper in idle:
             keeper.cancel()
@@ -180,7 +193,7 @@ class _Pool:
     def _first_waiting(self, limits: SandboxLimits) -> asyncio.Future[_Kept] | None:
         waiting = self._waiting[limits]
         while waiting:
-            if not (future := waiting.popleft()).done():
+            if not (future := waiting.popleft().future).done():
                 return future
         return None
 
@@ -217,6 +230,8 @@ class _Pool:
                     if self._coming[limits] > len(self._waiting[limits]) + self._ready - len(self._shelf):
                         return  # who wanted it has gone
                     while self._live > len(self._shelf) and memory_is_short(limits):
+                        for wanted in self._waiting[limits]:
+                            wanted.arrival.wait()
                         await asyncio.sleep(_MEMORY_PAUSE_S)
                     self._live += 1
                     stack.callback(self._ended)

@@ -16,6 +16,7 @@ from backtalk.envs.openenv.observe import observe
 from backtalk.envs.openenv.server import get_json, server_for
 from backtalk.envs.openenv.session import PROTOCOL, OpenEnvError, OpenEnvRefusal, OpenEnvSession, Result, connect
 from backtalk.messages import Message, Part, ToolCall, ToolSpec
+from backtalk.sandboxes.places import arrival
 from backtalk.tasks.task import Task
 from backtalk.trajectory import TokenRole
 
@@ -150,23 +151,29 @@ class OpenEnvWorld:
         Raises:
             OpenEnvError: the server cannot be had, or could not reset.
         """
-        while True:
-            async with self._places:
-                await self._places.wait_for(lambda: self._open < self._most)
-                self._open += 1
-            session = None
-            try:
-                session = await self._connect()
-                return session, await session.reset(**arguments)
-            except BaseException as error:
-                await self.end(session)
-                if isinstance(error, OpenEnvRefusal) and error.code == FULL:
+        rollout = arrival.get()
+        try:
+            while True:
+                async with self._places:
+                    if self._open >= self._most:
+                        rollout.wait()
+                    await self._places.wait_for(lambda: self._open < self._most)
+                    self._open += 1
+                session = None
+                try:
+                    session = await self._connect()
+                    return session, await session.reset(**arguments)
+                except BaseException as error:
+                    await self.end(session)
+                    if not isinstance(error, OpenEnvError):
+                        raise
+                    if not isinstance(error, OpenEnvRefusal) or error.code != FULL:
+                        raise self.explained(error) from error
+                    rollout.wait()
                     self._keep_within(error.data.get("max_sessions"))
-                elif isinstance(error, OpenEnvError):
-                    raise self.explained(error) from error
-                else:
-                    raise
-            await asyncio.sleep(RETRY_S)  # the place of a session that was closed is free a moment later
+                await asyncio.sleep(RETRY_S)  # the place of a session that was closed is free a moment later
+        finally:
+            rollout.go_on()
 
     async def end(self, session: OpenEnvSession | None) -> None:
         """Give a session's place to whoever waits for one."""
