@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx2
+
 from backtalk.capture.author import Reply, Seen, text_of
 from backtalk.errors import ConfigError, DataError, SamplerError
 from backtalk.language.openai_chat import content_text, read_call, spelled_call
@@ -137,12 +139,11 @@ class Endpoint:
         Raises:
             SamplerError: the server cannot be reached, or stays busy or broken.
         """
-        httpx = _httpx()
         key = os.environ.get(self.config.key_variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         problem = ""
         secure = self.config.url.startswith("https")  # loading certificates takes longer than a local server's answer
-        async with httpx.AsyncClient(timeout=self.config.timeout_s, headers=headers, verify=secure) as client:
+        async with httpx2.AsyncClient(timeout=self.config.timeout_s, headers=headers, verify=secure) as client:
             for attempt in range(self.config.attempts):
                 wait_s = self.config.first_wait_s * 2**attempt
                 try:
@@ -151,7 +152,7 @@ class Endpoint:
                         return response.status_code, _body(response.text)
                     problem = f"status {response.status_code}: {response.text[:SHOWN]}"
                     wait_s = max(wait_s, _seconds(response.headers.get("retry-after")))
-                except httpx.HTTPError as error:
+                except httpx2.HTTPError as error:
                     problem = f"{type(error).__name__}: {error}"
                 if attempt + 1 < self.config.attempts:
                     await asyncio.sleep(wait_s)
@@ -159,14 +160,6 @@ class Endpoint:
             f"{self.config.url} did not answer after {self.config.attempts} attempts ({problem}); "
             "is the server running, and the URL right?"
         )
-
-
-def _httpx() -> Any:
-    try:
-        import httpx
-    except ImportError as error:
-        raise ConfigError("asking an endpoint needs httpx; type: pip install 'backtalk[capture]'") from error
-    return httpx
 
 
 def _openai(messages: Sequence[Message], call_id: str | None) -> list[dict[str, Any]]:
