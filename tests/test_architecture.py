@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,18 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
     for module in sorted(graph):
         visit(module, ())
+
+
+def test_no_two_siblings_import_each_other() -> None:
+    """Compare folders, and modules beside them, at the level where the importer's path and the target's part."""
+    pairs = set()
+    for path in MODULES:
+        for target in {target for target, _ in imports(path) if target in NAMES}:
+            ours, theirs = module_name(path).split("."), target.split(".")
+            level = sum(1 for _ in takewhile(lambda names: names[0] == names[1], zip(ours, theirs, strict=False)))
+            if level < min(len(ours), len(theirs)):
+                pairs.add((".".join(ours[: level + 1]), ".".join(theirs[: level + 1])))
+    assert not [pair for pair in sorted(pairs) if pair[::-1] in pairs]
 
 
 @pytest.mark.parametrize("path", in_parts(WORLD_TOWER), ids=identify)

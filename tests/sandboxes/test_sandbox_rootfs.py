@@ -27,7 +27,6 @@ from backtalk.sandboxes.bubblewrap.backend import BubblewrapBackend
 from backtalk.sandboxes.conformance import CHECKS, Outcome, conformance
 from backtalk.sandboxes.images.open import open_root
 from backtalk.sandboxes.images.tar import unpack
-from backtalk.sandboxes.machine.probe import probe
 from backtalk.sandboxes.root import cache_folder, cached, inside
 from sandbox_help import backend_or_skip
 
@@ -96,6 +95,11 @@ def tar(tree: Path, place: Path) -> Path:
     return path
 
 
+def over(choice: Path, images: dict[str, str] | None = None) -> BubblewrapBackend:
+    """Return a backend whose sandboxes start from a chosen root."""
+    return BubblewrapBackend(root=open_root(str(choice), images=images))
+
+
 def said(backend: BubblewrapBackend, *commands: str, disk_mb: int = 64) -> list[str]:
     """What commands print in one sandbox; RESTART restarts it."""
 
@@ -117,7 +121,7 @@ def said(backend: BubblewrapBackend, *commands: str, disk_mb: int = 64) -> list[
 
 def test_a_folder_is_seen_written_over_and_never_changed(tree: Path) -> None:
     before = sorted((str(p), p.lstat().st_mtime_ns) for p in tree.rglob("*"))
-    backend = BubblewrapBackend(root=str(tree))
+    backend = over(tree)
     assert str(tree) in backend.report.isolation["files"] and not any("copied" in w for w in backend.report.warnings)
     seen, changed, after = said(
         backend,
@@ -135,33 +139,32 @@ def test_a_folder_is_seen_written_over_and_never_changed(tree: Path) -> None:
 
 def test_its_size_is_limited(tree: Path) -> None:
     fill = "head -c 5M /dev/zero >/opt/data/big && head -c 5M /dev/zero >/srv/big"
-    assert "No space left" in said(BubblewrapBackend(root=str(tree)), fill, disk_mb=8)[0]
+    assert "No space left" in said(over(tree), fill, disk_mb=8)[0]
 
 
 def test_places_of_code_that_the_root_lacks_cannot_be_made(tree: Path) -> None:
     commands = ("mkdir /sbin/x", "touch /lib32/x", "echo x >/etc/ld.so.cache", "touch /etc/alternatives/x /.bwrap/x")
-    out = said(BubblewrapBackend(root=str(tree)), "; ".join(commands))[0]
+    out = said(over(tree), "; ".join(commands))[0]
     assert out.count("Read-only file system") == 5, out
 
 
 def test_a_root_that_cannot_serve_is_refused(tree: Path, tmp_path: Path) -> None:
-    machine = probe(use_cgroups=False)
     with pytest.raises(ConfigError, match="no file and no folder"):
-        open_root("/nowhere/at/all", machine)
+        open_root("/nowhere/at/all")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ConfigError, match="neither a folder nor"):
-        open_root(str(tmp_path / "notes.txt"), machine)
+        open_root(str(tmp_path / "notes.txt"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"no bash, tar, .*apk add bash"):
-        open_root(str(tmp_path / "empty"), machine)
+        open_root(str(tmp_path / "empty"))
     odd = tmp_path / "odd"
     shutil.copytree(tree, odd, symlinks=True)
     (odd / "bin").unlink()
     shutil.move(odd / "usr/bin", odd / "opt/bin")
     (odd / "bin").symlink_to("/opt/bin")
     with pytest.raises(ConfigError, match="/bin leads to /opt/bin, where an agent could write"):
-        open_root(str(odd), machine)
-    assert open_root(None, machine) is open_root("host", machine) is None
+        open_root(str(odd))
+    assert open_root(None) is open_root("host") is None
 
 
 def test_links_are_followed_as_inside(tmp_path: Path) -> None:
@@ -189,7 +192,7 @@ def test_without_an_overlay_it_is_copied(tree: Path, monkeypatch: pytest.MonkeyP
         real(self)
 
     monkeypatch.setattr(BubblewrapBackend, "_trial", trial)
-    backend = BubblewrapBackend(root=str(tree))
+    backend = over(tree)
     assert tried == ["overlay", "copy"]
     assert any("copied into each sandbox" in w and "idmapped" in w for w in backend.report.warnings)
     checks = ["writable_places", "trusted_files", "broken_folders", "programs_of_the_machine", "one_tree"]
@@ -210,12 +213,11 @@ def test_without_an_overlay_it_is_copied(tree: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_tar_file_is_unpacked_once_by_its_content(tar: Path, place: Path) -> None:
-    machine = probe(use_cgroups=False)
-    first = open_root(str(tar), machine)
+    first = open_root(str(tar))
     shutil.copy(tar, place / "other-name.tar.gz")
-    second = open_root(str(place / "other-name.tar.gz"), machine)
+    second = open_root(str(place / "other-name.tar.gz"))
     assert first is not None and second is not None and first.folder == second.folder
-    backend = BubblewrapBackend(root=str(tar))
+    backend = over(tar)
     assert said(backend, "cat /opt/link/file; id -un; echo x >/opt/data/new; ls /opt/data") == [
         "of the root\nagent\nfile\nnew\n"
     ]
@@ -295,10 +297,10 @@ def test_a_broken_tar_file_leaves_nothing(tar: Path, tmp_path: Path) -> None:
     (tmp_path / "half.tar.gz").write_bytes(tar.read_bytes()[:100_000])
     before = {p.name for p in cache_folder().iterdir() if p.is_dir()}
     with pytest.raises(ConfigError, match="cannot be unpacked"):
-        open_root(str(tmp_path / "half.tar.gz"), probe(use_cgroups=False))
+        open_root(str(tmp_path / "half.tar.gz"))
     saved = archive(tmp_path / "saved.tar", entry("manifest.json", content=b"[]"), entry("x/layer.tar"))
     with pytest.raises(ConfigError, match="docker export"):
-        open_root(str(saved), probe(use_cgroups=False))
+        open_root(str(saved))
     assert {p.name for p in cache_folder().iterdir() if p.is_dir()} == before
 
 
@@ -356,7 +358,7 @@ def test_a_dockerfile_is_built_offline(context: Path, base: str, request: pytest
     if base != "host":
         with (context / "Dockerfile").open("a") as file:
             file.write("USER root\nRUN ln -s /usr/bin/env /usr/bin/env2 && ! test -e /usr/bin/python3\n")
-    backend = BubblewrapBackend(root=str(context), images=images)
+    backend = over(context, images)
     assert "FROM tiny:1" in backend.report.isolation["files"]
     shown, changed = said(
         backend, SHOW, "echo more >>a.txt; cat a.txt; rm -r sub; stat -c %U once; echo $APP; ls -A /.stage"
@@ -364,15 +366,13 @@ def test_a_dockerfile_is_built_offline(context: Path, base: str, request: pytest
     assert shown == SHOWN
     assert changed == "hello\nmore\nagent\n/srv/app\nls: cannot access '/.stage': No such file or directory\n"
     once = said(backend, "cat once")
-    assert (
-        said(BubblewrapBackend(root=str(context / "Dockerfile"), images=images), "cat once") == once
-    )  # not built again
+    assert said(over(context / "Dockerfile", images), "cat once") == once  # not built again
     (context / "a.txt").write_text("changed\n")
-    assert said(BubblewrapBackend(root=str(context), images=images), "cat /etc/renamed.conf") == ["changed\n"]
+    assert said(over(context, images), "cat /etc/renamed.conf") == ["changed\n"]
 
 
 def test_its_variables_do_not_choose_the_verifiers_programs(context: Path, tree: Path) -> None:
-    backend = BubblewrapBackend(root=str(context), images={"tiny:1": str(tree)})
+    backend = over(context, {"tiny:1": str(tree)})
     evil = "printf '#!/bin/bash\\necho evil\\n' >bin/bash; chmod +x bin/bash; cp bin/bash bin/ls; hash -r; ls; exit 3"
     out = said(backend, evil, "ls", "RESTART", "ls -d /srv; bash -c 'echo good'; echo $PATH; pwd")
     assert out[0] == "evil\n" and out[1] == "evil\n"  # the agent's own doing holds for the agent
@@ -402,7 +402,7 @@ def test_what_a_build_may_not_ask(tmp_path: Path, line: str, reason: str) -> Non
     (tmp_path / "away").symlink_to("/etc/hostname")
     (tmp_path / "Dockerfile").write_text(f"FROM x\n{line}\n")
     with pytest.raises(ConfigError, match=re.escape(reason)):
-        open_root(str(tmp_path), probe(use_cgroups=False))
+        open_root(str(tmp_path))
 
 
 STAGES = """\
@@ -426,7 +426,8 @@ def test_stages_are_built_and_copied_from(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("of the machine")
     text = STAGES.format(secret=tmp_path / "secret")
     (tmp_path / "Dockerfile").write_text(text)
-    root = open_root(str(tmp_path), backend_or_skip()._machine)
+    backend_or_skip()
+    root = open_root(str(tmp_path))
     assert root is not None and root.workdir is None and "KEPT" not in root.env
     found = {name: (root.folder / name).read_text() for name in ("a/made", "a/link", "b/f", "c/made", "last")}
     assert found == {
@@ -440,22 +441,22 @@ def test_stages_are_built_and_copied_from(tmp_path: Path) -> None:
     for source in ("/out/evil", "/out/../../secret", "/usr/bin/env", "/nothing"):
         (tmp_path / "Dockerfile").write_text(f"{text}COPY --from=maker {source} /stolen\n")
         with pytest.raises(ConfigError, match=rf"line 14: COPY: there is no '{source}' in that stage"):
-            open_root(str(tmp_path), backend_or_skip()._machine)
+            open_root(str(tmp_path))
 
 
 def test_a_build_that_fails_says_where_and_leaves_nothing(tmp_path: Path) -> None:
-    machine = backend_or_skip()._machine
+    backend_or_skip()
     (tmp_path / "Dockerfile").write_text("FROM x\nRUN echo fine >/f\nRUN echo why; cat /nowhere\n")
     before = {p.name for p in cache_folder().iterdir() if p.is_dir()}
     with pytest.raises(ConfigError, match=r"(?s)Dockerfile, line 3: exit code 1 .*no network.*why\n.*/nowhere"):
-        open_root(str(tmp_path), machine)
+        open_root(str(tmp_path))
     assert {p.name for p in cache_folder().iterdir() if p.is_dir()} == before
     host = "cat /proc/1/environ >&2; [[ -z $SECRET && ! -e /root/secret && $(ls /proc | grep -c '^[0-9]') -lt 9 ]]"
     offline = "! (echo >/dev/tcp/1.1.1.1/80) 2>/dev/null && [[ ! -w /proc/sys/kernel/core_pattern ]]"
     (tmp_path / "Dockerfile").write_text(f'FROM x\nSHELL ["bash", "-c"]\nRUN {host} && {offline}\n')
     os.environ["SECRET"] = "x"
     try:
-        assert open_root(str(tmp_path), machine) is not None
+        assert open_root(str(tmp_path)) is not None
     finally:
         del os.environ["SECRET"]
 
@@ -492,7 +493,7 @@ def judge(results: list[list[str]]) -> None:
 
 def test_conformance_over_a_chosen_root(tar: Path) -> None:
     assert set(ONLY) <= {check.name for check in CHECKS}
-    results = asyncio.run(conformance(BubblewrapBackend(root=str(tar)), only=ONLY))
+    results = asyncio.run(conformance(over(tar), only=ONLY))
     judge([[r.check.name, r.outcome, r.reason] for r in results])
 
 
@@ -500,13 +501,14 @@ AS_USER = r"""
 import asyncio, json, os, sys
 from backtalk.sandboxes.bubblewrap.backend import BubblewrapBackend
 from backtalk.sandboxes.conformance import conformance
+from backtalk.sandboxes.images.open import open_root
 assert os.getuid() != 0
 root, context, *only = sys.argv[1:]
 async def built():
     from backtalk.sandboxes import SandboxLimits
-    async with BubblewrapBackend(root=context, images={"tiny:1": root}).open(SandboxLimits()) as box:
+    async with BubblewrapBackend(root=open_root(context, images={"tiny:1": root})).open(SandboxLimits()) as box:
         return (await box.exec("cat who; echo x >>who; touch /usr/x", timeout_s=30)).output
-results = asyncio.run(conformance(BubblewrapBackend(root=root), only=only))
+results = asyncio.run(conformance(BubblewrapBackend(root=open_root(root)), only=only))
 print(json.dumps([asyncio.run(built()), [[r.check.name, r.outcome, r.reason] for r in results]]))
 """
 
@@ -536,7 +538,7 @@ def run(command: list[str], env: dict[str, str] | None = None) -> subprocess.Com
 
 
 async def test_files_go_in_and_out(tree: Path) -> None:
-    backend = BubblewrapBackend(root=str(tree))
+    backend = over(tree)
     async with backend.open(SandboxLimits()) as box:
         await box.put({"/opt/data/file": SandboxFile(b"put"), "/tests/t": SandboxFile(b"t")})
         assert await box.get("/opt/link/file") == b"put" and await box.get("/etc/os-release") == b"NAME=Tiny\n"

@@ -84,10 +84,11 @@ def _first_that_works(root: str | Path | None, readable: Sequence[str]) -> Sandb
 
 def _bubblewrap(root: str | Path | None, readable: Sequence[str]) -> SandboxBackend:
     from backtalk.sandboxes.bubblewrap.backend import BubblewrapBackend
+    from backtalk.sandboxes.images.open import open_root
     from backtalk.sandboxes.machine.sweep import sweep
 
     sweep()
-    return BubblewrapBackend(root=None if root is None else str(root), readable=readable)
+    return BubblewrapBackend(root=open_root(None if root is None else str(root)), readable=readable)
 
 
 def _sandlock(readable: Sequence[str], instead: str = "") -> SandboxBackend:

@@ -20,7 +20,7 @@ from typing import Literal
 
 from backtalk.errors import ConfigError
 from backtalk.sandboxes.base import DEFAULT_PATH
-from backtalk.sandboxes.machine.probe import Machine
+from backtalk.sandboxes.machine.probe import Machine, require_bubblewrap
 
 # What the holder and the sessions run, all from the chosen root.
 _NEEDED = ("bash", "tar", "head", "mkdir", "rm", "chmod", "env")
@@ -67,6 +67,7 @@ def of_folder(folder: Path, machine: Machine, name: str) -> Root:
             f"root {name} has no {', '.join(missing)} in {DEFAULT_PATH}, and every command of a task runs in bash; "
             "install them in the image (apk add bash coreutils tar), or choose another root"
         )
+    require_bubblewrap(machine)
     assert machine.bwrap is not None
     etc = [p for pattern in ETC_WITH_CODE for p in sorted((folder / "etc").glob(pattern)) if not p.is_symlink()]
     return Root(

@@ -29,15 +29,13 @@ from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, Sand
 from backtalk.sandboxes.bubblewrap.holder import Holder
 from backtalk.sandboxes.bubblewrap.layers import has_disable_userns, has_size
 from backtalk.sandboxes.files import clean_path
-from backtalk.sandboxes.images.open import open_root
 from backtalk.sandboxes.machine.cgroup import watch
-from backtalk.sandboxes.machine.probe import Machine, advice, probe, tried
+from backtalk.sandboxes.machine.probe import Machine, advice, probe, require_bubblewrap, tried
 from backtalk.sandboxes.machine.seccomp import seccomp_program
 from backtalk.sandboxes.root import Root
 from backtalk.sandboxes.session.shell import Session
 
 _NO_ENV: Mapping[str, str] = MappingProxyType({})
-_MIN_VERSION = (0, 5)
 _ENTER_TIMEOUT_S = 20.0
 _TRIAL_COPY_MB = 4096
 
@@ -142,23 +140,20 @@ class BubblewrapBackend:
         self,
         *,
         use_cgroups: bool = True,
-        root: str | None = None,
-        images: Mapping[str, str] | None = None,
+        root: Root | None = None,
         readable: Sequence[str] = (),
     ) -> None:
         """Look at the machine and start one sandbox for trial. `use_cgroups` False limits by rlimits alone.
 
-        `root` and `images` choose a root file system (`rootfs.open_root`); it may take a while to unpack or build.
-        `readable` are folders of this machine that are shown read-only, where no root is chosen.
-
-        Raises:
-            ConfigError: `root` is none, or cannot be used.
+        `root` is the root file system that sandboxes start from (see `backtalk.sandboxes.images.open.open_root`); None
+        is this machine's programs over an empty tree. `readable` are folders of this machine that are shown read-only,
+        where no root is chosen.
         """
         self._machine = probe(use_cgroups=use_cgroups)
         self._count = itertools.count(os.getpid())
-        self._refuse_if_missing()
+        require_bubblewrap(self._machine)
         watch(self._machine.cgroups)
-        self._root, self._readable = open_root(root, self._machine, images=images), tuple(readable)
+        self._root, self._readable = root, tuple(readable)
         why_copied = self._choose_how()
         self._report = _report(self._machine, self._root, self._readable, why_copied)
 
@@ -186,16 +181,6 @@ class BubblewrapBackend:
             yield sandbox
         finally:
             await sandbox.close()
-
-    def _refuse_if_missing(self) -> None:
-        machine = self._machine
-        if machine.bwrap is None or machine.bash is None or (machine.uid_range and machine.setpriv is None):
-            raise SandboxUnavailable(f"no safe sandbox on this machine: {advice(machine)}")
-        if machine.bwrap_version < _MIN_VERSION:
-            version = ".".join(map(str, machine.bwrap_version))
-            raise SandboxUnavailable(
-                f"{machine.bwrap} is version {version or 'unknown'}; install bubblewrap 0.8 or newer (0.5 at least)"
-            )
 
     def _choose_how(self) -> str | None:
         """Try the chosen root as an overlay, else as a copy. Returns why it had to be one."""

@@ -13,12 +13,14 @@ from backtalk.errors import ConfigError
 from backtalk.sandboxes.images.build import build_root
 from backtalk.sandboxes.images.plan import read_plan
 from backtalk.sandboxes.images.tar import is_tar, unpack
-from backtalk.sandboxes.machine.probe import Machine
+from backtalk.sandboxes.machine.probe import probe, require_bubblewrap
 from backtalk.sandboxes.root import Root, cached, digest_of_file, of_folder
 
 
-def open_root(choice: str | None, machine: Machine, *, images: Mapping[str, str] | None = None) -> Root | None:
-    """The root named by `choice`; None means the host's own programs over an empty tree.
+def open_root(choice: str | None, *, images: Mapping[str, str] | None = None) -> Root | None:
+    """Open the root file system that `choice` names, unpacking or building it unless it is in the cache.
+
+    Returns None for this machine's own programs over an empty tree.
 
     `choice` is None or "host"; a folder; a tar file as `docker export` writes it (.tar, .tar.gz, .tar.xz, .tar.zst);
     a Dockerfile or a folder with one. `images` says what a Dockerfile's FROM stands for: image names to choices,
@@ -26,9 +28,11 @@ def open_root(choice: str | None, machine: Machine, *, images: Mapping[str, str]
 
     Raises:
         ConfigError: there is no such root, or it cannot be used; the message says why.
+        SandboxUnavailable: bubblewrap, which builds it and starts from it, is not installed.
     """
     if choice is None or choice == "host":
         return None
+    machine = probe(use_cgroups=False)
     path = Path(choice).expanduser().resolve()
     if path.is_dir() and (path / "Dockerfile").is_file():
         path = path / "Dockerfile"
@@ -39,10 +43,9 @@ def open_root(choice: str | None, machine: Machine, *, images: Mapping[str, str]
             f"root {choice!r} is no file and no folder; name a folder, a file of `docker export`, a Dockerfile or host"
         )
     if path.name == "Dockerfile" or path.suffix == ".Dockerfile" or path.name.startswith("Dockerfile."):
-        given = images or {}
-        return build_root(
-            read_plan(path), lambda name: open_root(given.get(name, "host"), machine, images=images), machine
-        )
+        plan, given = read_plan(path), images or {}
+        require_bubblewrap(machine)
+        return build_root(plan, lambda image: open_root(given.get(image, "host"), images=images), machine)
     if not is_tar(path):
         raise ConfigError(f"root {path} is neither a folder nor a .tar file nor a Dockerfile")
     place = cached(f"tar-{digest_of_file(path)}", lambda folder: unpack(path, folder))

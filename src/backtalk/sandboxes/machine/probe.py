@@ -19,6 +19,7 @@ from backtalk.sandboxes.machine.cgroup import CgroupParents, find_parents
 _FIRST_UID = 1_900_000_000
 _UID_COUNT = 100_000
 _TRIAL_TIMEOUT_S = 30.0
+_MIN_BUBBLEWRAP = (0, 5)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +49,21 @@ def probe(*, use_cgroups: bool = True) -> Machine:
         cgroups=find_parents() if use_cgroups else CgroupParents(0),
         blocked_by=_blocked_by(),
     )
+
+
+def require_bubblewrap(machine: Machine) -> None:
+    """Check that bubblewrap, and what we start it with, is installed.
+
+    Raises:
+        SandboxUnavailable: it is not, or too old; the message says what to install.
+    """
+    if machine.bwrap is None or machine.bash is None or (machine.uid_range and machine.setpriv is None):
+        raise SandboxUnavailable(f"no safe sandbox on this machine: {advice(machine)}")
+    if machine.bwrap_version < _MIN_BUBBLEWRAP:
+        version = ".".join(map(str, machine.bwrap_version))
+        raise SandboxUnavailable(
+            f"{machine.bwrap} is version {version or 'unknown'}; install bubblewrap 0.8 or newer (0.5 at least)"
+        )
 
 
 def tried(start: Callable[[], Coroutine[None, None, None]]) -> None:
