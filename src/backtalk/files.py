@@ -77,28 +77,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def parquet_table(path: Path) -> Any:
-    """Return a Parquet file as a ``pyarrow.Table``, read without starting a thread.
-
-    Arrow's threads outlive the reading. One that still holds a Python object when the interpreter ends asks for its
-    lock, is made to exit, and aborts the process: "terminate called without an active exception".
-
-    Raises:
-        DataError: the file cannot be read, or is no Parquet file.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with readable(path):
-        content = path.read_bytes()
-    try:
-        return pq.ParquetFile(pa.BufferReader(content), pre_buffer=False).read(use_threads=False)
-    except (pa.ArrowException, ValueError, OSError) as error:
-        raise DataError(
-            f"{path} is not a Parquet file ({error}); it may be cut off or foreign, so write it again"
-        ) from error
-
-
 def _whole_lines_bytes(path: Path) -> int:
     """Bytes up to and with the last newline."""
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Read Parquet files as rows, without the nulls that the format fills in.
+"""Write Parquet files, and read them: as tables, or as rows without the nulls that the format fills in.
 
 Arrow gives all structs of a column the same fields, and null to a row that has not got one of them. So a null in a
 struct means "not there": the call ``{"command": "ls"}`` stays one beside a call ``{"answer": "1"}``. Nulls in lists,
@@ -7,10 +7,47 @@ and in columns of Arrow's map type, were written by somebody and are kept.
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
-from backtalk.files import parquet_table
+from backtalk.errors import DataError
+from backtalk.files import readable, write_bytes
+
+
+def write_table(path: Path, table: Any) -> None:
+    """Write a ``pyarrow.Table`` with zstd compression; the file appears whole or not at all.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    import pyarrow.parquet as pq
+
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    write_bytes(path, sink.getvalue())
+
+
+def read_table(path: Path) -> Any:
+    """Return a Parquet file as a ``pyarrow.Table``, read without starting a thread.
+
+    Arrow's threads outlive the reading. One that still holds a Python object when the interpreter ends asks for its
+    lock, is made to exit, and aborts the process: "terminate called without an active exception".
+
+    Raises:
+        DataError: the file cannot be read, or is no Parquet file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with readable(path):
+        content = path.read_bytes()
+    try:
+        return pq.ParquetFile(pa.BufferReader(content), pre_buffer=False).read(use_threads=False)
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise DataError(
+            f"{path} is not a Parquet file ({error}); it may be cut off or foreign, so write it again"
+        ) from error
 
 
 def parquet_rows(path: Path) -> list[dict[str, Any]]:
@@ -21,7 +58,7 @@ def parquet_rows(path: Path) -> list[dict[str, Any]]:
     """
     import pyarrow as pa
 
-    table = parquet_table(path)
+    table = read_table(path)
     row = pa.struct(list(table.schema))
     return [_without_fill(given, row) for given in table.to_pylist()]
 

@@ -24,13 +24,17 @@ import pyarrow.parquet
 from backtalk.tasks.rows import read_row_file
 from backtalk.errors import BacktalkError
 from backtalk.exchange.read.files import read_records
-from backtalk.run.log import read_trajectories, write_trajectories
+from backtalk.run.log import RunLog, group_trajectories, read_trajectories, write_trajectories
+from backtalk.trajectory import TokenWeights
 
 path = Path(sys.argv[1])
 threads = lambda: len(os.listdir("/proc/self/task"))
 before = threads()
 write_trajectories(path.with_name("again.parquet"), read_trajectories(path))
 assert len(list(read_records(path))) == 64
+log, groups = RunLog(path.parent), group_trajectories(read_trajectories(path))
+log.write_weights(0, groups, [TokenWeights(1.0, (0.5,) * 1440, (0.25,) * 1440)] * 64)
+assert len(log.read_weights(0, groups)) == 8
 try:
     read_row_file(path)
 except BacktalkError:  # rows of another kind

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from backtalk.errors import DataError
-from backtalk.files import append_line, parquet_table, read_lines, write_bytes
+from backtalk.files import append_line, read_lines, write_bytes
+from backtalk.parquet import read_table, write_table
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 
 SCHEMA_VERSION = 3  # 1 had no branches, and 1 and 2 no unsampled actions
@@ -99,7 +99,7 @@ def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> 
         case ".jsonl":
             write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         case ".parquet":
-            write_bytes(path, _to_parquet(rows))
+            write_table(path, _to_table(rows))
         case suffix:
             raise DataError(
                 f"cannot write trajectories to a {suffix!r} file ({path}); end the name in .jsonl or .parquet"
@@ -174,9 +174,8 @@ def _schema() -> Any:
     )
 
 
-def _to_parquet(rows: list[dict[str, Any]]) -> bytes:
+def _to_table(rows: list[dict[str, Any]]) -> Any:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     flat = [
         {
@@ -187,15 +186,13 @@ def _to_parquet(rows: list[dict[str, Any]]) -> bytes:
         }
         for row in rows
     ]
-    sink = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(flat, schema=_schema()), sink, compression="zstd")
-    return sink.getvalue()
+    return pa.Table.from_pylist(flat, schema=_schema())
 
 
 def _from_parquet(path: Path) -> list[dict[str, Any]]:
     import pyarrow as pa
 
-    table = parquet_table(path)
+    table = read_table(path)
     try:
         missing = set(_schema().names) - set(table.schema.names)
         if missing:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from backtalk.errors import DataError
-from backtalk.files import readable, write_bytes
+from backtalk.parquet import read_table, write_table
 from backtalk.trajectory import TokenWeights, TrajectoryGroup
 
 
@@ -20,7 +19,6 @@ def write_weights(path: Path, groups: Sequence[TrajectoryGroup], weights: Sequen
         ValueError: they are not the weights of these trajectories.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     _check_fit(groups, weights, "the weights given")
     named = zip([trajectory for group in groups for trajectory in group], weights, strict=True)
@@ -28,10 +26,8 @@ def write_weights(path: Path, groups: Sequence[TrajectoryGroup], weights: Sequen
         (trajectory.task_id, trajectory.sample_index, row.advantage, row.policy, row.world) for trajectory, row in named
     ]
     columns = [pa.array(column, field.type) for column, field in zip(zip(*rows, strict=True), _schema(), strict=True)]
-    sink = io.BytesIO()
     # Most neighbours are equal, so Parquet's dictionary and run lengths leave a few bytes a segment.
-    pq.write_table(pa.table(columns, schema=_schema()), sink, compression="zstd")
-    write_bytes(path, sink.getvalue())
+    write_table(path, pa.table(columns, schema=_schema()))
 
 
 def read_weights(path: Path, groups: Sequence[TrajectoryGroup]) -> list[list[TokenWeights]]:
@@ -40,16 +36,11 @@ def read_weights(path: Path, groups: Sequence[TrajectoryGroup]) -> list[list[Tok
     Raises:
         DataError: the file cannot be read, or belongs to other trajectories.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with readable(path):
-        content = path.read_bytes()
     try:
-        rows = pq.read_table(io.BytesIO(content), schema=_schema()).to_pylist()
+        rows = read_table(path).to_pylist()
         weights = [TokenWeights(row["advantage"], tuple(row["policy"]), tuple(row["world"])) for row in rows]
         _check_fit(groups, weights, str(path))
-    except (pa.ArrowException, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path} does not hold the weights of this step ({error}); remove it to go without") from error
     left = iter(weights)
     return [[next(left) for _ in group] for group in groups]
