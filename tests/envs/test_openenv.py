@@ -28,7 +28,8 @@ from backtalk.envs.openenv.server import LocalServer, find_app
 from backtalk.errors import ConfigError, TaskError
 from backtalk.language.renderer import Renderer
 from backtalk.messages import Part, ToolCall
-from backtalk.rollout import admission, run_groups
+from backtalk.rollout import admission
+from backtalk.rollout.groups import run_groups
 from backtalk.rollout.limits import RolloutLimits
 from backtalk.rollout.sampler import SamplingParams, ScriptedSampler
 from backtalk.run.sources import load_tasks
