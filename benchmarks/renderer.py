@@ -48,7 +48,7 @@ def play_appending(make: Callable[[], Renderer], task: str, turns: Sequence[tupl
         action = r.encode_action(call)
         said.append(action)
         seen = [Message("tool", (Part(text, TokenRole.ENV_OUTPUT),), "bash")]
-        assert r.extends_turn(said, seen)
+        assert r.can_append(said, seen)
         ids += action
         for segment in r.render_observation(seen, turn=turn, closed=True):
             ids += segment.token_ids

@@ -308,7 +308,7 @@ def judge(trajectory: Trajectory) -> str:
     if trajectory.reward == kind.reward:
         return "as expected"
     if trajectory.reward is None:  # the world broke though nobody asked it to: no reward, which is right
-        return f"infrastructure failed at {trajectory.failure.where}" if trajectory.failure else ""
+        return f"infrastructure failed at {trajectory.failure.phase}" if trajectory.failure else ""
     late = trajectory.stop_reason is StopReason.DEADLINE or trajectory.stats["command_timeouts"] > kind.hangs
     return "cut by a time limit" if late else f"WRONG: {trajectory.reward}"
 

@@ -44,7 +44,7 @@ class SamplerError(InfrastructureError):
     """The policy could not be sampled from."""
 
 
-def distinct(errors: ExceptionGroup[Exception]) -> Exception:
+def merge_repeats(errors: ExceptionGroup[Exception]) -> Exception:
     """Return the only error of a group as it was raised, or the group with each that says the same once."""
     found: dict[tuple[type, str], Exception] = {}
     for error in errors.exceptions:

@@ -31,10 +31,10 @@ def write_bytes(path: Path, content: bytes) -> None:
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise not_written(path, error) from error
+        raise write_error(path, error) from error
 
 
-def append_line(path: Path, data: Mapping[str, Any]) -> None:
+def append_json_line(path: Path, data: Mapping[str, Any]) -> None:
     """Append one JSON line and sync it; first cuts off a line that an earlier kill left unfinished.
 
     Raises:
@@ -57,16 +57,16 @@ def append_line(path: Path, data: Mapping[str, Any]) -> None:
                     file.truncate(whole)
                 raise
     except OSError as error:
-        raise not_written(path, error) from error
+        raise write_error(path, error) from error
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """All whole JSON lines of a file; a last line without its newline was cut off and is left out.
 
     Raises:
         DataError: no such file, or a broken line that is not the last.
     """
-    with readable(path):
+    with reading(path):
         content = path.read_bytes()
     rows = []
     for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), start=1):
@@ -99,14 +99,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def readable(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}; check the path of the run or file") from error
 
 
-def not_written(path: Path, error: OSError) -> DataError:
+def write_error(path: Path, error: OSError) -> DataError:
     """Return the error to raise for a file that could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DataError(

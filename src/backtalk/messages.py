@@ -26,7 +26,9 @@ class Part:
     role: TokenRole
 
 
-def shortened(text: str, max_chars: int, role: TokenRole, keep: Literal["both", "head", "tail"] = "both") -> list[Part]:
+def truncate_text(
+    text: str, max_chars: int, role: TokenRole, keep: Literal["both", "head", "tail"] = "both"
+) -> list[Part]:
     """Return a text as parts of a role: one, or none where it is empty; of a longer one ``max_chars`` characters.
 
     ``keep`` says which: half of them from either end, or all from the head or the tail. A WARNING says how many are

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from backtalk.errors import DataError
-from backtalk.files import readable, write_bytes
+from backtalk.files import reading, write_bytes
 
 
 def write_table(path: Path, table: Any) -> None:
@@ -40,7 +40,7 @@ def read_table(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with readable(path):
+    with reading(path):
         content = path.read_bytes()
     try:
         return pq.ParquetFile(pa.BufferReader(content), pre_buffer=False).read(use_threads=False)

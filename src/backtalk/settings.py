@@ -154,7 +154,7 @@ def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 # ---------------------------------------------------------------- plain data to checked settings and back
 
 
-def build(kind: type[T], tree: Any, prefix: str = "") -> T:
+def from_plain(kind: type[T], tree: Any, prefix: str = "") -> T:
     """Return settings of class ``kind`` (a dataclass or a pydantic model) from nested plain data, all of it checked.
 
     ``prefix`` stands before every key in messages.
@@ -180,7 +180,7 @@ def build(kind: type[T], tree: Any, prefix: str = "") -> T:
 
 
 def to_plain(value: Any, kind: Any = None) -> dict[str, Any]:
-    """Return settings as nested plain data, ready for YAML: the inverse of :func:`build`."""
+    """Return settings as nested plain data, ready for YAML: the inverse of :func:`from_plain`."""
     return _adapter(kind or type(value)).dump_python(value, mode="json", warnings=False)
 
 
@@ -214,7 +214,7 @@ def setting_schemas(kind: Any, prefix: str = "", *, alternatives: bool = False) 
     return dict(below(top, prefix))
 
 
-def import_path(path: str, key: str) -> Any:
+def import_object(path: str, key: str) -> Any:
     """Return what ``package.module:Name`` names; modules in the current folder are found too.
 
     Raises:

@@ -118,7 +118,7 @@ class Segment:
 class Failure:
     """Why a rollout has no reward although the policy did nothing wrong."""
 
-    where: str  # "reset", "sample", "step", "score"
+    phase: str  # "reset", "sample", "step", "score"
     error: str  # class name
     message: str
 

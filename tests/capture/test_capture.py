@@ -193,7 +193,7 @@ async def test_an_author_who_fails_costs_the_episode() -> None:
 
     trajectory = await played(Failing())
     assert (trajectory.stop_reason, trajectory.reward) == (StopReason.FAILED, None)
-    assert trajectory.failure is not None and trajectory.failure.where == "sample"
+    assert trajectory.failure is not None and trajectory.failure.phase == "sample"
     assert issubclass(Left, SamplerError)
 
 
@@ -521,7 +521,7 @@ async def test_a_broken_reply_costs_one_rollout(broken: tuple[int, dict[str, Any
             next(left)
         last = await played(Endpoint(config(server)))
     assert (first.reward, last.reward) == (1, 1)
-    assert failed.failure is not None and (failed.failure.where, failed.failure.error) == ("sample", "SamplerError")
+    assert failed.failure is not None and (failed.failure.phase, failed.failure.error) == ("sample", "SamplerError")
 
 
 # ---------------------------------------------------------------- the command

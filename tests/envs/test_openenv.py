@@ -356,7 +356,7 @@ async def test_a_fault_costs_one_rollout(fault: str, message: str, urls: dict[st
     assert [t.reward for t in trajectories] == [0.5, None, 0.5]
     failed = trajectories[1]
     assert failed.stop_reason is StopReason.FAILED and said(failed, renderer, ENV) == ["one"]  # which still teaches
-    assert failed.failure is not None and failed.failure.where == "step"
+    assert failed.failure is not None and failed.failure.phase == "step"
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(failed.failure.message)
 
@@ -383,7 +383,7 @@ async def test_a_server_of_another_protocol(renderer: Renderer) -> None:
         with pytest.raises(OpenEnvError, match=r"/schema \(Client error '404"):
             OpenEnvWorld(url, OpenEnvConfig())
         (trajectory,) = await play(url, renderer, ["hello"], actions="tools")
-        assert trajectory.failure is not None and trajectory.failure.where == "reset"
+        assert trajectory.failure is not None and trajectory.failure.phase == "reset"
         assert "opens no WebSocket at /ws (HTTP 403)" in trajectory.failure.message
     finally:
         old.stop()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backtalk.envs.tool_schemas import plain_schema, resolve_reference
-from backtalk.messages import Part, shortened
+from backtalk.messages import Part, truncate_text
 from backtalk.trajectory import TokenRole
 
 ENV, WARNING = TokenRole.ENV_OUTPUT, TokenRole.WARNING
@@ -48,10 +48,11 @@ def test_a_schema_that_contains_itself_ends() -> None:
 
 def test_a_long_text_keeps_what_was_asked_for() -> None:
     notice = Part("\n[6 characters left out]\n", WARNING)
-    assert shortened("0123456789", 4, ENV) == [Part("01", ENV), notice, Part("89", ENV)]
-    assert shortened("0\n23456789", 4, ENV)[1] == Part("[6 characters left out]\n", WARNING)  # on its own line already
+    assert truncate_text("0123456789", 4, ENV) == [Part("01", ENV), notice, Part("89", ENV)]
+    on_its_own_line = Part("[6 characters left out]\n", WARNING)
+    assert truncate_text("0\n23456789", 4, ENV)[1] == on_its_own_line
     head = [Part("0123", ENV), Part("\n[6 characters left out at the end]\n", WARNING)]
-    assert shortened("0123456789", 4, ENV, "head") == head
+    assert truncate_text("0123456789", 4, ENV, "head") == head
     tail = [Part("[6 characters left out at the beginning]\n", WARNING), Part("6789", ENV)]
-    assert shortened("0123456789", 4, ENV, "tail") == tail
-    assert shortened("0123", 4, ENV) == [Part("0123", ENV)] and shortened("", 4, ENV) == []
+    assert truncate_text("0123456789", 4, ENV, "tail") == tail
+    assert truncate_text("0123", 4, ENV) == [Part("0123", ENV)] and truncate_text("", 4, ENV) == []

@@ -140,7 +140,7 @@ def test_a_failure_and_its_reason_are_kept() -> None:
     failed = replace(BY_HAND, reward=None, stop_reason=StopReason.FAILED, failure=failure)
     extra = to_atif(failed)["extra"]["backtalk"]
     assert extra["reward"] is None and extra["stop_reason"] == "failed"
-    assert extra["failure"] == {"where": "score", "error": "VerifierError", "message": "no number"}
+    assert extra["failure"] == {"phase": "score", "error": "VerifierError", "message": "no number"}
 
 
 def test_unsampled_actions_keep_their_tokens_and_have_no_logprobs() -> None:

@@ -168,8 +168,8 @@ def test_thinking(thinking: str) -> None:
     action = r.encode_text(THOUGHT + SAID)
     conversation = [*PROMPT, action]
     assert r.extends is (thinking != "strip")
-    assert r.extends_turn(conversation, SEEN) is (thinking != "strip")
-    assert r.extends_turn([*PROMPT, r.encode_text(SAID)], SEEN)  # nobody thought, so nothing has to go
+    assert r.can_append(conversation, SEEN) is (thinking != "strip")
+    assert r.can_append([*PROMPT, r.encode_text(SAID)], SEEN)  # nobody thought, so nothing has to go
     anew = r.render_history(conversation, SEEN, turn=0, branch=1)
     kept = "" if thinking == "strip" else THOUGHT
     assert text_of(r, anew) == (
@@ -203,7 +203,7 @@ def test_what_is_stripped(action: str, left: str) -> None:
         forms: list[Action] = [action, r.encode_text(action)]
         for form in forms:
             conversation = [*PROMPT, form]
-            assert r.extends_turn(conversation, SEEN) is (action == left)
+            assert r.can_append(conversation, SEEN) is (action == left)
             anew = text_of(r, r.render_history(conversation, SEEN, turn=0, branch=1))
             assert f"<|im_start|>assistant\n{left}<|im_end|>\n" in anew
 
@@ -240,7 +240,7 @@ def play(r: Renderer, turns: int) -> list[bool]:
     extends = []
     for _ in range(turns):
         conversation.append(r.encode_text("<bash>ls</bash>"))
-        extends.append(r.extends_turn(conversation, SEEN))
+        extends.append(r.can_append(conversation, SEEN))
         conversation += SEEN
     return extends
 
@@ -287,7 +287,7 @@ def test_the_proof_is_made_once_for_each_shape() -> None:
 
 def test_an_action_is_what_a_conversation_ends_with() -> None:
     with pytest.raises(ValueError, match="has to end with the action"):
-        renderer("tags").extends_turn(PROMPT, SEEN)
+        renderer("tags").can_append(PROMPT, SEEN)
 
 
 # --- templates and tokenizers of other kinds ---

@@ -221,7 +221,7 @@ def test_a_history_written_anew_is_the_one_that_grew(name: str, talk: Talk) -> N
         before = ids_of(grown)
         ids = sampled(r, action)
         conversation.append(ids)
-        assert r.extends_turn(conversation, said)
+        assert r.can_append(conversation, said)
         seen = r.render_observation(said, turn=turn, closed=True)
         grown += [Segment(CONTEXT, ids), *seen]
         assert ids_of(grown)[: len(before)] == before

@@ -17,7 +17,7 @@ from backtalk.envs.terminal import BASH, SUBMIT
 from backtalk.errors import ConfigError, RenderError
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.language.tool_formats import Mark, Reply, ToolFormat, detect_format, open_syntax, parse_reply, write_reply
-from backtalk.language.tool_formats.values import read_json, value_of, what_is_wrong
+from backtalk.language.tool_formats.values import call_problem, read_json, value_of
 from backtalk.messages import Message, ParsedAction, ToolCall, ToolSpec, clean_text
 from families import tokenizer_of
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
@@ -289,7 +289,7 @@ def test_json_is_read_up_to_its_end() -> None:
     ],
 )  # fmt: skip
 def test_a_call_has_to_fit_its_tool(call: ToolCall, wrong: str | None) -> None:
-    assert what_is_wrong(call, TYPED) == wrong
+    assert call_problem(call, TYPED) == wrong
 
 
 def test_what_does_not_fit_is_told_with_an_example_of_that_tool() -> None:

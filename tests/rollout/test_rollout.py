@@ -290,7 +290,7 @@ async def test_what_was_said_to_the_first_call_is_kept_if_the_world_breaks_at_th
             raise error
 
     t = await attempt(Echo({"step": second_breaks}), TWO, max_calls_per_turn=2)
-    assert t.failure is not None and t.failure.where == "step"
+    assert t.failure is not None and t.failure.phase == "step"
     assert (t.reward, text_of(t, ENV)) == (None, ["one"])
 
 
@@ -370,7 +370,7 @@ async def test_a_broken_sandbox_is_a_failure_without_a_reward(
     t = await attempt(world, "<bash>hello</bash>")
     assert (t.stop_reason, t.reward) == (StopReason.FAILED, None)
     assert t.failure is not None
-    assert (t.failure.where, t.failure.error, t.failure.message) == (where, "SandboxError", "the sandbox died")
+    assert (t.failure.phase, t.failure.error, t.failure.message) == (where, "SandboxError", "the sandbox died")
     assert text_of(t, ACTION) == said
     assert world.events == events
 
@@ -382,7 +382,7 @@ async def test_a_verifier_without_a_number_is_a_failure_that_keeps_the_observati
     t = await attempt(world, "<bash>hello</bash>", "<submit>1</submit>")
     assert t.stop_reason is StopReason.FAILED
     assert t.failure is not None
-    assert (t.failure.where, t.failure.error) == ("score", "VerifierError")
+    assert (t.failure.phase, t.failure.error) == ("score", "VerifierError")
     assert text_of(t, ENV) == ["hello"]
     assert world.events[-1] == "close"
 
@@ -396,7 +396,7 @@ async def test_the_second_of_two_breaks_does_not_hide_where_the_first_was() -> N
     hooks = {"step": breaks(SandboxError("first")), "close": breaks(SandboxError("second"))}
     t = await attempt(Echo(hooks), "<bash>hello</bash>")
     assert t.failure is not None
-    assert t.failure.where == "step"
+    assert t.failure.phase == "step"
 
 
 async def test_a_broken_sampler_is_a_failure() -> None:
@@ -417,7 +417,7 @@ async def test_a_broken_sampler_is_a_failure() -> None:
     world = Echo()
     t = await attempt(world, sampler=Broken([""], renderer().encode_text))
     assert t.failure is not None
-    assert (t.failure.where, t.failure.error) == ("sample", "SamplerError")
+    assert (t.failure.phase, t.failure.error) == ("sample", "SamplerError")
     assert world.events == ["open", "reset", "close"]
 
 
@@ -506,7 +506,7 @@ async def test_scoring_that_hangs_is_a_failure() -> None:
     world = Echo({"score": hangs})
     t = await attempt(world, "<submit>1</submit>", limits=RolloutLimits(rollout_timeout_s=0.1))
     assert t.failure is not None
-    assert (t.failure.where, t.failure.error) == ("score", "VerifierError")
+    assert (t.failure.phase, t.failure.error) == ("score", "VerifierError")
 
 
 async def test_cancelling_closes_the_world_and_goes_on_up() -> None:
@@ -583,7 +583,7 @@ async def test_what_was_said_is_kept_and_not_tried_again(phase: str) -> None:
 async def test_a_verifier_that_fails_is_not_tried_again_even_where_nothing_was_said() -> None:
     world = Unsteady().breaking("score", 1, VerifierError("no number"))
     t = await attempt(world, "<submit>1</submit>", limits=RolloutLimits(max_tokens=5, max_retries=5))
-    assert t.failure is not None and (t.num_turns, t.failure.where) == (0, "score")
+    assert t.failure is not None and (t.num_turns, t.failure.phase) == (0, "score")
     assert world.events.count("open") == 1
 
 

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backtalk.errors import DataError
-from backtalk.files import append_line, read_lines, write_bytes
+from backtalk.files import append_json_line, read_json_lines, write_bytes
 from backtalk.run.log import RunLog, group_trajectories, read_trajectories, trajectory_to_dict, write_trajectories
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, TokenWeights, Trajectory, TrajectoryGroup
 
@@ -204,16 +204,16 @@ def test_a_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path: Path)
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"st\n{"step": 2}\n')
     with pytest.raises(DataError, match="line 2 is not JSON"):
-        read_lines(path)
+        read_json_lines(path)
 
 
 def test_a_kill_at_any_time_leaves_whole_files(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from backtalk.files import write_bytes, append_line\n"
+        "import sys; from pathlib import Path; from backtalk.files import write_bytes, append_json_line\n"
         "folder = Path(sys.argv[1])\n"
         "for i in range(10**9):\n"
         "    write_bytes(folder / 'whole', bytes([i % 256]) * 200_000)\n"
-        "    append_line(folder / 'lines.jsonl', {'i': i})\n"
+        "    append_json_line(folder / 'lines.jsonl', {'i': i})\n"
     )
     for _ in range(3):
         process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=environment())
@@ -225,7 +225,7 @@ def test_a_kill_at_any_time_leaves_whole_files(tmp_path: Path) -> None:
         process.wait()
         content = (tmp_path / "whole").read_bytes()
         assert len(content) == 200_000 and len(set(content)) == 1
-        numbers = [row["i"] for row in read_lines(tmp_path / "lines.jsonl")]
+        numbers = [row["i"] for row in read_json_lines(tmp_path / "lines.jsonl")]
         assert numbers == list(range(len(numbers)))
         for path in tmp_path.glob("lines.jsonl"):
             path.unlink()
@@ -239,7 +239,7 @@ def environment() -> dict[str, str]:
 def test_a_line_that_cannot_be_written_says_that_the_disk_is_full(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(DataError, match=r"the disk is full.*--resume"):
-        append_line(tmp_path / "metrics.jsonl", {"step": 0})
+        append_json_line(tmp_path / "metrics.jsonl", {"step": 0})
 
 
 def test_a_full_disk_leaves_earlier_files_whole(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_a_full_disk_leaves_earlier_files_whole(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"old: the disk is full.*--resume"):
             write_bytes(disk / "old", b"x" * 200_000)
         with pytest.raises(DataError, match="the disk is full"):
-            append_line(log.metrics_path, {"text": "x" * 200_000})
+            append_json_line(log.metrics_path, {"text": "x" * 200_000})
         assert (disk / "old").read_bytes() == b"old"
         assert log.read_metrics() == [{"step": 0, "reward": 0.5}]
         assert log.read_groups(0)[0].trajectories == (one(),)

@@ -22,7 +22,7 @@ import httpx2
 
 from backtalk.capture.author import Reply, Seen, text_of
 from backtalk.errors import ConfigError, DataError, SamplerError
-from backtalk.language.openai_chat import content_text, read_call, spelled_call
+from backtalk.language.openai_chat import content_text, raw_call_text, read_call
 from backtalk.language.tool_formats import tool_schemas
 from backtalk.messages import Message, ToolCall, clean_text
 from backtalk.rollout.sampler import Completion
@@ -188,7 +188,7 @@ def _read_message(message: Any, config: EndpointConfig) -> tuple[str, ToolCall |
     try:
         return text, *read_call(first)
     except DataError:
-        return f"{text}\n{spelled_call(first)}".strip(), None, None
+        return f"{text}\n{raw_call_text(first)}".strip(), None, None
 
 
 def _sampled(answer: Any, choice: Any, seen: Seen, *, own_prompt: bool = False) -> Completion | None:

@@ -10,7 +10,7 @@ from backtalk.capture.author import Author, Left, Reply, Seen
 from backtalk.envs.base import Env, Step
 from backtalk.errors import RenderError
 from backtalk.language.renderer import Renderer
-from backtalk.language.tool_formats.values import what_is_wrong
+from backtalk.language.tool_formats.values import call_problem
 from backtalk.messages import Message, Part, ToolCall, ToolSpec
 from backtalk.rollout.groups import EnvFactory, run_rollout
 from backtalk.rollout.limits import RolloutLimits
@@ -93,7 +93,7 @@ class _Stage:
         completion = reply.sampled or _written(reply, renderer, room)
         action = renderer.parse_action(completion.token_ids, completion.stopped)
         told = action.error or action.notice  # what the rollout answers itself; the environment never hears of it
-        if action.error and reply.call is not None and (wrong := what_is_wrong(reply.call, self.tools)):
+        if action.error and reply.call is not None and (wrong := call_problem(reply.call, self.tools)):
             told = told if wrong in told else f"[{wrong}]\n{told}"  # it called a tool, and knows nothing of our format
         self.said += [Message("tool", (Part(told, TokenRole.WARNING),))] if told else []
         return completion

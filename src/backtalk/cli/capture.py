@@ -273,7 +273,7 @@ def _summary(trajectory: Trajectory) -> str:
     turns, unsampled = trajectory.num_turns, trajectory.num_unsampled_turns
     failure = trajectory.failure
     ending = (
-        f"failed at {failure.where}: {failure.error}: {failure.message}" if failure else trajectory.stop_reason.value
+        f"failed at {failure.phase}: {failure.error}: {failure.message}" if failure else trajectory.stop_reason.value
     )
     reward = "no reward" if trajectory.reward is None else f"reward {trajectory.reward:g}"
     sampled = "none sampled" if unsampled == turns else "all sampled" if not unsampled else f"{unsampled} not sampled"

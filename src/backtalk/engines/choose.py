@@ -7,7 +7,7 @@ from typing import Any
 from backtalk.engines.base import Engine, OpensEngine
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.errors import ConfigError
-from backtalk.settings import import_path
+from backtalk.settings import import_object
 
 EngineConfig = TorchConfig | OpensEngine
 
@@ -22,7 +22,7 @@ def engine_config_class(kind: Any) -> type[EngineConfig]:
         case "torch":
             return TorchConfig
         case str() if ":" in kind:
-            found = import_path(kind, "engine.kind")
+            found = import_object(kind, "engine.kind")
             if not isinstance(found, type) or not callable(getattr(found, "open", None)):
                 raise ConfigError(
                     f"engine.kind={kind!r} names {found!r}, which opens no engine; name a dataclass of settings with a "

@@ -19,7 +19,7 @@ from typing import Literal
 
 from backtalk.envs.base import Step, WorldReport
 from backtalk.errors import ConfigError, SandboxError, TaskError, VerifierError
-from backtalk.messages import Message, Part, ToolCall, ToolSpec, shortened
+from backtalk.messages import Message, Part, ToolCall, ToolSpec, truncate_text
 from backtalk.sandboxes.base import DEFAULT_PATH, HOME, ExecResult, Sandbox, SandboxBackend, SandboxFile, SandboxLimits
 from backtalk.settings import check_choices
 from backtalk.tasks.task import Task
@@ -279,7 +279,7 @@ def _test_command(task: Task, box: str, *, answered: bool) -> str:
 def _observation(result: ExecResult, config: TerminalConfig) -> tuple[tuple[Part, ...], bool]:
     """The parts of a command's observation, and whether some of its output was left out."""
     output, notices = result.output, []
-    parts = shortened(output, config.max_output_chars, TokenRole.ENV_OUTPUT, config.truncate)
+    parts = truncate_text(output, config.max_output_chars, TokenRole.ENV_OUTPUT, config.truncate)
     if result.dropped_bytes:
         notices.append(f"[{result.dropped_bytes} bytes more were dropped]")
     if result.timed_out:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from backtalk.errors import BacktalkError, ConfigError, distinct
+from backtalk.errors import BacktalkError, ConfigError, merge_repeats
 from backtalk.evidence.compare import Comparison, compare
 from backtalk.files import write_bytes
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict, setting_schemas
@@ -152,7 +152,7 @@ async def _run_study(study: Study, folder: Path, parallel: int | None, tell: OnS
             for job in jobs:
                 group.create_task(run(job))
     except ExceptionGroup as errors:
-        raise distinct(errors) from None
+        raise merge_repeats(errors) from None
     failed = [job for job in jobs if not job.is_finished()]
     if failed:
         raise BacktalkError(

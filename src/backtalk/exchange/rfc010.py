@@ -61,7 +61,7 @@ def to_rfc010(trajectory: Trajectory, world_loss_target: Rfc010Target = "env_onl
             "sample_index": trajectory.sample_index,
             "policy_version": trajectory.policy_version,
             "stop_reason": trajectory.stop_reason.value,
-            "failure": failure and {"where": failure.where, "error": failure.error, "message": failure.message},
+            "failure": failure and {"phase": failure.phase, "error": failure.error, "message": failure.message},
             "stats": dict(trajectory.stats),
             "segments": [segment.to_dict() for segment in trajectory.segments],
         },
@@ -98,7 +98,7 @@ def from_rfc010(record: Mapping[str, Any], *, task_id: str = "", sample_index: i
             messages=tuple(dict(message) for message in record.get("messages") or ()),
             reward=None if reward is None else float(reward),
             stop_reason=StopReason(metadata.get("stop_reason", StopReason.SUBMITTED)),
-            failure=None if failure is None else Failure(*(str(failure[k]) for k in ("where", "error", "message"))),
+            failure=None if failure is None else Failure(*(str(failure[k]) for k in ("phase", "error", "message"))),
             stats={str(name): float(x) for name, x in (metadata.get("stats") or {}).items()},
         )
     except DataError:

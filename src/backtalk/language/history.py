@@ -45,7 +45,7 @@ class History:
             RenderError: the chat template rewrites earlier turns, and ``on_drift`` is "stop".
         """
         turn = self.turns - 1
-        if len(self.conversation) > 1 and renderer.extends_turn(self.conversation, messages):
+        if len(self.conversation) > 1 and renderer.can_append(self.conversation, messages):
             closed = self.token_ids[-1:] == [renderer.end_of_turn_id]
             segments = renderer.render_observation(messages, turn=turn, closed=closed)
             return self._append(messages, tuple(replace(segment, branch=self.branch) for segment in segments))

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backtalk.errors import DataError
-from backtalk.language.tool_formats import spell_call
+from backtalk.language.tool_formats import call_text
 from backtalk.language.tool_formats.values import clean_value, read_json
 from backtalk.messages import ToolCall, clean_text
 
@@ -80,9 +80,9 @@ def read_call(call: Any, what: str = "a tool call") -> tuple[ToolCall, str | Non
     return ToolCall(clean_text(name), arguments), None if identifier is None else clean_text(str(identifier))
 
 
-def spelled_call(call: Any) -> str:
+def raw_call_text(call: Any) -> str:
     """Return a call that cannot be read as text."""
     function = call.get("function") or call if isinstance(call, Mapping) else call
     if not isinstance(function, Mapping):
         return clean_text(str(function))
-    return spell_call(function.get("name") or "", function.get("arguments") or "")
+    return call_text(function.get("name") or "", function.get("arguments") or "")

@@ -159,7 +159,7 @@ class Renderer:
             raise RenderError(f"before {chat[0].role!r} messages the chat template ends a turn in another way")
         return self._segments(pieces if closed else (first, *pieces), turn=turn)
 
-    def extends_turn(self, conversation: Sequence[Message | Action], observation: Sequence[Message]) -> bool:
+    def can_append(self, conversation: Sequence[Message | Action], observation: Sequence[Message]) -> bool:
         """Whether the observation may be appended to the history, or ``render_history`` has to write it anew.
 
         ``conversation`` is everything said so far, the action just sampled at its end. The template is asked with

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from statistics import median
 
-from backtalk.errors import ConfigError, distinct
+from backtalk.errors import ConfigError, merge_repeats
 from backtalk.language.renderer import Renderer
 from backtalk.rollout.admission import Admission
 from backtalk.rollout.limits import Deadline, RolloutLimits
@@ -172,7 +172,7 @@ async def run_groups(
         async with asyncio.TaskGroup() as attempts:
             groups = [[attempts.create_task(rollout(task, i)) for i in range(group_size)] for task in tasks]
     except ExceptionGroup as errors:
-        raise distinct(errors) from None
+        raise merge_repeats(errors) from None
     return [
         TrajectoryGroup(task.id, tuple(done.result() for done in group))
         for task, group in zip(tasks, groups, strict=True)

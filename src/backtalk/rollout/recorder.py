@@ -105,7 +105,7 @@ class Record:
     def may_be_retried(self) -> bool:
         """Whether the world broke before the policy said anything: nothing is lost then, and nothing selected by it."""
         spoke = any(segment.role is TokenRole.ACTION for segment in self.segments)
-        return self.failure is not None and self.failure.where != "score" and not spoke
+        return self.failure is not None and self.failure.phase != "score" and not spoke
 
     def trajectory(self, task: Task, sample_index: int, policy_version: int) -> Trajectory:
         trajectory = Trajectory(

@@ -71,7 +71,7 @@ class TaskSource:
                 )
             case _:
                 return
-        settings.build(kind, self.options, "tasks.source.options.")
+        settings.from_plain(kind, self.options, "tasks.source.options.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +182,7 @@ def config_from_dict(tree: Mapping[str, Any], overrides: Mapping[str, Any] | Seq
     longest = rollout.get("max_tokens") if isinstance(rollout, Mapping) else None
     if objective is None or (isinstance(objective, Mapping) and objective.get("max_seq_len") is None):
         tree["objective"] = {**(objective or {}), "max_seq_len": longest or RolloutLimits().max_tokens}
-    return settings.build(TrainConfig[engine_config_class(kind)], tree)
+    return settings.from_plain(TrainConfig[engine_config_class(kind)], tree)
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:

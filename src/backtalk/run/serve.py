@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from backtalk.errors import BacktalkError, ConfigError, DataError
 from backtalk.language.history import History
-from backtalk.language.openai_chat import content_text, read_call, reasoning_text, spelled_call
+from backtalk.language.openai_chat import content_text, raw_call_text, read_call, reasoning_text
 from backtalk.language.renderer import Renderer
 from backtalk.messages import Message, ParsedAction, Part, ToolCall, ToolSpec, clean_text
 from backtalk.rollout.sampler import Completion, Sampler, SamplingParams
@@ -333,7 +333,7 @@ def _turn(message: Mapping[str, Any]) -> Turn:
         try:
             found, identifier = read_call(call)
         except DataError:
-            text = f"{text}\n{spelled_call(call)}".strip()
+            text = f"{text}\n{raw_call_text(call)}".strip()
         else:
             calls.append(found)
             ids.append(identifier)

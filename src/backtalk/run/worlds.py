@@ -62,14 +62,14 @@ def make_world(name: str, config: TrainConfig) -> World:
             return TerminalWorld(PooledBackend(backend), config.terminal)  # no more at once than the machine carries
         case "openenv":
             from backtalk.envs.openenv import OpenEnvConfig, OpenEnvWorld
-            from backtalk.settings import build
+            from backtalk.settings import from_plain
 
-            return OpenEnvWorld(which, build(OpenEnvConfig, options, "tasks.source.options."))
+            return OpenEnvWorld(which, from_plain(OpenEnvConfig, options, "tasks.source.options."))
         case "awm":
             from backtalk.envs.awm import AwmConfig, AwmWorld
-            from backtalk.settings import build
+            from backtalk.settings import from_plain
 
-            return AwmWorld(which, build(AwmConfig, options, "tasks.source.options."))
+            return AwmWorld(which, from_plain(AwmConfig, options, "tasks.source.options."))
         case _:
             raise ConfigError(f"no world is called {name!r}; there are terminal, openenv:WHERE and awm:WHICH")
 
@@ -120,7 +120,7 @@ def check_rollouts(groups: Sequence[TrajectoryGroup], what: str, *, observations
     if failures:
         first = failures[0]
         told.append(
-            f"{_part(len(failures), rollouts)} rollouts of {what} failed, the first at {first.where} with "
+            f"{_part(len(failures), rollouts)} rollouts of {what} failed, the first at {first.phase} with "
             f"{first.error}: {first.message}"
         )
     raise InfrastructureError(f"{'; '.join(told)}; {advice}")

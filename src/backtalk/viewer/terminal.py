@@ -114,7 +114,7 @@ def _parts(shown: Shown) -> Iterator[RenderableType]:
     if len(trajectory.branches) > 1:
         facts.append(f"{len(trajectory.branches)} branches")
     if trajectory.failure is not None:
-        facts.append(f"failed at {trajectory.failure.where}: {trajectory.failure.error}: {trajectory.failure.message}")
+        facts.append(f"failed at {trajectory.failure.phase}: {trajectory.failure.error}: {trajectory.failure.message}")
     yield Text(" · ".join(facts))
     yield _legend(shown)
     branch = 0

@@ -14,7 +14,7 @@ from backtalk.envs.awm.config import AwmConfig
 from backtalk.envs.awm.session import Answer, Session
 from backtalk.envs.base import Step
 from backtalk.errors import InfrastructureError, TaskError, VerifierError
-from backtalk.messages import Message, Part, ToolCall, ToolSpec, shortened
+from backtalk.messages import Message, Part, ToolCall, ToolSpec, truncate_text
 from backtalk.tasks.task import Task
 from backtalk.trajectory import TokenRole
 
@@ -144,7 +144,7 @@ def observed(observation: Mapping[str, Any], max_chars: int) -> tuple[tuple[Part
     text = said if isinstance(said, str) else json.dumps(said, sort_keys=True, ensure_ascii=False)
     warning = observation.get("warning")
     parts = [Part(f"{warning}\n", TokenRole.WARNING)] if warning else []
-    parts += shortened(text, max_chars, TokenRole.ENV_OUTPUT) or [Part("[no output]", TokenRole.WARNING)]
+    parts += truncate_text(text, max_chars, TokenRole.ENV_OUTPUT) or [Part("[no output]", TokenRole.WARNING)]
     return tuple(parts), len(text) > max_chars
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from backtalk.envs.openenv.config import DEFAULT_ROLES, ROLES
-from backtalk.messages import Part, shortened
+from backtalk.messages import Part, truncate_text
 from backtalk.trajectory import TokenRole
 
 
@@ -27,7 +27,7 @@ def observe(observation: Mapping[str, Any], roles: Mapping[str, str], max_chars:
             own_line = "\n" if parts and not parts[-1].text.endswith("\n") else ""
             if own_line or label:
                 parts.append(Part(own_line + label, TokenRole.WARNING))
-            parts += shortened(part.text, max_chars, part.role)
+            parts += truncate_text(part.text, max_chars, part.role)
             label = ""
             truncated |= len(part.text) > max_chars
     return tuple(parts), truncated

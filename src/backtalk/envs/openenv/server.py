@@ -21,7 +21,7 @@ import httpx2
 from backtalk.envs.openenv.config import OpenEnvConfig
 from backtalk.envs.openenv.session import OpenEnvError, is_loopback, missing, websocket_url
 from backtalk.errors import ConfigError
-from backtalk.settings import import_path
+from backtalk.settings import import_object
 
 MAX_STARTS = 6  # of one folder's server in a run: one that keeps dying is broken
 LOG_TAIL_CHARS = 2000
@@ -264,7 +264,7 @@ def get_json(url: str, *, timeout_s: float, headers: Mapping[str, str] | None = 
 def _made(provider: str, options: Mapping[str, Any]) -> Any:
     if provider.startswith("openenv.") and find_spec("openenv") is None:
         raise ConfigError(missing("openenv"))
-    kind = import_path(provider, "provider")
+    kind = import_object(provider, "provider")
     try:
         return kind(**options)
     except Exception as error:

@@ -11,7 +11,7 @@ from typing import Any
 
 from backtalk.envs.openenv.config import OpenEnvConfig
 from backtalk.errors import TaskError
-from backtalk.settings import build
+from backtalk.settings import from_plain
 from backtalk.tasks.task import Split, Task
 
 
@@ -25,7 +25,7 @@ def openenv_tasks(source: str, options: Mapping[str, Any], *, split: Split, coun
         ConfigError: the options cannot work.
         TaskError: the tasks file cannot be read; every row that is wrong is named.
     """
-    config = build(OpenEnvConfig, options, "tasks.source.options.")
+    config = from_plain(OpenEnvConfig, options, "tasks.source.options.")
     if config.tasks is not None:
         tasks = [task for task in read_rows(Path(config.tasks), source, config) if task.split is split]
         return tasks if len(tasks) <= count else Random(f"tasks/{seed}").sample(tasks, count)

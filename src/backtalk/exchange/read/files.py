@@ -20,7 +20,7 @@ from backtalk.exchange.read.turns import About, OnDrift, trajectory_from_turns, 
 from backtalk.exchange.read.verifiers import trajectory_from_trace
 from backtalk.exchange.read.wrappers import NO_WRAPPERS, TERMINUS, Wrappers
 from backtalk.exchange.rfc010 import from_rfc010
-from backtalk.files import readable
+from backtalk.files import reading
 from backtalk.language.renderer import Renderer
 from backtalk.messages import ToolSpec
 from backtalk.parquet import parquet_rows
@@ -258,7 +258,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         return
     if not name.endswith((".jsonl", ".json")):
         raise DataError(f"{path} is neither .json, .jsonl, .parquet nor one of them with .gz; rename or convert it")
-    with readable(path):
+    with reading(path):
         content = path.read_bytes()
     if path.suffix == ".gz":
         try:

@@ -178,5 +178,5 @@ def _extra(trajectory: Trajectory) -> dict[str, Any]:
     }
     if trajectory.failure is not None:
         failure = trajectory.failure
-        extra["failure"] = {"where": failure.where, "error": failure.error, "message": failure.message}
+        extra["failure"] = {"phase": failure.phase, "error": failure.error, "message": failure.message}
     return extra

@@ -33,7 +33,7 @@ def to_episode_record(
         DataError: the trajectory has no reward, which an EpisodeRecord cannot say.
     """
     if trajectory.reward is None:
-        why = f"it failed at {trajectory.failure.where}" if trajectory.failure else "nobody scored it"
+        why = f"it failed at {trajectory.failure.phase}" if trajectory.failure else "nobody scored it"
         raise DataError(
             f"{_name(trajectory)} has no reward ({why}), and an EpisodeRecord must have one; 0 would be a lie. "
             "Export it as training-trace or rfc010, or leave it out"

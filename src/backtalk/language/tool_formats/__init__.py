@@ -13,7 +13,7 @@ from backtalk.language.tool_formats.base import (
     ToolFormat,
 )
 from backtalk.language.tool_formats.choose import detect_format, open_syntax, tag_tokens
-from backtalk.language.tool_formats.reply import how_many, parse_reply, spell_call, write_message, write_reply
+from backtalk.language.tool_formats.reply import call_text, how_many, parse_reply, write_message, write_reply
 from backtalk.language.tool_formats.schemas import refuse_control_tokens, tool_schemas
 
 __all__ = [
@@ -25,12 +25,12 @@ __all__ = [
     "Reply",
     "Syntax",
     "ToolFormat",
+    "call_text",
     "detect_format",
     "how_many",
     "open_syntax",
     "parse_reply",
     "refuse_control_tokens",
-    "spell_call",
     "tag_tokens",
     "tool_schemas",
     "write_message",

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from backtalk.errors import RenderError
 from backtalk.language.tool_formats.base import THINK_CLOSE, THINK_OPEN, Mark, Reply, Syntax
 from backtalk.language.tool_formats.schemas import shape
-from backtalk.language.tool_formats.values import clean_value, what_is_wrong
+from backtalk.language.tool_formats.values import call_problem, clean_value
 from backtalk.messages import ParsedAction, ToolCall, ToolSpec, clean_text
 
 
@@ -36,7 +36,7 @@ def parse_reply(
         skipped = len(reading.calls) if problem else max(0, len(reading.calls) - max_calls)
     calls = reading.calls[skipped:]
     for number, call in enumerate(calls[:max_calls]):
-        wrong = what_is_wrong(call, tools)
+        wrong = call_problem(call, tools)
         if wrong:
             problem, calls = f"{wrong}; write {shape(syntax, tools, call.tool)}", calls[:number]
             break
@@ -108,11 +108,11 @@ def write_message(
         try:
             pieces += write_reply(syntax, call)
         except RenderError:
-            pieces.append(spell_call(call.tool, call.arguments))
+            pieces.append(call_text(call.tool, call.arguments))
     return pieces
 
 
-def spell_call(tool: Any, arguments: Any) -> str:
+def call_text(tool: Any, arguments: Any) -> str:
     """A call that cannot be read, or that a format cannot hold, as text: the tool and its arguments."""
     written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
     return clean_text(f"{tool} {written}".strip())

@@ -152,7 +152,7 @@ def example(tool: ToolSpec) -> ToolCall:
 # --- does a call fit its tool ---
 
 
-def what_is_wrong(call: ToolCall, tools: Sequence[ToolSpec]) -> str | None:
+def call_problem(call: ToolCall, tools: Sequence[ToolSpec]) -> str | None:
     """Why a call cannot be carried out: no such tool, arguments that are missing, unknown or of the wrong type."""
     tool = next((tool for tool in tools if tool.name == call.tool), None)
     if tool is None:

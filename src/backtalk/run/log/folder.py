@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from backtalk.errors import DataError
-from backtalk.files import append_line, read_lines, readable, write_bytes
+from backtalk.files import append_json_line, read_json_lines, reading, write_bytes
 from backtalk.run.log.trajectories import group_trajectories, read_trajectories, write_trajectories
 from backtalk.run.log.weights import read_weights, write_weights
 from backtalk.trajectory import TokenWeights, TrajectoryGroup
@@ -71,7 +71,7 @@ class RunLog:
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line; what is not finite (a mean over nothing) is null."""
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        append_line(self.metrics_path, {"step": step, **finite})
+        append_json_line(self.metrics_path, {"step": step, **finite})
 
     def write_evaluation(
         self, step: int, evaluation: Mapping[str, Any], groups: Iterable[TrajectoryGroup] = ()
@@ -108,7 +108,7 @@ class RunLog:
             raise DataError(
                 f"{self.folder} is not a run folder: it has no config.yaml; pass the folder that a training wrote"
             )
-        with readable(self.config_path):
+        with reading(self.config_path):
             content = self.config_path.read_bytes()
         try:
             tree = yaml.safe_load(content)
@@ -119,7 +119,7 @@ class RunLog:
         return tree
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        rows = read_lines(self.metrics_path) if self.metrics_path.exists() else []
+        rows = read_json_lines(self.metrics_path) if self.metrics_path.exists() else []
         for number, row in enumerate(rows, start=1):
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 raise DataError(f"{self.metrics_path}, line {number} is not the metrics of a step; remove that line")
@@ -156,7 +156,7 @@ class RunLog:
 
     def read_evaluation(self, step: int) -> dict[str, Any]:
         path = self.evaluation_path(step)
-        with readable(path):
+        with reading(path):
             text = path.read_text()
         try:
             return json.loads(text)

@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 
 from backtalk.errors import ConfigError
-from backtalk.files import not_written
+from backtalk.files import write_error
 
 NAME = ".lock"
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -68,7 +68,7 @@ def _lock(lock: Path, target: Path) -> Iterator[None]:
         lock.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _take(lock, target)
     except OSError as error:
-        raise not_written(lock, error) from error
+        raise write_error(lock, error) from error
     _held.add(descriptor)
     try:
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": f"{datetime.now().astimezone():%F %T %z}"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backtalk.errors import DataError
-from backtalk.files import append_line, read_lines, write_bytes
+from backtalk.files import append_json_line, read_json_lines, write_bytes
 from backtalk.parquet import read_table, write_table
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 
@@ -33,7 +33,7 @@ def trajectory_to_dict(trajectory: Trajectory) -> dict[str, Any]:
         "stop_reason": trajectory.stop_reason.value,
         "failure": None
         if failure is None
-        else {"where": failure.where, "error": failure.error, "message": failure.message},
+        else {"phase": failure.phase, "error": failure.error, "message": failure.message},
         "token_ids": list(trajectory.token_ids),
         "roles": [int(role) for role in trajectory.roles],
         "logprobs": list(trajectory.logprobs),
@@ -57,7 +57,7 @@ def trajectory_from_dict(data: Mapping[str, Any]) -> Trajectory:
             policy_version=data["policy_version"],
             reward=data["reward"],
             stop_reason=StopReason(data["stop_reason"]),
-            failure=None if failure is None else Failure(failure["where"], failure["error"], failure["message"]),
+            failure=None if failure is None else Failure(failure["phase"], failure["error"], failure["message"]),
             segments=tuple(_segments(data)),
             messages=tuple(data["messages"]),
             stats=dict(data["stats"]),
@@ -116,7 +116,7 @@ def append_trajectory(path: str | Path, trajectory: Trajectory) -> None:
     """
     path = Path(path)
     if path.suffix == ".jsonl":
-        append_line(path, trajectory_to_dict(trajectory))
+        append_json_line(path, trajectory_to_dict(trajectory))
     else:
         write_trajectories(path, [*(read_trajectories(path) if path.exists() else ()), trajectory])
 
@@ -130,7 +130,7 @@ def read_trajectories(path: str | Path) -> list[Trajectory]:
     path = Path(path)
     match path.suffix:
         case ".jsonl":
-            rows = read_lines(path)
+            rows = read_json_lines(path)
         case ".parquet":
             rows = _from_parquet(path)
         case suffix:
