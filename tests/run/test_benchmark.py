@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 from backtalk.errors import ConfigError
-from backtalk.run.benchmark import Benchmark, benchmark_tasks, pass_at_every_k
+from backtalk.rollout.limits import RolloutLimits
+from backtalk.run.benchmark import Benchmark, benchmark_tasks, pass_at_every_k, run_benchmark
+from backtalk.run.config import config_from_dict
 from backtalk.run.evaluate import Evaluation, TaskResult
 from backtalk.run.log import read_trajectories
+from backtalk.run.worlds import Worlds
+from backtalk.sandboxes.machine import capacity
 from sandbox_help import backend_or_skip
 from tiny import tiny_model_dir
 
@@ -52,6 +56,36 @@ async def test_tasks_are_chosen_by_pattern_and_number() -> None:
         await benchmark_tasks(Benchmark(dataset="workbench", names=("nothing-*",)), told.append)
     with pytest.raises(ConfigError, match="--environment docker"):
         await benchmark_tasks(Benchmark(dataset="terminal-bench@2.0"), told.append)
+
+
+async def test_as_many_rollouts_at_once_as_in_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both go by what a sandbox may use here: 9,282 MiB * 7/8 / (4 + 2,048/8) = 31; of 512 MiB it would be 119."""
+    room = capacity.Room(cores=64.0, memory_mb=9282.0, processes=100_000, open_files=100_000)
+    monkeypatch.setattr(capacity, "room", lambda: room)
+    used: list[RolloutLimits] = []
+
+    async def measure(*_: object, limits: RolloutLimits, **__: object) -> None:
+        used.append(limits)
+        raise EndsHere
+
+    monkeypatch.setattr("backtalk.run.benchmark.evaluate", measure)
+    config = config_from_dict(
+        {
+            "sandbox": "unsafe",
+            "terminal": {"sandbox": {"memory_mb": 2048}},
+            "engine": {"model": str(tiny_model_dir(tmp_path / "tiny"))},
+        }
+    )
+    with pytest.raises(EndsHere):
+        await run_benchmark(config, Benchmark(dataset="workbench", count=1))
+    training = Worlds(await benchmark_tasks(Benchmark(dataset="workbench", count=1), lambda _: None), config)
+    assert used == [training.fit_machine(lambda _: None)]
+    assert used[0].concurrency == 31
+    await training.close()
+
+
+class EndsHere(Exception):
+    """Raised in place of a measurement."""
 
 
 def test_the_command_plays_a_dataset_and_writes_what_it_saw(tmp_path: Path) -> None:
