@@ -169,7 +169,7 @@ def test_modules_and_functions_stay_short(path: Path) -> None:
 NOT_YET = (
     *("settings", "files", "messages", "trajectory", "errors", "objective", "engines", "language", "tasks", "rollout"),
     *("sandboxes.base", "sandboxes.pool", "sandboxes.session", "sandboxes.bubblewrap", "sandboxes.root"),
-    *("sandboxes.machine", "sandboxes.sandlock", "sandboxes.harbor", "sandboxes.images", "sandboxes.conformance"),
+    *("sandboxes.machine", "sandboxes.sandlock", "sandboxes.harbor", "sandboxes.images"),
     *("sandboxes.unsafe", "hosts", "envs.base", "envs.terminal", "envs.harbor", "envs.awm", "envs.openenv"),
     *("envs.tool_schemas", "run", "exchange", "capture", "evidence", "viewer", "cli"),
 )

@@ -258,12 +258,12 @@ def test_writable_kernel_settings_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 # The suite itself
 
 
-def test_the_suite_is_large_and_told_in_sentences() -> None:
+def test_the_suite_is_large_and_claims_are_sentences() -> None:
     assert len(CHECKS) >= 60 and len(set(NAMES)) == len(NAMES)
     assert sum(check.category is Category.ATTACK for check in CHECKS) >= 25
-    assert all(check.shows.endswith(".") and len(check.shows) < 160 for check in CHECKS)
-    told = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
-    assert [name for name in NAMES if f"`{name}`" not in told] == []
+    assert all(check.claim.endswith(".") and len(check.claim) < 160 for check in CHECKS)
+    documented = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    assert [name for name in NAMES if f"`{name}`" not in documented] == []
 
 
 def test_an_unknown_check_is_an_error() -> None:

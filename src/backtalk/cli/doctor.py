@@ -252,7 +252,7 @@ def print_conformance(console: Console) -> int:
     styles |= {Outcome.NOT_APPLICABLE: "dim"}
     for result in results:
         line = Text(f"{result.outcome.value:<16}", style=styles[result.outcome])
-        line += Text(f"{result.check.category.value:<11}{result.check.name:<32}{result.check.shows}", style="default")
+        line += Text(f"{result.check.category.value:<11}{result.check.name:<32}{result.check.claim}", style="default")
         console.print(line, soft_wrap=True)
         if result.reason:
             console.print(Text(f"{'':<27}-> {result.reason}", style="default"), soft_wrap=True)

@@ -1,18 +1,23 @@
-"""What a check is made of: a sandbox to try it in, and words for what was found."""
+"""The parts of a check: the sandbox it is tried in, its result, and assertions that say what was found."""
 
 from __future__ import annotations
 
+import contextlib
 import shlex
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
 
 from backtalk.sandboxes.base import BackendReport, ExecResult, Sandbox, SandboxBackend, SandboxFile, SandboxLimits
 
 LIMITS = SandboxLimits(memory_mb=96, processes=24, disk_mb=16)
-WAIT_S = 20.0  # for a command that ends by itself; a loaded machine takes its time
-COUNT = "all=(/proc/[0-9]*); echo ${#all[@]}"  # of processes, by bash alone
+COMMAND_TIMEOUT_S = 20.0  # for a command that ends by itself; a loaded machine takes its time
+_NO_ENV: Mapping[str, str] = MappingProxyType({})
 
 
 class Failure(Exception):
@@ -24,8 +29,11 @@ class NotApplicable(Exception):
 
 
 class Category(StrEnum):
-    """BEHAVIOUR what every environment relies on; LIMIT what one sandbox may use; ATTACK what an agent might try
-    against the machine, the trainer, other rollouts or the verifier; HYGIENE what is left when it is over."""
+    """The kind of a check.
+
+    BEHAVIOUR: what every environment relies on. LIMIT: what one sandbox may use. ATTACK: what an agent might try
+    against the machine, the trainer, other rollouts or the verifier. HYGIENE: what is left when a sandbox is closed.
+    """
 
     BEHAVIOUR = "behaviour"
     LIMIT = "limit"
@@ -33,64 +41,102 @@ class Category(StrEnum):
     HYGIENE = "hygiene"
 
 
-class Box:
-    """A fresh sandbox of the backend under test, with short ways to say what is done in it."""
+class SandboxUnderTest:
+    """A fresh sandbox of the backend under test, with short methods for what checks do in it."""
 
     def __init__(self, sandbox: Sandbox, backend: SandboxBackend) -> None:
-        self.sandbox = sandbox
+        self.inner = sandbox
         self.backend = backend
 
-    async def run(self, command: str, *, timeout_s: float = WAIT_S) -> ExecResult:
-        """The whole result of a command."""
-        return await self.sandbox.exec(command, timeout_s=timeout_s)
+    async def exec(
+        self,
+        command: str,
+        *,
+        timeout_s: float = COMMAND_TIMEOUT_S,
+        env: Mapping[str, str] = _NO_ENV,
+        cwd: str | None = None,
+    ) -> ExecResult:
+        """Run a command and return its result."""
+        return await self.inner.exec(command, timeout_s=timeout_s, env=env, cwd=cwd)
 
-    async def out(self, command: str, *, timeout_s: float = WAIT_S) -> str:
-        """What a command printed."""
-        return (await self.run(command, timeout_s=timeout_s)).output
+    async def output(self, command: str) -> str:
+        """Run a command and return what it printed."""
+        return (await self.exec(command)).output
 
-    async def code(self, command: str) -> int:
-        """The exit code of a command whose words nobody wants."""
-        return (await self.run(f"{{ {command}\n}} >/dev/null 2>&1")).exit_code
+    async def exit_code(self, command: str) -> int:
+        """Run a command, drop what it prints, and return its exit code."""
+        return (await self.exec(f"{{ {command}\n}} >/dev/null 2>&1")).exit_code
 
     async def python(self, program: str) -> str:
-        """What a Python program prints inside.
+        """Run a Python program inside and return what it printed.
 
         Raises:
             NotApplicable: there is no python3 inside.
         """
-        if await self.code("command -v python3") != 0:
+        if await self.exit_code("command -v python3") != 0:
             raise NotApplicable("no python3 inside to try it with")
-        return await self.out(f"python3 -c {shlex.quote(program)}")
+        return await self.output(f"python3 -c {shlex.quote(program)}")
+
+    async def attempts(self, imports: str, *statements: str) -> list[str]:
+        """Run Python statements inside and return those that raised no OSError."""
+        tries = (f"try: {statement}; print({statement!r})\nexcept OSError: pass" for statement in statements)
+        return (await self.python("\n".join((imports, *tries)))).splitlines()
+
+    async def count_processes(self) -> int:
+        """Count the processes that are visible inside, by bash alone."""
+        return int((await self.output("all=(/proc/[0-9]*); echo ${#all[@]}")).split()[-1])
+
+    async def prints(self, command: str, text: str, subject: str = "") -> None:
+        """Fail unless a command prints this text."""
+        equal(await self.output(command), text, subject)
+
+    async def fails(self, command: str, otherwise: str = "") -> None:
+        """Fail with `otherwise` unless a command has a non-zero exit code."""
+        expect(await self.exit_code(command) != 0, otherwise or f"`{command}` succeeded")
+
+    async def still_works(self, after: str = "") -> None:
+        """Fail unless a command works."""
+        await self.prints("echo fine", "fine\n", after)
 
     async def put(self, path: str, content: bytes = b"", *, mode: int = 0o644, mtime: int | None = None) -> None:
         """Write one file."""
-        await self.sandbox.put({path: SandboxFile(content, mode, mtime)})
+        await self.inner.put({path: SandboxFile(content, mode, mtime)})
 
-    async def get(self, path: str) -> bytes | None:
+    async def get(self, path: str, *, max_bytes: int = 1 << 20) -> bytes | None:
         """Read one file."""
-        return await self.sandbox.get(path)
+        return await self.inner.get(path, max_bytes=max_bytes)
+
+    async def restart(self) -> None:
+        """Begin a fresh session."""
+        await self.inner.restart()
 
     @asynccontextmanager
-    async def another(self) -> AsyncGenerator[Box]:
-        """A second sandbox of the same backend."""
+    async def another(self) -> AsyncGenerator[SandboxUnderTest]:
+        """Open a second sandbox of the same backend."""
         async with self.backend.open(LIMITS) as sandbox:
-            yield Box(sandbox, self.backend)
+            yield SandboxUnderTest(sandbox, self.backend)
+
+
+RunCheck = Callable[[SandboxUnderTest], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing any sandbox must show."""
+    """One property that any sandbox must have, and how to test it."""
 
     name: str
     category: Category
-    shows: str  # one sentence
-    run: Callable[[Box], Awaitable[None]]
+    claim: str  # one sentence
+    run: RunCheck  # raises Failure or NotApplicable
     harmful_if_open: bool = False  # would hurt this machine where nothing isolates
 
 
 class Outcome(StrEnum):
-    """PASSED it was shown; FAILED it was tried, and not so; CANNOT not so, and the backend's own report says it;
-    NOT_APPLICABLE it could not be tried."""
+    """The outcome of a check.
+
+    PASSED: the claim holds. FAILED: it does not. CANNOT: it does not, and the backend's own report says so.
+    NOT_APPLICABLE: it could not be tried.
+    """
 
     PASSED = "passed"
     FAILED = "failed"
@@ -100,7 +146,7 @@ class Outcome(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """What became of one check."""
+    """The outcome of one check, with the reason."""
 
     check: Check
     outcome: Outcome
@@ -108,32 +154,61 @@ class CheckResult:
     seconds: float = 0.0
 
 
-def made(
-    category: Category, *functions: Callable[[Box], Awaitable[None]], harmful_if_open: bool = False
-) -> tuple[Check, ...]:
-    """Checks of functions: the name is the function's, the sentence its docstring."""
-    return tuple(
-        Check(function.__name__, category, " ".join((function.__doc__ or "").split()), function, harmful_if_open)
-        for function in functions
-    )
-
-
-def expect(holds: bool, found: str) -> None:
-    """Fail with what was found, unless `holds`."""
-    if not holds:
+def expect(condition: bool, found: str) -> None:
+    """Fail with what was found, unless the condition holds."""
+    if not condition:
         raise Failure(found)
 
 
-def same(got: object, wanted: object, what: str = "") -> None:
+def equal(got: object, wanted: object, subject: str = "") -> None:
     """Fail unless both are equal."""
-    expect(got == wanted, f"{what}{': ' if what else ''}got {_short(got)}, not {_short(wanted)}")
+    expect(got == wanted, f"{subject}{': ' if subject else ''}got {_shortened(got)}, not {_shortened(wanted)}")
+
+
+@contextmanager
+def raises(kind: type[BaseException], otherwise: str, *, message: str = "") -> Iterator[None]:
+    """Fail with `otherwise` unless the block raises such an exception, with `message` in its text."""
+    try:
+        yield
+    except kind as error:
+        expect(message in str(error), f"the error says only {error}")
+    else:
+        raise Failure(otherwise)
+
+
+@contextmanager
+def within(limit_s: float, subject: str) -> Iterator[None]:
+    """Fail if the block takes longer."""
+    began = time.monotonic()
+    yield
+    expect((seconds := time.monotonic() - began) < limit_s, f"{subject} took {seconds:.0f} s")
+
+
+@contextmanager
+def folder_of_machine() -> Iterator[Path]:
+    """Make a folder of this machine that everybody may write, with a file "secret" in it."""
+    with tempfile.TemporaryDirectory(prefix="backtalk-conformance-") as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        (folder / "secret").write_text("of the machine")
+        yield folder
+
+
+def processes_with(argument: str) -> list[Path]:
+    """Return the /proc folders of this machine's processes that have this argument in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if argument.encode() in path.read_bytes().split(b"\0"):
+                found.append(path.parent)
+    return found
 
 
 def isolates(report: BackendReport) -> bool:
-    """Whether a backend says that it keeps commands apart from this machine's files and processes."""
+    """Return whether a backend says that it keeps commands apart from this machine's files and processes."""
     return all(report.isolation.get(name, "none") != "none" for name in ("files", "processes"))
 
 
-def _short(value: object) -> str:
+def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:160]}... ({len(text)} characters)"
