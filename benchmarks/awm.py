@@ -75,12 +75,12 @@ def served() -> Iterator[str]:
 def main() -> None:
     machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     print(f"{machine}, Python {platform.python_version()}")
-    rows = {"in process": asyncio.run(measure(AwmWorld("shop-ten", AwmConfig()), "awm:shop-ten"))}
+    rows = {"in process": asyncio.run(measure(AwmWorld("shop-ten", AwmConfig()), "shop-ten"))}
     with tempfile.TemporaryDirectory() as folder:  # a copy of the shop is a stranger's
         write_scenario(open_library("shop").scenarios["shop"], Path(folder))
-        rows["sandbox"] = asyncio.run(measure(AwmWorld(folder, AwmConfig()), f"awm:{folder}"))
+        rows["sandbox"] = asyncio.run(measure(AwmWorld(folder, AwmConfig()), folder))
     with served() as url:
-        rows["OpenEnv server"] = asyncio.run(measure(AwmWorld(url, AwmConfig()), f"awm:{url}#shop"))
+        rows["OpenEnv server"] = asyncio.run(measure(AwmWorld(url, AwmConfig()), f"{url}#shop"))
     base = {what: median(times) for what, times in rows["in process"].items()}
     for where, found in rows.items():
         for what, times in found.items():

@@ -25,7 +25,6 @@ from backtalk.messages import ToolCall
 from backtalk.rollout.groups import run_groups
 from backtalk.rollout.sampler import ScriptedSampler
 from backtalk.run.config import load_config
-from backtalk.run.sources import load_tasks
 from backtalk.settings import from_plain
 from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import TokenRole, Trajectory
@@ -48,9 +47,9 @@ def winning_commands(tasks: list[Task]) -> dict[str, list[str]]:
 
 
 async def play(renderer: Renderer) -> list[Trajectory]:
-    tasks = load_tasks(source.name, split=Split.TRAIN, count=GAMES, options=source.options)
-    commands = winning_commands(tasks)
     world = OpenEnvWorld(source.name.removeprefix("openenv:"), from_plain(OpenEnvConfig, source.options))
+    tasks = world.tasks(Split.TRAIN, GAMES, seed=0)
+    commands = winning_commands(tasks)
     limits = replace(config.rollout, max_turns=40)
     shown = renderer.for_tools([action.tool for action in world.actions or ()])
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from backtalk.envs.terminal import BASH, SUBMIT, TerminalConfig
 from backtalk.language.renderer import Renderer
 from backtalk.messages import Message, Part, ToolCall
-from backtalk.run.sources import load_tasks
+from backtalk.tasks.load import load_tasks
 from backtalk.tasks.task import Split
 from backtalk.trajectory import TokenRole
 from tiny import tiny_model_dir

@@ -58,7 +58,7 @@ async def explore(seeds: Iterable[int], *, skill: float, ordinary: bool) -> list
         random = Random(f"explore/{seed}")
         text = LOOKING_AROUND if ordinary else contents.task
         metadata = {"scenario": "shop", "seed": seed, "description": DESCRIPTION}
-        task = Task(id=f"shop-{seed}", instruction=text, world="awm:shop", metadata=metadata)
+        task = Task(id=f"shop-{seed}", instruction=text, metadata=metadata)
         async with world.open(task) as env:
             prompt = await env.reset()
             calls = _stroll(random, contents.inserts) if ordinary else _attempt(random, plan, skill)

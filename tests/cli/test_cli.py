@@ -16,7 +16,7 @@ import pytest
 from backtalk import __version__
 from backtalk.cli import explain, main
 from backtalk.errors import ConfigError, DataError
-from backtalk.run.sources import load_tasks
+from backtalk.tasks.load import load_tasks
 from backtalk.tasks.task import Split
 from tiny import tiny_model_dir
 

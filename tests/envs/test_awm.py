@@ -30,7 +30,6 @@ from backtalk.errors import ConfigError, DataError, InfrastructureError, Verifie
 from backtalk.exchange.read.openenv import awm_messages
 from backtalk.messages import ToolCall
 from backtalk.run.config import load_config
-from backtalk.run.sources import load_tasks
 from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import TokenRole
 
@@ -138,9 +137,9 @@ def test_programs_that_cannot_run_say_why() -> None:
 
 def test_sources_that_do_not_exist_name_those_that_do() -> None:
     with pytest.raises(ConfigError, match=r"use awm:shop, awm:shop-ten, awm:tickets, the folder"):
-        awm_tasks("awm:shoop")
+        awm_tasks("shoop")
     with pytest.raises(ConfigError, match=r"has no scenario 'shop'; it has tickets"):
-        awm_tasks("awm:tickets#shop")
+        awm_tasks("tickets#shop")
     with pytest.raises(ConfigError, match="verifier=sql"):
         AwmWorld("shop", AwmConfig(verifier="sql"))
 
@@ -152,8 +151,8 @@ async def test_every_task_of_the_files_is_solved_by_its_solution_and_by_nothing_
     shop: AwmWorld, desk: AwmWorld
 ) -> None:
     ten = AwmWorld("shop-ten", AwmConfig())
-    plans = [(ten, task, solution(task).solution) for task in awm_tasks("awm:shop-ten")]
-    plans += [(desk, task, calls(*DESK[task.metadata["task_idx"]])) for task in awm_tasks("awm:tickets")]
+    plans = [(ten, task, solution(task).solution) for task in awm_tasks("shop-ten")]
+    plans += [(desk, task, calls(*DESK[task.metadata["task_idx"]])) for task in awm_tasks("tickets")]
     assert len(plans) == 20
     for world, task, plan in plans:
         assert (await play(world, task, plan))[0] == 1.0, task.id
@@ -164,7 +163,7 @@ async def test_every_task_of_the_files_is_solved_by_its_solution_and_by_nothing_
 
 
 async def test_seeded_shops_are_solvable_and_refuse_what_is_wrong(shop: AwmWorld) -> None:
-    tasks = load_tasks("awm:shop", split=Split.HELD_OUT, count=60)
+    tasks = AwmWorld("shop", AwmConfig()).tasks(Split.HELD_OUT, 60, 0)
     assert {task.metadata["kind"] for task in tasks} == set(KINDS)
     for task in tasks[:30]:
         plan = solution(task)
@@ -181,13 +180,13 @@ def plan_product(task: Task) -> int:
 
 
 def test_training_sees_other_shops_than_the_measurement() -> None:
-    train = load_tasks("awm:shop", split=Split.TRAIN, count=2000)
-    held_out = load_tasks("awm:shop", split=Split.HELD_OUT, count=500)
+    train = AwmWorld("shop", AwmConfig()).tasks(Split.TRAIN, 2000, 0)
+    held_out = AwmWorld("shop", AwmConfig()).tasks(Split.HELD_OUT, 500, 0)
     assert (len(train), len(held_out)) == (2000, 500)
     shops = {shop_contents(task.metadata["seed"])[0].inserts for task in train}
     assert len(shops) == 2000
     assert shops.isdisjoint(shop_contents(task.metadata["seed"])[0].inserts for task in held_out)
-    assert load_tasks("awm:shop", split=Split.TRAIN, count=5, seed=1) != train[:5]
+    assert AwmWorld("shop", AwmConfig()).tasks(Split.TRAIN, 5, 1) != train[:5]
 
 
 async def test_errors_teach_and_change_nothing(shop: AwmWorld, desk: AwmWorld) -> None:
@@ -202,7 +201,7 @@ async def test_errors_teach_and_change_nothing(shop: AwmWorld, desk: AwmWorld) -
         ("apply_coupon", ("code", expired)): f"coupon {expired} has expired",
         ("remove_from_cart", ("product_id", gone.id)): "is not in the cart; view_cart shows what is",
     }
-    async with AwmWorld("shop-ten", AwmConfig()).open(awm_tasks("awm:shop-ten")[0]) as env:
+    async with AwmWorld("shop-ten", AwmConfig()).open(awm_tasks("shop-ten")[0]) as env:
         await env.reset()
         for (tool, (name, value)), said in told.items():
             step = await env.step(ToolCall(tool, {name: value}))
@@ -210,7 +209,7 @@ async def test_errors_teach_and_change_nothing(shop: AwmWorld, desk: AwmWorld) -
             assert step.messages[0].parts[0].role is TokenRole.ENV_OUTPUT
         await env.step(ToolCall("done", {"answer": solution(env.task).answer}))
         assert await env.score() == 1.0
-    async with desk.open(awm_tasks("awm:tickets")[0]) as env:
+    async with desk.open(awm_tasks("tickets")[0]) as env:
         await env.reset()
         for tool, arguments, said in (
             ("add_comment", {"ticket_id": 109, "body": "x"}, "ticket 109 is closed; reopen_ticket opens it again"),
@@ -234,7 +233,7 @@ def test_tools_are_what_the_programs_say(shop: AwmWorld, desk: AwmWorld) -> None
 
 
 async def test_episodes_side_by_side_do_not_see_each_other(shop: AwmWorld) -> None:
-    task = load_tasks("awm:shop", split=Split.TRAIN, count=1)[0]
+    task = AwmWorld("shop", AwmConfig()).tasks(Split.TRAIN, 1, 0)[0]
     product = plan_product(task)
 
     async def fill(quantity: int) -> str:
@@ -254,7 +253,7 @@ async def test_episodes_side_by_side_do_not_see_each_other(shop: AwmWorld) -> No
 
 
 async def test_who_said_what(shop: AwmWorld) -> None:
-    task = load_tasks("awm:shop", split=Split.TRAIN, count=1)[0]
+    task = AwmWorld("shop", AwmConfig()).tasks(Split.TRAIN, 1, 0)[0]
     async with shop.open(task) as env:
         prompt = await env.reset()
         assert [(m.role, {part.role for part in m.parts}) for m in prompt] == [
@@ -285,7 +284,7 @@ async def test_a_warning_of_the_environment_is_a_warning_and_long_results_are_cu
 
 
 async def test_a_captured_episode_imports_as_it_was_played(shop: AwmWorld) -> None:
-    task = load_tasks("awm:shop", split=Split.TRAIN, count=1)[0]
+    task = AwmWorld("shop", AwmConfig()).tasks(Split.TRAIN, 1, 0)[0]
     said = []
     async with shop.open(task) as env:
         await env.reset()
@@ -310,11 +309,12 @@ async def test_a_verifier_that_crashes_gives_no_reward() -> None:
         world = AwmWorld("tickets", AwmConfig())
         world._library = Library({"tickets": replace(scenario, verifiers=verifiers)})
         with pytest.raises(VerifierError, match=said):
-            await play(world, awm_tasks("awm:tickets")[0], calls(("done", {"answer": ""})))
+            await play(world, awm_tasks("tickets")[0], calls(("done", {"answer": ""})))
 
 
 async def test_a_task_that_nobody_scores_needs_no_verifier(shop: AwmWorld) -> None:
-    task = load_tasks("awm:shop", split=Split.TRAIN, count=1, world_model_only=True)[0]
+    task = shop.tasks(Split.TRAIN, 1, 0)[0]
+    task = replace(task, metadata={**task.metadata, "world_model_only": True})
     reward, env = await play(shop, task, calls(("view_cart", {}), ("done", {"answer": ""})))
     assert reward is None and [step["action"]["tool_name"] for step in env.episode["steps"]] == ["view_cart"]
 
@@ -352,9 +352,9 @@ def server() -> Iterator[str]:
 
 
 async def test_a_server_plays_the_same_episodes(server: str) -> None:
-    tasks = awm_tasks(f"awm:{server}")
+    tasks = awm_tasks(f"{server}")
     assert [task.id for task in tasks] == [f"{name}/{idx}" for name in ("shop", "tickets") for idx in range(10)]
-    assert [task.id for task in awm_tasks(f"awm:{server}#tickets")] == [task.id for task in tasks[10:]]
+    assert [task.id for task in awm_tasks(f"{server}#tickets")] == [task.id for task in tasks[10:]]
     there, here = AwmWorld(server, AwmConfig()), AwmWorld("shop-ten", AwmConfig())
     for task in (tasks[3], tasks[8]):
         plan = (*calls(("get_product", {"product_id": 9999})), *solution(task).solution)
@@ -368,7 +368,7 @@ async def test_a_server_plays_the_same_episodes(server: str) -> None:
 
 
 async def test_a_server_without_a_judge_gives_no_reward_in_sql_mode(server: str) -> None:
-    task = awm_tasks(f"awm:{server}#shop")[3]
+    task = awm_tasks(f"{server}#shop")[3]
     world = AwmWorld(server, AwmConfig(verifier="sql"))
     with pytest.raises(VerifierError, match=r"no reward: sql verifier, judge_error.*cart_items"):
         await play(world, task, solution(task).solution)
@@ -376,7 +376,7 @@ async def test_a_server_without_a_judge_gives_no_reward_in_sql_mode(server: str)
 
 async def test_a_server_of_something_else_is_refused() -> None:
     with pytest.raises(InfrastructureError, match="no OpenEnv server answers"):
-        awm_tasks("awm:http://127.0.0.1:9")
+        awm_tasks("http://127.0.0.1:9")
 
 
 # --- training ---
@@ -393,6 +393,6 @@ async def test_the_preset_trains_on_what_the_shop_says(tmp_path: Path) -> None:
     assert row["rollouts"] == 8 and row["failed"] == row["no_reward"] == 0
     assert row["invalid_calls"] < 2 and row["env_output_ce"] > 0 and row["world_model_coeff"] == 0.05
     assert any(name.startswith("env_output_ce/") for name in row)
-    trained = {task.id for task in load_tasks("awm:shop", split=Split.TRAIN, count=2000)}
+    trained = {task.id for task in AwmWorld("shop", AwmConfig()).tasks(Split.TRAIN, 2000, 0)}
     measured = json.loads(RunLog(folder).evaluation_path(1).read_text())["tasks"]
     assert len(measured) == 2 and trained.isdisjoint(task["task_id"] for task in measured)

@@ -136,7 +136,7 @@ async def playing(
     write_scenario(scenario, folder / "data")
     world = AwmWorld(str(folder / "data"), AwmConfig(call_timeout_s=timeout_s))
     try:
-        yield world, awm_tasks(f"awm:{folder / 'data'}")
+        yield world, awm_tasks(str(folder / "data"))
     finally:
         await world.close()
 
@@ -252,7 +252,7 @@ async def test_scenarios_are_spread_over_children(place: Path) -> None:
         with file.open("a") as both:
             both.write((place / second / file.name).read_text())
     world = AwmWorld(str(place / first), AwmConfig())
-    tasks = {task.id: task for task in awm_tasks(f"awm:{place / first}")}
+    tasks = {task.id: task for task in awm_tasks(str(place / first))}
     try:
         async with world.open(tasks[f"{second}/6"]) as env:
             await env.reset()
@@ -271,7 +271,7 @@ async def test_no_name_makes_a_folder_one_of_ours(place: Path, monkeypatch: pyte
     world = AwmWorld("./shop", AwmConfig())
     try:
         assert world.report.name.startswith("Agent World Model, ./shop, in ")
-        assert await answered(world, awm_tasks("awm:./shop")[6], "102") == 1.0
+        assert await answered(world, awm_tasks("./shop")[6], "102") == 1.0
         ours = AwmWorld("shop", AwmConfig())  # never a folder of that name
         assert ours.report.name == "Agent World Model, shop" and "add_to_cart" in {
             tool.name for tool in ours.tools("shop")

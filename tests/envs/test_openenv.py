@@ -32,7 +32,6 @@ from backtalk.rollout import admission
 from backtalk.rollout.groups import run_groups
 from backtalk.rollout.limits import RolloutLimits
 from backtalk.rollout.sampler import SamplingParams, ScriptedSampler
-from backtalk.run.sources import load_tasks
 from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import StopReason, TokenRole, Trajectory
 from openenv_servers.provider import LocalProvider
@@ -491,11 +490,11 @@ async def test_a_provider_runs_containers(renderer: Renderer) -> None:
 
 def test_seeds_are_tasks_and_splits_are_apart() -> None:
     def tasks(split: Split, count: int = 30, **options: Any) -> list[Task]:
-        return openenv_tasks("openenv:./envs/maze", {"seeds": 100, **options}, split=split, count=count, seed=3)
+        return openenv_tasks("./envs/maze", OpenEnvConfig(seeds=100, **options), split=split, count=count, seed=3)
 
     train, held_out = tasks(Split.TRAIN, 200), tasks(Split.HELD_OUT, 200)
     assert len(train) + len(held_out) == 100 and not {t.id for t in train} & {t.id for t in held_out}
-    assert train[0].id == f"maze/seed-{train[0].metadata['reset']['seed']}" and train[0].world == "openenv:./envs/maze"
+    assert train[0].id == f"maze/seed-{train[0].metadata['reset']['seed']}"
     assert tasks(Split.TRAIN) == train[:30]
     folds = {"train": {"split": "a"}, "held_out": {"split": "b"}}
     (task,) = tasks(Split.HELD_OUT, 1, folds=folds, seed_argument="index")
@@ -513,14 +512,14 @@ def test_rows_of_a_file_are_tasks(tmp_path: Path) -> None:
     ]
     path = tmp_path / "tasks.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    options = {"tasks": str(path), "instruction": "Play."}
-    (train,) = load_tasks("openenv:http://127.0.0.1:1", split=Split.TRAIN, count=9, options=options)
+    config = OpenEnvConfig(tasks=str(path), instruction="Play.")
+    (train,) = openenv_tasks("http://127.0.0.1:1", config, split=Split.TRAIN, count=9)
     assert (train.id, train.instruction, train.metadata["reset"]) == ("a", "Open it.", {"level": 2})
-    (held_out,) = load_tasks("openenv:http://127.0.0.1:1", split=Split.HELD_OUT, count=9, options=options)
+    (held_out,) = openenv_tasks("http://127.0.0.1:1", config, split=Split.HELD_OUT, count=9)
     assert (held_out.id, held_out.instruction, held_out.metadata["reset"]) == ("b", "Play.", {})
     path.write_text('{"id": 3}\n{"id": "c", "reset": []}\n{"id": "d", "fold": "test"}\nno')
     with pytest.raises(TaskError, match=r"line 1: .* line 2: reset=\[\] .* line 3: fold='test' .* line 4"):
-        load_tasks("openenv:http://127.0.0.1:1", split=Split.TRAIN, count=9, options=options)
+        openenv_tasks("http://127.0.0.1:1", config, split=Split.TRAIN, count=9)
 
 
 # --- an environment that nobody here wrote ---
@@ -539,7 +538,7 @@ async def test_textworld_express(urls: dict[str, str], renderer: Renderer) -> No
     world = OpenEnvWorld(urls["textworld"], OpenEnvConfig(reset={"game": "simonsays", "params": "gameLength=3"}))
     begun = []
     for split in Split:
-        tasks = openenv_tasks("openenv:textworld", {"folds": folds, "seeds": 1000}, split=split, count=8)
+        tasks = openenv_tasks("textworld", OpenEnvConfig(folds=folds, seeds=1000), split=split, count=8)
         for task in tasks:
             async with world.open(task) as env:
                 begun.append((await env.reset())[-1].text)

@@ -117,8 +117,8 @@ def harbor_run(source: Path, agent: str, jobs: Path, *options: str) -> tuple[dic
 
 
 def test_the_oracle_earns_every_reward_and_doing_nothing_none(tmp_path: Path) -> None:
-    from backtalk.run.sources import load_tasks
     from backtalk.tasks.folder import write_harbor_task
+    from backtalk.tasks.load import load_tasks
     from backtalk.tasks.task import Split
 
     source = tmp_path / "tasks"
@@ -318,7 +318,7 @@ async def test_what_a_command_leaves_is_met_by_the_next() -> None:
 async def test_a_task_of_ours_is_played_and_scored_in_a_harbor_environment() -> None:
     from backtalk.envs.terminal import TerminalConfig, open_terminal_env
     from backtalk.messages import ToolCall
-    from backtalk.run.sources import load_tasks
+    from backtalk.tasks.load import load_tasks
     from backtalk.tasks.task import Split
 
     task = load_tasks("triage", split=Split.HELD_OUT, count=1, levels=(2,))[0]

@@ -30,13 +30,13 @@ from backtalk.run.evaluate import Evaluation
 from backtalk.run.events import EvaluationDone, Event, Notice, RolloutDone, RunDone, RunStarted, StepDone
 from backtalk.run.log import RunLog, read_trajectories, write_trajectories
 from backtalk.run.log.metrics import METRICS
-from backtalk.run.sources import load_tasks
 from backtalk.run.tasks import tasks_of_step
 from backtalk.run.train import Run, _unbroken, evaluate_run, train
 from backtalk.run.worlds import check_rollouts
 from backtalk.sandboxes import local_sandbox
 from backtalk.sandboxes.base import SandboxFile
 from backtalk.tasks.folder import write_harbor_task
+from backtalk.tasks.load import load_tasks
 from backtalk.tasks.task import Split
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 from backtalk.viewer.terminal import find_trajectory

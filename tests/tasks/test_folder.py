@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backtalk.errors import ConfigError, TaskError
-from backtalk.run.sources import load_tasks
 from backtalk.sandboxes.base import SandboxFile
 from backtalk.sandboxes.images.dockerfile import parse_dockerfile
 from backtalk.tasks.folder import load_harbor_tasks, read_harbor_task, write_harbor_task
+from backtalk.tasks.load import load_tasks
 from backtalk.tasks.task import Split, Task
 
 TEST_SH = "echo 1 > /logs/verifier/reward.txt\n"
@@ -454,8 +454,7 @@ def test_load_tasks_from_a_folder(tmp_path: Path) -> None:
     assert few == load_tasks(str(tmp_path), split=Split.TRAIN, count=3, seed=1) and len(few) == 3
     one = next(iter(train))
     assert load_tasks(str(tmp_path / one.id), split=Split.TRAIN, count=5) == [one]
-    with pytest.raises(TaskError, match="none of the 1 tasks"):
-        load_tasks(str(tmp_path / one.id), split=Split.HELD_OUT, count=5)
+    assert load_tasks(str(tmp_path / one.id), split=Split.HELD_OUT, count=5) == []
 
 
 def test_what_load_tasks_refuses(tmp_path: Path) -> None:
@@ -465,7 +464,7 @@ def test_what_load_tasks_refuses(tmp_path: Path) -> None:
         load_tasks(str(tmp_path), split=Split.TRAIN, count=1)
     for name in ("a", "b"):
         make(tmp_path / name, {"task.toml": "[task]\nname = 'x/same'"})
-    with pytest.raises(TaskError, match="two tasks have the id 'x/same'"):
+    with pytest.raises(TaskError, match=r"the task 'x/same' is in .* and again in .*; rename one"):
         load_tasks(str(tmp_path), split=Split.TRAIN, count=1)
     (tmp_path / "a/tests/test.sh").unlink()
     with pytest.raises(TaskError, match=r"1 of 2 tasks.*\n.*has no tests/test.sh.*\nAll: a"):

@@ -9,8 +9,8 @@ import pytest
 from backtalk.envs.terminal import TerminalConfig, open_terminal_env
 from backtalk.errors import TaskError
 from backtalk.messages import ToolCall
-from backtalk.run.sources import read_tasks
 from backtalk.tasks.folder import load_harbor_tasks, read_harbor_task, write_harbor_task
+from backtalk.tasks.load import read_tasks
 from backtalk.tasks.needs import missing_tools
 from backtalk.tasks.scripts import modules_of_tests, offline_script, programs_of_tests
 from sandbox_help import backend_or_skip

@@ -14,8 +14,8 @@ from backtalk.envs.terminal import TerminalConfig, open_terminal_env
 from backtalk.errors import ConfigError, TaskError
 from backtalk.messages import ToolCall
 from backtalk.run.config import load_config
-from backtalk.run.sources import load_tasks, read_tasks
 from backtalk.run.tasks import Pool, mixed_tasks_of_step
+from backtalk.tasks.load import load_tasks, read_tasks
 from backtalk.tasks.task import Split
 from sandbox_help import backend_or_skip
 

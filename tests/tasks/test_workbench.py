@@ -9,7 +9,7 @@ from pathlib import Path
 
 from backtalk.envs.terminal import TerminalConfig, open_terminal_env
 from backtalk.messages import ToolCall
-from backtalk.run.sources import read_tasks
+from backtalk.tasks.load import read_tasks
 from backtalk.tasks.task import Task
 from sandbox_help import backend_or_skip
 

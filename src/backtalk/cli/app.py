@@ -309,8 +309,8 @@ def tasks_write(
     seed: Annotated[int, typer.Option(help="Other seeds give other tasks.")] = 0,
 ) -> None:
     """Write triage tasks as folders in the Harbor format: to look at, to change, or to run elsewhere."""
-    from backtalk.run.sources import load_tasks
     from backtalk.tasks.folder import write_harbor_task
+    from backtalk.tasks.load import load_tasks
     from backtalk.tasks.task import Split
 
     match split:

@@ -21,20 +21,22 @@ if TYPE_CHECKING:
     from backtalk.capture import Author
     from backtalk.messages import Message
     from backtalk.run.config import TrainConfig
+    from backtalk.run.worlds import Worlds
     from backtalk.tasks.task import Task
     from backtalk.trajectory import Trajectory
 
 Keep = Callable[["Trajectory"], None]  # is handed each rollout as it ends
 OPTIONS = "options."  # settings of the world itself begin so
 PERSON_TURNS, PERSON_TIMEOUT_S = 200, 86_400.0
+ALL_TASKS = 1_000_000  # more than a world brings
 
 
 def capture(
-    world: Annotated[str, typer.Argument(metavar="WORLD", help="terminal, openenv:WHERE or awm:WHICH.")],
+    world: Annotated[str, typer.Argument(metavar="WORLD", help="terminal, openenv:WHERE, awm:WHICH or MODULE:WORLD.")],
     out: Annotated[Path, typer.Option(help="Where to write: a new file that ends in .parquet or .jsonl.")],
     task: Annotated[
         str | None,
-        typer.Option(help="In a terminal: workbench/NAME, triage, or a task folder. Else a task's id; or its first."),
+        typer.Option(help="In a terminal: workbench/NAME, triage, or a task folder. Else an id; or one is drawn."),
     ] = None,
     script: Annotated[Path | None, typer.Option(help="Play this file: one action a line.")] = None,
     human: Annotated[bool, typer.Option("--human", help="Play yourself, at the prompt; Ctrl-D leaves.")] = False,
@@ -77,7 +79,7 @@ def capture(
     console = Console()
     lines = _lines(script)
     authors = _authors(lines, endpoint, model, tokens, temperature, console)
-    config = _config(world, list(settings or []), max_turns, len(lines), human)
+    config = _config(world, _source(world, task), list(settings or []), max_turns, len(lines), human)
     play = partial(_play, world, task, seed, authors, config, tokenizer, episodes)
     with lock_file(out):
         _refuse_unless_new(out)  # again, as it may have been written meanwhile
@@ -178,7 +180,9 @@ def _told(console: Console) -> Callable[[str], None]:
 # ---------------------------------------------------------------- what is played
 
 
-def _config(world: str, overrides: Sequence[str], max_turns: int | None, script_lines: int, human: bool) -> TrainConfig:
+def _config(
+    world: str, source: str, overrides: Sequence[str], max_turns: int | None, script_lines: int, human: bool
+) -> TrainConfig:
     from backtalk.run.config import config_from_dict
     from backtalk.settings import parse_overrides, set_dotted
 
@@ -193,46 +197,48 @@ def _config(world: str, overrides: Sequence[str], max_turns: int | None, script_
         set_dotted(options if inside else tree, key.removeprefix(OPTIONS), value)
     if max_turns is not None:
         set_dotted(tree, "rollout.max_turns", max_turns)
-    if world != "terminal":
-        tree["tasks"] = {"source": [{"name": world, "options": options}]}
-    elif options:
+    if world == "terminal" and options:
         raise ConfigError(f"{OPTIONS}{next(iter(options))} is of no terminal; its settings are terminal.KEY")
+    tree["tasks"] = {**tree.get("tasks", {}), "source": [{"name": source, "options": options}]}
     return config_from_dict(tree)
 
 
-def _find_task(world: str, name: str | None, seed: int, config: TrainConfig) -> Task:
-    """The task to play.
+def _source(world: str, task: str | None) -> str:
+    """Return the task source that the world and the task's name stand for, as ``tasks.source`` has it.
 
     Raises:
-        ConfigError: there is no such task or world, or nothing says which of several.
+        ConfigError: there is no such world, or nothing names a task in the terminal.
     """
-    from backtalk.run.sources import load_tasks, read_tasks
+    if ":" in world:
+        return world
+    if world != "terminal":
+        raise ConfigError(f"no world is called {world!r}; use terminal, openenv:WHERE, awm:WHICH or MODULE:WORLD")
+    if task is None:
+        raise ConfigError("nothing says what to do in the terminal; give --task workbench/NAME, triage or a folder")
+    dataset, _, inside = task.partition("/")
+    folder = resources.files("backtalk").joinpath("assets/tasks", dataset, inside)
+    return str(folder) if inside and folder.is_dir() else task
+
+
+def _find_task(worlds: Worlds, world: str, name: str | None, seed: int) -> Task:
+    """Return the task to play: the one of that id, or one of the train split, drawn by ``seed``.
+
+    Raises:
+        ConfigError: there is no such task, or nothing says which of several in the terminal.
+    """
     from backtalk.tasks.task import Split
 
-    kind, _, which = world.partition(":")
-    if kind == "terminal":
-        if name is None:
-            raise ConfigError("nothing says what to do in the terminal; give --task workbench/NAME, triage or a folder")
-        if name == "triage":
-            return load_tasks("triage", split=Split.TRAIN, count=1, seed=seed, levels=config.tasks.levels)[0]
-        dataset, _, inside = name.partition("/")
-        folder = resources.files("backtalk").joinpath("assets/tasks", dataset, inside)
-        tasks = read_tasks(str(folder) if inside and folder.is_dir() else name)
-        if len(tasks) > 1:
-            raise ConfigError(f"{name} holds {len(tasks)} tasks; name one of them: {_some([t.id for t in tasks])}")
-        return tasks[0]
-    if kind not in ("openenv", "awm") or not which:
-        raise ConfigError(f"no world is called {world!r}; there are terminal, openenv:WHERE and awm:WHICH")
-    if kind == "awm":
-        tasks = read_tasks(world)
-    else:
-        options, many = config.tasks.sources[0].options, 1 if name is None else 10_000
-        splits = [Split.TRAIN] if name is None else list(Split)
-        tasks = [t for s in splits for t in load_tasks(world, split=s, count=many, seed=seed, options=options)]
-    found = next((one for one in tasks if name in (None, one.id)), None)
-    if found is None:
-        raise ConfigError(f"{world} has no task {name!r}; it has {_some([one.id for one in tasks])}")
-    return found
+    drawn = name == "triage" if world == "terminal" else name is None
+    splits, count = ([Split.TRAIN], 1) if drawn else (list(Split), ALL_TASKS)
+    tasks = [task for split in splits for task in worlds.tasks(split, count, seed)[0]]
+    ids = [task.id for task in tasks]
+    if world == "terminal" and len(tasks) > 1:
+        raise ConfigError(f"{name} holds {len(tasks)} tasks; name one of them: {_some(ids)}")
+    if world != "terminal" and name is not None:
+        tasks = [task for task in tasks if task.id == name]
+    if not tasks:
+        raise ConfigError(f"{world} has no task {name!r}; it has {_some(ids)}")
+    return tasks[0]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -255,12 +261,12 @@ async def _play(
     from backtalk.language.tokenizer import load_tokenizer, model_location
     from backtalk.run.worlds import Worlds
 
-    task = _find_task(world, name, seed, config)
-    if config.rollout.rollout_timeout_s == PERSON_TIMEOUT_S:  # a task's own limit is a machine's
-        task = replace(task, agent_timeout_s=PERSON_TIMEOUT_S)
     renderer = Renderer(load_tokenizer(model_location(tokenizer)), (), config.renderer)
-    worlds = Worlds([task], config)
+    worlds = Worlds(config)
     try:
+        task = _find_task(worlds, world, name, seed)
+        if config.rollout.rollout_timeout_s == PERSON_TIMEOUT_S:  # a task's own limit is a machine's
+            task = replace(task, agent_timeout_s=PERSON_TIMEOUT_S)
         for index in range(episodes):
             keep(await capture_episode(task, worlds.open, authors(), renderer, config.rollout, sample_index=index))
     finally:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 from backtalk.messages import Message, ToolCall, ToolSpec
-from backtalk.tasks.task import Task
+from backtalk.tasks.task import Split, Task
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +54,24 @@ class Env(Protocol):
 
 
 class World(Protocol):
-    """Where the tasks of one kind are played. Made once for a run, and closed with it."""
+    """A kind of environment with the tasks that are played in it. Made once for a run, and closed with it."""
 
     @property
     def report(self) -> WorldReport: ...
 
-    def open(self, task: Task) -> AbstractAsyncContextManager[Env]:
-        """A fresh episode of the task, over when the context is left.
+    def tasks(self, split: Split, count: int, seed: int) -> Sequence[Task]:
+        """Return at most ``count`` tasks of a split with distinct ids, the same ones for the same seed.
 
         Raises:
-            InfrastructureError: on entry, when the world cannot be had. It costs this rollout.
+            ConfigError, DataError, TaskError: there are no such tasks, or they cannot be read.
+        """
+        ...
+
+    def open(self, task: Task) -> AbstractAsyncContextManager[Env]:
+        """Open a fresh environment for the task, closed when the context is left.
+
+        Raises:
+            InfrastructureError: on entry, when the environment cannot be had. It costs this rollout.
         """
         ...
 

@@ -23,7 +23,7 @@ from backtalk.sandboxes.base import SandboxFile
 from backtalk.sandboxes.harbor.backend import started
 from backtalk.sandboxes.harbor.session import HarborSandbox, words
 from backtalk.sandboxes.images.world import read_tree
-from backtalk.tasks.task import Task
+from backtalk.tasks.task import Split, Task
 
 _UNLIMITED = {"disk_mb": 1 << 20, "processes": 1 << 15}  # the task's own image and resources are what limits it
 
@@ -160,6 +160,10 @@ class HarborWorld:
     @property
     def report(self) -> WorldReport:
         return WorldReport(f"terminal in harbor:{self._environment}", ("what is isolated is up to the provider",))
+
+    def tasks(self, split: Split, count: int, seed: int) -> Sequence[Task]:
+        """Return no task: a dataset of Harbor's is measured as a whole, by ``harbor_tasks``."""
+        return ()
 
     def open(self, task: Task) -> AbstractAsyncContextManager[HarborTaskEnv]:
         return open_harbor_env(task, self._environment, self._config, self._kwargs)

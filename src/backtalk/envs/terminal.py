@@ -11,7 +11,7 @@ import math
 import posixpath
 import secrets
 import shlex
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -22,7 +22,7 @@ from backtalk.errors import ConfigError, SandboxError, TaskError, VerifierError
 from backtalk.messages import Message, Part, ToolCall, ToolSpec, truncate_text
 from backtalk.sandboxes.base import DEFAULT_PATH, HOME, ExecResult, Sandbox, SandboxBackend, SandboxFile, SandboxLimits
 from backtalk.settings import check_choices
-from backtalk.tasks.task import Task
+from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import TokenRole
 
 ANSWER = "/logs/agent/answer.txt"
@@ -71,6 +71,8 @@ rm -rf "$@" 2>/dev/null || { chmod -fR u+rwX "$@"; rm -rf "$@"; }
 mkdir -p /logs/verifier
 """
 
+
+LoadTasks = Callable[[Split, int, int], Sequence[Task]]  # by split, count and seed
 
 TOOLS: Mapping[str, ToolSpec] = {tool.name: tool for tool in (BASH, SUBMIT)}
 
@@ -211,20 +213,26 @@ async def open_terminal_env(task: Task, backend: SandboxBackend, config: Termina
 
 
 class TerminalWorld:
-    """A terminal for every task, each in a fresh sandbox (a ``World``)."""
+    """A terminal for every task, each in a fresh sandbox (a ``World``).
 
-    def __init__(self, backend: SandboxBackend, config: TerminalConfig) -> None:
-        self._backend, self._config = backend, config
+    ``load`` returns its tasks by split, count and seed; without one the world has none of its own.
+    """
+
+    def __init__(self, backend: SandboxBackend, config: TerminalConfig, load: LoadTasks | None = None) -> None:
+        self._backend, self._config, self._load = backend, config, load
 
     @property
     def report(self) -> WorldReport:
         return WorldReport(f"terminal in {self._backend.report.name}", self._backend.report.warnings)
 
+    def tasks(self, split: Split, count: int, seed: int) -> Sequence[Task]:
+        return () if self._load is None else self._load(split, count, seed)
+
     def open(self, task: Task) -> AbstractAsyncContextManager[TerminalEnv]:
         return open_terminal_env(task, self._backend, self._config)
 
     async def close(self) -> None:
-        """Nothing is kept between episodes."""
+        """Do nothing: the sandbox of a rollout is gone when the rollout ends."""
 
 
 async def start_world(sandbox: Sandbox, task: Task) -> None:

@@ -19,10 +19,10 @@ from backtalk.run.config import TrainConfig
 from backtalk.run.estimates import Interval, pass_at_k, ratio_interval
 from backtalk.run.evaluate import Evaluation, evaluate
 from backtalk.run.events import Notice, OnEvent
-from backtalk.run.sources import read_tasks
 from backtalk.run.worlds import check_rollouts, counted
 from backtalk.sandboxes import local_sandbox
 from backtalk.sandboxes.pool import PooledBackend
+from backtalk.tasks.load import read_tasks
 from backtalk.tasks.task import Task
 from backtalk.trajectory import TrajectoryGroup
 

@@ -37,7 +37,8 @@ class TaskSource:
     """One of several sources of tasks, and how it is taken."""
 
     name: str
-    """triage, workbench, a folder, a .jsonl or .parquet file, hf:owner/name[:split], openenv:WHERE, awm:WHICH."""
+    """triage, workbench, a folder, a .jsonl or .parquet file, hf:owner/name[:split], openenv:WHERE, awm:WHICH, or the
+    import path of a world of your own, package.module:World."""
     weight: float = 1.0
     """This over the sum of all weights is its share of the tasks of a step."""
     levels: tuple[int, ...] | None = None
@@ -47,7 +48,7 @@ class TaskSource:
     host_packages: bool = False
     """Leave out what installs packages: this machine has them already."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of its environment: OpenEnvConfig's, AwmConfig's."""
+    """Of its world: OpenEnvConfig's, AwmConfig's, or the arguments of a class of your own."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -79,7 +80,7 @@ class TaskConfig:
     """Which tasks a run trains on and is measured on; the split between them is by task id."""
 
     source: str | tuple[str | TaskSource, ...] = ("triage",)
-    """One or several: triage, workbench, a folder or file of tasks, hf:NAME, openenv:WHERE, awm:WHICH."""
+    """One or several: triage, workbench, a folder or file of tasks, hf:NAME, openenv:WHERE, awm:WHICH, MODULE:WORLD."""
     levels: tuple[int, ...] = (1, 2)
     """Difficulty of triage."""
 

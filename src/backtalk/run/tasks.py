@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from backtalk.errors import ConfigError, TaskError
-from backtalk.run.config import TaskSource, TrainConfig
+from backtalk.run.config import TrainConfig
 from backtalk.run.events import Notice, OnEvent
 from backtalk.run.log import read_trajectories
-from backtalk.run.sources import load_tasks
+from backtalk.run.worlds import Worlds
 from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import Trajectory
 
@@ -73,76 +73,50 @@ def shares_of_step(weights: Sequence[float], per_step: int, seed: int, step: int
     return [Share(least + more, least + (part > 0)) for least, more, part in zip(whole, extra, rest, strict=True)]
 
 
-def train_tasks(config: TrainConfig, tell: OnEvent | None = None) -> tuple[Pool, ...]:
-    """The training tasks of every source. ``tell`` is told which tasks are left out, and why.
+def train_tasks(config: TrainConfig, worlds: Worlds) -> tuple[Pool, ...]:
+    """Return the training tasks of every source.
 
     Raises:
-        ConfigError: no such source, or too few tasks for a step.
+        ConfigError: too few tasks for a step.
         TaskError: a task cannot run, or two have one id.
     """
     sources = config.tasks.sources
-    pools = tuple(
-        Pool(_load(source, Split.TRAIN, TRAIN_TASKS, config.seed, tell=tell), source.weight) for source in sources
-    )
-    shares = shares_of_step([pool.weight for pool in pools], config.tasks_per_step, config.seed, 0)
-    for source, pool, share in zip(sources, pools, shares, strict=True):
-        if len(pool.tasks) < share.most:
-            part = "" if len(pools) == 1 else f", of which its weight gives it up to {share.most}"
+    loaded = worlds.tasks(Split.TRAIN, TRAIN_TASKS, config.seed)
+    shares = shares_of_step([source.weight for source in sources], config.tasks_per_step, config.seed, 0)
+    for source, tasks, share in zip(sources, loaded, shares, strict=True):
+        if len(tasks) < share.most:
+            part = "" if len(sources) == 1 else f", of which its weight gives it up to {share.most}"
             raise ConfigError(
-                f"{source.name!r} has {len(pool.tasks)} training tasks, fewer than "
+                f"{source.name!r} has {len(tasks)} training tasks, fewer than "
                 f"tasks_per_step={config.tasks_per_step}{part}; lower tasks_per_step{part and ' or its weight'} or add "
-                "tasks"
+                "tasks (one in five is held out, by a hash of its id)"
             )
-    _refuse_shared_ids(sources, [pool.tasks for pool in pools])
-    return pools
+    return tuple(Pool(tasks, source.weight) for source, tasks in zip(sources, loaded, strict=True))
 
 
-def held_out_tasks(config: TrainConfig) -> list[Task]:
-    """``evaluation.tasks`` held-out tasks, of several sources by weight as far as each has some."""
+def held_out_tasks(config: TrainConfig, worlds: Worlds) -> list[Task]:
+    """Return ``evaluation.tasks`` held-out tasks, of several sources by weight as far as each has some.
+
+    Raises:
+        TaskError: no source has a held-out task, or one cannot run.
+    """
     count, sources = config.evaluation.tasks, config.tasks.sources
     if count == 0:
         return []
-    each = [_load(source, Split.HELD_OUT, count, HELD_OUT_SEED, may_be_empty=len(sources) > 1) for source in sources]
-    if not any(each):
+    loaded = worlds.tasks(Split.HELD_OUT, count, HELD_OUT_SEED)
+    if not any(loaded):
         names = ", ".join(repr(source.name) for source in sources)
-        raise TaskError(f"none of {names} has a held-out task; add tasks, or set evaluation.tasks=0")
-    _refuse_shared_ids(sources, each)
+        raise TaskError(
+            f"none of {names} has a held-out task (one in five is, by a hash of its id); add tasks, or set "
+            "evaluation.tasks=0"
+        )
     taken = [0] * len(sources)
-    for _ in range(min(count, sum(map(len, each)))):
-        left = [i for i, tasks in enumerate(each) if taken[i] < len(tasks)]
+    for _ in range(min(count, sum(map(len, loaded)))):
+        left = [i for i, tasks in enumerate(loaded) if taken[i] < len(tasks)]
         taken[min(left, key=lambda i: (taken[i] + 1) / sources[i].weight)] += 1
     draw = random.Random(HELD_OUT_SEED)
-    places = [sorted(draw.sample(range(len(tasks)), number)) for tasks, number in zip(each, taken, strict=True)]
-    return [tasks[place] for tasks, chosen in zip(each, places, strict=True) for place in chosen]
-
-
-def _load(
-    source: TaskSource, split: Split, count: int, seed: int, *, may_be_empty: bool = False, tell: OnEvent | None = None
-) -> list[Task]:
-    return load_tasks(
-        source.name,
-        split=split,
-        count=count,
-        levels=source.levels or (),
-        seed=seed,
-        host_packages=source.host_packages,
-        world_model_only=source.world_model_only,
-        options=source.options,
-        may_be_empty=may_be_empty,
-        on_skip=None if tell is None else lambda text: tell(Notice(text)),
-    )
-
-
-def _refuse_shared_ids(sources: Sequence[TaskSource], each: Sequence[Sequence[Task]]) -> None:
-    owner: dict[str, str] = {}
-    for source, tasks in zip(sources, each, strict=True):
-        for task in tasks:
-            if task.id in owner:
-                raise TaskError(
-                    f"the task {task.id!r} is in {owner[task.id]!r} and again in {source.name!r}, and results could "
-                    "not be told apart; take one of the sources out, or rename the task"
-                )
-            owner[task.id] = source.name
+    places = [sorted(draw.sample(range(len(tasks)), number)) for tasks, number in zip(loaded, taken, strict=True)]
+    return [tasks[place] for tasks, chosen in zip(loaded, places, strict=True) for place in chosen]
 
 
 def recorded_trajectories(config: TrainConfig, vocab_size: int, tell: OnEvent) -> list[Trajectory]:

@@ -158,9 +158,9 @@ class Run:
 
     def __init__(self, config: TrainConfig, tell: OnEvent) -> None:
         self.config, self.tell = config, tell
-        self.pools = train_tasks(config, tell)
-        self.held_out = held_out_tasks(config)
-        self.worlds = Worlds((*(task for pool in self.pools for task in pool.tasks), *self.held_out), config)
+        self.worlds = Worlds(config, on_notice=lambda text: tell(Notice(text)))
+        self.pools = train_tasks(config, self.worlds)
+        self.held_out = held_out_tasks(config, self.worlds)
         self.engine = open_engine(config.engine, seed=config.seed)
         self.renderer = Renderer(
             self.engine.tokenizer, (), config.renderer

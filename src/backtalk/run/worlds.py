@@ -1,81 +1,142 @@
-"""The worlds that a run's tasks are played in."""
+"""Open the world of each task source of a run, and play every task in the world that brought it."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
 
 from backtalk.envs.base import Env, World, WorldReport
+from backtalk.envs.terminal import TerminalWorld
 from backtalk.errors import ConfigError, InfrastructureError
 from backtalk.rollout.groups import EnvFactory, fit_machine
 from backtalk.rollout.limits import RolloutLimits
-from backtalk.run.config import TrainConfig
+from backtalk.run.config import TaskSource, TrainConfig
 from backtalk.run.events import Notice, OnEvent, RolloutDone
-from backtalk.tasks.task import Task
+from backtalk.sandboxes import SandboxBackend
+from backtalk.settings import from_plain, import_object
+from backtalk.tasks.load import load_tasks, refuse_shared_ids
+from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import StopReason, Trajectory, TrajectoryGroup
+
+IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*")  # package.module:World
 
 
 class Worlds:
-    """Every world that some tasks ask for, each made once.
+    """The worlds of a run's task sources, each opened once. Terminals share one pool of sandboxes.
+
+    ``on_notice`` is called with a line for each task that is left out.
 
     Raises:
-        SandboxUnavailable, ConfigError: one of them cannot be had on this machine.
+        SandboxUnavailable, ConfigError: a world cannot be had on this machine.
     """
 
-    def __init__(self, tasks: Iterable[Task], config: TrainConfig) -> None:
-        self._config = config
-        self._worlds = {name: make_world(name, config) for name in sorted({task.world for task in tasks})}
+    def __init__(self, config: TrainConfig, on_notice: Callable[[str], None] | None = None) -> None:
+        self._config, self._on_notice = config, on_notice
+        self._worlds = [(source, self._open_world(source)) for source in config.tasks.sources]
+        self._world_of: dict[str, World] = {}  # by task id
 
     @property
     def reports(self) -> tuple[WorldReport, ...]:
-        return tuple(world.report for world in self._worlds.values())
+        return tuple(dict.fromkeys(world.report for _, world in self._worlds))
 
-    def fit_machine(self, tell: OnEvent) -> RolloutLimits:
+    def tasks(self, split: Split, count: int, seed: int) -> list[list[Task]]:
+        """Return at most ``count`` tasks of a split for each source, in the order of the settings.
+
+        Raises:
+            TaskError: two tasks share an id, or one cannot be read.
+        """
+        loaded = [(source, world, self._tasks_of(source, world, split, count, seed)) for source, world in self._worlds]
+        refuse_shared_ids((task, source.name) for source, _, tasks in loaded for task in tasks)
+        self._world_of |= {task.id: world for _, world, tasks in loaded for task in tasks}
+        return [tasks for _, _, tasks in loaded]
+
+    def open(self, task: Task) -> AbstractAsyncContextManager[Env]:
+        """Open an environment for a task that ``tasks`` has returned."""
+        return self._world_of[task.id].open(task)
+
+    def fit_machine(self, on_event: OnEvent) -> RolloutLimits:
         """Return the limits of a rollout with as many at once as are asked for and this machine carries."""
         limits = self._config.rollout
-        if limits.concurrency is not None and "terminal" not in self._worlds:
+        if limits.concurrency is not None and not any(isinstance(world, TerminalWorld) for _, world in self._worlds):
             return limits  # no sandbox of ours
         fitted, notice = fit_machine(limits, self._config.terminal.sandbox)
         if notice:
-            tell(Notice(notice))
+            on_event(Notice(notice))
         return fitted
 
-    def open(self, task: Task) -> AbstractAsyncContextManager[Env]:
-        return self._worlds[task.world].open(task)
-
     async def close(self) -> None:
-        for world in self._worlds.values():
+        """Close every world."""
+        for _, world in self._worlds:
             await world.close()
 
+    def _tasks_of(self, source: TaskSource, world: World, split: Split, count: int, seed: int) -> list[Task]:
+        tasks = world.tasks(split, count, seed)
+        if source.world_model_only:
+            return [replace(task, metadata={**task.metadata, "world_model_only": True}) for task in tasks]
+        return list(tasks)
 
-def make_world(name: str, config: TrainConfig) -> World:
-    """The world of a task's ``world``: "terminal", "openenv:WHERE" or "awm:WHICH"."""
-    kind, _, which = name.partition(":")
-    options = next((source.options for source in config.tasks.sources if source.name == name), {})
-    match kind:
-        case "terminal":
-            from backtalk.envs.terminal import TerminalWorld
-            from backtalk.sandboxes import local_sandbox
-            from backtalk.sandboxes.pool import PooledBackend
+    def _open_world(self, source: TaskSource) -> World:
+        """Return the world of one source; what it needs is imported only here."""
+        kind, _, which = source.name.partition(":")
+        match kind:
+            case "openenv":
+                from backtalk.envs.openenv import OpenEnvConfig, OpenEnvWorld
 
-            backend = local_sandbox(config.sandbox, root=config.terminal.root)
-            return TerminalWorld(PooledBackend(backend), config.terminal)  # no more at once than the machine carries
-        case "openenv":
-            from backtalk.envs.openenv import OpenEnvConfig, OpenEnvWorld
-            from backtalk.settings import from_plain
+                return OpenEnvWorld(which, from_plain(OpenEnvConfig, source.options, "tasks.source.options."))
+            case "awm":
+                from backtalk.envs.awm import AwmConfig, AwmWorld
 
-            return OpenEnvWorld(which, from_plain(OpenEnvConfig, options, "tasks.source.options."))
-        case "awm":
-            from backtalk.envs.awm import AwmConfig, AwmWorld
-            from backtalk.settings import from_plain
+                return AwmWorld(which, from_plain(AwmConfig, source.options, "tasks.source.options."))
+            case _ if IMPORT_PATH.fullmatch(source.name) and kind != "hf":
+                return _own_world(source)
+            case _:
+                load = partial(
+                    load_tasks,
+                    source.name,
+                    levels=source.levels or (),
+                    host_packages=source.host_packages,
+                    world_model_only=source.world_model_only,
+                    on_skip=self._on_notice,
+                )
+                return TerminalWorld(
+                    self._sandboxes,
+                    self._config.terminal,
+                    lambda split, count, seed: load(split=split, count=count, seed=seed),
+                )
 
-            return AwmWorld(which, from_plain(AwmConfig, options, "tasks.source.options."))
-        case _:
-            raise ConfigError(f"no world is called {name!r}; there are terminal, openenv:WHERE and awm:WHICH")
+    @cached_property
+    def _sandboxes(self) -> SandboxBackend:
+        """Return the sandboxes of all terminals: no more at a time than the machine carries."""
+        from backtalk.sandboxes import local_sandbox
+        from backtalk.sandboxes.pool import PooledBackend
+
+        return PooledBackend(local_sandbox(self._config.sandbox, root=self._config.terminal.root))
 
 
-def counted(open_env: EnvFactory, phase: str, step: int, total: int, tell: OnEvent) -> EnvFactory:
-    """``open_env`` that tells of every environment it closes."""
+def _own_world(source: TaskSource) -> World:
+    """Return a world that a user wrote, named by its import path and made with the source's options."""
+    kind: Any = import_object(source.name, "tasks.source")
+    if not isinstance(kind, type) or not all(hasattr(kind, name) for name in ("tasks", "open", "close", "report")):
+        raise ConfigError(
+            f"tasks.source={source.name!r} names {kind!r}, which is no world; name a class with tasks, open, close "
+            "and report, for example a subclass of backtalk.envs.python.PythonWorld"
+        )
+    make: Callable[..., Any] = kind
+    try:
+        return make(**source.options)
+    except TypeError as error:
+        raise ConfigError(
+            f"tasks.source={source.name!r} cannot be made with options {dict(source.options)}: {error}; give the "
+            "arguments that the class takes"
+        ) from error
+
+
+def counted(open_env: EnvFactory, phase: str, step: int, total: int, on_event: OnEvent) -> EnvFactory:
+    """Return ``open_env`` with a ``RolloutDone`` event for every environment that is closed."""
     done = 0
 
     @asynccontextmanager
@@ -86,7 +147,7 @@ def counted(open_env: EnvFactory, phase: str, step: int, total: int, tell: OnEve
                 yield env
         finally:
             done += 1
-            tell(RolloutDone(phase, step, done, total))
+            on_event(RolloutDone(phase, step, done, total))
 
     return opened
 

@@ -23,7 +23,6 @@ class Task:
 
     id: str
     instruction: str
-    world: str = "terminal"  # what answers the agent: a kind of world, or "kind:which one"
     files: Mapping[str, SandboxFile] = field(default_factory=dict)  # by absolute path inside
     setup: tuple[str, ...] = ()  # commands run once before the agent, offline
     env: Mapping[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""The tasks of a source "awm:WHICH", and the world that they are played in."""
+"""The world of a task source "awm:WHICH": scenarios of the Agent World Model, with their tasks."""
 
 from __future__ import annotations
 
@@ -16,33 +16,34 @@ from backtalk.envs.awm.shop import SEEDS_FROM, TASK_COUNT, shop_contents
 from backtalk.envs.base import WorldReport
 from backtalk.errors import ConfigError
 from backtalk.messages import ToolSpec
-from backtalk.tasks.task import Task
+from backtalk.tasks.load import draw_tasks
+from backtalk.tasks.task import Split, Task
 
 
-def awm_tasks(source: str, options: Mapping[str, Any] = MappingProxyType({})) -> list[Task]:
-    """Every task of "awm:shop", "awm:shop-ten", "awm:tickets", "awm:FOLDER[#SCENARIO]" or "awm:URL[#SCENARIO]".
+def awm_tasks(which: str, headers: Mapping[str, str] = MappingProxyType({})) -> list[Task]:
+    """Return every task of "shop", "shop-ten", "tickets", "FOLDER[#SCENARIO]" or "URL[#SCENARIO]".
 
-    ``options`` are those of ``AwmConfig``; a server is asked with their ``headers``.
+    A server is asked with ``headers``.
 
     Raises:
-        ConfigError: there is no such source.
+        ConfigError: there is no such place, or no such scenario in it.
         DataError: the files cannot be read.
         InfrastructureError: the server does not answer.
     """
-    where, scenario = _parts(source.removeprefix("awm:"))
+    where, scenario = _parts(which)
     if where == GENERATED:
-        return [_generated(source, seed) for seed in range(SEEDS_FROM, SEEDS_FROM + TASK_COUNT)]
+        return [_generated(seed) for seed in range(SEEDS_FROM, SEEDS_FROM + TASK_COUNT)]
     if is_url(where):
         from backtalk.envs.awm.remote import list_remote
 
-        listed = list_remote(where, options.get("headers") or {})
+        listed = list_remote(where, headers)
     else:
         listed = open_library(where).listed()
     names = [row["name"] for row in listed]
     if scenario is not None and scenario not in names:
         raise ConfigError(f"{where} has no scenario {scenario!r}; it has {', '.join(names[:20])}")
     return [
-        _task(f"{row['name']}/{idx}", source, text, scenario=row["name"], task_idx=idx, description=row["description"])
+        _task(f"{row['name']}/{idx}", text, scenario=row["name"], task_idx=idx, description=row["description"])
         for row in listed
         if scenario in (None, row["name"])
         for idx, text in enumerate(row["tasks"])
@@ -60,8 +61,8 @@ class AwmWorld:
     """
 
     def __init__(self, which: str, config: AwmConfig) -> None:
+        self._which, self._config = which, config
         self._where, _ = _parts(which)
-        self._config = config
         self._remote = is_url(self._where)
         self._server: Any = None
         self._isolation: Any = None
@@ -96,6 +97,9 @@ class AwmWorld:
         """Return what an agent is offered in a scenario that ships with Backtalk, beside ``done``."""
         return self._library.program(scenario).tools
 
+    def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
+        return draw_tasks(awm_tasks(self._which, self._config.headers), split, count, seed)
+
     @asynccontextmanager
     async def open(self, task: Task) -> AsyncIterator[AwmEnv]:
         session = self._session(task)
@@ -126,11 +130,11 @@ def is_url(where: str) -> bool:
 
 
 @cache
-def _generated(source: str, seed: int) -> Task:
+def _generated(seed: int) -> Task:
     contents, task = shop_contents(seed)
     description = _description(GENERATED)
     about = {"scenario": GENERATED, "seed": seed, "kind": task.kind, "description": description}
-    return _task(f"shop-{seed}", source, contents.task, **about)
+    return _task(f"shop-{seed}", contents.task, **about)
 
 
 @cache
@@ -138,8 +142,8 @@ def _description(where: str) -> str:
     return open_library(where).scenarios[where].description
 
 
-def _task(name: str, source: str, text: str, **about: object) -> Task:
-    return Task(id=name, instruction=text, world=source, metadata=about)
+def _task(name: str, text: str, **about: object) -> Task:
+    return Task(id=name, instruction=text, metadata=about)
 
 
 def _parts(which: str) -> tuple[str, str | None]:

@@ -15,9 +15,10 @@ from backtalk.envs.openenv.config import OpenEnvConfig
 from backtalk.envs.openenv.observe import observe
 from backtalk.envs.openenv.server import get_json, server_for
 from backtalk.envs.openenv.session import PROTOCOL, OpenEnvError, OpenEnvRefusal, OpenEnvSession, Result, connect
+from backtalk.envs.openenv.tasks import openenv_tasks
 from backtalk.messages import Message, Part, ToolCall, ToolSpec
 from backtalk.sandboxes.places import arrival
-from backtalk.tasks.task import Task
+from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import TokenRole
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class OpenEnvWorld:
     """
 
     def __init__(self, where: str, config: OpenEnvConfig) -> None:
-        self.config, self._server = config, server_for(where, config)
+        self.config, self._where, self._server = config, where, server_for(where, config)
         try:
             self._url = self._server.start()
             self.actions = self._find_actions()
@@ -137,6 +138,9 @@ class OpenEnvWorld:
     def report(self) -> WorldReport:
         offered = ", ".join(action.tool.name for action in self.actions or ()) or "its own tools"
         return WorldReport(f"OpenEnv environment {self._server.name} at {self._url} ({offered})")
+
+    def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
+        return openenv_tasks(self._where, self.config, split=split, count=count, seed=seed)
 
     def open(self, task: Task) -> AbstractAsyncContextManager[OpenEnvEnv]:
         return self._opened(task)

@@ -1,0 +1,121 @@
+"""Load tasks for a terminal by the name of their source: generated, from folders, from rows of files or datasets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from importlib import resources
+from pathlib import Path
+from random import Random
+
+from backtalk.errors import ConfigError, TaskError
+from backtalk.tasks.task import Split, Task
+
+SHIPPED = ("workbench",)  # datasets of task folders that come with the package
+
+
+def load_tasks(
+    source: str,
+    *,
+    split: Split,
+    count: int,
+    seed: int = 0,
+    levels: Sequence[int] = (1, 2),
+    host_packages: bool = False,
+    world_model_only: bool = False,
+    on_skip: Callable[[str], None] | None = None,
+) -> list[Task]:
+    """Return at most ``count`` tasks of one split: generated from the seed ("triage"), or drawn by it from a source.
+
+    ``levels`` are the difficulties of triage; the other options are those of ``read_tasks``. A source without a task
+    of that split gives none.
+
+    Raises:
+        ConfigError: there is no such source.
+        TaskError: a task cannot run, or two have one id.
+    """
+    if source == "triage":
+        from backtalk.tasks.triage import triage_tasks
+
+        return triage_tasks(split=split, levels=levels, count=count, seed=seed)
+    tasks = read_tasks(source, host_packages=host_packages, world_model_only=world_model_only, on_skip=on_skip)
+    return draw_tasks(tasks, split, count, seed)
+
+
+def draw_tasks(tasks: Sequence[Task], split: Split, count: int, seed: int) -> list[Task]:
+    """Return at most ``count`` tasks of one split, drawn by ``seed``, sorted by id."""
+    chosen = sorted((task for task in tasks if task.split is split), key=lambda task: task.id)
+    if len(chosen) <= count:
+        return chosen
+    return sorted(Random(f"tasks/{seed}").sample(chosen, count), key=lambda task: task.id)
+
+
+def read_tasks(
+    source: str,
+    *,
+    host_packages: bool = False,
+    world_model_only: bool = False,
+    on_skip: Callable[[str], None] | None = None,
+) -> list[Task]:
+    """Return every task of a source that can run on this machine, whatever its split.
+
+    A source is "workbench", a task folder or a folder of them, a .jsonl or .parquet file or a folder of such files, or
+    "hf:owner/name[:split]". ``on_skip`` is called with a line for each task whose tools this machine has not got.
+    ``world_model_only=True`` marks tasks as scored by nobody, so that they need no verifier; ``host_packages`` is that
+    of ``read_harbor_task``.
+
+    Raises:
+        ConfigError: there is no such source.
+        TaskError: a task cannot be read, two have one id, or the tools of all of them are missing.
+    """
+    from backtalk.tasks.needs import missing_tools
+
+    tasks = _read(source, host_packages, world_model_only)
+    refuse_shared_ids((task, source) for task in tasks)
+    missing = {task.id: ", ".join(missing_tools(task)) for task in tasks}
+    for name, tools in missing.items():
+        if tools and on_skip is not None:
+            on_skip(f"task {name!r} is left out: this machine has no {tools}")
+    if all(missing.values()):
+        tools = ", ".join(sorted({tool for names in missing.values() for tool in names.split(", ")}))
+        raise TaskError(f"none of the {len(tasks)} tasks in {source} can run: install {tools} on this machine")
+    return [task for task in tasks if not missing[task.id]]
+
+
+def refuse_shared_ids(tasks: Iterable[tuple[Task, str]]) -> None:
+    """Check that tasks, given with the name of their source, have distinct ids.
+
+    Raises:
+        TaskError: two tasks share an id.
+    """
+    sources: dict[str, str] = {}
+    for task, source in tasks:
+        if task.id in sources:
+            raise TaskError(
+                f"the task {task.id!r} is in {sources[task.id]!r} and again in {source!r}, and results could not be "
+                "told apart; rename one, or take it out"
+            )
+        sources[task.id] = source
+
+
+def _read(source: str, host_packages: bool, world_model_only: bool) -> list[Task]:
+    from backtalk.tasks.folder import load_harbor_tasks
+    from backtalk.tasks.rows import SUFFIXES, read_hub, read_row_file
+
+    if source in SHIPPED:
+        return load_harbor_tasks(str(resources.files("backtalk").joinpath("assets/tasks", source)))
+    if source.startswith("hf:"):
+        return read_hub(source, world_model_only=world_model_only)
+    path = Path(source)
+    if path.is_file() and path.suffix in SUFFIXES:
+        return read_row_file(path, host_packages=host_packages, world_model_only=world_model_only)
+    if not path.is_dir():
+        raise ConfigError(
+            f"tasks={source!r} is neither 'triage' nor a folder; give the path of a folder of tasks or of a .jsonl or "
+            f".parquet file, hf:owner/name, openenv:WHERE, awm:WHICH, package.module:World, or one of this package "
+            f"({', '.join(SHIPPED)})"
+        )
+    files = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
+    if files and not (path / "task.toml").exists():
+        rows = [read_row_file(file, host_packages=host_packages, world_model_only=world_model_only) for file in files]
+        return [task for tasks in rows for task in tasks]
+    return load_harbor_tasks(source, host_packages=host_packages, world_model_only=world_model_only)
