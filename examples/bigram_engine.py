@@ -17,8 +17,9 @@ import torch
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.language.tokenizer import load_tokenizer, model_location
 from backtalk.objective import objective
+from backtalk.objective.batch import TokenCounts, collate
 from backtalk.objective.config import ObjectiveConfig
-from backtalk.objective.samples import Sample, TokenCounts, collate
+from backtalk.objective.samples import Sample
 from backtalk.rollout.sampler import Completion, SamplingParams
 from backtalk.trajectory import Trajectory
 

@@ -11,9 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from itertools import accumulate, groupby, pairwise
-from typing import Any, Literal
-
-from backtalk.errors import ConfigError
+from typing import Any
 
 
 class TokenRole(IntEnum):
@@ -24,29 +22,6 @@ class TokenRole(IntEnum):
     ACTION = 2  # written by the agent: a policy, a script, a person
     ENV_OUTPUT = 3  # what the world said
     WARNING = 4  # what the harness said: format warnings, parse errors, truncation notices
-
-
-WorldLossTarget = Literal["env_only", "warning_only", "warning_plus_env", "full_observation"]
-TARGET_ROLES: Mapping[str, tuple[TokenRole, ...]] = {
-    "env_only": (TokenRole.ENV_OUTPUT,),
-    "warning_only": (TokenRole.WARNING,),
-    "warning_plus_env": (TokenRole.ENV_OUTPUT, TokenRole.WARNING),  # "all" in RFC 010 of OpenEnv
-    "full_observation": (TokenRole.ENV_OUTPUT, TokenRole.WARNING, TokenRole.TEMPLATE),
-}
-
-
-def is_target(role: TokenRole, turn: int | None, target: WorldLossTarget) -> bool:
-    """Return whether the world-model term learns the tokens of a role, in a turn or before the first (None).
-
-    ``full_observation`` adds the scaffold that follows an action up to the next one, which holds the generation
-    prompt too. The scaffold of the prompt, given text and actions are never targets.
-
-    Raises:
-        ConfigError: an unknown target.
-    """
-    if target not in TARGET_ROLES:
-        raise ConfigError(f"world_loss_target={target!r} is unknown; use one of {list(TARGET_ROLES)}")
-    return role in TARGET_ROLES[target] and not (role is TokenRole.TEMPLATE and turn is None)
 
 
 class StopReason(StrEnum):

@@ -20,8 +20,9 @@ from backtalk.engines.metrics import StepRecord, token_metrics
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.engine import TorchEngine
 from backtalk.objective import objective
+from backtalk.objective.batch import TokenCounts, collate
 from backtalk.objective.config import ObjectiveConfig, PolicyOptions
-from backtalk.objective.samples import Sample, TokenCounts, build_samples, collate, to_samples
+from backtalk.objective.samples import Sample, build_samples, to_samples
 from backtalk.run.evaluate import rollout_metrics
 from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
 from tiny import tiny_model_dir

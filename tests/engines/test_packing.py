@@ -19,8 +19,9 @@ from backtalk.engines.torch.engine import TorchEngine
 from backtalk.engines.torch.logprobs import TokenScorer
 from backtalk.engines.torch.packing import Layout, packs_apart, plan
 from backtalk.errors import ConfigError
+from backtalk.objective.batch import Batch, TokenCounts
 from backtalk.objective.config import ObjectiveConfig
-from backtalk.objective.samples import Batch, Sample, TokenCounts, build_samples
+from backtalk.objective.samples import Sample, build_samples
 from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
 from tiny import tiny_model_dir, tiny_tokenizer
 

@@ -22,8 +22,9 @@ from backtalk.engines.torch import head as torch_head
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.engine import TorchEngine
 from backtalk.errors import ConfigError, DataError
+from backtalk.objective.batch import TokenCounts
 from backtalk.objective.config import ObjectiveConfig
-from backtalk.objective.samples import Sample, TokenCounts, build_samples, to_samples
+from backtalk.objective.samples import Sample, build_samples, to_samples
 from backtalk.rollout.sampler import SamplingParams
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 from tiny import tiny_model_dir

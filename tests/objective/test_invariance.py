@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from backtalk.objective import objective
+from backtalk.objective.batch import Batch, TokenCounts, collate
 from backtalk.objective.config import ObjectiveConfig, PolicyOptions, WorldOptions
-from backtalk.objective.samples import Batch, Sample, TokenCounts, build_samples, collate
+from backtalk.objective.samples import Sample, build_samples
 from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
 
 CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole

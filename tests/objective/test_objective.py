@@ -16,9 +16,10 @@ from torch import Tensor
 
 from backtalk.errors import ConfigError
 from backtalk.objective import objective, world_model_loss, world_model_loss_from_masks
+from backtalk.objective.batch import TokenCounts, collate
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.forms import policy_surrogate
-from backtalk.objective.samples import Sample, TokenCounts, collate
+from backtalk.objective.samples import Sample
 from backtalk.trajectory import TokenRole
 
 CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from backtalk.errors import ConfigError
 from backtalk.objective import objective, policy_weights, world_weights
+from backtalk.objective.batch import TokenCounts, collate, token_temperatures, trained_mask
 from backtalk.objective.config import ObjectiveConfig, PolicyOptions, Schedule, WorldOptions
 from backtalk.objective.forms import (
     cispo,
@@ -22,7 +23,7 @@ from backtalk.objective.forms import (
     policy_surrogate,
     sequence_ratio,
 )
-from backtalk.objective.samples import Sample, TokenCounts, build_samples, collate, token_temperatures, trained_tokens
+from backtalk.objective.samples import Sample, build_samples
 from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
 
 CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole
@@ -164,7 +165,7 @@ def test_temperatures_of_targets() -> None:
 )
 def test_which_tokens_get_a_gradient(policy_coeff: float, coeff: float, trained: list[int]) -> None:
     config = ObjectiveConfig(policy_coeff=policy_coeff, world_model_coeff=coeff)
-    assert trained_tokens(collate([sample()], 0), config)[0].nonzero().flatten().tolist() == trained
+    assert trained_mask(collate([sample()], 0), config)[0].nonzero().flatten().tolist() == trained
 
 
 # --- branches are one row

@@ -12,23 +12,12 @@ import torch
 from backtalk.errors import ConfigError
 from backtalk.exchange.rfc010 import to_rfc010
 from backtalk.objective import objective
+from backtalk.objective.batch import TokenCounts, collate, measured_mask, micro_batches, policy_mask, token_temperatures
 from backtalk.objective.config import LengthPenalty, ObjectiveConfig, PolicyOptions, WorldOptions
-from backtalk.objective.samples import (
-    Sample,
-    TokenCounts,
-    build_samples,
-    collate,
-    is_observation,
-    measured_tokens,
-    micro_batches,
-    policy_tokens,
-    roles_from_masks,
-    targets_of,
-    to_samples,
-    token_temperatures,
-)
+from backtalk.objective.roles import TARGET_ROLES, has_target_role, is_observation, roles_from_masks
+from backtalk.objective.samples import Sample, build_samples, to_samples
 from backtalk.run.evaluate import row_metrics
-from backtalk.trajectory import TARGET_ROLES, Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
+from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 
 CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole
 
@@ -158,7 +147,7 @@ def test_padding_is_context_and_nothing_selects_it() -> None:
     for selected_BT in (
         batch.sampled_BT,
         is_observation(batch.roles_BT),
-        targets_of(batch.roles_BT, batch.turns_BT, "full_observation"),
+        has_target_role(batch.roles_BT, batch.turns_BT, "full_observation"),
     ):
         assert not (selected_BT & padding_BT).any()
 
@@ -174,7 +163,7 @@ def test_padding_is_context_and_nothing_selects_it() -> None:
 )
 def test_targets(target: str, positions: list[int]) -> None:
     (sample,) = to_samples(trajectory())
-    assert targets_of(sample.roles, sample.turns, target).nonzero().flatten().tolist() == positions  # type: ignore
+    assert has_target_role(sample.roles, sample.turns, target).nonzero().flatten().tolist() == positions  # type: ignore
 
 
 def test_sums_weights_and_exports_follow_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,14 +171,14 @@ def test_sums_weights_and_exports_follow_one_rule(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(TARGET_ROLES, "env_only", (ACTION,))  # type: ignore[arg-type]
     config = ObjectiveConfig(world=WorldOptions(max_tokens_per_observation=1))
     (sample,) = build_samples(TrajectoryGroup("t", (trajectory(),)), config)
-    assert targets_of(sample.roles, sample.turns, "env_only").nonzero().flatten().tolist() == [3, 4]
-    assert sample.targets("env_only").nonzero().flatten().tolist() == [3]  # the cap is on targets
+    assert has_target_role(sample.roles, sample.turns, "env_only").nonzero().flatten().tolist() == [3, 4]
+    assert sample.target_mask("env_only").nonzero().flatten().tolist() == [3]  # the cap is on targets
     assert [t for t, learned in enumerate(to_rfc010(trajectory())["obs_mask"]) if learned] == [3, 4]
 
 
 def test_unknown_target_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="env_only"):
-        targets_of(torch.zeros(1), torch.zeros(1), "all")  # type: ignore[arg-type]
+        has_target_role(torch.zeros(1), torch.zeros(1), "all")  # type: ignore[arg-type]
 
 
 def test_micro_batches_hold_every_row_once_within_the_budget() -> None:
@@ -230,9 +219,9 @@ def test_only_sampled_actions_reach_the_policy_term() -> None:
     counts = TokenCounts.of([sample])
     assert (counts.action_tokens, counts.policy_tokens) == (2, 2)
     batch = collate([sample, of_length(20)], pad_token_id=0)
-    assert batch.sampled_BT.sum() == policy_tokens(batch).sum() == 2
+    assert batch.sampled_BT.sum() == policy_mask(batch).sum() == 2
     assert token_temperatures(batch, ObjectiveConfig())[0].tolist() == pytest.approx([1] * 3 + [0.8] * 2 + [1] * 15)
-    assert not measured_tokens(batch, ObjectiveConfig())[0, 10:].any()
+    assert not measured_mask(batch, ObjectiveConfig())[0, 10:].any()
     # At ratio 1 the surrogate is -advantage, over the two sampled tokens: 1 / (1 row * |A| = 2) each, and 0 elsewhere.
     config = ObjectiveConfig(world_model_coeff=0.0)
     for normalizer in ("sequence_mean", "token_mean"):

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from backtalk.errors import ConfigError
+from backtalk.objective.batch import TokenCounts
 from backtalk.objective.config import ObjectiveConfig, WorldOptions
-from backtalk.objective.samples import TokenCounts, build_samples
+from backtalk.objective.samples import build_samples
 from backtalk.objective.selection import observation_shares, return_balance, uncertain_turns, world_scales
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 
@@ -79,7 +80,7 @@ def test_a_weight_of_zero_is_no_target() -> None:
 def test_a_cap_keeps_the_first_targets_of_each_observation(target: str, cap: int, expected: list[int]) -> None:
     config = ObjectiveConfig(world_loss_target=target, world=WorldOptions(max_tokens_per_observation=cap))  # type: ignore
     for sample in build_samples(group(rollout()), config):
-        chosen = sample.targets(config.world_loss_target).int().tolist()
+        chosen = sample.target_mask(config.world_loss_target).int().tolist()
         assert chosen == [0, 0, 0, *expected, 0, 0, *expected]
 
 
@@ -128,8 +129,8 @@ def test_paw_keeps_the_turns_of_highest_entropy() -> None:
     assert uncertain_turns(group(scripted, attempts.trajectories[1]), 0.66) == [{1}, {0}]
     config = ObjectiveConfig(world=WorldOptions(entropy_share=0.75))
     first, second = build_samples(attempts, config)
-    assert first.targets("env_only").int().tolist() == [0] * 11 + [1, 1, 1, 0]
-    assert second.targets("env_only").sum() == 6
+    assert first.target_mask("env_only").int().tolist() == [0] * 11 + [1, 1, 1, 0]
+    assert second.target_mask("env_only").sum() == 6
 
 
 def test_paw_balances_by_the_mean_reward() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from backtalk.engines.torch.engine import TorchConfig, TorchEngine
 from backtalk.errors import DataError
 from backtalk.objective import objective
+from backtalk.objective.batch import TokenCounts, collate
 from backtalk.objective.config import (
     LengthPenalty,
     ObjectiveConfig,
@@ -23,18 +24,11 @@ from backtalk.objective.config import (
     WorldNormalizer,
     WorldOptions,
 )
-from backtalk.objective.samples import Sample, TokenCounts, build_samples, collate
+from backtalk.objective.roles import WorldLossTarget
+from backtalk.objective.samples import Sample, build_samples
 from backtalk.objective.weights import step_weights
 from backtalk.run.log import RunLog
-from backtalk.trajectory import (
-    Segment,
-    StopReason,
-    TokenRole,
-    TokenWeights,
-    Trajectory,
-    TrajectoryGroup,
-    WorldLossTarget,
-)
+from backtalk.trajectory import Segment, StopReason, TokenRole, TokenWeights, Trajectory, TrajectoryGroup
 from tiny import tiny_model_dir
 
 CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole

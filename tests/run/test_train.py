@@ -23,8 +23,9 @@ import yaml
 
 from backtalk.errors import ConfigError, DataError, InfrastructureError, SandboxUnavailable
 from backtalk.objective import objective
+from backtalk.objective.batch import TokenCounts, collate
 from backtalk.objective.config import ObjectiveConfig
-from backtalk.objective.samples import Sample, TokenCounts, collate
+from backtalk.objective.samples import Sample
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict, load_config
 from backtalk.run.evaluate import Evaluation
 from backtalk.run.events import EvaluationDone, Event, Notice, RolloutDone, RunDone, RunStarted, StepDone

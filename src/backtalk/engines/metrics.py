@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from backtalk.engines.copied import copied_tokens
+from backtalk.objective.batch import Batch, TokenCounts, collate, policy_mask, target_mask
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.forms import kl_to_reference, sequence_ratio
 from backtalk.objective.loss import policy_weights, world_weights
-from backtalk.objective.samples import Batch, Sample, TokenCounts, collate, policy_tokens, target_tokens
+from backtalk.objective.samples import Sample
 from backtalk.trajectory import TokenRole
 
 SHARES = ("context", "template", "action", "env_output", "warning")
@@ -100,13 +101,13 @@ def _cross_entropies(
         return (batch.roles_BT == role) & (torch.arange(batch.roles_BT.shape[1]) < batch.lengths_B[:, None])
 
     said_BT, copied_BT = has_role(TokenRole.ENV_OUTPUT), _pad([copied_tokens(sample) for sample in samples])
-    scaffold_BT = target_tokens(batch, config) & has_role(TokenRole.TEMPLATE)  # measured where it is learned
+    scaffold_BT = target_mask(batch, config) & has_role(TokenRole.TEMPLATE)  # measured where it is learned
     tokens = int(batch.lengths_B.sum())
     shares = {f"{name}_share": int(has_role(TokenRole[name.upper()]).sum()) / max(tokens, 1) for name in SHARES}
     by_tool = {f"env_output_ce/{tool}": ce(said_BT & _of_tool(samples, tool)) for tool in tools}
     return (
         {
-            "target_ce": ce(target_tokens(batch, config)),
+            "target_ce": ce(target_mask(batch, config)),
             "env_output_ce": ce(said_BT),
             "env_output_ce_copied": ce(said_BT & copied_BT),
             "env_output_ce_new": ce(said_BT & ~copied_BT),
@@ -130,7 +131,7 @@ def _of_tool(samples: Sequence[Sample], tool: str) -> Tensor:
 def _policy(
     logprobs_BT: Tensor, reference_BT: Tensor | None, batch: Batch, config: ObjectiveConfig
 ) -> dict[str, float]:
-    trained_BT, action_BT = policy_tokens(batch), batch.sampled_BT
+    trained_BT, action_BT = policy_mask(batch), batch.sampled_BT
     gap_BT = logprobs_BT - batch.sampling_logprobs_BT
     log_ratio_BT = gap_BT.masked_fill(~trained_BT, 0.0)
     if config.policy.loss == "gspo":
@@ -154,8 +155,8 @@ def _balance(gradients_BT: Tensor, batch: Batch, counts: TokenCounts, config: Ob
     """How the two terms share the step, by their weights and by the L1 norm of d(loss)/d(logprobs)."""
     p_BT = policy_weights(batch, counts, config, torch.float64)
     w_BT = world_weights(batch, counts, config, torch.float64)
-    policy_weight = config.policy_coeff * _mean(p_BT, policy_tokens(batch))
-    world_weight = config.world_coeff * _mean(w_BT, target_tokens(batch, config))
+    policy_weight = config.policy_coeff * _mean(p_BT, policy_mask(batch))
+    world_weight = config.world_coeff * _mean(w_BT, target_mask(batch, config))
     pull_BT = gradients_BT.abs()
     policy_pull, pull = float(pull_BT[batch.sampled_BT].sum()), float(pull_BT.sum())
     return {
@@ -169,8 +170,8 @@ def _gradient_norms(record: StepRecord, batch: Batch, config: ObjectiveConfig) -
 
     What reaches the weights from both terms mixes below; here it can be told apart exactly, for nothing.
     """
-    has_policy = config.policy_coeff > 0 and bool(policy_tokens(batch).any())
-    has_world = config.world_coeff > 0 and bool(target_tokens(batch, config).any())
+    has_policy = config.policy_coeff > 0 and bool(policy_mask(batch).any())
+    has_world = config.world_coeff > 0 and bool(target_mask(batch, config).any())
     policy = math.sqrt(record.policy_square) if has_policy else math.nan
     world = math.sqrt(record.world_square) if has_world else math.nan
     return {

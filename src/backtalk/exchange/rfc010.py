@@ -14,7 +14,8 @@ from itertools import groupby
 from typing import Any, Literal
 
 from backtalk.errors import DataError
-from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, WorldLossTarget, is_target
+from backtalk.objective.roles import WorldLossTarget, is_target
+from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory
 
 Rfc010Target = Literal["env_only", "all"]
 

@@ -11,8 +11,8 @@ from typing import Literal
 
 from backtalk.errors import ConfigError
 from backtalk.objective.advantages import AdvantageEstimator
+from backtalk.objective.roles import TARGET_ROLES, WorldLossTarget
 from backtalk.settings import check_choices
-from backtalk.trajectory import TARGET_ROLES, WorldLossTarget
 
 PolicyLoss = Literal["clip", "gspo", "cispo"]
 WorldLoss = Literal["cross_entropy", "clipped_mae"]

@@ -28,19 +28,10 @@ import torch
 from torch import Tensor
 
 from backtalk.errors import ConfigError
+from backtalk.objective.batch import Batch, TokenCounts, policy_mask, target_mask
 from backtalk.objective.config import ObjectiveConfig, WorldNormalizer, check_length
 from backtalk.objective.forms import importance_weights, kl_to_reference, policy_surrogate, world_surprise
-from backtalk.objective.samples import (
-    Batch,
-    TokenCounts,
-    is_observation,
-    is_scaffold,
-    policy_tokens,
-    roles_from_masks,
-    target_tokens,
-    targets_of,
-)
-from backtalk.trajectory import WorldLossTarget
+from backtalk.objective.roles import WorldLossTarget, has_target_role, is_observation, is_scaffold, roles_from_masks
 
 
 def token_weights(
@@ -74,9 +65,9 @@ def token_weights(
 
 def policy_weights(batch: Batch, counts: TokenCounts, config: ObjectiveConfig, dtype: torch.dtype) -> Tensor:
     """p_t: weight of every sampled action token of rows that have a reward, 0 elsewhere; [B, T]."""
-    row_actions_B = batch.sampled_BT.sum(-1) + batch.actions_elsewhere_B
+    row_actions_B = batch.sampled_BT.sum(-1) + batch.other_actions_B
     return token_weights(
-        policy_tokens(batch),
+        policy_mask(batch),
         row_actions_B,
         row_actions_B,
         normalizer=config.policy_normalizer,
@@ -89,14 +80,14 @@ def policy_weights(batch: Batch, counts: TokenCounts, config: ObjectiveConfig, d
 
 def world_weights(batch: Batch, counts: TokenCounts, config: ObjectiveConfig, dtype: torch.dtype) -> Tensor:
     """w_t: weight of every target token, 0 elsewhere; [B, T]."""
-    target_BT = target_tokens(batch, config)
-    row_B = is_observation(batch.roles_BT).sum(-1) + batch.observations_elsewhere_B
+    target_BT = target_mask(batch, config)
+    row_B = is_observation(batch.roles_BT).sum(-1) + batch.other_observations_B
     if config.world_loss_target == "full_observation":
-        row_B = row_B + is_scaffold(batch.roles_BT, batch.turns_BT).sum(-1) + batch.scaffold_elsewhere_B
+        row_B = row_B + is_scaffold(batch.roles_BT, batch.turns_BT).sum(-1) + batch.other_scaffold_B
     weights_BT = token_weights(
         target_BT,
         row_B,
-        target_BT.sum(-1) + batch.targets_elsewhere_B,
+        target_BT.sum(-1) + batch.other_targets_B,
         normalizer=config.world_normalizer,
         sequences=counts.sequences,
         selected_tokens=counts.target_tokens,
@@ -152,7 +143,7 @@ def world_model_loss_from_masks(
     if target == "full_observation":
         raise ConfigError("target='full_observation' needs the roles of template tokens; use objective() on a Batch")
     roles_BT = roles_from_masks(env_mask_BT, warning_mask_BT, shape=logprobs_BT.shape)
-    target_BT = targets_of(roles_BT, roles_BT, target)
+    target_BT = has_target_role(roles_BT, roles_BT, target)
     weights_BT = token_weights(
         target_BT,
         is_observation(roles_BT).sum(-1),

@@ -1,17 +1,17 @@
-"""Trajectories as tensors: samples, the step's token counts, and padded micro-batches.
+"""Trajectories as samples: the rows of tensors that an engine trains on, with their advantages.
 
-A trajectory is one row of the objective. Mostly it is one sample; where its history was rewritten it has several
-branches, a sample each, and every sample knows what the whole row holds, because means are taken over rows.
+A trajectory is one row of the objective. Mostly it is one sample. Where its history was rewritten it has several
+branches, a sample each; every sample then counts the tokens of the other branches, because means are taken over rows.
 
-B samples, T tokens. *_BT is [B, T], *_B is [B]; the fields of a Sample are [T].
+Tensor fields of a Sample are [T], T tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, field, fields, replace
-from functools import reduce
-from operator import add
+from dataclasses import dataclass, field, replace
+from operator import sub
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from torch import Tensor
 from backtalk.errors import ConfigError
 from backtalk.objective.advantages import group_advantages
 from backtalk.objective.config import ObjectiveConfig
+from backtalk.objective.roles import WorldLossTarget, has_target_role, is_observation, is_scaffold
 from backtalk.objective.selection import world_scales
-from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup, WorldLossTarget, is_target
+from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,29 +35,22 @@ class Span:
     tool: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RowCounts:
-    """Numbers of tokens that means over a row divide by."""
+class RowCounts(NamedTuple):
+    """Token counts that a mean over a row divides by."""
 
     actions: int = 0  # A: sampled actions
     observations: int = 0  # O: environment output and warnings
     scaffold: int = 0  # template tokens after an action
     targets: int = 0  # O': those of the observations that the world-model term learns
 
-    def __add__(self, other: RowCounts) -> RowCounts:
-        return RowCounts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-    def __sub__(self, other: RowCounts) -> RowCounts:
-        return RowCounts(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sample:
     """One branch of a trajectory as tensors of one length T.
 
-    ``has_reward`` False (the rollout failed, ran into its deadline, is too stale, or nobody scores it): the
-    row carries the world-model term alone. ``temperature`` is the one its actions were drawn at.
-    ``world_scale`` multiplies the weight of target tokens; where it is 0 a token is none.
+    ``has_reward`` is False where the rollout failed, ran into its deadline, is too stale or has no verifier: the row
+    then carries the world-model term alone. ``temperature`` is that of sampling. ``world_scale`` multiplies the weight
+    of target tokens; a token with scale 0 is no target.
     """
 
     token_ids: Tensor  # int64
@@ -68,7 +62,7 @@ class Sample:
     has_reward: bool
     world_scale: Tensor | None = None  # float32; None is 1 everywhere
     branch: int = 0
-    elsewhere: RowCounts = RowCounts()  # what the row holds in its other branches
+    other_branches: RowCounts = field(default_factory=RowCounts)  # tokens of the row that are in other samples
     spans: tuple[Span, ...] = field(default=(), repr=False)
     temperature: float = 1.0
     task_id: str = ""
@@ -92,18 +86,18 @@ class Sample:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    def targets(self, target: WorldLossTarget) -> Tensor:
-        """Which tokens the world-model term learns, O'; bool [T]."""
-        chosen = targets_of(self.roles, self.turns, target)
-        return chosen if self.world_scale is None else chosen & (self.world_scale > 0)
+    def target_mask(self, target: WorldLossTarget) -> Tensor:
+        """Return which tokens the world-model term learns, O'; bool [T]."""
+        mask = has_target_role(self.roles, self.turns, target)
+        return mask if self.world_scale is None else mask & (self.world_scale > 0)
 
     def counts(self, target: WorldLossTarget) -> RowCounts:
-        """Of this sample's own tokens."""
+        """Count this sample's own tokens."""
         return RowCounts(
             actions=int(self.sampled.sum()),
             observations=int(is_observation(self.roles).sum()),
             scaffold=int(is_scaffold(self.roles, self.turns).sum()),
-            targets=int(self.targets(target).sum()),
+            targets=int(self.target_mask(target).sum()),
         )
 
 
@@ -114,11 +108,14 @@ def build_samples(
     temperature: float = 1.0,
     policy_version: int | None = None,
 ) -> list[Sample]:
-    """The samples of a group, one for each branch of each trajectory, failed ones too.
+    """Build the samples of a group with its advantages, one for each branch of each trajectory, failed ones too.
 
-    ``temperature`` is the sampler's. At 0 (greedy) there is no distribution to take a ratio in, so it
-    is refused with ConfigError. ``policy_version`` is the one about to learn, None the one that sampled: where it is
-    more than ``policy.max_staleness`` ahead, the group carries the world-model term alone.
+    ``temperature`` is the sampler's. ``policy_version`` is the one about to learn, None the one that sampled: where it
+    is more than ``policy.max_staleness`` ahead, the group carries the world-model term alone.
+
+    Raises:
+        ConfigError: temperature 0 (greedy), at which an action has no probability ratio.
+        ValueError: a group sampled by a later version than ``policy_version``.
     """
     if temperature <= 0:
         raise ConfigError(
@@ -144,15 +141,24 @@ def build_samples(
         if scale is not None:
             parts = torch.tensor(scale, dtype=torch.float32).split([len(branch) for branch in branches])
             branches = [replace(branch, world_scale=part) for branch, part in zip(branches, parts, strict=True)]
-        if len(branches) > 1:
-            own = [branch.counts(config.world_loss_target) for branch in branches]
-            row = reduce(add, own)
-            branches = [replace(branch, elsewhere=row - counts) for branch, counts in zip(branches, own, strict=True)]
-        samples += branches
+        samples += _with_other_branches(branches, config.world_loss_target)
     return samples
 
 
+def _with_other_branches(branches: list[Sample], target: WorldLossTarget) -> list[Sample]:
+    """Fill in ``other_branches`` of the samples of one row."""
+    if len(branches) == 1:
+        return branches
+    counts = [branch.counts(target) for branch in branches]
+    row = [sum(column) for column in zip(*counts, strict=True)]
+    return [
+        replace(branch, other_branches=RowCounts(*map(sub, row, own)))
+        for branch, own in zip(branches, counts, strict=True)
+    ]
+
+
 def _staleness(group: TrajectoryGroup, policy_version: int | None) -> int:
+    """Return the number of updates between sampling a group and learning from it."""
     staleness = 0 if policy_version is None else policy_version - group.policy_version
     if staleness < 0:
         raise ValueError(
@@ -163,7 +169,7 @@ def _staleness(group: TrajectoryGroup, policy_version: int | None) -> int:
 
 
 def to_samples(trajectory: Trajectory, *, advantage: float = 0.0, temperature: float = 1.0) -> list[Sample]:
-    """A trajectory as tensors, a sample for each branch; one without any token where it has none."""
+    """Turn a trajectory into tensors, one sample for each branch; without segments, one sample without tokens."""
     return [
         _branch_sample(trajectory, number, segments, advantage, temperature)
         for number, segments in enumerate(trajectory.branches or ((),))
@@ -173,6 +179,7 @@ def to_samples(trajectory: Trajectory, *, advantage: float = 0.0, temperature: f
 def _branch_sample(
     trajectory: Trajectory, number: int, segments: Sequence[Segment], advantage: float, temperature: float
 ) -> Sample:
+    """Turn one branch of a trajectory into a sample."""
     spans: list[Span] = []
     for segment in segments:
         start = spans[-1].end if spans else 0
@@ -196,177 +203,3 @@ def _branch_sample(
         sample_index=trajectory.sample_index,
         policy_version=trajectory.policy_version,
     )
-
-
-def is_observation(roles: Tensor) -> Tensor:
-    """Which tokens are the body of an observation, O: environment output and warnings; bool."""
-    return (roles == TokenRole.ENV_OUTPUT) | (roles == TokenRole.WARNING)
-
-
-def is_scaffold(roles: Tensor, turns: Tensor) -> Tensor:
-    """Which tokens the chat template put around observations, the generation prompt too; bool."""
-    return (roles == TokenRole.TEMPLATE) & (turns >= 0)
-
-
-def targets_of(roles: Tensor, turns: Tensor, target: WorldLossTarget) -> Tensor:
-    """Return which tokens have a role that the world-model term learns, by ``is_target``; bool, shape of ``roles``."""
-    learned = [[is_target(role, turn, target) for role in TokenRole] for turn in (None, 0)]
-    return torch.tensor(learned, device=roles.device)[(turns >= 0).long(), roles.long()]
-
-
-def roles_from_masks(env_mask_BT: Tensor, warning_mask_BT: Tensor, *, shape: torch.Size) -> Tensor:
-    """Roles from two disjoint bool masks of ``shape`` [B, T]; every other token is CONTEXT. int8 [B, T]."""
-    if not env_mask_BT.dtype == warning_mask_BT.dtype == torch.bool:
-        raise ValueError(f"masks must be bool, got {env_mask_BT.dtype} and {warning_mask_BT.dtype}; use mask.bool()")
-    if not env_mask_BT.shape == warning_mask_BT.shape == shape or len(shape) != 2:
-        raise ValueError(
-            f"logprobs {tuple(shape)}, env mask {tuple(env_mask_BT.shape)} and warning mask "
-            f"{tuple(warning_mask_BT.shape)} must share one shape [B, T]"
-        )
-    if (env_mask_BT & warning_mask_BT).any():
-        raise ValueError("a token is in both masks; environment output and harness warnings exclude each other")
-    roles_BT = torch.zeros_like(env_mask_BT, dtype=torch.int8)
-    return roles_BT.masked_fill(env_mask_BT, TokenRole.ENV_OUTPUT).masked_fill(warning_mask_BT, TokenRole.WARNING)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenCounts:
-    """What the denominators of one optimizer step are made of, over all its rows, however it is split.
-
-    Every row counts, also one without a reward, an action or an observation: such a row adds 0 to a
-    term and stays in its mean, as a row of advantage 0 does, so a failure changes no other row's weight.
-    """
-
-    sequences: int  # rows, whatever their number of branches
-    rewarded_sequences: int
-    action_tokens: int  # sampled ones
-    policy_tokens: int  # action tokens of rows that have a reward
-    env_output_tokens: int
-    warning_tokens: int
-    target_tokens: int
-
-    @classmethod
-    def of(cls, samples: Sequence[Sample], target: WorldLossTarget = "env_only") -> TokenCounts:
-        """Count the rows and tokens of a whole optimizer step."""
-
-        def count(role: TokenRole) -> int:
-            return sum(int((s.roles == role).sum()) for s in samples)
-
-        actions = [int(sample.sampled.sum()) for sample in samples]
-        return cls(
-            sequences=sum(sample.branch == 0 for sample in samples),
-            rewarded_sequences=sum(sample.branch == 0 and sample.has_reward for sample in samples),
-            action_tokens=sum(actions),
-            policy_tokens=sum(n for n, sample in zip(actions, samples, strict=True) if sample.has_reward),
-            env_output_tokens=count(TokenRole.ENV_OUTPUT),
-            warning_tokens=count(TokenRole.WARNING),
-            target_tokens=sum(int(sample.targets(target).sum()) for sample in samples),
-        )
-
-    def __add__(self, other: TokenCounts) -> TokenCounts:
-        """Of both: what data-parallel ranks hold together."""
-        return TokenCounts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Batch:
-    """Samples padded on the right. Padding has role CONTEXT and turn -1, so nothing selects it.
-
-    ``*_elsewhere_B`` count tokens of the same row in other samples.
-    """
-
-    token_ids_BT: Tensor  # int64
-    roles_BT: Tensor  # int8
-    turns_BT: Tensor  # int32
-    sampled_BT: Tensor  # bool, sampled actions: the only ones that the policy term reads
-    sampling_logprobs_BT: Tensor  # float32 nats
-    world_scale_BT: Tensor  # float32
-    advantages_B: Tensor  # float32
-    has_reward_B: Tensor  # bool
-    temperatures_B: Tensor  # float32
-    lengths_B: Tensor  # int64
-    actions_elsewhere_B: Tensor  # int64
-    observations_elsewhere_B: Tensor  # int64
-    scaffold_elsewhere_B: Tensor  # int64
-    targets_elsewhere_B: Tensor  # int64
-    reference_logprobs_BT: Tensor | None = None  # float32 nats, of the reference policy; only the KL term reads it
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: column.to(device) for name, column in columns.items() if column is not None})
-
-
-def collate(samples: Sequence[Sample], pad_token_id: int) -> Batch:
-    """Pad samples on the right to the longest."""
-    if not samples:
-        raise ValueError("collate got no samples; a batch needs at least one row")
-
-    def pad(rows: Iterable[Tensor], value: int) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
-
-    return Batch(
-        token_ids_BT=pad((s.token_ids for s in samples), pad_token_id),
-        roles_BT=pad((s.roles for s in samples), TokenRole.CONTEXT),
-        turns_BT=pad((s.turns for s in samples), -1),
-        sampled_BT=pad((s.sampled for s in samples), 0),
-        sampling_logprobs_BT=pad((s.sampling_logprobs for s in samples), 0),
-        world_scale_BT=pad((torch.ones(len(s)) if s.world_scale is None else s.world_scale for s in samples), 0),
-        advantages_B=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
-        has_reward_B=torch.tensor([s.has_reward for s in samples]),
-        temperatures_B=torch.tensor([s.temperature for s in samples], dtype=torch.float32),
-        lengths_B=torch.tensor([len(s) for s in samples], dtype=torch.int64),
-        actions_elsewhere_B=torch.tensor([s.elsewhere.actions for s in samples]),
-        observations_elsewhere_B=torch.tensor([s.elsewhere.observations for s in samples]),
-        scaffold_elsewhere_B=torch.tensor([s.elsewhere.scaffold for s in samples]),
-        targets_elsewhere_B=torch.tensor([s.elsewhere.targets for s in samples]),
-    )
-
-
-def policy_tokens(batch: Batch) -> Tensor:
-    """Tokens of the policy term: sampled actions of rows that have a reward; bool [B, T]."""
-    return batch.sampled_BT & batch.has_reward_B[:, None]
-
-
-def target_tokens(batch: Batch, config: ObjectiveConfig) -> Tensor:
-    """Tokens of the world-model term, O'; bool [B, T]."""
-    return targets_of(batch.roles_BT, batch.turns_BT, config.world_loss_target) & (batch.world_scale_BT > 0)
-
-
-def trained_tokens(batch: Batch, config: ObjectiveConfig) -> Tensor:
-    """Tokens whose log-probability gets a gradient; bool [B, T]."""
-    trained_BT = torch.zeros_like(batch.roles_BT, dtype=torch.bool)
-    if config.policy_coeff > 0:
-        trained_BT = trained_BT | policy_tokens(batch)
-    if config.world_coeff > 0:
-        trained_BT = trained_BT | target_tokens(batch, config)
-    return trained_BT
-
-
-def measured_tokens(batch: Batch, config: ObjectiveConfig) -> Tensor:
-    """Tokens whose log-probability is asked for, trained or only reported; bool [B, T]."""
-    target_BT = targets_of(batch.roles_BT, batch.turns_BT, config.world_loss_target)
-    return batch.sampled_BT | is_observation(batch.roles_BT) | target_BT
-
-
-def token_temperatures(batch: Batch, config: ObjectiveConfig) -> Tensor:
-    """What logits are divided by: actions by their sampling temperature, the rest by 1 unless tempered; [B, T]."""
-    sampled_BT = batch.sampled_BT
-    if config.world.temperature == "sampling":
-        sampled_BT = torch.ones_like(sampled_BT)
-    return torch.where(sampled_BT, batch.temperatures_B[:, None], 1.0)
-
-
-def micro_batches(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
-    """Split a step into parts of at most ``max_tokens`` padded tokens, rows of like length together.
-
-    Longest first, ties in the order given. A row longer than ``max_tokens`` gets a part of its own. Rows
-    without any token are left out: they have nothing to compute and are in ``TokenCounts`` already.
-    """
-    parts: list[list[Sample]] = []
-    for sample in sorted((s for s in samples if len(s)), key=len, reverse=True):
-        if parts and len(parts[-1][0]) * (len(parts[-1]) + 1) <= max_tokens:
-            parts[-1].append(sample)
-        else:
-            parts.append([sample])
-    return parts

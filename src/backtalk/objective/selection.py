@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 
 from backtalk.errors import ConfigError
 from backtalk.objective.config import ObjectiveConfig, WorldOptions
-from backtalk.trajectory import Segment, Trajectory, TrajectoryGroup, is_target
+from backtalk.objective.roles import is_target
+from backtalk.trajectory import Segment, Trajectory, TrajectoryGroup
 
 SOLVED = 1.0  # a rollout with at least this reward counts as correct
 

@@ -11,9 +11,10 @@ from dataclasses import replace
 
 import torch
 
+from backtalk.objective.batch import TokenCounts, collate
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.loss import policy_weights, world_weights
-from backtalk.objective.samples import Sample, TokenCounts, collate
+from backtalk.objective.samples import Sample
 from backtalk.trajectory import TokenWeights
 
 

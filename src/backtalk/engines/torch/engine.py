@@ -38,18 +38,10 @@ from backtalk.engines.torch.packing import Part, packing_pays, plan
 from backtalk.errors import ConfigError, DataError
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.language.tokenizer import load_tokenizer, model_location
+from backtalk.objective.batch import Batch, TokenCounts, collate, measured_mask, token_temperatures, trained_mask
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.loss import objective, world_weights
-from backtalk.objective.samples import (
-    Batch,
-    Sample,
-    TokenCounts,
-    collate,
-    measured_tokens,
-    to_samples,
-    token_temperatures,
-    trained_tokens,
-)
+from backtalk.objective.samples import Sample, to_samples
 from backtalk.rollout.sampler import Sampler, SamplingParams
 from backtalk.trajectory import Trajectory
 
@@ -227,7 +219,7 @@ class TorchEngine:
         """Each token at its temperature; a graph only where a term will use it, and none without ``counts``."""
         foreseen_BT, trained_BT = None, torch.zeros_like(batch.roles_BT, dtype=torch.bool)
         if counts is not None:
-            trained_BT = trained_tokens(batch, config)
+            trained_BT = trained_mask(batch, config)
             if config.world_coeff > 0 and config.world.loss == "cross_entropy":  # linear: its gradient is its weight
                 dtype = torch.float64 if self._dtype == torch.float64 else torch.float32
                 foreseen_BT = -(config.world_coeff * world_weights(batch, counts, config, dtype))
@@ -236,7 +228,7 @@ class TorchEngine:
             batch.lengths_B,
             row_sizes,
             trained_BT=trained_BT,
-            measured_BT=measured_tokens(batch, config) if counts is not None else batch.sampled_BT,
+            measured_BT=measured_mask(batch, config) if counts is not None else batch.sampled_BT,
             temperature_BT=token_temperatures(batch, config),
             foreseen_BT=foreseen_BT,
         )

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backtalk.objective.samples import Sample, micro_batches
+from backtalk.objective.batch import micro_batches
+from backtalk.objective.samples import Sample
 
 Part = list[list[Sample]]  # the rows of one micro-batch, each with the samples that it holds
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from backtalk.objective.advantages import group_advantages
+from backtalk.objective.batch import TokenCounts, collate
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.loss import objective
-from backtalk.objective.samples import Sample, TokenCounts, build_samples, collate
+from backtalk.objective.samples import Sample, build_samples
 from backtalk.trajectory import TokenRole, Trajectory, TrajectoryGroup
 
 Name = Literal["grpo", "echo", "verifier_free"]
