@@ -24,6 +24,7 @@ import pytest
 from backtalk.errors import ConfigError, SandboxUnavailable
 from backtalk.sandboxes import SandboxFile, SandboxLimits, local_sandbox
 from backtalk.sandboxes.conformance import CHECKS, Category
+from backtalk.sandboxes.sandlock import keeper
 from backtalk.sandboxes.sandlock.backend import SandlockBackend, SandlockSandbox
 from sandbox_help import with_argument
 
@@ -193,6 +194,11 @@ def test_the_first_that_works_is_taken() -> None:
 def test_a_root_for_a_backend_that_takes_none_is_refused(choice: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="use bubblewrap"):
         local_sandbox(choice, root=tmp_path)  # type: ignore[arg-type]
+
+
+def test_the_guards_program_is_there() -> None:
+    """Without it every trial start fails, which the other tests take for a machine where sandlock cannot run."""
+    assert keeper.GUARD.is_file()
 
 
 # What sandlock by itself lets through

@@ -31,7 +31,7 @@ PROGRAMS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _CODE_OF_ETC = ("alternatives", "perl", "python3*", "java*")  # folders of /etc that programs look into for code
 _ALTERNATIVES = "/usr/local/sbin"  # first on the PATH
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-_GUARD = Path(__file__).with_name("sandlock_guard.py")
+GUARD = Path(__file__).with_name("guard.py")
 _SPARE_PROCESSES = 2  # the supervisor and the shell
 _END_TIMEOUT_S = 40.0
 _OPEN_FILES = 4096
@@ -90,7 +90,7 @@ class Guarded:
         self._said = asyncio.Queue()
         try:
             self._guard = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_GUARD), json.dumps(settings)],
+                [sys.executable, "-I", "-S", str(GUARD), json.dumps(settings)],
                 stdin=self.commands.theirs,
                 stdout=self.output.theirs,
                 stderr=self.reports.theirs,
