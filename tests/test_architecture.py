@@ -57,7 +57,7 @@ NAMES = frozenset(module_name(path) for path in MODULES)
 
 
 def part_of(module: str) -> str:
-    """backtalk.tasks.triage.box -> envs."""
+    """Return the part that a module is of: backtalk.tasks.triage.machine -> tasks."""
     return [*module.split("."), ""][1]
 
 

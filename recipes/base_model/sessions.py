@@ -13,7 +13,7 @@ from random import Random
 from backtalk.sandboxes.base import SandboxFile
 from backtalk.tasks.task import Task
 from backtalk.tasks.triage import triage_task
-from backtalk.tasks.triage.box import HOSTS, KEYS, SERVICES
+from backtalk.tasks.triage.machine import HOSTS, KEYS, SERVICES
 
 WORDS = (
     "apple river stone bread window garden paper music winter summer yellow green letter market bridge orange silver "

@@ -332,13 +332,13 @@ async def test_a_task_of_ours_is_played_and_scored_in_a_harbor_environment() -> 
 
 
 async def test_a_dataset_is_played_in_its_own_environment_and_scored_by_harbor(tmp_path: Path) -> None:
-    from backtalk.envs.harbor import harbor_tasks, open_harbor_env
+    from backtalk.envs.harbor import load_harbor_dataset, open_harbor_env
     from backtalk.messages import ToolCall
 
     for name in ("b", "a"):
         write_task(tmp_path / "set" / name)
-    assert [task.id for task in await harbor_tasks(str(tmp_path / "set"))] == ["org/a", "org/b"]
-    (task,) = await harbor_tasks(str(tmp_path / "set"), names=["b"])
+    assert [task.id for task in await load_harbor_dataset(str(tmp_path / "set"))] == ["org/a", "org/b"]
+    (task,) = await load_harbor_dataset(str(tmp_path / "set"), names=["b"])
     for command, reward in (("cp counted.txt answer.txt", 1.0), ("echo 4 > answer.txt", 0.0)):
         async with open_harbor_env(task, OURS) as env:
             messages = await env.reset()
@@ -347,7 +347,7 @@ async def test_a_dataset_is_played_in_its_own_environment_and_scored_by_harbor(t
             assert step.messages[0].text == "/app\nhello\n"
             assert await env.score() == reward
     silent = write_task(tmp_path / "silent", **{"tests/test.sh": "#!/bin/bash\ntrue\n"})
-    (task,) = await harbor_tasks(str(silent))
+    (task,) = await load_harbor_dataset(str(silent))
     async with open_harbor_env(task, OURS) as env:
         await env.reset()
         with pytest.raises(VerifierError, match="RewardFileNotFoundError"):
@@ -355,7 +355,7 @@ async def test_a_dataset_is_played_in_its_own_environment_and_scored_by_harbor(t
 
 
 async def test_what_is_not_there_is_said(tmp_path: Path) -> None:
-    from backtalk.envs.harbor import harbor_tasks
+    from backtalk.envs.harbor import load_harbor_dataset
     from backtalk.sandboxes.harbor.backend import HarborBackend
 
     with pytest.raises(ConfigError, match=r"no environment 'dokcer'.*daytona"):
@@ -366,7 +366,7 @@ async def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         async with HarborBackend(OURS).open(SandboxLimits()):
             pass
     with pytest.raises(ConfigError, match="Harbor has no tasks"):
-        await harbor_tasks(str(tmp_path), names=["x"])
+        await load_harbor_dataset(str(tmp_path), names=["x"])
 
 
 # ---------------------------------------------------------------- ATIF, telemetry, weight

@@ -12,7 +12,7 @@ from backtalk.messages import ToolCall
 from backtalk.tasks.folder import load_harbor_tasks, read_harbor_task, write_harbor_task
 from backtalk.tasks.load import read_tasks
 from backtalk.tasks.needs import missing_tools
-from backtalk.tasks.scripts import modules_of_tests, offline_script, programs_of_tests
+from backtalk.tasks.scripts import find_test_modules, find_test_programs, make_script_offline
 from sandbox_help import backend_or_skip
 
 OLD_TOML = """\
@@ -112,7 +112,7 @@ def folder_of(place: Path, files: dict[str, str | None] | None = None) -> Path:
 
 def script(text: str) -> str:
     """A test script as it is run where the machine has the packages."""
-    return offline_script(Path("tests/test.sh"), text.encode(), host_packages=True)[0].decode()
+    return make_script_offline(Path("tests/test.sh"), text.encode(), host_packages=True)[0].decode()
 
 
 # The same with a test runner that every Python has.
@@ -315,13 +315,13 @@ def test_what_the_tests_fetch_to_look_at_cannot_be_left_out(line: str) -> None:
 
 
 def test_which_programs_and_modules_tests_need() -> None:
-    assert programs_of_tests("cd /tests && pytest -q\nif python -m pytest a; then :; fi\n# python3 -m pytest\n") == {
+    assert find_test_programs("cd /tests && pytest -q\nif python -m pytest a; then :; fi\n# python3 -m pytest\n") == {
         "pytest",
         "python:pytest",
     }
     lines = ["pip install 'PyYAML>=6' numpy==2.1 pandas[all] never-imported\nuvx -w scikit-learn pytest\n"]
     sources = ["import yaml\nfrom numpy import array\nimport json, solution\n", "from sklearn.svm import SVC\n"]
-    assert modules_of_tests(lines, sources) == ["python3:numpy", "python3:sklearn", "python3:yaml"]
+    assert find_test_modules(lines, sources) == ["python3:numpy", "python3:sklearn", "python3:yaml"]
 
 
 def test_a_folder_of_the_older_format_is_seen(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from backtalk.tasks.task import Split, Task
 _UNLIMITED = {"disk_mb": 1 << 20, "processes": 1 << 15}  # the task's own image and resources are what limits it
 
 
-async def harbor_tasks(dataset: str, *, names: Sequence[str] = (), count: int | None = None) -> list[Task]:
+async def load_harbor_dataset(dataset: str, *, names: Sequence[str] = (), count: int | None = None) -> list[Task]:
     """The tasks of a folder, of one task's folder, or of ``name@version`` in Harbor's registry, which it downloads.
 
     ``names`` are patterns such as ``git-*``; ``count`` takes the first ones.
@@ -42,7 +42,7 @@ async def harbor_tasks(dataset: str, *, names: Sequence[str] = (), count: int | 
 
     path = Path(dataset)
     if (path / "task.toml").is_file():
-        return [harbor_task(path)]
+        return [_read_task(path)]
     name, _, version = dataset.partition("@")
     where: dict[str, Any] = {"path": path} if path.is_dir() else {"name": name, "version": version or None}
     try:
@@ -54,10 +54,10 @@ async def harbor_tasks(dataset: str, *, names: Sequence[str] = (), count: int | 
             f"Harbor has no tasks for {dataset!r}: {words(error)}; give a folder of tasks, or name@version of a "
             "registry that this machine can reach (`harbor datasets list`)"
         ) from error
-    return [harbor_task(folder) for folder in folders]
+    return [_read_task(folder) for folder in folders]
 
 
-def harbor_task(folder: Path) -> Task:
+def _read_task(folder: Path) -> Task:
     """One task as Harbor reads it; its world stays Harbor's to build, so the task brings no files and no setup.
 
     Raises:
@@ -121,10 +121,10 @@ async def open_harbor_env(
     config: TerminalConfig | None = None,
     kwargs: Mapping[str, Any] = MappingProxyType({}),
 ) -> AsyncIterator[HarborTaskEnv]:
-    """The environment of a task from `harbor_tasks`, gone on exit.
+    """The environment of a task from `load_harbor_dataset`, gone on exit.
 
     Raises:
-        ConfigError: the task did not come from `harbor_tasks`.
+        ConfigError: the task did not come from `load_harbor_dataset`.
         SandboxError: the environment could not be built or started.
     """
     from harbor.models.task.task import Task as HarborTask  # pyright: ignore[reportMissingImports]
@@ -132,7 +132,9 @@ async def open_harbor_env(
     from harbor.verifier.verifier import Verifier  # pyright: ignore[reportMissingImports]
 
     if "harbor_folder" not in task.metadata:
-        raise ConfigError(f"task {task.id!r} has no folder of Harbor's; load it with backtalk.envs.harbor.harbor_tasks")
+        raise ConfigError(
+            f"task {task.id!r} has no folder of Harbor's; load it with backtalk.envs.harbor.load_harbor_dataset"
+        )
     read, config = HarborTask(Path(task.metadata["harbor_folder"])), config or TerminalConfig()
     wanted, definition = read.config.environment, read.paths.environment_dir
     with tempfile.TemporaryDirectory(prefix="backtalk-harbor-", ignore_cleanup_errors=True) as folder:
@@ -147,7 +149,7 @@ async def open_harbor_env(
 
 
 class HarborWorld:
-    """Harbor's environments for tasks from `harbor_tasks` (a ``World``)."""
+    """Harbor's environments for tasks from `load_harbor_dataset` (a ``World``)."""
 
     def __init__(
         self,
@@ -162,7 +164,7 @@ class HarborWorld:
         return WorldReport(f"terminal in harbor:{self._environment}", ("what is isolated is up to the provider",))
 
     def tasks(self, split: Split, count: int, seed: int) -> Sequence[Task]:
-        """Return no task: a dataset of Harbor's is measured as a whole, by ``harbor_tasks``."""
+        """Return no task: a dataset of Harbor's is measured as a whole, by ``load_harbor_dataset``."""
         return ()
 
     def open(self, task: Task) -> AbstractAsyncContextManager[HarborTaskEnv]:

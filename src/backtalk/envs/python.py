@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 from backtalk.envs.base import Step, WorldReport
 from backtalk.errors import ConfigError, InfrastructureError
 from backtalk.messages import Message, Part, ToolCall, ToolSpec, clean_text
-from backtalk.tasks.load import draw_tasks, refuse_shared_ids
+from backtalk.tasks.load import check_unique_ids, draw_tasks
 from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import TokenRole
 
@@ -109,7 +109,7 @@ class PythonWorld:
             TaskError: two tasks share an id.
         """
         tasks = self.all_tasks()
-        refuse_shared_ids((task, type(self).__name__) for task in tasks)
+        check_unique_ids((task, type(self).__name__) for task in tasks)
         return draw_tasks(tasks, split, count, seed)
 
     @asynccontextmanager

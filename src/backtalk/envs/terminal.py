@@ -139,7 +139,7 @@ class TerminalEnv:
         Raises:
             SandboxError: the sandbox broke, or a setup command failed.
         """
-        await start_world(self._sandbox, self.task)
+        await set_up_task(self._sandbox, self.task)
         system = Message("system", (Part(self.config.system_prompt, TokenRole.CONTEXT),))
         user = Message("user", (Part(self.task.instruction.strip(), TokenRole.CONTEXT),))
         return (system, user)
@@ -235,7 +235,7 @@ class TerminalWorld:
         """Do nothing: the sandbox of a rollout is gone when the rollout ends."""
 
 
-async def start_world(sandbox: Sandbox, task: Task) -> None:
+async def set_up_task(sandbox: Sandbox, task: Task) -> None:
     """Put the task's files into a fresh sandbox and run its setup there; leaves the session where the task begins.
 
     Raises:

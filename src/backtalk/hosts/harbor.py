@@ -22,11 +22,11 @@ from harbor.environments.capabilities import (  # pyright: ignore[reportMissingI
 )
 from harbor.models.task.config import NetworkMode, NetworkPolicy  # pyright: ignore[reportMissingImports]
 
-from backtalk.envs.terminal import start_world
+from backtalk.envs.terminal import set_up_task
 from backtalk.errors import SandboxError, SandboxUnavailable
 from backtalk.sandboxes import Sandbox, SandboxBackend, SandboxChoice, SandboxFile, SandboxLimits, local_sandbox
 from backtalk.sandboxes.images.world import World
-from backtalk.tasks.folder import read_world
+from backtalk.tasks.folder import read_environment
 from backtalk.tasks.task import Task
 
 MEMORY_MB = 2048  # where a task says none
@@ -115,7 +115,7 @@ class BacktalkEnvironment(BaseEnvironment):
             if not str(mount.get("target", "")).startswith("/logs/"):
                 raise ValueError(f"mount {dict(mount)} cannot be made: a sandbox has no files of this machine in it")
         image = self.task_env_config.docker_image
-        self._world = read_world(self.environment_dir, image, host_packages=self._host_packages)
+        self._world = read_environment(self.environment_dir, image, host_packages=self._host_packages)
 
     @property
     def _workdir(self) -> str:
@@ -144,7 +144,7 @@ class BacktalkEnvironment(BaseEnvironment):
         backend: SandboxBackend = backend_of(self._choice)
         try:
             self._sandbox = await self._stack.enter_async_context(backend.open(self._limits))
-            await start_world(self._sandbox, task)
+            await set_up_task(self._sandbox, task)
             await self.ensure_dirs([*LOG_FOLDERS, *self._mount_targets(writable_only=True)])
             await self._upload_environment_dir_after_start()
         except BaseException:

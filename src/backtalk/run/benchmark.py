@@ -116,9 +116,9 @@ def pass_at_every_k(evaluation: Evaluation) -> dict[int, Interval]:
 async def benchmark_tasks(benchmark: Benchmark, tell: OnEvent) -> list[Task]:
     """The tasks of a dataset, by id; from Harbor's registry where it is no folder here."""
     if benchmark.environment != LOCAL:
-        from backtalk.envs.harbor import harbor_tasks
+        from backtalk.envs.harbor import load_harbor_dataset
 
-        return await harbor_tasks(benchmark.dataset, names=benchmark.names, count=benchmark.count)
+        return await load_harbor_dataset(benchmark.dataset, names=benchmark.names, count=benchmark.count)
     if "@" in benchmark.dataset and not Path(benchmark.dataset).exists():
         raise ConfigError(
             f"{benchmark.dataset} is a dataset of Harbor's registry, whose tasks bring images of their own; add "

@@ -18,7 +18,7 @@ from backtalk.run.config import TaskSource, TrainConfig
 from backtalk.run.events import Notice, OnEvent, RolloutDone
 from backtalk.sandboxes import SandboxBackend
 from backtalk.settings import from_plain, import_object
-from backtalk.tasks.load import load_tasks, refuse_shared_ids
+from backtalk.tasks.load import check_unique_ids, load_tasks
 from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import StopReason, Trajectory, TrajectoryGroup
 
@@ -50,7 +50,7 @@ class Worlds:
             TaskError: two tasks share an id, or one cannot be read.
         """
         loaded = [(source, world, self._tasks_of(source, world, split, count, seed)) for source, world in self._worlds]
-        refuse_shared_ids((task, source.name) for source, _, tasks in loaded for task in tasks)
+        check_unique_ids((task, source.name) for source, _, tasks in loaded for task in tasks)
         self._world_of |= {task.id: world for _, world, tasks in loaded for task in tasks}
         return [tasks for _, _, tasks in loaded]
 

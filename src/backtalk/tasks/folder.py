@@ -23,7 +23,7 @@ from backtalk.errors import ConfigError, TaskError
 from backtalk.sandboxes.base import HOME, SandboxFile
 from backtalk.sandboxes.files import clean_path
 from backtalk.sandboxes.images.world import World, read_dockerfile, read_tree
-from backtalk.tasks.scripts import modules_of_tests, offline_tests
+from backtalk.tasks.scripts import find_test_modules, make_tests_offline
 from backtalk.tasks.task import Task
 
 SCHEMA_VERSION = "1.4"
@@ -78,7 +78,7 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False, world_mod
         _demand(folder, "tests/test.sh")
     own = _pop(toml, "metadata", "backtalk") or {}
     image = toml.get("environment", {}).get("docker_image")
-    world = read_world(folder / "environment", image, host_packages=host_packages)
+    world = read_environment(folder / "environment", image, host_packages=host_packages)
     if world.image is None and (left := sorted(path.name for path in (folder / "environment").glob("*"))):
         raise TaskError(f"{folder} has environment/{left[0]} but no environment/Dockerfile to COPY it; write one")
     instruction = _without_canary(_read_text(folder / "instruction.md"))
@@ -88,7 +88,7 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False, world_mod
     trees = {part: _read_part(folder, part, own.get("files", {})) for part in ("tests", "solution")}
     if not _unscored(toml):
         add_needs(toml.setdefault("metadata", {}), trees["tests"], world.installs)
-        trees["tests"], notes = offline_tests(folder / "tests", trees["tests"], host_packages)
+        trees["tests"], notes = make_tests_offline(folder / "tests", trees["tests"], host_packages)
         world.notes += notes
     agent_timeout_s = _seconds(folder, toml, "agent", math.inf)
     verifier_timeout_s = _seconds(folder, toml, "verifier")
@@ -207,7 +207,7 @@ def _refuse(folder: Path, toml: Mapping[str, Any]) -> None:
             raise TaskError(f"{folder / 'task.toml'}: [{section}] {key} = {value!r} cannot be had: {why}")
 
 
-def read_world(folder: Path, image: str | None, *, host_packages: bool) -> World:
+def read_environment(folder: Path, image: str | None, *, host_packages: bool) -> World:
     """Read how a task's world starts from its folder ``environment`` and the ready-made image that it names, if any.
 
     Raises:
@@ -245,7 +245,7 @@ def add_needs(metadata: dict[str, Any], tests: Mapping[str, SandboxFile], instal
     declared = metadata.get("needs", [])
     new = [
         name
-        for name in modules_of_tests([*scripts, *installs], sources)
+        for name in find_test_modules([*scripts, *installs], sources)
         if isinstance(declared, list) and name not in declared
     ]
     if new:
@@ -266,10 +266,10 @@ def _pop(toml: dict[str, Any], section: str, key: str) -> Any:
 
 def _seconds(folder: Path, toml: dict[str, Any], section: str, otherwise: float = DEFAULT_TIMEOUT_S) -> float:
     value = _pop(toml, section, "timeout_sec")
-    return otherwise if value is None else positive_seconds(f"{folder / 'task.toml'}: [{section}] timeout_sec", value)
+    return otherwise if value is None else check_seconds(f"{folder / 'task.toml'}: [{section}] timeout_sec", value)
 
 
-def positive_seconds(name: str, value: object) -> float:
+def check_seconds(name: str, value: object) -> float:
     """Return a setting's value as seconds.
 
     Raises:

@@ -70,7 +70,7 @@ def read_tasks(
     from backtalk.tasks.needs import missing_tools
 
     tasks = _read(source, host_packages, world_model_only)
-    refuse_shared_ids((task, source) for task in tasks)
+    check_unique_ids((task, source) for task in tasks)
     missing = {task.id: ", ".join(missing_tools(task)) for task in tasks}
     for name, tools in missing.items():
         if tools and on_skip is not None:
@@ -81,7 +81,7 @@ def read_tasks(
     return [task for task in tasks if not missing[task.id]]
 
 
-def refuse_shared_ids(tasks: Iterable[tuple[Task, str]]) -> None:
+def check_unique_ids(tasks: Iterable[tuple[Task, str]]) -> None:
     """Check that tasks, given with the name of their source, have distinct ids.
 
     Raises:

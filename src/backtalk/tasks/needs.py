@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from backtalk.errors import TaskError
 from backtalk.sandboxes.base import DEFAULT_PATH
-from backtalk.tasks.scripts import programs_of_tests
+from backtalk.tasks.scripts import find_test_programs
 from backtalk.tasks.task import Task
 
 _NAME = re.compile(r"[\w.+-]+|python3:[A-Za-z_][\w.]*", flags=re.ASCII)
@@ -34,7 +34,7 @@ def missing_tools(task: Task) -> tuple[str, ...]:
             'as ["git", "python3:yaml"]'
         )
     scripts = [file.content.decode("utf-8", "replace") for path, file in task.tests.items() if path.endswith(".sh")]
-    needed = {*declared}.union(*map(programs_of_tests, scripts))
+    needed = {*declared}.union(*map(find_test_programs, scripts))
     return tuple(sorted(name for name in needed if not _is_there(name)))
 
 

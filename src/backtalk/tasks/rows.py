@@ -25,8 +25,8 @@ from backtalk.errors import ConfigError, DataError, TaskError
 from backtalk.parquet import parquet_rows
 from backtalk.sandboxes.base import HOME, SandboxFile
 from backtalk.sandboxes.files import clean_path
-from backtalk.tasks.folder import DEFAULT_TIMEOUT_S, add_needs, positive_seconds, read_harbor_task
-from backtalk.tasks.scripts import offline_tests
+from backtalk.tasks.folder import DEFAULT_TIMEOUT_S, add_needs, check_seconds, read_harbor_task
+from backtalk.tasks.scripts import make_tests_offline
 from backtalk.tasks.task import Task
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -155,7 +155,7 @@ def _scored(task: Task, host_packages: bool) -> Task:
         raise TaskError(
             "tests: there is no test.sh, so nothing could score it; give the script, or world_model_only: true"
         )
-    tests, notes = offline_tests(Path("tests"), task.tests, host_packages)
+    tests, notes = make_tests_offline(Path("tests"), task.tests, host_packages)
     metadata = dict(task.metadata) | ({"world_notes": notes} if notes else {})
     add_needs(metadata, task.tests)
     return replace(task, tests=tests, metadata=metadata)
@@ -306,4 +306,4 @@ def _env(given: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _seconds(given: Mapping[str, Any], name: str, otherwise: float = DEFAULT_TIMEOUT_S) -> float:
-    return positive_seconds(name, given[name]) if name in given else otherwise
+    return check_seconds(name, given[name]) if name in given else otherwise

@@ -48,7 +48,7 @@ _MODULES = {
 _HEREDOC = re.compile(r"<<-?\s*(['\"]?)([A-Za-z_]\w*)\1")
 
 
-def offline_script(path: Path, content: bytes, *, host_packages: bool) -> tuple[bytes, list[str]]:
+def make_script_offline(path: Path, content: bytes, *, host_packages: bool) -> tuple[bytes, list[str]]:
     """A bash script without its commands that install or fetch, and notes of what was changed.
 
     Raises:
@@ -85,27 +85,27 @@ def offline_script(path: Path, content: bytes, *, host_packages: bool) -> tuple[
     return ("".join(lines).encode("utf-8", "surrogateescape") if notes else content), notes
 
 
-def offline_tests(
+def make_tests_offline(
     folder: Path, tests: Mapping[str, SandboxFile], host_packages: bool
 ) -> tuple[dict[str, SandboxFile], list[str]]:
     """Return the tests of a folder, their scripts without what needs the network, and notes of what was left out."""
     kept, notes = dict(tests), []
     for path, file in tests.items():
         if path.endswith(".sh"):
-            content, changes = offline_script(folder / path, file.content, host_packages=host_packages)
+            content, changes = make_script_offline(folder / path, file.content, host_packages=host_packages)
             kept[path] = replace(file, content=content)
             notes += changes
     return kept, notes
 
 
-def programs_of_tests(text: str) -> set[str]:
+def find_test_programs(text: str) -> set[str]:
     """What the machine must have so that the tests of a script can run: "pytest", or "python3:pytest" and the like."""
     commands = [line[b:e] for _, line, is_code in _logical_lines(text) if is_code for b, e in _spans(line)]
     found = [re.split(r"\s", match.group()) for command in commands if (match := _PYTEST.match(command))]
     return {"pytest" if len(words) == 1 else f"{words[0]}:pytest" for words in found if "/" not in words[0]}
 
 
-def modules_of_tests(scripts: Iterable[str], sources: Iterable[str]) -> list[str]:
+def find_test_modules(scripts: Iterable[str], sources: Iterable[str]) -> list[str]:
     """Modules that scripts install and the tests' sources import, as ``needs`` names them, sorted."""
     words = {
         w for s in scripts for _, line, _ in _logical_lines(s) if _installs(line) for w in re.split(r"[\s,'\"]+", line)

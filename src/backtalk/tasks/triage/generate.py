@@ -8,7 +8,7 @@ from random import Random
 from backtalk.errors import ConfigError
 from backtalk.sandboxes.base import SandboxFile
 from backtalk.tasks.task import Split, Task
-from backtalk.tasks.triage.box import new_box
+from backtalk.tasks.triage.machine import build_machine
 from backtalk.tasks.triage.questions import QUESTIONS, Question
 
 LEVELS = tuple(QUESTIONS)
@@ -39,13 +39,13 @@ def triage_task(seed: int, level: int) -> Task:
     if level not in QUESTIONS:
         raise ConfigError(f"triage level {level} does not exist; use levels {min(LEVELS)} to {max(LEVELS)}")
     random = Random(f"triage/{level}/{seed}")
-    box = new_box(random, num_services=random.randint(2, 4) + (level > 2))
+    machine = build_machine(random, num_services=random.randint(2, 4) + (level > 2))
     builder = random.choice(QUESTIONS[level])
-    question = builder(box)
+    question = builder(machine)
     return Task(
         id=f"triage-{level}-{seed}",
         instruction=question.instruction,
-        files=dict(sorted(box.files.items())),
+        files=dict(sorted(machine.files.items())),
         tests={"test.sh": _script(_TEST.format(answer=question.answer, check=question.check))},
         solution={"solve.sh": _script(_SOLUTION.format(solve=question.solve))},
         verifier_timeout_s=20.0,

@@ -1,4 +1,4 @@
-"""The box of a triage task: somebody's machine with services that write logs, made from a seed."""
+"""The machine of a triage task: somebody's machine with services that write logs, made from a seed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OWNERS = ("root", "www", "app", "ops", "db")
 
 
 @dataclass
-class Box:
+class Machine:
     """Services by name, and the files as they grow. Only the generator changes it."""
 
     random: Random
@@ -40,13 +40,13 @@ class Box:
         self.files[path] = SandboxFile("".join(line + "\n" for line in lines).encode(), mtime=mtime)
 
 
-def new_box(random: Random, num_services: int) -> Box:
-    """A box with configs, units, logs and a process table for ``num_services`` services."""
-    box = Box(random, tuple(random.sample(SERVICES, num_services)), tuple(random.sample(HOSTS, 5)))
-    for service in box.services:
-        _write_config(box, service)
-        _write_log(box, service)
-    return box
+def build_machine(random: Random, num_services: int) -> Machine:
+    """A machine with configs, units, logs and a process table for ``num_services`` services."""
+    machine = Machine(random, tuple(random.sample(SERVICES, num_services)), tuple(random.sample(HOSTS, 5)))
+    for service in machine.services:
+        _write_config(machine, service)
+        _write_log(machine, service)
+    return machine
 
 
 def config_path(service: str) -> str:
@@ -61,10 +61,10 @@ def config_lines(service: str, config: dict[str, int]) -> list[str]:
     return [f"# {service}", *(f"{key} = {value}" for key, value in config.items())]
 
 
-def _write_config(box: Box, service: str) -> None:
-    keys = box.random.sample(KEYS, box.random.randint(4, 7))
-    box.configs[service] = {key: _setting(box.random, key) for key in keys}
-    box.write(config_path(service), config_lines(service, box.configs[service]))
+def _write_config(machine: Machine, service: str) -> None:
+    keys = machine.random.sample(KEYS, machine.random.randint(4, 7))
+    machine.configs[service] = {key: _setting(machine.random, key) for key in keys}
+    machine.write(config_path(service), config_lines(service, machine.configs[service]))
 
 
 def _setting(random: Random, key: str) -> int:
@@ -77,45 +77,45 @@ def _setting(random: Random, key: str) -> int:
             return random.choice((5, 10, 15, 20, 30, 45, 60, 90, 120, 200, 300, 500, 900))
 
 
-def _write_log(box: Box, service: str) -> None:
-    random = box.random
+def _write_log(machine: Machine, service: str) -> None:
+    random = machine.random
     second = random.randrange(20 * 3600)
     entries: list[tuple[str, str, str | None]] = []
     for _ in range(random.randint(6, 14)):
         second += random.randint(1, 300)
         level = random.choice(LEVEL_NAMES)
         event = random.choice(EVENTS[level])
-        host = random.choice(box.hosts) if "{host}" in event else None
+        host = random.choice(machine.hosts) if "{host}" in event else None
         clock = f"{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}"
         entries.append((level, f"{clock} {level} {service} {event.format(host=host)}", host))
-    box.logs[service] = entries
-    box.write(log_path(service), [line for _, line, _ in entries])
+    machine.logs[service] = entries
+    machine.write(log_path(service), [line for _, line, _ in entries])
 
 
-def write_units(box: Box) -> dict[str, str]:
+def write_units(machine: Machine) -> dict[str, str]:
     """Unit files whose configs have names of their own; gives each service's config path."""
     paths: dict[str, str] = {}
-    for service in box.services:
-        path = f"/etc/svc/{service}-{box.random.choice('abcdef')}{box.random.randint(1, 9)}.conf"
-        content = box.files.pop(config_path(service))
-        box.files[path] = content
+    for service in machine.services:
+        path = f"/etc/svc/{service}-{machine.random.choice('abcdef')}{machine.random.randint(1, 9)}.conf"
+        content = machine.files.pop(config_path(service))
+        machine.files[path] = content
         paths[service] = path
-        box.write(
+        machine.write(
             f"/etc/units/{service}.service",
             [
                 "[Unit]",
                 f"Description={service}",
                 "[Service]",
                 f"ExecStart=/usr/bin/{service}d --config {path}",
-                f"User={box.random.choice(OWNERS)}",
+                f"User={machine.random.choice(OWNERS)}",
             ],
         )
     return paths
 
 
-def write_processes(box: Box) -> list[tuple[int, str, float, float]]:
+def write_processes(machine: Machine) -> list[tuple[int, str, float, float]]:
     """A process table, /srv/snap/ps.txt; rows are (pid, command, cpu %, memory MB), no two alike in cpu or memory."""
-    random = box.random
+    random = machine.random
     count = random.randint(6, 10)
     cpus = random.sample(range(1, 990), count)
     memories = random.sample(range(8, 4000), count)
@@ -124,22 +124,22 @@ def write_processes(box: Box) -> list[tuple[int, str, float, float]]:
         (pid, f"{random.choice(SERVICES)}d", cpu / 10, float(memory))
         for pid, cpu, memory in zip(pids, cpus, memories, strict=True)
     ]
-    box.write("/srv/snap/ps.txt", [f"{pid} {command} {cpu:.1f} {memory:.0f}" for pid, command, cpu, memory in rows])
+    machine.write("/srv/snap/ps.txt", [f"{pid} {command} {cpu:.1f} {memory:.0f}" for pid, command, cpu, memory in rows])
     return rows
 
 
-def write_addresses(box: Box) -> dict[str, str]:
+def write_addresses(machine: Machine) -> dict[str, str]:
     """Addresses of the hosts, /srv/snap/hosts.txt."""
-    random = box.random
+    random = machine.random
     addresses = {host: f"10.{random.randint(0, 99)}.{random.randint(0, 99)}.{random.randint(1, 254)}" for host in HOSTS}
-    names = sorted(random.sample([h for h in HOSTS if h not in box.hosts], 3) + list(box.hosts))
-    box.write("/srv/snap/hosts.txt", [f"{addresses[host]} {host}" for host in names])
+    names = sorted(random.sample([h for h in HOSTS if h not in machine.hosts], 3) + list(machine.hosts))
+    machine.write("/srv/snap/hosts.txt", [f"{addresses[host]} {host}" for host in names])
     return {host: addresses[host] for host in names}
 
 
-def write_latencies(box: Box, service: str) -> list[tuple[str, int, int]]:
+def write_latencies(machine: Machine, service: str) -> list[tuple[str, int, int]]:
     """A CSV of a service's latencies, /srv/metrics/SERVICE.csv; rows are (clock, requests, latency in ms)."""
-    random = box.random
+    random = machine.random
     count = random.randint(8, 14)
     latencies = random.sample(range(20, 3000), count)
     minute = random.randrange(0, 20 * 60)
@@ -148,5 +148,5 @@ def write_latencies(box: Box, service: str) -> list[tuple[str, int, int]]:
         for i, latency in enumerate(latencies)
     ]
     lines = ["time,requests,latency", *(f"{clock},{requests},{latency}" for clock, requests, latency in rows)]
-    box.write(f"/srv/metrics/{service}.csv", lines)
+    machine.write(f"/srv/metrics/{service}.csv", lines)
     return rows
