@@ -239,11 +239,8 @@ async def measure(args: argparse.Namespace) -> str:
     for n in args.at_once:
         await rollouts(table, "bare: rollouts a second", n, bare_rollout)
         await rollouts(table, f"{name}: rollouts a second", n, lambda: rollout(backend))
-        async with PooledBackend(backend) as pool:
-            await rollouts(table, f"{name} in a pool: rollouts a second", n, lambda pool=pool: rollout(pool))
-        async with PooledBackend(backend, ready=args.ready) as pool:
-            row = f"{name} in a pool, {args.ready} ready: rollouts a second"
-            await rollouts(table, row, n, lambda pool=pool: rollout(pool))
+        pool = PooledBackend(backend)
+        await rollouts(table, f"{name} in a pool: rollouts a second", n, lambda pool=pool: rollout(pool))
     await ends(table, name, backend, args.ends)
     if shutil.which("podman"):
         for n in (n for n in args.at_once if n <= args.podman):
@@ -255,7 +252,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 16, 64, 256])
     parser.add_argument("--starts", type=int, default=64, help="sandboxes to start at least, for each number at once")
-    parser.add_argument("--ready", type=int, default=4, help="sandboxes that the pool starts ahead")
     parser.add_argument("--ends", type=int, default=40, help="sandboxes to end with a fork bomb in them")
     parser.add_argument("--podman", type=int, default=16, help="most containers at once; 0 leaves podman out")
     args = parser.parse_args()

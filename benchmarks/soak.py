@@ -168,21 +168,21 @@ async def trainer(folder: Path, args: argparse.Namespace) -> None:
     seed, steps = args.seed, -(-args.rollouts // (args.tasks * GROUP))
     renderer = Renderer(PreTrainedTokenizerFast.from_pretrained(str(MODEL)), (BASH, SUBMIT))
     sampler = ScriptedSampler(lambda key: replies(key, renderer), lambda ids: ids)  # type: ignore[arg-type]
-    async with PooledBackend(local_sandbox(), ready=args.ready) as backend:
-        for step in range(log.last_step() + 1, steps):
-            groups = await run_groups(
-                tasks_of(seed, step, args.tasks),
-                opener(backend),
-                sampler,
-                renderer,
-                LIMITS,
-                group_size=GROUP,
-                key=f"{seed}/{step}",
-            )
-            log.write_groups(step, groups)
-            log.write_metrics(step, {"rollouts": sum(map(len, groups))})
-            digest = hashlib.sha256(log.groups_path(step).read_bytes()).hexdigest()
-            print(json.dumps({"written": step, "digest": digest, **own_state()}), flush=True)
+    backend = PooledBackend(local_sandbox())
+    for step in range(log.last_step() + 1, steps):
+        groups = await run_groups(
+            tasks_of(seed, step, args.tasks),
+            opener(backend),
+            sampler,
+            renderer,
+            LIMITS,
+            group_size=GROUP,
+            key=f"{seed}/{step}",
+        )
+        log.write_groups(step, groups)
+        log.write_metrics(step, {"rollouts": sum(map(len, groups))})
+        digest = hashlib.sha256(log.groups_path(step).read_bytes()).hexdigest()
+        print(json.dumps({"written": step, "digest": digest, **own_state()}), flush=True)
     print(json.dumps({"ended": True, **own_state()}), flush=True)
 
 
@@ -235,7 +235,7 @@ class Soak:
 
     def _one_trainer(self, kill_after: int | None) -> None:
         """Run a trainer to its end, or kill it some moments after a step is written."""
-        settings = (f"--{name}={getattr(self.args, name)}" for name in ("rollouts", "tasks", "seed", "ready"))
+        settings = (f"--{name}={getattr(self.args, name)}" for name in ("rollouts", "tasks", "seed"))
         command = [sys.executable, __file__, f"--trainer={self.folder / 'run'}", *settings]
         environment = os.environ | {"TMPDIR": str(self.folder / "tmp")}
         child = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
@@ -264,10 +264,8 @@ class Soak:
     def _check_growth(self) -> None:
         whole = [states for states in self.states if len(states) > 4]
         for what, most in (("open files", 0), ("children", 0), ("zombies", 0), ("tasks", 0), ("memory MiB", 64)):
-            # The pool may have more or fewer ready at the end of a step: compare the most of early and late steps.
-            ready = self.args.ready * {"open files": 8, "children": 1, "tasks": 2}.get(what, 0)
             grown = max((s[-2][what] - s[1][what] for s in whole), default=0)
-            self.check(f"{what} of a trainer, most it grew by", f"{grown:.0f}", grown <= most + ready)
+            self.check(f"{what} of a trainer, most it grew by", f"{grown:.0f}", grown <= most)
         end = self.states[-1][-1]
         self.check("children, zombies, tasks of a trainer at its end", [end["children"], end["zombies"], end["tasks"]],
                    end["zombies"] == 0 and end["children"] == 0 and end["tasks"] == 1)  # fmt: skip
@@ -319,7 +317,6 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--tasks", type=int, default=16, help="of a step; each is tried 4 times")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ready", type=int, default=2, help="sandboxes that the pool starts ahead")
     parser.add_argument("--trainer", type=Path, help="be the trainer that writes into this folder")
     args = parser.parse_args()
     if args.trainer is not None:

@@ -1,4 +1,4 @@
-"""What the sandbox tests share: a backend where the machine has one, and a look at what a sandbox left behind."""
+"""Helpers of the sandbox tests: a backend where the machine has one, and what a sandbox left behind."""
 
 from __future__ import annotations
 
@@ -85,7 +85,9 @@ def bubblewraps() -> set[int]:
 
 
 @dataclass(eq=False)
-class Box:
+class FakeSandbox:
+    """A sandbox without a machine, which notes whether it is alive and how often it was used."""
+
     limits: SandboxLimits
     alive: bool = True
     uses: int = 0
@@ -105,13 +107,13 @@ class Box:
 
 
 @dataclass(eq=False)
-class Counting:
+class CountingBackend:
     """A backend that counts what is starting and alive. ``before`` runs at each start: to break or delay it."""
 
     before: Callable[[int], object] = lambda number: None
     pause_s: float = 0.001
     report: BackendReport = field(default_factory=lambda: BackendReport("counting"))
-    made: list[Box] = field(default_factory=list)
+    made: list[FakeSandbox] = field(default_factory=list)
     starting: int = 0
     live: int = 0
     most_starting: int = 0
@@ -128,13 +130,13 @@ class Counting:
             await asyncio.sleep(self.pause_s)
         finally:
             self.starting -= 1
-        box = Box(limits)
-        self.made.append(box)
+        sandbox = FakeSandbox(limits)
+        self.made.append(sandbox)
         self.live += 1
         self.most_live = max(self.most_live, self.live)
         try:
-            yield box
+            yield sandbox
         finally:
             await asyncio.sleep(self.pause_s)
-            box.alive = False
+            sandbox.alive = False
             self.live -= 1

@@ -27,7 +27,7 @@ from backtalk.sandboxes.places import arrival
 from backtalk.sandboxes.pool import PooledBackend
 from backtalk.tasks.task import Task
 from backtalk.trajectory import StopReason, TokenRole, TrajectoryGroup
-from sandbox_help import Counting
+from sandbox_help import CountingBackend
 from tiny import tiny_model_dir
 
 TURNS = 3
@@ -81,18 +81,18 @@ def in_sandboxes_of(pool: PooledBackend) -> EnvFactory:
 
 @pytest.mark.parametrize("places", [1, 3])
 async def test_fewer_sandboxes_than_rollouts(engine: TorchEngine, places: int) -> None:
-    backend = Counting()
-    async with PooledBackend(backend, live=places) as pool:
-        group, _ = await play(engine, in_sandboxes_of(pool))
+    backend = CountingBackend()
+    pool = PooledBackend(backend, live=places)
+    group, _ = await play(engine, in_sandboxes_of(pool))
     assert all_played(group) and backend.most_live == places
 
 
 async def test_memory_that_is_short_all_the_time(engine: TorchEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "memory_is_short", lambda limits: True)
     monkeypatch.setattr(pool_module, "_MEMORY_PAUSE_S", 0.001)
-    backend = Counting()
-    async with PooledBackend(backend, live=8) as pool:
-        group, _ = await play(engine, in_sandboxes_of(pool))
+    backend = CountingBackend()
+    pool = PooledBackend(backend, live=8)
+    group, _ = await play(engine, in_sandboxes_of(pool))
     assert all_played(group) and backend.most_live == 1
 
 
@@ -144,8 +144,8 @@ async def test_one_that_fails_to_open_is_not_waited_for(engine: TorchEngine) -> 
         if number == 5:
             raise SandboxError("no room")
 
-    async with PooledBackend(Counting(breaks), live=8) as pool:
-        group, sampler = await play(engine, in_sandboxes_of(pool))
+    pool = PooledBackend(CountingBackend(breaks), live=8)
+    group, sampler = await play(engine, in_sandboxes_of(pool))
     assert sorted(t.num_turns for t in group) == [0, *[TURNS] * 7]
     assert sampler.stats.waves == TURNS
 

@@ -1,11 +1,10 @@
-"""The pool over a small machine that counts, and over the real one; and how many sandboxes a machine holds."""
+"""Tests of the pool, over a backend that counts and over the real one, and of how many sandboxes a machine holds."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,78 +25,47 @@ from backtalk.sandboxes.machine.capacity import (
     room,
 )
 from backtalk.sandboxes.pool import PooledBackend
-from sandbox_help import Box, Counting, backend_or_skip, children, groups, open_files
+from sandbox_help import CountingBackend, FakeSandbox, backend_or_skip, children, groups, open_files
 
 SMALL, LARGE = SandboxLimits(memory_mb=64), SandboxLimits(memory_mb=128)
 
 
-async def use(pool: PooledBackend, limits: SandboxLimits = SMALL, seconds: float = 0.002) -> Box:
-    async with pool.open(limits) as box:
-        assert isinstance(box, Box) and box.alive and box.limits == limits and box.uses == 0
-        box.uses += 1
+async def use(pool: PooledBackend, limits: SandboxLimits = SMALL, seconds: float = 0.002) -> FakeSandbox:
+    async with pool.open(limits) as sandbox:
+        assert isinstance(sandbox, FakeSandbox) and sandbox.alive and sandbox.limits == limits and sandbox.uses == 0
+        sandbox.uses += 1
         await asyncio.sleep(seconds)
-        return box
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.001)
+        return sandbox
 
 
 async def test_no_more_start_and_live_than_allowed_and_nobody_is_forgotten() -> None:
-    backend = Counting()
-    async with PooledBackend(backend, live=5, starts=3) as pool:
-        boxes = await asyncio.gather(*[use(pool) for _ in range(40)])
-    assert len(set(boxes)) == 40
+    backend = CountingBackend()
+    pool = PooledBackend(backend, live=5, starts=3)
+    sandboxes = await asyncio.gather(*[use(pool) for _ in range(40)])
+    assert len(set(sandboxes)) == 40
     assert (backend.most_starting, backend.most_live, backend.live) == (3, 5, 0)
 
 
 async def test_whoever_asks_first_is_first() -> None:
-    backend, order = Counting(), []
+    backend, order = CountingBackend(), []
 
-    async def one(pool: PooledBackend, number: int) -> None:
+    async def use_once(pool: PooledBackend, number: int) -> None:
         async with pool.open(SMALL):
             order.append(number)
 
-    async with PooledBackend(backend, live=1) as pool:
-        await asyncio.gather(*[one(pool, number) for number in range(8)])
+    pool = PooledBackend(backend, live=1)
+    await asyncio.gather(*[use_once(pool, number) for number in range(8)])
     assert order == list(range(8))
 
 
 async def test_it_is_closed_before_its_block_is_left_also_by_an_error() -> None:
-    backend = Counting()
-    async with PooledBackend(backend) as pool:
-        assert not (await use(pool)).alive and backend.live == 0
-        with pytest.raises(KeyError):
-            async with pool.open(SMALL):
-                raise KeyError
-        assert backend.live == 0
-
-
-async def test_ready_ones_are_handed_out_once_and_made_again() -> None:
-    backend = Counting()
-    async with PooledBackend(backend, ready=2, live=8) as pool:
-        await use(pool)
-        await until(lambda: backend.live == 2)
-        waiting = backend.made[1:]
-        used = [await use(pool) for _ in range(2)]
-        assert used == waiting
-        await until(lambda: backend.live == 2)
-        assert all(box.uses <= 1 for box in backend.made)
+    backend = CountingBackend()
+    pool = PooledBackend(backend)
+    assert not (await use(pool)).alive and backend.live == 0
+    with pytest.raises(KeyError):
+        async with pool.open(SMALL):
+            raise KeyError
     assert backend.live == 0
-
-
-async def test_one_that_died_while_it_waited_is_replaced() -> None:
-    backend = Counting()
-    async with PooledBackend(backend, ready=2, live=8) as pool:
-        await use(pool)
-        await until(lambda: backend.live == 2)
-        for box in backend.made:
-            box.alive = False
-        assert (await use(pool)).uses == 1
-        await until(lambda: backend.live == 2)
-        assert all(box.alive for box in backend.made[-2:])
 
 
 async def test_a_failed_start_costs_one_rollout() -> None:
@@ -105,55 +73,37 @@ async def test_a_failed_start_costs_one_rollout() -> None:
         if number == 3:
             raise SandboxError("no room")
 
-    backend = Counting(breaks)
-    async with PooledBackend(backend, live=2) as pool:
-        found = await asyncio.gather(*[use(pool) for _ in range(6)], return_exceptions=True)
+    backend = CountingBackend(breaks)
+    pool = PooledBackend(backend, live=2)
+    found = await asyncio.gather(*[use(pool) for _ in range(6)], return_exceptions=True)
     assert [str(error) for error in found if isinstance(error, BaseException)] == ["no room"]
     assert backend.live == 0
 
 
-async def test_a_failed_start_ahead_costs_none_and_a_bug_is_raised() -> None:
-    def breaks(number: int) -> None:
-        if number == 2:
-            raise SandboxError("no room")
-        if number == 4:
-            raise ZeroDivisionError
-
-    backend = Counting(breaks)
-    async with PooledBackend(backend, ready=1, live=8) as pool:
-        await use(pool)
-        await until(lambda: backend.starts == 2 and backend.starting == 0)
-        await use(pool)  # a third, and the fourth is ahead or for the next
-    async with PooledBackend(Counting(lambda number: 1 / 0)) as pool:
+async def test_a_bug_of_the_backend_is_raised() -> None:
+    async with asyncio.timeout(20):
         with pytest.raises(ZeroDivisionError):
-            await use(pool)
+            await use(PooledBackend(CountingBackend(lambda number: 1 / 0)))
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.0005, 0.002, 0.01])
 async def test_who_stops_waiting_takes_no_place(seconds: float) -> None:
-    backend = Counting()
-    async with PooledBackend(backend, ready=1, live=3) as pool:
-        users = [asyncio.create_task(use(pool, seconds=1)) for _ in range(9)]
-        await asyncio.sleep(seconds)
-        for user in users:
-            user.cancel()
-        await asyncio.gather(*users, return_exceptions=True)
-        await asyncio.gather(*[use(pool) for _ in range(9)])
+    backend = CountingBackend()
+    pool = PooledBackend(backend, live=3)
+    users = [asyncio.create_task(use(pool, seconds=1)) for _ in range(9)]
+    await asyncio.sleep(seconds)
+    for user in users:
+        user.cancel()
+    await asyncio.gather(*users, return_exceptions=True)
+    await asyncio.gather(*[use(pool) for _ in range(9)])
     assert backend.live == 0 and len(asyncio.all_tasks()) == 1
 
 
-async def test_other_limits_get_other_sandboxes_and_push_out_ready_ones() -> None:
-    backend = Counting()
-    async with PooledBackend(backend, ready=3, live=4) as pool:
-        await use(pool, SMALL)
-        await until(lambda: backend.live == 3)
-        await asyncio.gather(*[use(pool, LARGE, 0.01) for _ in range(9)])
-        await use(pool, SMALL)
-        for _ in range(4):
-            await use(pool, LARGE)
-            await until(lambda: backend.starting == 0)
-        await until(lambda: any(box.alive and box.limits == LARGE for box in backend.made))
-    assert backend.live == 0 and backend.most_live <= 4
+async def test_other_limits_get_other_sandboxes_of_the_same_places() -> None:
+    backend = CountingBackend()
+    pool = PooledBackend(backend, live=4)
+    await asyncio.gather(*[use(pool, limits, 0.01) for _ in range(9) for limits in (SMALL, LARGE)])
+    assert (backend.live, backend.most_live, len(backend.made)) == (0, 4, 18)
 
 
 async def test_none_is_started_while_memory_is_short_unless_no_other_is_in_use(
@@ -161,39 +111,22 @@ async def test_none_is_started_while_memory_is_short_unless_no_other_is_in_use(
 ) -> None:
     monkeypatch.setattr(pool_module, "memory_is_short", lambda limits: True)
     monkeypatch.setattr(pool_module, "_MEMORY_PAUSE_S", 0.001)
-    backend = Counting()
-    async with PooledBackend(backend, live=8) as pool:
-        await asyncio.gather(*[use(pool) for _ in range(5)])
+    backend = CountingBackend()
+    pool = PooledBackend(backend, live=8)
+    await asyncio.gather(*[use(pool) for _ in range(5)])
     assert backend.most_live == 1
 
 
-async def test_closing_ends_what_waits_and_leaves_what_is_used() -> None:
-    backend = Counting(pause_s=0.01)
-    pool = PooledBackend(backend, ready=2, live=3)
-    async with pool.open(SMALL) as box:
-        await until(lambda: backend.live == 3)
-        waiting = asyncio.create_task(use(pool, LARGE))
-        await asyncio.sleep(0)
-        await pool.close()
-        with pytest.raises(SandboxError, match="closed"):
-            await waiting
-        assert isinstance(box, Box) and box.alive and backend.live == 1
-    assert backend.live == 0
-    assert (await use(pool)).uses == 1  # it begins anew
-    await pool.close()
+def test_each_event_loop_has_bounds_of_its_own() -> None:
+    backend = CountingBackend()
+    pool = PooledBackend(backend, live=2)
 
+    async def use_many() -> None:
+        await asyncio.gather(*[use(pool) for _ in range(6)])
 
-def test_the_end_of_the_event_loop_closes_what_is_ready() -> None:
-    backend = Counting()
-    pool = PooledBackend(backend, ready=2, live=4)
-
-    async def session() -> None:
-        await use(pool)
-        await until(lambda: backend.live == 2)
-
-    for _ in range(2):  # and another loop has a pool of its own
-        asyncio.run(session())
-        assert (backend.live, backend.starting) == (0, 0)
+    for _ in range(2):
+        asyncio.run(use_many())
+        assert (backend.live, backend.starting, backend.most_live) == (0, 0, 2)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -204,31 +137,25 @@ async def test_nothing_is_lost_whatever_happens(seed: int) -> None:
         if chance.random() < 0.2:
             raise SandboxError("no room")
 
-    backend, done = Counting(sometimes_breaks), 0
+    backend = CountingBackend(sometimes_breaks)
 
-    async def one(pool: PooledBackend) -> None:
-        nonlocal done
+    async def use_once(pool: PooledBackend) -> None:
         await asyncio.sleep(chance.uniform(0, 0.05))
         try:
             async with asyncio.timeout(chance.choice([0.001, 0.004, 20, 20])):
                 limits = chance.choice([SMALL, LARGE])
-                async with pool.open(limits) as box:
-                    assert isinstance(box, Box) and box.limits == limits and box.uses == 0
-                    box.uses += 1
+                async with pool.open(limits) as sandbox:
+                    assert isinstance(sandbox, FakeSandbox) and sandbox.limits == limits and sandbox.uses == 0
+                    sandbox.uses += 1
                     await asyncio.sleep(chance.uniform(0, 0.004))
         except (TimeoutError, SandboxError):
             pass
-        finally:
-            done += 1
 
-    async with PooledBackend(backend, ready=2, live=4, starts=2) as pool:
-        tasks = [asyncio.create_task(one(pool)) for _ in range(60)]
-        while done < len(tasks):
-            await asyncio.sleep(0.002)
-            for box in backend.made[-6:]:
-                if box.uses == 0 and chance.random() < 0.1:
-                    box.alive = False
-        await asyncio.gather(*tasks)
+    pool = PooledBackend(backend, live=4, starts=2)
+    await asyncio.gather(*[use_once(pool) for _ in range(60)])
+    async with asyncio.timeout(20):  # a cancelled rollout does not wait for the end of its sandbox
+        while backend.live:
+            await asyncio.sleep(0.001)
     assert (backend.live, backend.starting, backend.most_live <= 4, backend.most_starting <= 2) == (0, 0, True, True)
     assert len(asyncio.all_tasks()) == 1
 
@@ -236,26 +163,23 @@ async def test_nothing_is_lost_whatever_happens(seed: int) -> None:
 async def test_real_sandboxes_leave_nothing_behind() -> None:
     backend = backend_or_skip()
     files, before = open_files(), children()
-    async with PooledBackend(backend, ready=2) as pool:
-        assert pool.report == backend.report
+    pool = PooledBackend(backend)
+    assert pool.report == backend.report
 
-        async def one(number: int) -> str:
-            async with pool.open(SandboxLimits()) as box:
-                await box.put({"/srv/number": SandboxFile(str(number).encode())})
-                return (await box.exec("ls -A ~ /tmp; cat /srv/number; echo mine >~/mine", timeout_s=30)).output
+    async def use_once(number: int) -> str:
+        async with pool.open(SandboxLimits()) as sandbox:
+            await sandbox.put({"/srv/number": SandboxFile(str(number).encode())})
+            return (await sandbox.exec("ls -A ~ /tmp; cat /srv/number; echo mine >~/mine", timeout_s=30)).output
 
-        said = await asyncio.gather(*[one(number) for number in range(12)])
-        assert said == [f"/home/agent:\n\n/tmp:\n{number}" for number in range(12)]
+    outputs = await asyncio.gather(*[use_once(number) for number in range(12)])
+    assert outputs == [f"/home/agent:\n\n/tmp:\n{number}" for number in range(12)]
     assert (open_files(), children(), groups()) == (files, before, [])
 
 
 def test_numbers_that_give_no_sandbox_are_refused() -> None:
-    for wrong in ({"live": 0}, {"starts": 0}, {"ready": -1}):
+    for wrong in ({"live": 0}, {"starts": 0}):
         with pytest.raises(ConfigError, match="gives no sandbox"):
-            PooledBackend(Counting(), **wrong)
-
-
-# How many
+            PooledBackend(CountingBackend(), **wrong)
 
 
 def test_the_scarcest_thing_decides() -> None:
