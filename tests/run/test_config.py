@@ -20,7 +20,8 @@ from backtalk.run.config import (
     option_group,
     setting_schemas,
 )
-from backtalk.settings import flatten, parse_overrides, preset_names, read_yaml
+from backtalk.run.settings_file import parse_overrides, preset_names, read_yaml
+from backtalk.settings import flatten
 
 
 def test_every_setting_says_what_it_is() -> None:
@@ -112,7 +113,7 @@ def test_group_size_1_is_fine_without_the_policy_term() -> None:
 
 
 def test_a_missing_file_names_the_presets(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"did you mean 'triage'.*presets are"):
+    with pytest.raises(ConfigError, match=r"presets are.*did you mean 'triage'"):
         load_config("triag")
     with pytest.raises(ConfigError, match="neither a YAML file nor a preset"):
         load_config(tmp_path / "absent.yaml")
@@ -132,7 +133,7 @@ def test_defaults_are_valid() -> None:
 
 def test_a_file_that_is_no_text_and_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"binary.yaml is not text.*UTF-8"):
+    with pytest.raises(ConfigError, match=r"binary.yaml is not YAML.*UTF-8"):
         load_config(tmp_path / "binary.yaml")
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")

@@ -184,7 +184,7 @@ def _config(
     world: str, source: str, overrides: Sequence[str], max_turns: int | None, script_lines: int, human: bool
 ) -> TrainConfig:
     from backtalk.run.config import config_from_dict
-    from backtalk.settings import parse_overrides, set_dotted
+    from backtalk.run.settings_file import parse_overrides, set_dotted
 
     tree: dict[str, Any] = {}
     if script_lines:

@@ -23,8 +23,9 @@ from backtalk.evidence.compare import Comparison, compare
 from backtalk.files import write_bytes
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict, setting_schemas
 from backtalk.run.log import RunLog, lock_folder
+from backtalk.run.settings_file import parse_overrides, read_settings, read_yaml
 from backtalk.sandboxes.machine.capacity import SHARED_BY
-from backtalk.settings import flatten, parse_overrides, read_settings, read_yaml
+from backtalk.settings import flatten
 
 POLL_S = 0.5
 STOP_WAIT_S = 30.0  # for runs to end by themselves when the study is stopped

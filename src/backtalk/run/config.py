@@ -21,8 +21,8 @@ from backtalk.errors import ConfigError
 from backtalk.language.renderer import RendererConfig
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.rollout.limits import RolloutLimits
+from backtalk.run.settings_file import parse_overrides, read_settings, set_dotted
 from backtalk.sandboxes import SandboxChoice
-from backtalk.settings import parse_overrides, read_settings, set_dotted
 
 # Settings that a run leaves alone unless it is about what they set, but for a few of the engine's: each group counts as
 # one choice.
