@@ -171,7 +171,8 @@ NOT_YET = (
     *("sandboxes.base", "sandboxes.pool", "sandboxes.session", "sandboxes.bubblewrap", "sandboxes.root"),
     *("sandboxes.machine", "sandboxes.sandlock", "sandboxes.harbor", "sandboxes.images"),
     *("sandboxes.unsafe", "hosts", "envs.base", "envs.terminal", "envs.harbor", "envs.awm", "envs.openenv"),
-    *("envs.tool_schemas", "run", "exchange", "capture", "evidence", "viewer", "cli"),
+    *("envs.tool_schemas", "run", "exchange", "capture", "evidence"),
+    *("cli.account", "cli.account_tables", "cli.capture", "cli.export", "cli.import_trajectories"),
 )
 NO_VERB = re.compile(
     r"(what|who|whose|whom|where|when|which|why|how|whether|if|as|the|a|an|one|every|each|all|of|for|from|to|in|on|at|"

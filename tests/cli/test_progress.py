@@ -53,7 +53,7 @@ def test_a_step_is_one_line() -> None:
 def test_a_step_says_what_it_could_not_measure_and_what_broke() -> None:
     event = StepDone(step=0, steps=2, metrics={"reward": 0.0, "env_output_ce": float("nan"), "failed": 3})
     line = step_line(event, float("nan"))
-    assert line == "step 1/2  reward 0.000  env CE - nats  - tokens/s  ? left  3 rollouts broke"
+    assert line == "step 1/2  reward 0.000  env CE - nats  - tokens/s  ? left  3 rollouts failed"
 
 
 def test_plain_lines_where_there_is_no_terminal() -> None:

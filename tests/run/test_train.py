@@ -40,7 +40,7 @@ from backtalk.tasks.folder import write_harbor_task
 from backtalk.tasks.load import load_tasks
 from backtalk.tasks.task import Split
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
-from backtalk.viewer.terminal import find_trajectory
+from backtalk.viewer.data import find_rollout
 from backtalk.viewer.web.curves import BEHAVIOUR, GRAD_NORMS, ROLE_METRICS, draw_run
 from taught import taught_model_dir
 
@@ -230,13 +230,13 @@ async def test_what_is_shown_is_what_was_trained(model: Path, sandbox: str, tmp_
     run.engine.tokenizer.save_pretrained(str(log.tokenizer_path))
     run.engine = engine  # type: ignore[assignment]
     log.write_groups(0, groups)
-    assert find_trajectory(log.folder).weights is None  # not trained yet
+    assert find_rollout(log.folder).weights is None  # not trained yet
     await run.learn(0, groups, 1.0, log)
     await run.worlds.close()
 
     trained = iter(engine.gradients)
     for group, sample, advantage in [(0, 0, -0.45), (0, 1, 0.45), (1, 0, None), (1, 1, None)]:
-        weights = find_trajectory(log.folder, group=group, sample=sample).weights
+        weights = find_rollout(log.folder, group=group, sample=sample).weights
         assert weights is not None and weights.advantage == pytest.approx(advantage)  # 1 - 2.4 and 0.5 - 1.0
         shown = [p + w for p, w in zip(weights.policy, weights.world, strict=True)]
         assert shown == pytest.approx((-next(trained)).tolist(), rel=1e-6)

@@ -21,8 +21,8 @@ from backtalk.run.evaluate import Evaluation
 from backtalk.run.log import RunLog
 from backtalk.settings import to_plain
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
-from backtalk.viewer.terminal import find_groups, list_groups, show
-from backtalk.viewer.text import token_texts, visible
+from backtalk.viewer.data import find_groups, find_rollout, token_texts, visible
+from backtalk.viewer.terminal import list_groups, render
 from backtalk.viewer.web.report import write_report
 from backtalk.viewer.web.study import read_study
 from tiny import tiny_tokenizer
@@ -124,7 +124,7 @@ def run(tmp_path: Path) -> Path:
 
 def shown(folder: Path, **which: Any) -> str:
     out = StringIO()
-    show(folder, Console(file=out, width=120, color_system=None), **which)
+    Console(file=out, width=120, color_system=None).print(render(find_rollout(folder, **which)))
     return out.getvalue()
 
 
@@ -157,7 +157,8 @@ def test_where_a_branch_begins_is_said(run: Path) -> None:
 
 def test_trained_tokens_are_underlined_and_roles_have_colours(run: Path) -> None:
     out = StringIO()
-    show(run, Console(file=out, width=200, force_terminal=True, color_system="standard"), group=0, sample=0)
+    console = Console(file=out, width=200, force_terminal=True, color_system="standard")
+    console.print(render(find_rollout(run, group=0, sample=0)))
     assert "\x1b[1;4;32m" in out.getvalue()  # bold, underlined, green: an action
     assert "\x1b[4;36m" in out.getvalue()  # underlined, cyan: what the world said
     assert "\x1b[33m" in out.getvalue()  # yellow, not underlined: the harness

@@ -162,7 +162,7 @@ def _shown(console: Console) -> Callable[[Message], None]:
     from rich.text import Text
 
     from backtalk.trajectory import TokenRole
-    from backtalk.viewer.text import visible
+    from backtalk.viewer.data import visible
 
     def show(message: Message) -> None:
         text = Text(overflow="fold")

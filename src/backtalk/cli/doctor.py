@@ -1,7 +1,7 @@
-"""What this machine can do, and what to type to get what is missing.
+"""`backtalk doctor`: find out what this machine can do, and what to type to get what is missing.
 
-Each check looks at the real thing: the sandbox check runs a command in a sandbox. Nothing here raises for a
-missing part; it becomes a Finding.
+Every check looks at the real thing: the sandbox check runs a command in a sandbox. A missing part raises nothing; it
+becomes a Finding.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from enum import StrEnum
 from importlib import metadata, resources
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
-from rich.text import Text
+import typer
 
+from backtalk.cli.options import fail, new_console
 from backtalk.errors import BacktalkError, SandboxError
 from backtalk.sandboxes.base import SandboxBackend, SandboxLimits
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # What the extras bring: the import name of the package, and what it is good for.
 EXTRAS: dict[str, tuple[str, str]] = {
@@ -43,7 +47,7 @@ STYLES = {"ok": "green", "note": "yellow", "optional": "dim", "missing": "bold r
 
 
 class State(StrEnum):
-    """OK works; NOTE works with less; OPTIONAL is not here and not needed; MISSING stops a default run."""
+    """State of a finding: OK works, NOTE works with less, OPTIONAL is absent and not needed, MISSING stops a run."""
 
     OK = "ok"
     NOTE = "note"
@@ -61,8 +65,25 @@ class Finding:
     fix: str | None = None
 
 
+def doctor(
+    conformance: Annotated[
+        bool, typer.Option("--conformance", help="Attack the sandbox: over 100 checks, half a minute. Nothing else.")
+    ] = False,
+) -> None:
+    """Print what this machine can do, and what to type for what is missing. Exits with 1 where training cannot run."""
+    console = new_console()
+    if conformance:
+        if failed := print_conformance(console):
+            fail(f"the sandbox fails {failed} checks; docs/security.md says what each means", exit_code=1)
+        return
+    missing = print_findings(examine(), console)
+    if missing:
+        fail(f"a default run cannot work here: {', '.join(missing)}. What to do stands above", exit_code=1)
+    console.print("\nReady. Begin with: backtalk train --preset triage", markup=False, highlight=False)
+
+
 def examine() -> Iterator[Finding]:
-    """Look at everything, in the order in which a reader needs it. A generator, so that a display need not wait."""
+    """Check everything, and yield each finding as soon as it is known."""
     yield _python()
     yield _cores()
     yield _memory()
@@ -143,7 +164,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _device() -> Finding:
-    """What training would run on."""
+    """Return the device that training would use."""
     if find_spec("torch") is None:
         return Finding("Device", State.MISSING, "no PyTorch", f"{sys.executable} -m pip install torch")
     import torch
@@ -206,7 +227,11 @@ def _capacity() -> Finding:
 
 
 async def _try_sandbox(backend: SandboxBackend) -> None:
-    """Run one command for real. SandboxError says that it did not come back as it should."""
+    """Run one command in a sandbox.
+
+    Raises:
+        SandboxError: it did not end as it should.
+    """
     async with backend.open(SandboxLimits()) as sandbox:
         result = await sandbox.exec("echo hello", timeout_s=10.0)
     if result.exit_code != 0 or result.output.strip() != "hello":
@@ -224,7 +249,9 @@ def _extras() -> Iterator[Finding]:
 
 
 def print_findings(findings: Iterable[Finding], console: Console) -> list[str]:
-    """Print each as it comes; returns the names of those that stop a default run."""
+    """Print each finding as it comes; return the names of those that stop a default run."""
+    from rich.text import Text
+
     missing = []
     for finding in findings:
         state = finding.state.value
@@ -238,11 +265,13 @@ def print_findings(findings: Iterable[Finding], console: Console) -> list[str]:
 
 
 def print_conformance(console: Console) -> int:
-    """Run the conformance suite on this machine's sandbox and print a line for each check; how many failed.
+    """Run the conformance suite on this machine's sandbox and print a line for each check; return how many failed.
 
     Raises:
         SandboxUnavailable: there is no sandbox to try.
     """
+    from rich.text import Text
+
     from backtalk.sandboxes import local_sandbox
     from backtalk.sandboxes.conformance import Outcome, conformance
 
@@ -257,6 +286,6 @@ def print_conformance(console: Console) -> int:
         if result.reason:
             console.print(Text(f"{'':<27}-> {result.reason}", style="default"), soft_wrap=True)
     counts = {outcome: sum(result.outcome is outcome for result in results) for outcome in Outcome}
-    said = ", ".join(f"{count} {outcome.value}" for outcome, count in counts.items() if count)
-    console.print(f"\n{backend.report.name}: {said}", markup=False, highlight=False)
+    summary = ", ".join(f"{count} {outcome.value}" for outcome, count in counts.items() if count)
+    console.print(f"\n{backend.report.name}: {summary}", markup=False, highlight=False)
     return counts[Outcome.FAILED]

@@ -1,4 +1,4 @@
-"""`backtalk evaluate`: measure a policy, on a run's held-out tasks or on a dataset that others wrote."""
+"""`backtalk evaluate`: evaluate a policy on held-out tasks of its run, or on a dataset."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backtalk.cli.interrupts import run
+from backtalk.cli.options import OptionalRunFolder, Settings, new_console
 from backtalk.cli.policy import policy_settings
 from backtalk.errors import ConfigError
 
@@ -18,11 +19,9 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    folder: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="A run folder, as `backtalk train` made it.")
-    ] = None,
+    folder: OptionalRunFolder = None,
     tasks: Annotated[int | None, typer.Option(min=1, help="How many tasks.")] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="Attempts at each, the k of pass@k.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Rollouts of each, the k of pass@k.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Measure the model that the run began with.")] = False,
     dataset: Annotated[
         str | None,
@@ -35,18 +34,15 @@ def evaluate(
         list[str] | None, typer.Option("--task", metavar="PATTERN", help="Tasks of a dataset; may be given many times.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Measure this model instead of a run's.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be given many times."),
-    ] = None,
+    settings: Settings = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all of it to this file.")] = None,
     trajectories: Annotated[
-        Path | None, typer.Option(metavar="FILE.parquet", help="Also write every attempt at a dataset to this file.")
+        Path | None, typer.Option(metavar="FILE.parquet", help="Also write every rollout of a dataset to this file.")
     ] = None,
 ) -> None:
     """Measure the policy of a run on held-out tasks: pass@1, pass@k, cross-entropy, each with its 95 % interval.
 
-    With --dataset, on tasks that others wrote, five attempts each: `backtalk evaluate runs/mine --dataset my_tasks`, or
+    With --dataset, on tasks that others wrote, five rollouts each: `backtalk evaluate runs/mine --dataset my_tasks`, or
     `backtalk evaluate --model Qwen/Qwen3-8B --dataset terminal-bench@2.0 --environment docker`.
     """
     if dataset is not None:
@@ -77,12 +73,10 @@ def _on_held_out(
     overrides += [f"evaluation.tasks={tasks}"] if tasks else []
     overrides += [f"evaluation.samples_per_task={samples}"] if samples else []
     policy_settings(folder, None, base, overrides)  # a mistake is found before PyTorch is loaded
-    from rich.console import Console
-
     from backtalk.cli.progress import RunDisplay, evaluation_table
     from backtalk.run.train import evaluate_run
 
-    console = Console()
+    console = new_console()
     with RunDisplay(console) as display:
         evaluation = run(evaluate_run(folder, overrides=overrides, base=base, on_event=display.show))
     console.print(evaluation_table(evaluation))
@@ -92,13 +86,11 @@ def _on_held_out(
 def _on_dataset(
     config: TrainConfig, benchmark: Benchmark, checkpoint: Path | None, trajectories: Path | None
 ) -> dict[str, Any]:
-    from rich.console import Console
-
     from backtalk.cli.progress import RunDisplay, benchmark_table, evaluation_table
     from backtalk.run.benchmark import run_benchmark
     from backtalk.run.log import write_trajectories
 
-    console = Console()
+    console = new_console()
     with RunDisplay(console) as display:
         result, groups = run(run_benchmark(config, benchmark, checkpoint=checkpoint, on_event=display.show))
     console.print(benchmark_table(result, benchmark.dataset))

@@ -1,4 +1,4 @@
-"""How work is cut short: Ctrl-C once is "finish cleanly", twice is "now"; and a disk that is full."""
+"""Stop work on Ctrl-C (once: after its clean-up, twice: at once), and recognise a full disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Interrupted(BaseException):
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Like ``asyncio.run``; a first SIGINT or SIGTERM cancels ``work`` and waits for its clean-up, a second exits.
+    """Run ``work`` as ``asyncio.run`` does; a first SIGINT or SIGTERM cancels it and waits for it, a second exits.
 
     Exiting at once loses nothing that was written (files appear whole or not at all) and leaves no sandbox
     behind, because sandboxes die with their parent.
@@ -65,7 +65,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an error, or one that it came from, says that the disk is full; libraries wrap it variously."""
+    """Return whether an error, or one that caused it, says that the disk is full; libraries wrap it variously."""
     seen: BaseException | None = error
     for _ in range(10):
         if seen is None:

@@ -1,4 +1,4 @@
-"""Which policy a command is about: a run's, or a model's."""
+"""Find the policy that a command names: a run's checkpoint, or a model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ if TYPE_CHECKING:
 def policy_settings(
     folder: Path | None, model: str | None, base: bool, overrides: list[str]
 ) -> tuple[TrainConfig, Path | None]:
-    """A run's settings and its checkpoint; or another model with them, or with the defaults, and no checkpoint."""
+    """Return a run's settings and its checkpoint; for ``model``, those settings or the defaults, and no checkpoint.
+
+    Raises:
+        ConfigError: neither a run nor a model is named.
+        DataError: the run has no checkpoint yet.
+    """
     from backtalk.engines.checkpoint import find_checkpoint
     from backtalk.run.config import config_from_dict
     from backtalk.run.log import RunLog

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live display in a terminal, plain lines elsewhere."""
+"""Show the progress of runs and studies: a live display in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from backtalk.run.evaluate import Evaluation
 from backtalk.run.events import EvaluationDone, Event, Notice, RolloutDone, RunDone, RunStarted, StepDone
 from backtalk.viewer.web.report import evaluation_rows
 
-RECENT_STEPS = 10  # that the time left is estimated from
+RECENT_STEPS = 10  # the time left is estimated from these
 
 
 class _Display:
-    """Lines on a console with bars beneath them, which stand there in a terminal. A context manager."""
+    """Progress bars beneath printed lines; without a terminal, the lines alone. A context manager."""
 
     def __init__(self, console: Console, description: str, *, transient: bool = False) -> None:
         self._console = console
@@ -45,15 +45,14 @@ class _Display:
     def __exit__(self, *error: object) -> None:
         self._bars.stop()
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class RunDisplay(_Display):
-    """Shows the events of one run. A context manager; pass ``show`` as ``on_event``.
+    """Display of one run: a line for each step, with bars for the run and the rollouts of the current step.
 
-    Every finished step leaves one line. In a terminal, bars for the run and for the rollouts of the current
-    step stand beneath.
+    A context manager; pass ``show`` as ``on_event``.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
@@ -65,7 +64,7 @@ class RunDisplay(_Display):
         self._recent_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
 
     def show(self, event: Event) -> None:
-        """React to one event."""
+        """Display an event."""
         match event:
             case RunStarted():
                 self._started(event)
@@ -74,20 +73,20 @@ class RunDisplay(_Display):
             case StepDone():
                 self._step_done(event)
             case EvaluationDone():
-                self._say(evaluation_line(event.evaluation))
-                self._last_step_at = self._clock()  # the time of an evaluation is no step's
+                self._print(evaluation_line(event.evaluation))
+                self._last_step_at = self._clock()  # an evaluation does not count as the time of a step
             case Notice():
-                self._say(f"note: {event.text}")
+                self._print(f"note: {event.text}")
             case RunDone():
                 ending = "finished" if event.finished else "stopped"
-                self._say(f"{ending} after step {event.step}: {event.folder}")
+                self._print(f"{ending} after step {event.step}: {event.folder}")
 
     def _started(self, event: RunStarted) -> None:
         begin = f"continuing after step {event.first_step}" if event.first_step else "starting"
         worlds = ", ".join(world.name for world in event.worlds)
-        self._say(f"{begin}: {event.steps} steps, into {event.folder}; {worlds}")
+        self._print(f"{begin}: {event.steps} steps, into {event.folder}; {worlds}")
         for warning in (warning for world in event.worlds for warning in world.warnings):
-            self._say(f"note: {warning}")
+            self._print(f"note: {warning}")
         self._last_step_at = self._clock()
         self._steps = self._bars.add_task("steps", total=event.steps, completed=event.first_step, note="")
         self._rollouts = self._bars.add_task("rollouts", total=None, note="")
@@ -102,28 +101,28 @@ class RunDisplay(_Display):
         self._recent_seconds.append(now - self._last_step_at)
         self._last_step_at = now
         left = self.seconds_left(event.steps - event.step - 1)
-        self._say(step_line(event, left))
+        self._print(step_line(event, left))
         if self._steps is not None:
             self._bars.update(self._steps, completed=event.step + 1, note=f"{clock_text(left)} left")
 
     def seconds_left(self, steps: int) -> float:
-        """Estimate for the remaining training steps, from the pace of the last ones; evaluations come on top."""
+        """Estimate the seconds of the remaining training steps from the last ones; evaluations are not counted."""
         pace = sum(self._recent_seconds) / len(self._recent_seconds) if self._recent_seconds else math.nan
         return steps * pace
 
 
 class StudyDisplay(_Display):
-    """Shows the events of one study: a bar for each run in a terminal, a line for every tenth of a run elsewhere."""
+    """Display of one study: a bar for each run in a terminal, a line for every tenth of a run elsewhere."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console, "{task.description}")
         self._tasks: dict[str, TaskID] = {}
 
     def show(self, event: StudyEvent) -> None:
-        """React to one event."""
+        """Display an event."""
         match event:
             case StudyStarted():
-                self._say(f"study in {event.folder}: {len(event.runs)} runs, {event.parallel} at a time")
+                self._print(f"study in {event.folder}: {len(event.runs)} runs, {event.parallel} at a time")
                 for run in event.runs:
                     note = "done before" if run in event.finished else "waiting"
                     self._tasks[run] = self._bars.add_task(run, total=None, note=note)
@@ -132,7 +131,7 @@ class StudyDisplay(_Display):
             case StudyRunDone():
                 self._run_done(event)
             case StudyDone():
-                return  # the comparison has a table of its own
+                return
 
     def _progress(self, event: StudyProgress) -> None:
         reward = _number(event.metrics.get("reward"), ".3f")
@@ -140,17 +139,17 @@ class StudyDisplay(_Display):
         note = f"reward {reward}  env CE {ce} nats"
         self._bars.update(self._tasks[event.run], total=event.steps, completed=event.step, note=note)
         if not self._console.is_terminal and event.step % max(1, event.steps // 10) == 0:
-            self._say(f"{event.run}  step {event.step}/{event.steps}  {note}")
+            self._print(f"{event.run}  step {event.step}/{event.steps}  {note}")
 
     def _run_done(self, event: StudyRunDone) -> None:
         ending = "finished" if event.exit_code == 0 else f"ended with exit code {event.exit_code}"
         self._bars.update(self._tasks[event.run], note=ending)
         if not self._console.is_terminal or event.exit_code:
-            self._say(f"{event.run}  {ending}")
+            self._print(f"{event.run}  {ending}")
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """What a study found: a row for each metric of each arm, every estimate with its 95 % interval."""
+    """Return the result of a study: a row for each metric of each arm, estimates with their 95 % intervals."""
     first = comparison.results[0].arm if comparison.results else "the first arm"
     table = Table(
         "held out", "before", "after", "change", f"after, minus {first}", box=None, pad_edge=False, padding=(0, 1, 0, 0)
@@ -171,7 +170,7 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def step_line(event: StepDone, seconds_left: float) -> str:
-    """One step in a line: reward, cross-entropy of the environment's output, speed, time left."""
+    """Return a step as a line: reward, cross-entropy of the environment's output, speed, time left."""
     metrics = event.metrics
     width = len(str(event.steps))
     words = [
@@ -182,12 +181,12 @@ def step_line(event: StepDone, seconds_left: float) -> str:
         f"{clock_text(seconds_left)} left",
     ]
     if metrics.get("failed"):
-        words.append(f"{metrics['failed']:.0f} rollouts broke")
+        words.append(f"{metrics['failed']:.0f} rollouts failed")
     return "  ".join(words)
 
 
 def evaluation_line(evaluation: Evaluation) -> str:
-    """One evaluation in a line, every estimate with its 95 % interval."""
+    """Return an evaluation as a line, every estimate with its 95 % interval."""
     words = [
         f"held out, after {evaluation.step} steps:",
         f"pass@1 {interval_text(evaluation.pass_at_1)}",
@@ -200,7 +199,7 @@ def evaluation_line(evaluation: Evaluation) -> str:
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
-    """Return one evaluation in full."""
+    """Return an evaluation as a table."""
     table = Table("held out", f"after {evaluation.step} steps")
     for row in evaluation_rows([evaluation.to_dict()]):
         table.add_row(*row)
@@ -211,18 +210,18 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 
 def benchmark_table(result: BenchmarkResult, dataset: str) -> Table:
-    """pass@k of a dataset, every attempt counted."""
+    """Return pass@k of a dataset, every rollout counted."""
     evaluation = result.evaluation
-    attempts = sum(task.rollouts for task in evaluation.tasks)
+    rollouts = sum(task.rollouts for task in evaluation.tasks)
     solved = sum(task.solved for task in evaluation.tasks)
-    table = Table(dataset, f"{len(evaluation.tasks)} tasks, {solved} of {attempts} attempts solved")
+    table = Table(dataset, f"{len(evaluation.tasks)} tasks, {solved} of {rollouts} rollouts solved")
     for k, interval in result.pass_at.items():
         table.add_row(f"pass@{k}", interval_text(interval))
     return table
 
 
 def clock_text(seconds: float) -> str:
-    """3:05, or 2:03:05 from an hour on; ? where it is not known."""
+    """Return seconds as 3:05, or 2:03:05 from an hour on; "?" where they are not known."""
     if not math.isfinite(seconds):
         return "?"
     minutes, rest = divmod(round(seconds), 60)

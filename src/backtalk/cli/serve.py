@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from backtalk.cli.interrupts import Interrupted, run
+from backtalk.cli.options import OptionalRunFolder, Settings
 from backtalk.cli.policy import policy_settings
 
 
 def serve(
-    folder: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="A run folder, as `backtalk train` made it.")
-    ] = None,
+    folder: OptionalRunFolder = None,
     model: Annotated[str | None, typer.Option(help="Serve this model instead of a run's.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Serve the model that the run began with.")] = False,
     host: Annotated[str, typer.Option(help="Address; the default is reached from this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be given many times."),
-    ] = None,
+    settings: Settings = None,
 ) -> None:
     """Let agents that others wrote act with a policy: POST /v1/chat/completions, as OpenAI's and vLLM's.
 

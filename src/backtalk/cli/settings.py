@@ -1,4 +1,4 @@
-"""`backtalk settings`: what can be set in a run, for people and for editors."""
+"""`backtalk settings`: list what can be set in a run, for people and for editors."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def settings(
     from rich.console import Console
     from rich.table import Table
 
-    every = setting_schemas(engine)
-    wanted = [key for key in every if group is None or f"{key}.".startswith(f"{group}.")]
+    schemas = setting_schemas(engine)
+    wanted = [key for key in schemas if group is None or f"{key}.".startswith(f"{group}.")]
     if not wanted:
         raise ConfigError(f"no setting begins with {group!r}; type `backtalk settings` for all of them")
     table = Table("setting", "default", "", box=None, pad_edge=False)
     for key in wanted:
         if group is not None or option_group(key) is None:
-            default = every[key].get("default", {})
-            table.add_row(key, "null" if default is None else json.dumps(default), every[key].get("description", ""))
+            default = schemas[key].get("default", {})
+            table.add_row(key, "null" if default is None else json.dumps(default), schemas[key].get("description", ""))
     for name in OPTION_GROUPS if group is None else ():
-        count = sum(option_group(key) == name for key in every)
+        count = sum(option_group(key) == name for key in schemas)
         table.add_row(f"{name}.*", "", f"{count} more: backtalk settings {name}")
     Console(markup=False, highlight=False).print(table)

@@ -1,4 +1,4 @@
-"""The curves of a run, as PNG. Matplotlib is loaded when one is drawn, and never opens a window."""
+"""Draw the curves of a run as PNG. Matplotlib is loaded when one is drawn, and never opens a window."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ ROLE_METRICS = {
     "env_output_tokens": ("env output", "#54aeff"),
     "warning_tokens": ("warning", "#d4a72c"),
 }
-
-
 # Metric: label.
 GRAD_NORMS = {
     "grad_norm": "of all weights, before clipping",
@@ -39,7 +37,7 @@ def draw_run(metrics: Rows, evaluations: Mapping[int, Mapping[str, Any]]) -> Any
     (reward, ce, norm), (tokens, seconds, behaviour) = axes
     steps = [row["step"] for row in metrics]
     _line(reward, metrics, "reward", "reward of the step")
-    _line(reward, metrics, "solved", "share solved", dashed=True)  # often the same numbers: both must be seen
+    _line(reward, metrics, "solved", "share solved", dashed=True)  # dashed, because both curves often coincide
     _points(reward, evaluations, "pass_at_1", "held-out pass@1")
     reward.set(title="reward", ylim=(-0.02, 1.02))
     _line(ce, metrics, "env_output_ce", "training rollouts")
@@ -62,7 +60,7 @@ def draw_run(metrics: Rows, evaluations: Mapping[int, Mapping[str, Any]]) -> Any
 
 
 def new_figure(rows: int, columns: int, width: float = 4.2, height: float = 3.0) -> tuple[Any, Any]:
-    """A figure with a grid of axes, made without pyplot so that no global state or window is involved."""
+    """Return a figure with a grid of axes, made without pyplot: no global state, no window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -72,13 +70,13 @@ def new_figure(rows: int, columns: int, width: float = 4.2, height: float = 3.0)
 
 
 def finish(figure: Any) -> bytes:
-    """Grid, legends, and the figure as PNG bytes."""
+    """Add grid and legends; return the figure as PNG bytes."""
     for axis in figure.axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontsize(10)
         axis.tick_params(labelsize=8)
-        axis.xaxis.get_major_locator().set_params(integer=True)  # there is no step and a half
+        axis.xaxis.get_major_locator().set_params(integer=True)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=7, framealpha=0.85, edgecolor="none")
     out = io.BytesIO()
@@ -87,7 +85,7 @@ def finish(figure: Any) -> bytes:
 
 
 def stack(axis: Any, steps: Sequence[int], parts: Mapping[str, Sequence[float]], colors: Sequence[str]) -> None:
-    """Stacked areas; a single step is drawn as a bar, because an area over one point is invisible."""
+    """Draw stacked areas; a single step as a bar, because an area over one point is invisible."""
     if len(steps) > 1:
         axis.stackplot(steps, *parts.values(), labels=list(parts), colors=colors, alpha=0.8)
         axis.margins(y=0.25)  # room for the legend above
@@ -101,7 +99,7 @@ def stack(axis: Any, steps: Sequence[int], parts: Mapping[str, Sequence[float]],
 def band(
     axis: Any, steps: Sequence[float], intervals: Sequence[Mapping[str, Any]], label: str, color: str | None = None
 ) -> None:
-    """Estimates with their 95 % intervals as bars."""
+    """Draw estimates with error bars, their 95 % intervals."""
     values = [interval["value"] for interval in intervals]
     low = [v - (v if i["low"] is None else i["low"]) for v, i in zip(values, intervals, strict=True)]
     high = [(v if i["high"] is None else i["high"]) - v for v, i in zip(values, intervals, strict=True)]

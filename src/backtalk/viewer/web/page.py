@@ -1,4 +1,4 @@
-"""Pieces of a self-contained HTML page: no script, no network, everything inline."""
+"""Write the parts of a self-contained HTML page: no script, no network, everything inline."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 from backtalk.settings import flatten
 from backtalk.trajectory import Segment, TokenRole
-from backtalk.viewer.terminal import Shown, branch_line
-from backtalk.viewer.text import LOOKS
+from backtalk.viewer.data import LOOKS, ShownRollout
+from backtalk.viewer.terminal import branch_line
 
 MAX_SHOWN_TOKENS = 4000  # of one trajectory
 
@@ -31,7 +31,7 @@ summary { cursor: pointer; font-weight: 600 }
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A whole document."""
+    """Return a whole HTML document."""
     roles = "\n".join(f".r{int(role)} {{ color: {c}; background: {b} }}" for role, (_, c, b, _) in LOOKS.items())
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
@@ -60,7 +60,7 @@ def image(png: bytes, caption: str) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The first column is text, the others are numbers."""
+    """Return a table whose first column is text and whose others are numbers."""
 
     def line(tag: str, cells: Sequence[str]) -> str:
         marks = ["", *[' class="n"'] * (len(cells) - 1)]
@@ -70,7 +70,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def settings(tree: Mapping[str, Any]) -> str:
-    """Nested settings, folded away."""
+    """Return nested settings as a table, folded away."""
     rows = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in flatten(tree).items())
     return f"<details><summary>all of them</summary><table>{rows}</table></details>"
 
@@ -80,8 +80,8 @@ def legend() -> str:
     return f'<p>{roles} <span class="t">Underlined</span> tokens are trained on; point at one for its numbers.</p>'
 
 
-def trajectory(shown: Shown, *, opened: bool = False) -> str:
-    """One trajectory, tokens coloured by role, each with its numbers as a tooltip."""
+def trajectory(shown: ShownRollout, *, opened: bool = False) -> str:
+    """Return a rollout, tokens coloured by role, each with its numbers as a tooltip."""
     t, spans = shown.trajectory, []
     position = branch = 0
     for segment in t.segments:
@@ -100,7 +100,7 @@ def trajectory(shown: Shown, *, opened: bool = False) -> str:
     )
 
 
-def _token(shown: Shown, position: int, segment: Segment, offset: int) -> str:
+def _token(shown: ShownRollout, position: int, segment: Segment, offset: int) -> str:
     role, turn, logprobs = segment.role, segment.turn, segment.logprobs
     policy, world = shown.weights_at(position)
     facts = [role.name, f"id {shown.trajectory.token_ids[position]}"]

@@ -1,4 +1,4 @@
-"""A run folder as one self-contained page, and its curves as PNG."""
+"""Write the report of a run folder: one self-contained page, and its curves as PNG."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from backtalk.files import write_bytes
 from backtalk.run.estimates import Interval, interval_text
 from backtalk.run.log import RunLog
 from backtalk.trajectory import TrajectoryGroup
-from backtalk.viewer.terminal import Shown
-from backtalk.viewer.text import load_tokenizer, token_texts
+from backtalk.viewer.data import ShownRollout, load_tokenizer, token_texts
 from backtalk.viewer.web import page
 from backtalk.viewer.web.curves import run_curves
 
@@ -26,7 +25,7 @@ EVALUATION_ROWS = (
 
 
 def write_report(folder: str | Path) -> Path:
-    """Write report.html and curves.png into a run folder, whatever it holds so far; returns the page.
+    """Write report.html and curves.png into a run folder, finished or not; return the path of the page.
 
     Raises:
         DataError: the folder is no run.
@@ -40,7 +39,7 @@ def write_report(folder: str | Path) -> Path:
         page.paragraph(_summary(config, metrics)),
         page.image(curves, "curves of the run"),
         page.section("Held-out tasks", _evaluation_table(evaluations)),
-        page.section("What was said", page.legend(), *_trajectories(log)),
+        page.section("Rollouts", page.legend(), *_trajectories(log)),
         page.section("Settings", page.settings(config)),
     ]
     path = log.folder / "report.html"
@@ -61,14 +60,14 @@ def _summary(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) ->
 
 
 def evaluation_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Return a label and a column for each evaluation, given as plain data; a row for each thing measured."""
-    some, rows = evaluations[0], []
+    """Return table rows: a label, then a cell for each evaluation, given as plain data."""
+    first, rows = evaluations[0], []
     for label, name, form in EVALUATION_ROWS:
-        if name == "pass_at_k" and some["samples_per_task"] == 1:
+        if name == "pass_at_k" and first["samples_per_task"] == 1:
             continue  # pass@1 once more
-        label = label.replace("@k", f"@{some['samples_per_task']}")
+        label = label.replace("@k", f"@{first['samples_per_task']}")
         rows.append([label, *[interval_text(Interval.from_dict(e.get(name)), form) for e in evaluations]])
-    for name in some["per_rollout"]:
+    for name in first["per_rollout"]:
         label = f"{name.removeprefix('num_').replace('_', ' ')} per rollout"
         rows.append([label, *[_number(e["per_rollout"], name) for e in evaluations]])
     return [*rows, ["rollouts without a reward", *[str(e["no_reward"]) for e in evaluations]]]
@@ -86,7 +85,7 @@ def _evaluation_table(evaluations: Mapping[int, Mapping[str, Any]]) -> str:
 
 
 def _trajectories(log: RunLog) -> list[str]:
-    """The best and the worst rollout of the first and of the last step."""
+    """Return the best and the worst rollout of the first and of the last step as HTML."""
     steps = log.group_steps()
     if not steps:
         return [page.paragraph("no step has finished yet")]
@@ -102,13 +101,13 @@ def _trajectories(log: RunLog) -> list[str]:
             chosen = groups[number].trajectories[sample]
             title = f"training step {step}, group {number}, sample {sample}"
             row = weights[number][sample] if weights else None
-            shown = Shown(chosen, token_texts(tokenizer, chosen.token_ids), row, title)
+            shown = ShownRollout(chosen, token_texts(tokenizer, chosen.token_ids), row, title)
             parts.append(page.trajectory(shown, opened=not parts))
     return parts
 
 
 def _best_and_worst(groups: Sequence[TrajectoryGroup]) -> list[tuple[int, int]]:
-    """Places of the rollouts with the highest and the lowest reward; the longer one where they are equal."""
+    """Return (group, sample) of the highest and of the lowest reward; of the longer rollout where rewards are equal."""
     scored = [
         (trajectory.reward, trajectory.num_turns, number, sample)
         for number, group in enumerate(groups)

@@ -1,4 +1,4 @@
-"""A study as one picture and one page: every arm before and after, and on the way."""
+"""Write the report of a study: one picture and one page, every arm before, during and after training."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from backtalk.run.log import RunLog, write_bytes
 from backtalk.viewer.web import page
 from backtalk.viewer.web.curves import band, finish, new_figure
 
-SMOOTHED_STEPS = 5  # of the reward curve: a step has few tasks, and their difficulty differs
+SMOOTHED_STEPS = 5  # of the reward curve: a step has few tasks
 
 
 def write_study_report(folder: str | Path) -> Path:
-    """Write study.png and report.html into a study's folder; returns the page.
+    """Write study.png and report.html into a study's folder; return the path of the page.
 
     Raises:
         DataError: the study has not finished.
@@ -39,7 +39,11 @@ def write_study_report(folder: str | Path) -> Path:
 
 
 def read_study(folder: Path) -> dict[str, Any]:
-    """What study.json holds."""
+    """Return the content of study.json.
+
+    Raises:
+        DataError: the study has not finished, or the file is damaged.
+    """
     path = folder / "study.json"
     if not path.is_file():
         raise DataError(f"{folder} holds no finished study: no study.json; start it again to finish it")
@@ -50,7 +54,7 @@ def read_study(folder: Path) -> dict[str, Any]:
 
 
 def comparison_html(study: Mapping[str, Any]) -> str:
-    """A row for each metric of each arm."""
+    """Return an HTML table with a row for each metric of each arm."""
     rows = []
     for result in study["results"]:
         form = "{:.1%}" if result["metric"] == "pass@1" else "{:.3f}"
@@ -63,7 +67,7 @@ def comparison_html(study: Mapping[str, Any]) -> str:
 
 
 def draw(folder: Path, study: Mapping[str, Any]) -> bytes:
-    """Left: reward of training and held-out pass@1. Right: env-output cross-entropy on recorded trajectories. PNG."""
+    """Draw training reward and held-out pass@1 beside env-output cross-entropy on recorded trajectories; PNG bytes."""
     figure, (left, right) = new_figure(1, 2, width=5.2, height=3.8)
     by_arm: dict[str, list[RunLog]] = defaultdict(list)
     for (arm, _), name in _runs(study).items():
@@ -97,7 +101,7 @@ def _summary(study: Mapping[str, Any]) -> str:
 
 
 def _runs(study: Mapping[str, Any]) -> dict[tuple[str, int], str]:
-    """Folder name of every arm and seed."""
+    """Return the folder name of every arm and seed."""
     arms = dict.fromkeys(result["arm"] for result in study["results"])
     return {(arm, seed): f"{arm}_seed{seed}" for arm in arms for seed in study["seeds"]}
 
@@ -107,7 +111,7 @@ def _has(study: Mapping[str, Any], metric: str) -> bool:
 
 
 def _mean_curve(logs: Sequence[RunLog], name: str) -> tuple[list[int], list[float]]:
-    """Mean over the seeds of a training metric."""
+    """Return steps, and the mean over seeds of a training metric at each."""
     values: dict[int, list[float]] = defaultdict(list)
     for log in logs:
         for row in log.read_metrics():
@@ -117,13 +121,13 @@ def _mean_curve(logs: Sequence[RunLog], name: str) -> tuple[list[int], list[floa
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Mean of the last few."""
+    """Return the moving mean over ``SMOOTHED_STEPS``."""
     windows = [values[max(0, i + 1 - SMOOTHED_STEPS) : i + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 
 
 def _evaluation_points(logs: Sequence[RunLog], key: str) -> dict[int, dict[str, Any]]:
-    """By step: the estimate of a single seed with its interval, or the mean and the range of several."""
+    """Return, by step, the estimate of a single seed with its interval, or the mean and range of several."""
     found: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for log in logs:
         for step in log.evaluation_steps():
