@@ -1,4 +1,4 @@
-"""Backtalk trains an agent on its rewards and on what the world says back.
+"""Train language model agents on rewards and on the observations that their environment returns.
 
 This file stays light: it loads neither torch nor any other heavy library. Import the parts you need from
 their own modules, for example ``from backtalk.objective import objective``.

@@ -1,4 +1,4 @@
-"""Every error Backtalk raises on purpose, in one tree.
+"""All errors that Backtalk raises on purpose, in one class tree.
 
 A message says what was got, why that cannot work, and what to type instead.
 """
@@ -13,7 +13,7 @@ class ConfigError(BacktalkError, ValueError):
 
 
 class DataError(BacktalkError, ValueError):
-    """A file or record that cannot be read, or does not hold what it promises."""
+    """A file or record that cannot be read or written, or does not hold what its format says."""
 
 
 class TaskError(BacktalkError):
@@ -29,7 +29,7 @@ class SandboxUnavailable(BacktalkError):
 
 
 class InfrastructureError(BacktalkError):
-    """The world broke, not the policy. Costs one rollout and never becomes a reward."""
+    """An environment, sandbox or sampler broke, not the policy: the rollout has no reward, not a reward of 0."""
 
 
 class SandboxError(InfrastructureError):
@@ -37,15 +37,15 @@ class SandboxError(InfrastructureError):
 
 
 class VerifierError(InfrastructureError):
-    """The verifier crashed, timed out, or left no finite reward: the rollout has no reward at all."""
+    """The verifier crashed, timed out, or left no finite reward."""
 
 
 class SamplerError(InfrastructureError):
-    """The policy could not be sampled from."""
+    """The policy could not be sampled."""
 
 
 def merge_repeats(errors: ExceptionGroup[Exception]) -> Exception:
-    """Return the only error of a group as it was raised, or the group with each that says the same once."""
+    """Return the group without repeats of the same type and message, or its only error if one is left."""
     found: dict[tuple[type, str], Exception] = {}
     for error in errors.exceptions:
         found.setdefault((type(error), str(error)), error)

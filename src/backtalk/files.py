@@ -1,4 +1,4 @@
-"""Writing that loses nothing, and reading that tolerates what a kill left behind."""
+"""Write files so that a kill or a full disk loses nothing that was there, and read what a kill left unfinished."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backtalk.errors import DataError
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Put a whole file in place by rename, so that a reader or a kill sees the old or the new one, never a part.
+    """Write a file under another name and rename it, so that readers see the old or the new content, never a part.
 
     Raises:
         DataError: the disk is full or the folder cannot be written; what was there before is untouched.
@@ -35,7 +35,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def append_json_line(path: Path, data: Mapping[str, Any]) -> None:
-    """Append one JSON line and sync it; first cuts off a line that an earlier kill left unfinished.
+    """Append one JSON line and sync it; first remove a line that an earlier kill left unfinished.
 
     Raises:
         DataError: the line cannot be written; the lines before it are untouched.
@@ -61,10 +61,10 @@ def append_json_line(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """All whole JSON lines of a file; a last line without its newline was cut off and is left out.
+    """Return the JSON lines of a file; a last line without a newline is unfinished and left out.
 
     Raises:
-        DataError: no such file, or a broken line that is not the last.
+        DataError: the file cannot be read, or a whole line is not JSON.
     """
     with reading(path):
         content = path.read_bytes()
@@ -78,7 +78,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _whole_lines_bytes(path: Path) -> int:
-    """Bytes up to and with the last newline."""
+    """Return the size of a file in bytes up to its last newline, which is included."""
     if not path.is_file():
         return 0  # a device or pipe has nothing to cut
     with open(path, "rb") as file:
@@ -100,6 +100,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError raised inside into a DataError that names ``path``."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Chat messages, tools and calls: what a policy and its environment say to each other, before it is tokens."""
+"""Chat messages, tools and tool calls, as text: what a policy and its environment exchange before it becomes tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from backtalk.trajectory import TokenRole
 
 
 def clean_text(text: str) -> str:
-    """The same text with lone surrogates, which no encoding can hold, replaced by U+FFFD."""
+    """Return the text with lone surrogates, which UTF-8 cannot encode, replaced by U+FFFD."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -20,7 +20,7 @@ def clean_text(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of a message's text with who said it."""
+    """A piece of a message's text and the role of its tokens."""
 
     text: str
     role: TokenRole
@@ -29,37 +29,38 @@ class Part:
 def truncate_text(
     text: str, max_chars: int, role: TokenRole, keep: Literal["both", "head", "tail"] = "both"
 ) -> list[Part]:
-    """Return a text as parts of a role: one, or none where it is empty; of a longer one ``max_chars`` characters.
+    """Return a text as one part of ``role``, or none if it is empty; cut it if longer than ``max_chars`` characters.
 
-    ``keep`` says which: half of them from either end, or all from the head or the tail. A WARNING says how many are
-    left out.
+    ``keep`` says which characters stay: half from each end, or all from the head or the tail. A WARNING part in the
+    place of the others says how many are left out.
     """
     if len(text) <= max_chars:
         return [Part(text, role)] if text else []
     first = {"both": max_chars // 2, "head": max_chars, "tail": 0}[keep]
     head, tail = text[:first], text[len(text) - (max_chars - first) :]
-    where = {"both": "", "head": " at the end", "tail": " at the beginning"}[keep]
+    place = {"both": "", "head": " at the end", "tail": " at the beginning"}[keep]
     own_line = "\n" if head and not head.endswith("\n") else ""
-    notice = Part(f"{own_line}[{len(text) - max_chars} characters left out{where}]\n", TokenRole.WARNING)
+    notice = Part(f"{own_line}[{len(text) - max_chars} characters left out{place}]\n", TokenRole.WARNING)
     return [part for part in (Part(head, role), notice, Part(tail, role)) if part.text]
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One chat message. ``role`` is the chat role; who said each stretch is in the parts."""
+    """One chat message of a system, a user or a tool; its parts carry the token roles."""
 
-    role: str  # "system" | "user" | "tool"
+    role: str  # chat role: "system" | "user" | "tool"
     parts: tuple[Part, ...]
-    tool: str | None = None
+    tool: str | None = None  # name of the tool that answers
 
     @property
     def text(self) -> str:
+        """Return the text of all parts."""
         return "".join(part.text for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
 class ToolSpec:
-    """A tool as the policy is told about it; ``parameters`` is a JSON schema of an object."""
+    """A tool that the policy may call; ``parameters`` is a JSON Schema of an object."""
 
     name: str
     description: str
@@ -71,7 +72,7 @@ class ToolSpec:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """One call; the arguments are JSON values."""
+    """One tool call; the arguments are JSON values."""
 
     tool: str
     arguments: Mapping[str, Any]
@@ -79,11 +80,11 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ParsedAction:
-    """What a sampled action means: the calls to carry out, in order, or what was wrong with it.
+    """An action read as tool calls to run in order, or as an error.
 
-    ``error`` is set exactly when ``calls`` is empty, and is then the observation, a WARNING. ``warnings`` are faults
-    of form that left the calls readable. ``notice`` is what the policy is told of them in front of the observation,
-    also a WARNING: always of calls that are not run, of the others where the settings say so.
+    ``error`` is set exactly when ``calls`` is empty; it becomes the observation, as WARNING. ``warnings`` are faults of
+    form that left the calls readable. ``notice`` is put before the observation, also as WARNING: it names calls that
+    are not run, and with ``format_warnings`` the faults of form too.
     """
 
     text: str

@@ -1,7 +1,7 @@
-"""What happened in a rollout, token by token, with who made each token.
+"""Trajectories: the record of a rollout as token ids, each with a role that says who made it.
 
-Everything here is frozen and checks itself. Nothing is inferred later: a token's role is recorded
-where the token is appended (DESIGN: "who made a token is recorded where it is appended").
+A token's role is recorded where the token is appended and never inferred later from text or chat roles. All classes
+are frozen and check themselves.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any
 
 
 class TokenRole(IntEnum):
-    """Who made a token."""
+    """The origin of a token: who wrote it."""
 
     CONTEXT = 0  # given text: system prompt, task instruction
-    TEMPLATE = 1  # scaffold that the chat template adds around messages
+    TEMPLATE = 1  # what the chat template writes around messages
     ACTION = 2  # written by the agent: a policy, a script, a person
-    ENV_OUTPUT = 3  # what the world said
-    WARNING = 4  # what the harness said: format warnings, parse errors, truncation notices
+    ENV_OUTPUT = 3  # output of the environment
+    WARNING = 4  # text of the harness: format warnings, parse errors, truncation notices
 
 
 class StopReason(StrEnum):
-    """Why a rollout ended. Every ending is a value; only FAILED means that the world broke."""
+    """The reason for which a rollout ended; only FAILED means that the infrastructure broke."""
 
     SUBMITTED = "submitted"  # the policy finished with an answer
-    ENV_DONE = "env_done"  # the environment ended the episode
+    ENV_DONE = "env_done"  # the environment ended the rollout
     MAX_TURNS = "max_turns"
     MAX_TOKENS = "max_tokens"
     DEADLINE = "deadline"
@@ -39,9 +39,9 @@ class StopReason(StrEnum):
 class Segment:
     """A run of tokens with one role.
 
-    ``logprobs`` are the sampler's own, in nats, one for each token of a sampled ACTION segment, and None on every
-    other role. An ACTION with ``logprobs=None`` is unsampled, as of a script, a person or an imported text: the policy
-    term leaves it alone. ``turn`` counts from 0 and is None before the first action. ``tool`` names the tool whose
+    ``logprobs`` are the sampler's own, in nats, one for each token of a sampled ACTION segment, and None for all other
+    roles. An ACTION with ``logprobs=None`` was not sampled (a script, a person or an imported text wrote it): the
+    policy term leaves it out. ``turn`` counts from 0 and is None before the first action. ``tool`` names the tool whose
     call produced an observation. ``branch`` counts the histories of a rollout, see Trajectory.
     """
 
@@ -74,11 +74,11 @@ class Segment:
 
     @property
     def is_sampled(self) -> bool:
-        """Whether a policy sampled these tokens with known logprobs, so that the policy term may train them."""
+        """Return whether a policy sampled these tokens with known logprobs, so that the policy term may train them."""
         return self.logprobs is not None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready data without tokens and logprobs, which files keep as columns of the whole trajectory."""
+        """Return JSON-ready data without token ids and logprobs, which files keep as columns of a trajectory."""
         return {
             "role": self.role.name,
             "length": len(self),
@@ -91,10 +91,10 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a rollout has no reward although the policy did nothing wrong."""
+    """The infrastructure error that left a rollout without a reward."""
 
     phase: str  # "reset", "sample", "step", "score"
-    error: str  # class name
+    error: str  # name of the exception class
     message: str
 
 
@@ -102,12 +102,12 @@ class Failure:
 class Trajectory:
     """The record of one rollout.
 
-    Mostly one history that only grew. Where history had to be rewritten (a chat template that drops earlier
-    thinking, say), a new branch begins, a sequence of its own: what it takes over is CONTEXT there, so that
-    every action and every observation is trained once, where the policy met it.
+    Its segments are usually one history that only grew. Where the history had to be rewritten (for example by a chat
+    template that drops earlier thinking), a new branch begins: a sequence of its own, in which all that it repeats is
+    CONTEXT, so that each action and observation is trained once.
 
-    ``reward`` is None exactly when the rollout has none: it failed, or nobody scores it. It never
-    stands in for a broken sandbox. ``stats`` are counts and seconds measured on the way.
+    ``reward`` is None if the rollout failed or has no verifier; a broken sandbox is never a reward of 0. ``stats`` are
+    counts, and durations in seconds.
     """
 
     task_id: str
@@ -139,48 +139,51 @@ class Trajectory:
             )
 
     def __len__(self) -> int:
+        """Return the number of tokens of all branches."""
         return sum(len(segment) for segment in self.segments)
 
     @property
     def branches(self) -> tuple[tuple[Segment, ...], ...]:
-        """The segments of each history, in order."""
+        """Return the segments of each branch, in order."""
         return tuple(tuple(run) for _, run in groupby(self.segments, key=lambda segment: segment.branch))
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """Of all branches, one after the other."""
+        """Return the token ids of all branches, one after the other."""
         return tuple(token for segment in self.segments for token in segment.token_ids)
 
     @property
     def roles(self) -> tuple[TokenRole, ...]:
+        """Return the role of each token."""
         return tuple(segment.role for segment in self.segments for _ in segment.token_ids)
 
     @property
     def logprobs(self) -> tuple[float | None, ...]:
-        """Sampling logprobs in nats, one a token; None where the token was not sampled."""
+        """Return the sampling logprob of each token, in nats; None if it was not sampled."""
         return tuple(x for segment in self.segments for x in (segment.logprobs or (None,) * len(segment)))
 
     @property
     def actions(self) -> tuple[tuple[Segment, ...], ...]:
-        """The ACTION segments of each turn, in order; mostly one a turn."""
-        written = [segment for segment in self.segments if segment.role is TokenRole.ACTION]
-        return tuple(tuple(run) for _, run in groupby(written, key=lambda segment: segment.turn))
+        """Return the ACTION segments of each turn, in order; usually one a turn."""
+        actions = [segment for segment in self.segments if segment.role is TokenRole.ACTION]
+        return tuple(tuple(run) for _, run in groupby(actions, key=lambda segment: segment.turn))
 
     @property
     def num_turns(self) -> int:
+        """Return the number of turns."""
         return len(self.actions)
 
     @property
     def num_unsampled_turns(self) -> int:
-        """Turns in which no token was sampled, so that the policy term has nothing to learn from them."""
+        """Return the number of turns in which no token was sampled, which the policy term leaves out."""
         return sum(not any(segment.is_sampled for segment in action) for action in self.actions)
 
     def count(self, role: TokenRole) -> int:
-        """Tokens of one role."""
+        """Return the number of tokens of one role."""
         return sum(len(segment) for segment in self.segments if segment.role is role)
 
     def spans(self) -> Iterator[tuple[int, int, Segment]]:
-        """Each segment with its first and one-past-last token position."""
+        """Yield each segment with its first token position and the one past its last."""
         ends = accumulate(len(segment) for segment in self.segments)
         for end, segment in zip(ends, self.segments, strict=True):
             yield end - len(segment), end, segment
@@ -196,14 +199,14 @@ class TrajectoryGroup:
     def __post_init__(self) -> None:
         if not self.trajectories:
             raise ValueError(f"group of task {self.task_id!r} holds no trajectory; a group needs at least one")
-        strangers = {t.task_id for t in self.trajectories} - {self.task_id}
-        if strangers:
-            raise ValueError(f"group of task {self.task_id!r} holds trajectories of {sorted(strangers)}")
+        other_tasks = {t.task_id for t in self.trajectories} - {self.task_id}
+        if other_tasks:
+            raise ValueError(f"group of task {self.task_id!r} holds trajectories of {sorted(other_tasks)}")
         versions = {t.policy_version for t in self.trajectories}
         if len(versions) > 1:
             raise ValueError(
                 f"group of task {self.task_id!r} mixes policy versions {sorted(versions)}; "
-                "a baseline compares attempts of one policy"
+                "a baseline compares rollouts of one policy version"
             )
 
     def __len__(self) -> int:
@@ -214,20 +217,23 @@ class TrajectoryGroup:
 
     @property
     def policy_version(self) -> int:
+        """Return the version of the policy that sampled all of them."""
         return self.trajectories[0].policy_version
 
     @property
     def rewards(self) -> tuple[float | None, ...]:
+        """Return the reward of each trajectory; None if it has none."""
         return tuple(t.reward for t in self.trajectories)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenWeights:
-    """One trajectory's weights in the loss of the step that trained on it: one number a token, over all branches.
+    """The weights of one trajectory's tokens in the loss of the step that trained on it, over all branches.
 
-    Each is minus d(loss)/d(logprob) of a cross-entropy, and of a policy that is still the one that sampled.
+    A weight is minus d(loss)/d(logprob): exact for the cross-entropy, and for the policy term at ratio 1, where the
+    policy is still the one that sampled.
     """
 
-    advantage: float | None  # None where the policy term left the trajectory out: no reward, or too stale
-    policy: tuple[float, ...]  # policy_coeff * p_t * advantage: its sign says whether the token is made more likely
+    advantage: float | None  # None if the policy term left the trajectory out: no reward, or too stale
+    policy: tuple[float, ...]  # policy_coeff * p_t * advantage; positive: training makes the token more likely
     world: tuple[float, ...]  # world_model_coeff * w_t
