@@ -14,8 +14,8 @@ from random import Random
 from backtalk.envs.terminal import BASH, SUBMIT, TerminalConfig, TerminalWorld
 from backtalk.language.renderer import Renderer
 from backtalk.messages import ToolCall
-from backtalk.rollout.groups import run_rollout
 from backtalk.rollout.limits import RolloutLimits
+from backtalk.rollout.rollout import run_rollout
 from backtalk.rollout.sampler import ScriptedSampler
 from backtalk.sandboxes import local_sandbox
 from backtalk.tasks.task import Split, Task

@@ -154,32 +154,32 @@ async def test_waiting_for_a_place_is_not_the_rollouts_time_while_others_end(mon
     now = 100.0
     monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now)
     admission, deadline = Admission(), Deadline(10.0)
-    with admission.arriving(deadline):
+    with admission.opening(deadline):
         now += 1  # its own second
         arrival.get().wait()
         now += 4
         assert deadline.left_s == 5  # nobody has ended, so its time runs
-        admission.ended()
+        admission.rollout_ended()
         assert (deadline.left_s, deadline.elapsed_s) == (9, 1)
         now += 30
-        admission.ended()
+        admission.rollout_ended()
         assert deadline.left_s == 9
         now += 2
         arrival.get().go_on()
         assert deadline.left_s == 9
         now += 3
-        admission.ended()
+        admission.rollout_ended()
         assert deadline.left_s == 6  # it has its place: a second before, three after
-    admission.ended()
+    admission.rollout_ended()
     assert deadline.left_s == 6
 
 
 async def test_who_is_opening_is_waited_for_and_who_waits_for_a_place_is_not() -> None:
     admission = Admission()
 
-    def settled() -> bool:
+    def may_sample() -> bool:
         """Whether a rollout that asks now may sample at once."""
-        asking = admission.settled()
+        asking = admission.wait_for_openings()
         try:
             asking.send(None)
         except StopIteration:
@@ -187,16 +187,16 @@ async def test_who_is_opening_is_waited_for_and_who_waits_for_a_place_is_not() -
         asking.close()
         return False
 
-    assert settled()
-    with admission.arriving(Deadline(10)):
-        assert not settled()
+    assert may_sample()
+    with admission.opening(Deadline(10)):
+        assert not may_sample()
         arrival.get().wait()
-        assert settled()
-        with admission.arriving(Deadline(10)):
-            assert not settled()
-        assert settled()
+        assert may_sample()
+        with admission.opening(Deadline(10)):
+            assert not may_sample()
+        assert may_sample()
         arrival.get().go_on()
-        assert not settled()
-    assert settled()
+        assert not may_sample()
+    assert may_sample()
     arrival.get().wait()  # nobody arrives: told in vain
-    assert settled()
+    assert may_sample()

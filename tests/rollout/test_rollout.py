@@ -16,10 +16,11 @@ from backtalk.envs.base import Env, Step
 from backtalk.errors import ConfigError, SamplerError, SandboxError, VerifierError
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.messages import Message, Part, ToolCall, ToolSpec
-from backtalk.rollout import groups as rollout_module
-from backtalk.rollout import rollout as attempt_module
-from backtalk.rollout.groups import Stragglers, backoff_s, fit_machine, run_group, run_groups, run_rollout
-from backtalk.rollout.limits import Deadline, RolloutLimits
+from backtalk.rollout import limits as limits_module
+from backtalk.rollout import rollout as rollout_module
+from backtalk.rollout.groups import Stragglers, fit_concurrency, run_groups
+from backtalk.rollout.limits import Deadline, RolloutLimits, backoff_s
+from backtalk.rollout.rollout import run_rollout
 from backtalk.rollout.sampler import Completion, SamplerSession, ScriptedSampler
 from backtalk.sandboxes.base import SandboxLimits
 from backtalk.sandboxes.machine import capacity
@@ -103,11 +104,16 @@ def hangs(phase: str) -> object:
     return asyncio.sleep(3600)
 
 
-async def attempt(
+async def rollout(
     world: Echo, *replies: str, limits: RolloutLimits = LIMITS, sampler: ScriptedSampler | None = None, **config: Any
 ) -> Trajectory:
     chosen = sampler or scripted(*replies)
     return await run_rollout(TASK, world.open, chosen, renderer(**config), limits, sample_index=3, key="k")
+
+
+async def run_group(task: Task, *args: Any, **kwargs: Any) -> TrajectoryGroup:
+    (group,) = await run_groups([task], *args, **kwargs)
+    return group
 
 
 def text_of(trajectory: Trajectory, role: TokenRole) -> list[str]:
@@ -120,7 +126,7 @@ def text_of(trajectory: Trajectory, role: TokenRole) -> list[str]:
 
 async def test_a_whole_attempt() -> None:
     world = Echo(reward=0.5)
-    t = await attempt(world, "<bash>hello</bash>", "hm", "<bash>slow</bash>", "<submit>42</submit>")
+    t = await rollout(world, "<bash>hello</bash>", "hm", "<bash>slow</bash>", "<submit>42</submit>")
     assert (t.task_id, t.sample_index, t.reward, t.stop_reason) == ("t", 3, 0.5, StopReason.SUBMITTED)
     assert t.failure is None
     assert text_of(t, CONTEXT) == ["Say it back"]
@@ -158,10 +164,10 @@ async def test_a_whole_attempt() -> None:
 
 
 async def test_the_last_observation_is_kept() -> None:
-    t = await attempt(Echo(), "<bash>hello</bash>", limits=RolloutLimits(max_turns=2))
+    t = await rollout(Echo(), "<bash>hello</bash>", limits=RolloutLimits(max_turns=2))
     assert (t.stop_reason, t.reward, t.num_turns) == (StopReason.MAX_TURNS, 1.0, 2)
     assert text_of(t, ENV) == ["hello", "hello"]
-    t = await attempt(Echo(), "<bash>quit</bash>")
+    t = await rollout(Echo(), "<bash>quit</bash>")
     assert (t.stop_reason, t.reward) == (StopReason.ENV_DONE, 1.0)
     assert text_of(t, ENV) == ["bye"]
 
@@ -169,24 +175,24 @@ async def test_the_last_observation_is_kept() -> None:
 async def test_the_renderer_speaks_of_the_tools_of_the_world_it_is_in() -> None:
     shout = ToolSpec("shout", "Say it", ONE_TEXT)
     call = '<tool_call>{"name": "shout", "arguments": {"text": "hello"}}</tool_call>'
-    t = await attempt(Echo(tools=(shout,)), call, limits=RolloutLimits(max_turns=1))
+    t = await rollout(Echo(tools=(shout,)), call, limits=RolloutLimits(max_turns=1))
     assert t.stats["invalid_calls"] == 0
     assert text_of(t, ENV) == ["hello"]
-    t = await attempt(Echo(tools=(shout,)), "<bash>hello</bash>", limits=RolloutLimits(max_turns=1))
+    t = await rollout(Echo(tools=(shout,)), "<bash>hello</bash>", limits=RolloutLimits(max_turns=1))
     assert t.stats["invalid_calls"] == 1
     assert text_of(t, ENV) == []
 
 
 async def test_nobody_scores() -> None:
-    t = await attempt(Echo(reward=None), "<submit>1</submit>")
+    t = await rollout(Echo(reward=None), "<submit>1</submit>")
     assert (t.reward, t.failure, t.stop_reason) == (None, None, StopReason.SUBMITTED)
 
 
 @pytest.mark.parametrize("over", range(0, 60, 4))
 async def test_the_token_limit_keeps_what_fits_and_is_scored(over: int) -> None:
-    full = await attempt(Echo(), "<bash>a b c d e f g h</bash>", limits=RolloutLimits(max_turns=2))
+    full = await rollout(Echo(), "<bash>a b c d e f g h</bash>", limits=RolloutLimits(max_turns=2))
     limits = RolloutLimits(max_turns=2, max_tokens=len(full) - over)
-    t = await attempt(Echo(), "<bash>a b c d e f g h</bash>", limits=limits)
+    t = await rollout(Echo(), "<bash>a b c d e f g h</bash>", limits=limits)
     assert t.token_ids == full.token_ids[: len(full) - over]
     assert t.roles == full.roles[: len(full) - over]
     assert (t.stop_reason, t.reward) == (StopReason.MAX_TOKENS, 1.0)
@@ -198,12 +204,12 @@ async def test_the_token_limit_keeps_what_fits_and_is_scored(over: int) -> None:
 
 
 async def test_a_prompt_that_fills_the_history_ends_before_the_first_turn() -> None:
-    t = await attempt(Echo(), "<submit>1</submit>", limits=RolloutLimits(max_tokens=5))
+    t = await rollout(Echo(), "<submit>1</submit>", limits=RolloutLimits(max_tokens=5))
     assert (t.stop_reason, t.num_turns, t.reward) == (StopReason.MAX_TOKENS, 0, 1.0)
 
 
 async def test_a_cut_action_is_told_and_its_turn_is_closed_for_it() -> None:
-    t = await attempt(Echo(), "<bash>hello hello</bash>", limits=RolloutLimits(max_turns=1, max_tokens_per_turn=3))
+    t = await rollout(Echo(), "<bash>hello hello</bash>", limits=RolloutLimits(max_turns=1, max_tokens_per_turn=3))
     assert t.count(ACTION) == 3
     assert text_of(t, WARNING) == ["[cut at the token limit before </bash>]"]
     after = next(s for s in t.segments if s.turn == 0 and s.role is TEMPLATE)
@@ -213,14 +219,14 @@ async def test_a_cut_action_is_told_and_its_turn_is_closed_for_it() -> None:
 async def test_another_stop_token_than_the_end_of_turn_gets_one_after_it() -> None:
     pad = renderer().pad_token_id
     sampler = ScriptedSampler(["hm"], lambda text: (*renderer().encode_text(text)[:-1], pad))
-    t = await attempt(Echo(), sampler=sampler, limits=RolloutLimits(max_turns=1))
+    t = await rollout(Echo(), sampler=sampler, limits=RolloutLimits(max_turns=1))
     position = t.token_ids.index(pad)
     assert t.token_ids[position + 1] == renderer().end_of_turn_id
     assert t.roles[position : position + 2] == (ACTION, TEMPLATE)
 
 
 async def test_truncation_by_the_world_is_counted() -> None:
-    t = await attempt(Echo(), "<bash>long</bash>", limits=RolloutLimits(max_turns=3))
+    t = await rollout(Echo(), "<bash>long</bash>", limits=RolloutLimits(max_turns=3))
     assert t.stats["truncated_observations"] == 3
 
 
@@ -231,7 +237,7 @@ TWO = "<bash>one</bash><bash>two</bash>"
 
 async def test_calls_are_carried_out_in_order_and_answered_in_one_observation() -> None:
     world = Echo()
-    t = await attempt(world, TWO, "<submit>1</submit><bash>late</bash>", max_calls_per_turn=2)
+    t = await rollout(world, TWO, "<submit>1</submit><bash>late</bash>", max_calls_per_turn=2)
     assert world.events == ["open", "reset", "step", "step", "step", "score", "close"]
     assert (t.stop_reason, t.num_turns) == (StopReason.SUBMITTED, 2)
     assert text_of(t, ENV) == ["one", "two"]
@@ -243,14 +249,14 @@ async def test_calls_are_carried_out_in_order_and_answered_in_one_observation() 
 
 async def test_an_end_ends_the_calls_too() -> None:
     world = Echo()
-    t = await attempt(world, "<bash>a</bash><bash>quit</bash><bash>late</bash>", max_calls_per_turn=9)
+    t = await rollout(world, "<bash>a</bash><bash>quit</bash><bash>late</bash>", max_calls_per_turn=9)
     assert (t.stop_reason, text_of(t, ENV)) == (StopReason.ENV_DONE, ["a", "bye"])
     assert world.events.count("step") == 2
 
 
 async def test_calls_that_are_left_out_are_told_in_front_of_the_observation() -> None:
     world = Echo()
-    t = await attempt(world, TWO, limits=RolloutLimits(max_turns=1))
+    t = await rollout(world, TWO, limits=RolloutLimits(max_turns=1))
     assert world.events.count("step") == 1
     assert text_of(t, ENV) == ["one"]
     first, last = text_of(t, WARNING)
@@ -263,20 +269,20 @@ async def test_calls_that_are_left_out_are_told_in_front_of_the_observation() ->
 
 
 async def test_the_last_call_may_be_the_one_that_is_run() -> None:
-    t = await attempt(Echo(), TWO, limits=RolloutLimits(max_turns=1), which_calls="last")
+    t = await rollout(Echo(), TWO, limits=RolloutLimits(max_turns=1), which_calls="last")
     assert text_of(t, ENV) == ["two"]
     assert text_of(t, WARNING)[0] == "[only the last call was run; write one call in each reply]\n"
     world = Echo()
-    t = await attempt(world, "<bash>one</bash><bash>two", limits=RolloutLimits(max_turns=1), which_calls="last")
+    t = await rollout(world, "<bash>one</bash><bash>two", limits=RolloutLimits(max_turns=1), which_calls="last")
     assert "step" not in world.events  # what was meant to be last cannot be read
     assert t.stats["invalid_calls"] == 1
-    t = await attempt(Echo(), f"<bash>zero</bash>{TWO}", max_calls_per_turn=2, which_calls="last", limits=LIMITS)
+    t = await rollout(Echo(), f"<bash>zero</bash>{TWO}", max_calls_per_turn=2, which_calls="last", limits=LIMITS)
     assert text_of(t, ENV)[:2] == ["one", "two"]
 
 
 @pytest.mark.parametrize("told", [False, True])
 async def test_faults_of_form_are_counted_and_told_where_asked(told: bool) -> None:
-    t = await attempt(Echo(), "So: <bash>a</bash>", limits=RolloutLimits(max_turns=2), format_warnings=told)
+    t = await rollout(Echo(), "So: <bash>a</bash>", limits=RolloutLimits(max_turns=2), format_warnings=told)
     assert t.stats["unclean_turns"] == 2
     assert text_of(t, WARNING).count("[text outside the call]\n") == 2 * told
 
@@ -289,19 +295,19 @@ async def test_what_was_said_to_the_first_call_is_kept_if_the_world_breaks_at_th
         if error is not None:
             raise error
 
-    t = await attempt(Echo({"step": second_breaks}), TWO, max_calls_per_turn=2)
+    t = await rollout(Echo({"step": second_breaks}), TWO, max_calls_per_turn=2)
     assert t.failure is not None and t.failure.phase == "step"
     assert (t.reward, text_of(t, ENV)) == (None, ["one"])
 
 
 async def test_messages_name_the_tool_they_come_from() -> None:
-    t = await attempt(Echo(), "<bash>quit</bash>")  # the world named none
+    t = await rollout(Echo(), "<bash>quit</bash>")  # the world named none
     assert [(s.turn, s.tool) for s in t.segments if s.role is ENV] == [(0, "bash")]
     assert t.messages[-1] == {"role": "tool", "content": "bye", "tool": "bash"}
 
 
 async def test_an_action_in_the_format_of_observations_is_counted() -> None:
-    t = await attempt(Echo(), "<bash>a</bash><|im_end|>\n<|im_start|>tool\nall done", limits=RolloutLimits(max_turns=3))
+    t = await rollout(Echo(), "<bash>a</bash><|im_end|>\n<|im_start|>tool\nall done", limits=RolloutLimits(max_turns=3))
     assert t.stats["role_confusions"] == 3
     assert t.stats["unclean_turns"] == 3
 
@@ -313,7 +319,7 @@ THOUGHT = "<think>\nhm\n</think>\n\n"
 
 async def test_stripped_thinking_begins_a_branch_that_is_sampled_from() -> None:
     sampler = Watching([f"{THOUGHT}<bash>one</bash>", "<bash>two</bash>", f"{THOUGHT}<bash>three</bash>"], [])
-    t = await attempt(Echo(), sampler=sampler, limits=RolloutLimits(max_turns=4), thinking="strip")
+    t = await rollout(Echo(), sampler=sampler, limits=RolloutLimits(max_turns=4), thinking="strip")
     # Turns 0, 2 and 3 (the last reply is said again) thought; turn 1 did not, so its history is extended.
     assert [[s.turn for s in branch if s.role is ACTION] for branch in t.branches] == [[0], [1, 2], [3], []]
     assert (t.stats["drifts"], t.num_turns) == (3, 4)
@@ -336,19 +342,19 @@ async def test_stripped_thinking_begins_a_branch_that_is_sampled_from() -> None:
 
 async def test_the_token_limit_is_of_the_branch() -> None:
     reply = f"{THOUGHT}<bash>one</bash>"
-    full = await attempt(Echo(), reply, limits=RolloutLimits(max_turns=2), thinking="strip")
+    full = await rollout(Echo(), reply, limits=RolloutLimits(max_turns=2), thinking="strip")
     longest = max(sum(map(len, branch)) for branch in full.branches)
     assert len(full) > longest
     exact = RolloutLimits(max_turns=3, max_tokens=longest)
-    t = await attempt(Echo(), reply, limits=exact, thinking="strip")
+    t = await rollout(Echo(), reply, limits=exact, thinking="strip")
     assert t.stop_reason is StopReason.MAX_TOKENS
     assert max(sum(map(len, branch)) for branch in t.branches) == longest
 
 
 async def test_kept_thinking_stays_in_one_branch() -> None:
-    t = await attempt(Echo(), f"{THOUGHT}<bash>one</bash>", limits=RolloutLimits(max_turns=3), thinking="keep")
+    t = await rollout(Echo(), f"{THOUGHT}<bash>one</bash>", limits=RolloutLimits(max_turns=3), thinking="keep")
     assert (len(t.branches), t.stats["drifts"], t.stats["unclean_turns"]) == (1, 0, 0)
-    t = await attempt(Echo(), "<bash>one</bash>", limits=RolloutLimits(max_turns=1), thinking="keep")
+    t = await rollout(Echo(), "<bash>one</bash>", limits=RolloutLimits(max_turns=1), thinking="keep")
     assert t.stats["unclean_turns"] == 1  # no thinking
 
 
@@ -367,7 +373,7 @@ async def test_a_broken_sandbox_is_a_failure_without_a_reward(
     phase: str, where: str, events: list[str], said: list[str]
 ) -> None:
     world = Echo({phase: breaks(SandboxError("the sandbox died"))})
-    t = await attempt(world, "<bash>hello</bash>")
+    t = await rollout(world, "<bash>hello</bash>")
     assert (t.stop_reason, t.reward) == (StopReason.FAILED, None)
     assert t.failure is not None
     assert (t.failure.phase, t.failure.error, t.failure.message) == (where, "SandboxError", "the sandbox died")
@@ -379,7 +385,7 @@ async def test_a_broken_sandbox_is_a_failure_without_a_reward(
 async def test_a_verifier_without_a_number_is_a_failure_that_keeps_the_observations(reward: float | None) -> None:
     hooks = {"score": breaks(VerifierError("no reward file"))} if reward is None else {}
     world = Echo(hooks, reward=reward)
-    t = await attempt(world, "<bash>hello</bash>", "<submit>1</submit>")
+    t = await rollout(world, "<bash>hello</bash>", "<submit>1</submit>")
     assert t.stop_reason is StopReason.FAILED
     assert t.failure is not None
     assert (t.failure.phase, t.failure.error) == ("score", "VerifierError")
@@ -388,13 +394,13 @@ async def test_a_verifier_without_a_number_is_a_failure_that_keeps_the_observati
 
 
 async def test_a_world_that_breaks_when_all_is_scored_takes_nothing_away() -> None:
-    t = await attempt(Echo({"close": breaks(SandboxError("late"))}), "<submit>1</submit>")
+    t = await rollout(Echo({"close": breaks(SandboxError("late"))}), "<submit>1</submit>")
     assert (t.stop_reason, t.reward, t.failure) == (StopReason.SUBMITTED, 1.0, None)
 
 
 async def test_the_second_of_two_breaks_does_not_hide_where_the_first_was() -> None:
     hooks = {"step": breaks(SandboxError("first")), "close": breaks(SandboxError("second"))}
-    t = await attempt(Echo(hooks), "<bash>hello</bash>")
+    t = await rollout(Echo(hooks), "<bash>hello</bash>")
     assert t.failure is not None
     assert t.failure.phase == "step"
 
@@ -415,7 +421,7 @@ async def test_a_broken_sampler_is_a_failure() -> None:
             raise SamplerError("out of memory")
 
     world = Echo()
-    t = await attempt(world, sampler=Broken([""], renderer().encode_text))
+    t = await rollout(world, sampler=Broken([""], renderer().encode_text))
     assert t.failure is not None
     assert (t.failure.phase, t.failure.error) == ("sample", "SamplerError")
     assert world.events == ["open", "reset", "close"]
@@ -426,7 +432,7 @@ async def test_a_broken_sampler_is_a_failure() -> None:
 async def test_a_bug_is_raised_and_the_world_closed(phase: str, bug: BaseException) -> None:
     world = Echo({phase: breaks(bug)})
     with pytest.raises(type(bug)):
-        await attempt(world, "<submit>1</submit>")
+        await rollout(world, "<submit>1</submit>")
     assert world.events[-1] == ("open" if phase == "open" else "close")
 
 
@@ -471,7 +477,7 @@ async def test_a_world_that_does_not_let_itself_be_stopped_ends_at_its_next_turn
             await asyncio.sleep(3600)
 
     world = Echo({"step": lambda _: stubborn()})
-    t = await attempt(world, "<bash>hello</bash>", limits=RolloutLimits(rollout_timeout_s=0.1))
+    t = await rollout(world, "<bash>hello</bash>", limits=RolloutLimits(rollout_timeout_s=0.1))
     assert (t.stop_reason, t.reward, text_of(t, ENV)) == (StopReason.DEADLINE, None, ["hello"])
 
 
@@ -479,15 +485,15 @@ async def test_a_world_that_does_not_let_itself_be_stopped_ends_at_its_next_turn
 async def test_a_world_that_does_not_close_is_left_behind(
     bug: Exception | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(attempt_module, "CLOSE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(rollout_module, "CLOSE_TIMEOUT_S", 0.1)
     world = Echo({"close": hangs} | ({"step": breaks(bug)} if bug else {}))
     if bug is None:
-        t = await attempt(world, "<submit>1</submit>")
+        t = await rollout(world, "<submit>1</submit>")
         assert (t.stop_reason, t.reward, t.failure) == (StopReason.SUBMITTED, 1.0, None)
     else:
         with pytest.raises(ZeroDivisionError, match="a bug"):
-            await attempt(world, "<submit>1</submit>")
-    assert "a world did not close within 0.1 s" in caplog.text
+            await rollout(world, "<submit>1</submit>")
+    assert "an environment did not close within 0.1 s" in caplog.text
 
 
 async def test_a_world_that_breaks_because_the_deadline_ended_it_is_at_its_deadline() -> None:
@@ -498,20 +504,20 @@ async def test_a_world_that_breaks_because_the_deadline_ended_it_is_at_its_deadl
             raise SandboxError("connection lost") from None
 
     world = Echo({"step": lambda _: interrupted()})
-    t = await attempt(world, "<bash>hello</bash>", limits=RolloutLimits(rollout_timeout_s=0.1))
+    t = await rollout(world, "<bash>hello</bash>", limits=RolloutLimits(rollout_timeout_s=0.1))
     assert (t.stop_reason, t.failure) == (StopReason.DEADLINE, None)
 
 
 async def test_scoring_that_hangs_is_a_failure() -> None:
     world = Echo({"score": hangs})
-    t = await attempt(world, "<submit>1</submit>", limits=RolloutLimits(rollout_timeout_s=0.1))
+    t = await rollout(world, "<submit>1</submit>", limits=RolloutLimits(rollout_timeout_s=0.1))
     assert t.failure is not None
     assert (t.failure.phase, t.failure.error) == ("score", "VerifierError")
 
 
 async def test_cancelling_closes_the_world_and_goes_on_up() -> None:
     world = Echo({"step": hangs})
-    running = asyncio.create_task(attempt(world, "<bash>hello</bash>"))
+    running = asyncio.create_task(rollout(world, "<bash>hello</bash>"))
     while "step" not in world.events:
         await asyncio.sleep(0)
     running.cancel()
@@ -533,16 +539,16 @@ class Unsteady(Echo):
 
 
 @pytest.fixture
-def at_once_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries do not wait."""
-    monkeypatch.setattr(rollout_module, "BACKOFF_S", 0.0)
+    monkeypatch.setattr(limits_module, "BACKOFF_S", 0.0)
 
 
-@pytest.mark.usefixtures("at_once_again")
+@pytest.mark.usefixtures("no_backoff")
 @pytest.mark.parametrize("phase", ["open", "reset"])
 async def test_a_world_that_broke_before_anything_was_said_is_made_again(phase: str) -> None:
     world = Unsteady().breaking(phase, 2, SandboxError("not yet"))
-    t = await attempt(world, "<bash>a</bash>", "<submit>1</submit>", limits=RolloutLimits(max_retries=2))
+    t = await rollout(world, "<bash>a</bash>", "<submit>1</submit>", limits=RolloutLimits(max_retries=2))
     assert (t.stop_reason, t.reward, t.failure) == (StopReason.SUBMITTED, 1.0, None)
     assert t.stats["retries"] == 2
     assert text_of(t, CONTEXT) == ["Say it back"]  # once: nothing of the lost worlds is in it
@@ -550,7 +556,7 @@ async def test_a_world_that_broke_before_anything_was_said_is_made_again(phase: 
     assert world.events == [*lost * 2, "open", "reset", "step", "step", "score", "close"]
 
 
-@pytest.mark.usefixtures("at_once_again")
+@pytest.mark.usefixtures("no_backoff")
 async def test_a_sampler_that_failed_at_the_first_word_is_asked_again_with_the_same_key() -> None:
     class Unready(Watching):
         async def first(self) -> None:
@@ -558,39 +564,39 @@ async def test_a_sampler_that_failed_at_the_first_word_is_asked_again_with_the_s
                 raise SamplerError("out of memory")
 
     sampler = Unready(["<submit>1</submit>"], [])
-    t = await attempt(Echo(), sampler=sampler, limits=RolloutLimits(max_retries=1))
+    t = await rollout(Echo(), sampler=sampler, limits=RolloutLimits(max_retries=1))
     assert (t.reward, t.stats["retries"], sampler.keys) == (1.0, 1, ["k", "k"])
 
 
-@pytest.mark.usefixtures("at_once_again")
+@pytest.mark.usefixtures("no_backoff")
 async def test_a_world_that_stays_broken_is_given_up() -> None:
     world = Unsteady().breaking("reset", 99, SandboxError("gone"))
-    t = await attempt(world, "<submit>1</submit>", limits=RolloutLimits(max_retries=3))
+    t = await rollout(world, "<submit>1</submit>", limits=RolloutLimits(max_retries=3))
     assert t.failure is not None and t.failure.message == "gone"
     assert (t.stats["retries"], world.events.count("open")) == (3, 4)
 
 
-@pytest.mark.usefixtures("at_once_again")
+@pytest.mark.usefixtures("no_backoff")
 @pytest.mark.parametrize("phase", ["step", "score"])
 async def test_what_was_said_is_kept_and_not_tried_again(phase: str) -> None:
     world = Unsteady().breaking(phase, 1, SandboxError("late") if phase == "step" else VerifierError("no number"))
-    t = await attempt(world, "<submit>1</submit>", limits=RolloutLimits(max_retries=5))
+    t = await rollout(world, "<submit>1</submit>", limits=RolloutLimits(max_retries=5))
     assert (t.stop_reason, t.num_turns, t.stats["retries"]) == (StopReason.FAILED, 1, 0)
     assert world.events.count("open") == 1
 
 
-@pytest.mark.usefixtures("at_once_again")
+@pytest.mark.usefixtures("no_backoff")
 async def test_a_verifier_that_fails_is_not_tried_again_even_where_nothing_was_said() -> None:
     world = Unsteady().breaking("score", 1, VerifierError("no number"))
-    t = await attempt(world, "<submit>1</submit>", limits=RolloutLimits(max_tokens=5, max_retries=5))
+    t = await rollout(world, "<submit>1</submit>", limits=RolloutLimits(max_tokens=5, max_retries=5))
     assert t.failure is not None and (t.num_turns, t.failure.phase) == (0, "score")
     assert world.events.count("open") == 1
 
 
 async def test_no_retry_waits_beyond_the_time_of_the_rollout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_module, "BACKOFF_S", 4000.0)  # at least half of it
+    monkeypatch.setattr(limits_module, "BACKOFF_S", 4000.0)  # at least half of it
     world = Unsteady().breaking("reset", 99, SandboxError("gone"))
-    t = await attempt(world, "<submit>1</submit>", limits=RolloutLimits(max_retries=99, rollout_timeout_s=1000))
+    t = await rollout(world, "<submit>1</submit>", limits=RolloutLimits(max_retries=99, rollout_timeout_s=1000))
     assert t.failure is not None and t.failure.message == "gone"
     assert world.events.count("open") == 1
 
@@ -640,14 +646,14 @@ class WatchingSession:
 async def test_the_session_opens_when_the_world_is_there_and_closes_before_scoring() -> None:
     world = Echo()
     sampler = Watching(["<submit>1</submit>"], world.events)
-    await attempt(world, sampler=sampler)
+    await rollout(world, sampler=sampler)
     assert world.events == ["open", "reset", "session opens", "step", "session closes", "score", "close"]
 
 
 async def test_history_only_grows_and_sampled_ids_are_kept() -> None:
     hostile = "<bash>\u2007<|im_end|> \x1b[0m\r\n)</bash>"
     sampler = Watching([hostile, "no call", "<bash>漢)\n</bash>"], [])
-    t = await attempt(Echo(), sampler=sampler, limits=RolloutLimits(max_turns=5, max_tokens_per_turn=9))
+    t = await rollout(Echo(), sampler=sampler, limits=RolloutLimits(max_turns=5, max_tokens_per_turn=9))
     histories = [history for history, _ in sampler.asked]
     assert len(histories) == 5
     for before, after in zip(histories, [*histories[1:], t.token_ids], strict=True):
@@ -661,7 +667,7 @@ async def test_history_only_grows_and_sampled_ids_are_kept() -> None:
 
 async def test_the_last_turn_may_use_only_the_room_that_is_left() -> None:
     sampler = Watching(["<bash>hello</bash>"], [])
-    await attempt(Echo(), sampler=sampler, limits=RolloutLimits(max_tokens=100, max_tokens_per_turn=50))
+    await rollout(Echo(), sampler=sampler, limits=RolloutLimits(max_tokens=100, max_tokens_per_turn=50))
     assert [limit for _, limit in sampler.asked] == [min(50, 100 - len(history)) for history, _ in sampler.asked]
     assert sampler.asked[-1][1] != 50
 
@@ -820,12 +826,14 @@ def test_concurrency_is_an_upper_bound(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(capacity, "capacity", carries)
     large = SandboxLimits(memory_mb=2048)
-    assert fit_machine(RolloutLimits(concurrency=7), large) == (RolloutLimits(concurrency=7), None)
-    assert fit_machine(RolloutLimits(concurrency=19), large) == (RolloutLimits(concurrency=19), None)
-    assert fit_machine(RolloutLimits(max_turns=3)) == (RolloutLimits(max_turns=3, concurrency=19), None)
-    fitted, notice = fit_machine(RolloutLimits(concurrency=64), large)
-    assert fitted.concurrency == 19
-    assert notice is not None and "rollout.concurrency=64 is lowered to 19" in notice and "246 open files" in notice
+    notices: list[str] = []
+    assert fit_concurrency(RolloutLimits(concurrency=7), large, notices.append) == RolloutLimits(concurrency=7)
+    assert fit_concurrency(RolloutLimits(concurrency=19), large, notices.append) == RolloutLimits(concurrency=19)
+    assert fit_concurrency(RolloutLimits(max_turns=3)) == RolloutLimits(max_turns=3, concurrency=19)
+    assert notices == []
+    assert fit_concurrency(RolloutLimits(concurrency=64), large, notices.append).concurrency == 19
+    (notice,) = notices
+    assert "rollout.concurrency=64 is lowered to 19" in notice and "246 open files" in notice
     assert asked == [large, large, SandboxLimits(), large]
 
 
@@ -838,5 +846,5 @@ async def test_limits_check_themselves() -> None:
         RolloutLimits(concurrency=0)
     with pytest.raises(ConfigError, match="max_turns=0 leaves no room"):
         RolloutLimits(max_turns=0)
-    with pytest.raises(ConfigError, match="group_size=0 makes no attempt"):
+    with pytest.raises(ConfigError, match="group_size=0 runs no rollout"):
         await run_group(TASK, Echo().open, scripted("x"), renderer(), LIMITS, group_size=0, key="k")

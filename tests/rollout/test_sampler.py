@@ -39,9 +39,10 @@ async def test_a_limit_cuts(limit: int, expected: tuple[int, ...], stopped: bool
     assert completion == Completion(expected, (-0.5,) * len(expected), stopped)
 
 
-def test_nothing_to_say_is_refused() -> None:
+async def test_nothing_to_say_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one reply"):
-        ScriptedSampler([], encode).session("x")
+        async with ScriptedSampler([], encode).session("x"):
+            pass
 
 
 @pytest.mark.parametrize("wrong", [{"temperature": -0.1}, {"max_tokens": 0}])

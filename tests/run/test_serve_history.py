@@ -15,8 +15,8 @@ from backtalk.envs.terminal import BASH, SUBMIT
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.language.tool_formats import ToolFormat, tool_schemas
 from backtalk.messages import Message, Part, ToolCall
-from backtalk.rollout.groups import run_rollout
 from backtalk.rollout.limits import RolloutLimits
+from backtalk.rollout.rollout import run_rollout
 from backtalk.rollout.sampler import Completion, SamplingParams
 from backtalk.run.serve import Endpoint
 from backtalk.tasks.task import Task

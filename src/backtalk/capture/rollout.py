@@ -12,8 +12,8 @@ from backtalk.errors import RenderError
 from backtalk.language.renderer import Renderer
 from backtalk.language.tool_formats.values import call_problem
 from backtalk.messages import Message, Part, ToolCall, ToolSpec
-from backtalk.rollout.groups import EnvFactory, run_rollout
 from backtalk.rollout.limits import RolloutLimits
+from backtalk.rollout.rollout import EnvFactory, run_rollout
 from backtalk.rollout.sampler import Completion
 from backtalk.tasks.task import Task
 from backtalk.trajectory import StopReason, TokenRole, Trajectory

@@ -1,4 +1,4 @@
-"""A trajectory in the making: what is appended while a rollout runs."""
+"""Recorder of a running rollout: the trajectory that it becomes is only ever appended to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from backtalk.rollout.sampler import Completion
 from backtalk.tasks.task import Task
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory
 
-_BODY = (TokenRole.ENV_OUTPUT, TokenRole.WARNING)
+_OBSERVATION_ROLES = (TokenRole.ENV_OUTPUT, TokenRole.WARNING)
 _SECONDS = {"reset": "reset_seconds", "sample": "sample_seconds", "step": "env_seconds", "score": "score_seconds"}
 _COUNTS = (
     "invalid_calls",  # turns without a valid call
@@ -24,90 +24,92 @@ _COUNTS = (
     "drifts",  # histories that had to be rewritten
     "command_timeouts",
     "truncated_observations",
-    "retries",  # tries before this one, in worlds that broke
+    "retries",  # environments that broke before this one
 )
 
 
 @dataclass(slots=True)
-class Record:
-    """What has happened in a rollout so far. Segments and messages are only ever appended.
+class Recorder:
+    """Record of a rollout so far: tokens, messages for people to read, statistics, and how it ended.
 
-    ``history`` is what the policy goes on from, and ``messages`` what was said for people to read.
-    ``where`` is the phase that a failure would carry: reset, sample, step, score, or close when all is done.
+    ``history`` holds the tokens that the policy continues. ``phase`` is the one that a failure is recorded with: reset,
+    sample, step, score, or close.
     """
 
     history: History = field(default_factory=History)
     segments: list[Segment] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
     stats: dict[str, float] = field(default_factory=lambda: dict.fromkeys((*_COUNTS, *_SECONDS.values()), 0.0))
-    where: str = "reset"
+    phase: str = "reset"
     stop_reason: StopReason = StopReason.MAX_TURNS
     reward: float | None = None
     failure: Failure | None = None
 
     @contextmanager
-    def phase(self, where: str) -> Iterator[None]:
-        """Seconds inside are counted for ``where``, and a failure inside carries its name."""
-        self.where, start = where, time.perf_counter()
+    def in_phase(self, phase: str) -> Iterator[None]:
+        """Enter a phase, and add the seconds inside to those of the phase."""
+        self.phase, start = phase, time.perf_counter()
         try:
             yield
         finally:
-            self.stats[_SECONDS[where]] += time.perf_counter() - start
+            self.stats[_SECONDS[phase]] += time.perf_counter() - start
 
     @property
     def token_ids(self) -> list[int]:
-        """Ids of the current branch."""
+        """Return the token ids of the current branch."""
         return self.history.token_ids
 
-    def begin(self, messages: Sequence[Message], renderer: Renderer) -> None:
+    def append_prompt(self, messages: Sequence[Message], renderer: Renderer) -> None:
         """Append the prompt."""
         self.segments += self.history.begin(messages, renderer)
-        self._say(messages)
+        self._append_messages(messages)
 
-    def act(self, completion: Completion, action: ParsedAction, turn: int) -> None:
-        """Append an action, unchanged; one of no token is still a turn."""
+    def append_action(self, completion: Completion, action: ParsedAction, turn: int) -> None:
+        """Append an action, unchanged; one without a token is a turn too."""
         ids, branch = completion.token_ids, self.history.branch
         self.segments.append(Segment(TokenRole.ACTION, ids, completion.logprobs, turn=turn, branch=branch))
         self.history.act(ids)
         self.messages.append({"role": "assistant", "content": action.text})
 
-    def observe(self, messages: Sequence[Message], renderer: Renderer, max_tokens: int) -> int:
-        """Append what the policy sees next, up to ``max_tokens``; returns how many observation-body tokens did not fit.
+    def append_observation(self, messages: Sequence[Message], renderer: Renderer, max_tokens: int) -> int:
+        """Append an observation, cut so that the history has at most ``max_tokens``.
 
-        Where the history cannot be extended as it is, it is rewritten, and a new branch begins with it.
+        A history that the chat template does not allow to be extended is rewritten, which begins a new branch. Return
+        the number of ENV_OUTPUT and WARNING tokens that were cut off.
         """
-        branch, room = self.history.branch, max_tokens - len(self.token_ids)
+        branch, tokens_left = self.history.branch, max_tokens - len(self.token_ids)
         segments = self.history.observe(messages, renderer)
         if self.history.branch > branch:
             self.stats["drifts"] += 1
-            room = max_tokens
+            tokens_left = max_tokens
         del self.token_ids[max_tokens:]
         dropped = 0
         for segment in segments:
-            kept = replace(segment, token_ids=segment.token_ids[: max(0, room)])
+            kept = replace(segment, token_ids=segment.token_ids[: max(0, tokens_left)])
             self.segments += [kept] if len(kept) else []
-            room -= len(kept)
-            dropped += len(segment) - len(kept) if segment.role in _BODY else 0
-        self._say(messages)
+            tokens_left -= len(kept)
+            dropped += len(segment) - len(kept) if segment.role in _OBSERVATION_ROLES else 0
+        self._append_messages(messages)
         return dropped
 
-    def _say(self, messages: Sequence[Message]) -> None:
+    def _append_messages(self, messages: Sequence[Message]) -> None:
         for message in messages:
-            named = {} if message.tool is None else {"tool": message.tool}
-            self.messages.append({"role": message.role, "content": clean_text(message.text), **named})
+            tool = {} if message.tool is None else {"tool": message.tool}
+            self.messages.append({"role": message.role, "content": clean_text(message.text), **tool})
 
     def fail(self, error: Exception) -> None:
-        """The world broke: no reward, and everything so far stays."""
+        """Record that the environment, the sampler or the verifier broke: no reward, and everything so far is kept."""
         self.stop_reason, self.reward = StopReason.FAILED, None
-        self.failure = Failure(self.where, type(error).__name__, str(error))
+        self.failure = Failure(self.phase, type(error).__name__, str(error))
 
     @property
     def may_be_retried(self) -> bool:
-        """Whether the world broke before the policy said anything: nothing is lost then, and nothing selected by it."""
-        spoke = any(segment.role is TokenRole.ACTION for segment in self.segments)
-        return self.failure is not None and self.failure.phase != "score" and not spoke
+        """Return whether it failed before the policy's first action, so that a retry loses and selects nothing."""
+        acted = any(segment.role is TokenRole.ACTION for segment in self.segments)
+        return self.failure is not None and self.failure.phase != "score" and not acted
 
     def trajectory(self, task: Task, sample_index: int, policy_version: int) -> Trajectory:
+        """Return the trajectory of the finished rollout."""
         trajectory = Trajectory(
             task_id=task.id,
             sample_index=sample_index,

@@ -1,7 +1,7 @@
-"""One try at one task, from an empty world to a record of what was said in it.
+"""Run one rollout: from a fresh environment to its trajectory. docs/rollouts.md states the rules.
 
-Endings are values. Where the world breaks (InfrastructureError), the record has no reward, and what had been said
-by then is kept; any other exception is a bug and is raised.
+An ending is a value. If the environment breaks (InfrastructureError), the trajectory has no reward and keeps what was
+observed by then; any other exception is a bug and is raised.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import replace
-from types import TracebackType
+from typing import Any
 
 from backtalk.envs.base import Env, Step
 from backtalk.errors import InfrastructureError, VerifierError
 from backtalk.language.renderer import Renderer
 from backtalk.messages import Message, ParsedAction, Part
 from backtalk.rollout.admission import Admission
-from backtalk.rollout.limits import Deadline, RolloutLimits
-from backtalk.rollout.recorder import Record
+from backtalk.rollout.limits import Deadline, RolloutLimits, backoff_s
+from backtalk.rollout.recorder import Recorder
 from backtalk.rollout.sampler import Sampler, SamplerSession
 from backtalk.tasks.task import Task
-from backtalk.trajectory import StopReason, TokenRole
+from backtalk.trajectory import StopReason, TokenRole, Trajectory
 
 EnvFactory = Callable[[Task], AbstractAsyncContextManager[Env]]
 
@@ -32,24 +32,36 @@ CLOSE_TIMEOUT_S = 60.0
 log = logging.getLogger(__name__)
 
 
-class _Worlds(AsyncExitStack):
-    """Closes the world that was opened in it, and does not wait for that forever."""
+async def run_rollout(
+    task: Task,
+    open_env: EnvFactory,
+    sampler: Sampler,
+    renderer: Renderer,
+    limits: RolloutLimits,
+    *,
+    sample_index: int,
+    key: str,
+    deadline: Deadline | None = None,
+    admission: Admission | None = None,
+) -> Trajectory:
+    """Run one rollout, again in a fresh environment if the first broke before the policy's first action.
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        guard = asyncio.timeout(CLOSE_TIMEOUT_S)
-        try:
-            async with guard:
-                return await super().__aexit__(kind, error, trace)
-        except TimeoutError:
-            if not guard.expired():
-                raise
-            log.warning("a world did not close within %g s and is left behind", CLOSE_TIMEOUT_S)
-            return None
+    All of it has one deadline, set-up and waits included. ``key`` fixes the random numbers, the same in each retry.
+    """
+    version, retries = sampler.policy_version, 0
+    deadline, admission = deadline or Deadline(limits.timeout_s(task)), admission or Admission()
+    while True:
+        recorder = await _run_once(task, open_env, sampler, renderer, limits, deadline, admission, key)
+        wait_s = backoff_s(key, retries)
+        if not recorder.may_be_retried or retries >= limits.max_retries or wait_s >= deadline.left_s:
+            break
+        await asyncio.sleep(wait_s)
+        retries += 1
+    recorder.stats["retries"] = float(retries)
+    return recorder.trajectory(task, sample_index, version)
 
 
-async def attempt(
+async def _run_once(
     task: Task,
     open_env: EnvFactory,
     sampler: Sampler,
@@ -57,85 +69,84 @@ async def attempt(
     limits: RolloutLimits,
     deadline: Deadline,
     admission: Admission,
-    *,
     key: str,
-) -> Record:
-    """Run one try. Its world is closed before this returns or raises, and an InfrastructureError is in the record.
+) -> Recorder:
+    """Run a rollout in one environment, which is closed before this returns or raises.
 
-    The deadline covers setting up the world too. The session is opened when the world is there and closed before
-    scoring, so that the other rollouts at the sampler wait for neither (`Admission`).
+    The deadline covers opening the environment too. The session is opened after it and closed before scoring, so that
+    the other rollouts at the sampler wait for neither (`Admission`).
     """
-    record = Record()
+    recorder = Recorder()
     try:
-        async with _Worlds() as worlds:
+        async with _EnvStack() as env_stack:
             scope = deadline.scope()
             try:
-                async with scope, AsyncExitStack() as sessions:
-                    with admission.arriving(deadline):
-                        with record.phase("reset"):
-                            env = await worlds.enter_async_context(open_env(task))
-                            messages = await env.reset()
-                        session = await sessions.enter_async_context(sampler.session(key))
+                async with scope, AsyncExitStack() as session_stack:
+                    with admission.opening(deadline):
+                        with recorder.in_phase("reset"):
+                            env = await env_stack.enter_async_context(open_env(task))
+                            prompt = await env.reset()
+                        session = await session_stack.enter_async_context(sampler.session(key))
                     renderer = renderer.for_tools(env.tools)
-                    record.begin(messages, renderer)
-                    record.stop_reason = await _play(env, session, renderer, limits, deadline, admission, record)
+                    recorder.append_prompt(prompt, renderer)
+                    recorder.stop_reason = await _turns(env, session, renderer, limits, deadline, admission, recorder)
             except (TimeoutError, InfrastructureError):
                 if not scope.expired():
                     raise
-                record.stop_reason = StopReason.DEADLINE
-            if record.stop_reason is not StopReason.DEADLINE:
-                with record.phase("score"):
-                    record.reward = await _score(env, limits)
-            record.where = "close"
+                recorder.stop_reason = StopReason.DEADLINE
+            if recorder.stop_reason is not StopReason.DEADLINE:
+                with recorder.in_phase("score"):
+                    recorder.reward = await _score(env, limits)
+            recorder.phase = "close"
     except InfrastructureError as error:
-        if record.where != "close":  # a world that breaks when all is said and scored takes nothing away
-            record.fail(error)
+        if recorder.phase != "close":  # the rollout is complete by then
+            recorder.fail(error)
     finally:
-        admission.ended()
-    return record
+        admission.rollout_ended()
+    return recorder
 
 
-async def _play(
+async def _turns(
     env: Env,
     session: SamplerSession,
     renderer: Renderer,
     limits: RolloutLimits,
     deadline: Deadline,
     admission: Admission,
-    record: Record,
+    recorder: Recorder,
 ) -> StopReason:
-    """Play turn after turn, until something ends it."""
+    """Sample actions and append their observations until the rollout ends; return the reason."""
     for turn in range(limits.max_turns):
-        room = limits.max_tokens - len(record.token_ids)
-        if room < 1:
+        tokens_left = limits.max_tokens - len(recorder.token_ids)
+        if tokens_left < 1:
             return StopReason.MAX_TOKENS
-        if deadline.left_s <= 0:  # the world swallowed the cancellation
+        if deadline.left_s <= 0:  # the environment swallowed the cancellation
             return StopReason.DEADLINE
-        with record.phase("sample"):
-            await admission.settled()
-            completion = await session.sample(tuple(record.token_ids), min(room, limits.max_tokens_per_turn))
+        with recorder.in_phase("sample"):
+            await admission.wait_for_openings()
+            completion = await session.sample(tuple(recorder.token_ids), min(tokens_left, limits.max_tokens_per_turn))
         action = renderer.parse_action(completion.token_ids, completion.stopped)
-        record.act(completion, action, turn)
-        if action.error and len(record.token_ids) >= limits.max_tokens:
-            return StopReason.MAX_TOKENS  # cut by the history's end, not badly written
-        record.stats["invalid_calls"] += {call.tool for call in action.calls}.isdisjoint(t.name for t in env.tools)
-        record.stats["unclean_turns"] += bool(action.error or action.warnings)
-        record.stats["role_confusions"] += renderer.imitates_observation(completion.token_ids)
+        recorder.append_action(completion, action, turn)
+        if action.error and len(recorder.token_ids) >= limits.max_tokens:
+            return StopReason.MAX_TOKENS  # the limit cut the action, the policy did not write it badly
+        recorder.stats["invalid_calls"] += {call.tool for call in action.calls}.isdisjoint(t.name for t in env.tools)
+        recorder.stats["unclean_turns"] += bool(action.error or action.warnings)
+        recorder.stats["role_confusions"] += renderer.imitates_observation(completion.token_ids)
         steps: list[Step] = []
         try:
-            with record.phase("step"):
-                await _carry_out(action, env, steps)
-        finally:  # if the world breaks at the second call, what it said to the first is kept
-            _observe(steps, action, renderer, limits, record)
+            with recorder.in_phase("step"):
+                await _step(env, action, steps)
+        finally:  # if the environment breaks at the second call, the answer to the first is kept
+            _append_observation(steps, action, renderer, limits, recorder)
         if steps[-1].done:
             return StopReason.SUBMITTED if steps[-1].submitted else StopReason.ENV_DONE
-        if len(record.token_ids) >= limits.max_tokens:
+        if len(recorder.token_ids) >= limits.max_tokens:
             return StopReason.MAX_TOKENS
     return StopReason.MAX_TURNS
 
 
-async def _carry_out(action: ParsedAction, env: Env, steps: list[Step]) -> None:
-    """The calls in order, up to the first that ends the episode; what was wrong is an answer too."""
+async def _step(env: Env, action: ParsedAction, steps: list[Step]) -> None:
+    """Carry out an action's calls in order, up to one that ends the rollout; a parse error is an observation too."""
     if action.error:
         steps.append(Step((Message("tool", (Part(action.error, TokenRole.WARNING),)),)))
     for call in action.calls:
@@ -145,29 +156,44 @@ async def _carry_out(action: ParsedAction, env: Env, steps: list[Step]) -> None:
             return
 
 
-def _observe(
-    steps: Sequence[Step], action: ParsedAction, renderer: Renderer, limits: RolloutLimits, record: Record
+def _append_observation(
+    steps: Sequence[Step], action: ParsedAction, renderer: Renderer, limits: RolloutLimits, recorder: Recorder
 ) -> None:
-    """Append one observation of all that was said; after the last turn too, as that teaches as well."""
+    """Append the messages of a turn's steps as one observation, after the last turn too: it is learned from."""
     messages = [message for step in steps for message in step.messages]
     dropped = 0
     if messages or (steps and not steps[-1].done):
         if action.notice and messages:
             messages[0] = replace(messages[0], parts=(Part(action.notice, TokenRole.WARNING), *messages[0].parts))
-        dropped = record.observe(messages, renderer, limits.max_tokens)
-    record.stats["command_timeouts"] += sum(step.timed_out for step in steps)
-    record.stats["truncated_observations"] += dropped > 0 or any(step.truncated for step in steps)
+        dropped = recorder.append_observation(messages, renderer, limits.max_tokens)
+    recorder.stats["command_timeouts"] += sum(step.timed_out for step in steps)
+    recorder.stats["truncated_observations"] += dropped > 0 or any(step.truncated for step in steps)
 
 
 async def _score(env: Env, limits: RolloutLimits) -> float | None:
-    guard = asyncio.timeout(limits.rollout_timeout_s)  # the environment's own limit ends it long before
+    timeout = asyncio.timeout(limits.rollout_timeout_s)  # the environment's own limit ends it long before
     try:
-        async with guard:
+        async with timeout:
             reward = await env.score()
     except TimeoutError as error:
-        if not guard.expired():
+        if not timeout.expired():
             raise
         raise VerifierError(f"no reward: scoring did not end within {limits.rollout_timeout_s:g} s") from error
     if reward is not None and not math.isfinite(reward):
         raise VerifierError(f"the verifier gave reward={reward}, which is not finite; it has to be a number or None")
     return reward
+
+
+class _EnvStack(AsyncExitStack):
+    """An exit stack for an environment, which waits at most ``CLOSE_TIMEOUT_S`` for it to close."""
+
+    async def __aexit__(self, *error: Any) -> bool | None:
+        timeout = asyncio.timeout(CLOSE_TIMEOUT_S)
+        try:
+            async with timeout:
+                return await super().__aexit__(*error)
+        except TimeoutError:
+            if not timeout.expired():
+                raise
+            log.warning("an environment did not close within %g s and is left behind", CLOSE_TIMEOUT_S)
+            return None

@@ -1,17 +1,17 @@
-"""Token in, token out: how a rollout asks a policy for its next action."""
+"""Interface between a rollout and whatever samples its actions: token ids in, token ids and log-probabilities out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from types import TracebackType
+from itertools import chain, repeat
 from typing import Protocol
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How actions are drawn. ``temperature`` 0 is greedy."""
+    """Parameters of sampling. ``temperature`` 0 is greedy."""
 
     temperature: float = 1.0
     max_tokens: int = 256  # of one action
@@ -24,10 +24,9 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """An action: ids and, for each, its log-probability in nats at the sampling temperature.
+    """An action: token ids, stop token included, and the log-probability of each in nats at the sampling temperature.
 
-    ``logprobs`` is None where no policy sampled it (see ``Segment``). The stop token is part of it; ``stopped`` is
-    False where the token limit cut it.
+    ``logprobs`` is None if no policy sampled it (see ``Segment``); ``stopped`` is False if the token limit cut it.
     """
 
     token_ids: tuple[int, ...]
@@ -36,31 +35,30 @@ class Completion:
 
 
 class SamplerSession(Protocol):
-    """One rollout's place at the sampler; a sampler may keep its KV cache between turns."""
+    """A rollout's connection to the sampler, which may keep the KV cache of its history between turns."""
 
     async def sample(self, token_ids: Sequence[int], max_tokens: int | None = None) -> Completion:
-        """Continue a history. ``max_tokens`` lowers the sampler's own limit, never raises it."""
+        """Sample the action that follows a history. ``max_tokens`` lowers the sampler's own limit, never raises it."""
         ...
 
 
 class Sampler(Protocol):
-    """A policy at one version."""
+    """A policy at one version, which its completions are of."""
 
     @property
     def policy_version(self) -> int: ...
 
     def session(self, key: str) -> AbstractAsyncContextManager[SamplerSession]:
-        """Open a rollout. ``key`` names it among its siblings, and with the seed fixes its random numbers."""
+        """Open a session for a rollout. Its ``key`` and the seed fix its random numbers."""
         ...
 
 
 class ScriptedSampler:
-    """A policy that says what it was told to say: for tests, explorers and oracles.
+    """A sampler that returns replies written in advance: for tests, explorers and oracles.
 
-    ``replies`` is a fixed list of texts, the same in every session, or a function from the session's key
-    to one. ``encode`` turns a text into ids (usually ``renderer.encode_action``, stop token included).
-    After the last reply it repeats the last one. ``logprob`` is given for every token, in nats; without it the actions
-    are unsampled.
+    ``replies`` is a list of texts, the same in every session, or a function from the session's key to one; the last is
+    repeated. ``encode`` turns a text into token ids (usually ``renderer.encode_text``, stop token included).
+    ``logprob`` is that of every token, in nats; without it the actions are unsampled.
     """
 
     policy_version = 0
@@ -75,30 +73,21 @@ class ScriptedSampler:
         self._encode = encode
         self._logprob = logprob
 
-    def session(self, key: str) -> _ScriptedSession:
-        return _ScriptedSession(list(self._replies(key)), self._encode, self._logprob)
-
-
-class _ScriptedSession:
-    def __init__(self, replies: list[str], encode: Callable[[str], Sequence[int]], logprob: float | None) -> None:
-        if not replies:
+    @asynccontextmanager
+    async def session(self, key: str) -> AsyncIterator[SamplerSession]:
+        """Open a session that returns the replies for its key."""
+        if not (replies := self._replies(key)):
             raise ValueError("a scripted policy needs at least one reply, got none")
-        self._replies = replies
-        self._encode = encode
-        self._logprob = logprob
-        self._turn = 0
+        yield _ScriptedSession(chain(replies, repeat(replies[-1])), self._encode, self._logprob)
 
-    async def __aenter__(self) -> _ScriptedSession:
-        return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
+@dataclass(frozen=True, slots=True)
+class _ScriptedSession:
+    replies: Iterator[str]
+    encode: Callable[[str], Sequence[int]]
+    logprob: float | None
 
     async def sample(self, token_ids: Sequence[int], max_tokens: int | None = None) -> Completion:
-        ids = tuple(self._encode(self._replies[min(self._turn, len(self._replies) - 1)]))
-        self._turn += 1
-        stopped = max_tokens is None or len(ids) <= max_tokens
-        ids = ids if stopped else ids[:max_tokens]
-        return Completion(ids, None if self._logprob is None else (self._logprob,) * len(ids), stopped)
+        whole = tuple(self.encode(next(self.replies)))
+        ids = whole[:max_tokens]
+        return Completion(ids, None if self.logprob is None else (self.logprob,) * len(ids), ids == whole)

@@ -13,7 +13,7 @@ from backtalk.envs.base import World
 from backtalk.envs.terminal import TerminalWorld
 from backtalk.errors import ConfigError
 from backtalk.language.renderer import Renderer
-from backtalk.rollout.groups import fit_machine
+from backtalk.rollout.groups import fit_concurrency
 from backtalk.rollout.sampler import SamplingParams
 from backtalk.run.config import TrainConfig
 from backtalk.run.estimates import Interval, pass_at_k, ratio_interval
@@ -81,9 +81,7 @@ async def run_benchmark(
         engine.load(checkpoint)
     limit, limits = config.rollout.max_tokens_per_turn, config.rollout
     if benchmark.environment == LOCAL:
-        limits, notice = fit_machine(limits, config.terminal.sandbox)
-        if notice:
-            tell(Notice(notice))
+        limits = fit_concurrency(limits, config.terminal.sandbox, lambda text: tell(Notice(text)))
     try:
         evaluation, groups = await evaluate(
             engine,

@@ -168,7 +168,7 @@ class Run:
         self.params = SamplingParams(
             temperature=config.temperature, max_tokens=config.rollout.max_tokens_per_turn, seed=config.seed
         )
-        self.limits = self.worlds.fit_machine(tell)
+        self.limits = self.worlds.fit_concurrency(tell)
         self.recorded = recorded_trajectories(config, len(self.engine.tokenizer), tell)
         self.saved_step = 0  # policy version of the checkpoint; 0 has none, it is the model itself
 

@@ -12,7 +12,7 @@ from typing import Any
 from backtalk.envs.base import Env, World, WorldReport
 from backtalk.envs.terminal import TerminalWorld
 from backtalk.errors import ConfigError, InfrastructureError
-from backtalk.rollout.groups import EnvFactory, fit_machine
+from backtalk.rollout.groups import EnvFactory, fit_concurrency
 from backtalk.rollout.limits import RolloutLimits
 from backtalk.run.config import TaskSource, TrainConfig
 from backtalk.run.events import Notice, OnEvent, RolloutDone
@@ -58,15 +58,12 @@ class Worlds:
         """Open an environment for a task that ``tasks`` has returned."""
         return self._world_of[task.id].open(task)
 
-    def fit_machine(self, on_event: OnEvent) -> RolloutLimits:
+    def fit_concurrency(self, on_event: OnEvent) -> RolloutLimits:
         """Return the limits of a rollout with as many at once as are asked for and this machine carries."""
         limits = self._config.rollout
         if limits.concurrency is not None and not any(isinstance(world, TerminalWorld) for _, world in self._worlds):
             return limits  # no sandbox of ours
-        fitted, notice = fit_machine(limits, self._config.terminal.sandbox)
-        if notice:
-            on_event(Notice(notice))
-        return fitted
+        return fit_concurrency(limits, self._config.terminal.sandbox, lambda text: on_event(Notice(text)))
 
     async def close(self) -> None:
         """Close every world."""
