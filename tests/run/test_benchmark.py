@@ -78,7 +78,7 @@ async def test_as_many_rollouts_at_once_as_in_a_training(tmp_path: Path, monkeyp
     )
     with pytest.raises(EndsHere):
         await run_benchmark(config, Benchmark(dataset="workbench", count=1))
-    training = Worlds(await benchmark_tasks(Benchmark(dataset="workbench", count=1), lambda _: None), config)
+    training = Worlds(config)
     assert used == [training.fit_concurrency(lambda _: None)]
     assert used[0].concurrency == 31
     await training.close()
