@@ -45,8 +45,8 @@ MIB = 2**20
 
 METHODS = (
     "logits + log_softmax",
-    "backtalk, nothing foreseen",
-    "backtalk, 3 of 4 foreseen",
+    "backtalk, no hint",
+    "backtalk, hint for 3 of 4",
     "backtalk, per-token temperature",
     "backtalk, frozen head",
     "checkpointed chunks",
@@ -79,10 +79,10 @@ def naive(p: Problem) -> Tensor:
     return logprobs_NV.gather(-1, p.ids[:, None])[:, 0][p.rows]
 
 
-def ours(p: Problem, *, foreseen: bool = False, tempered: bool = False) -> Tensor:
+def ours(p: Problem, *, hint: bool = False, tempered: bool = False) -> Tensor:
     states, ids = p.selected()
     temperature = torch.where(p.is_action, 0.7, 1.0) if tempered else torch.ones(len(ids))
-    known = p.upstream.masked_fill(p.is_action, 0) if foreseen else None
+    known = p.upstream.masked_fill(p.is_action, 0) if hint else None
     return head_logprobs(states, p.weight, None, ids, temperature, known)
 
 
@@ -128,8 +128,8 @@ RUN: dict[str, Callable[[Problem], Tensor]] = dict(
         (
             naive,
             ours,
-            lambda p: ours(p, foreseen=True),
-            lambda p: ours(p, foreseen=True, tempered=True),
+            lambda p: ours(p, hint=True),
+            lambda p: ours(p, hint=True, tempered=True),
             ours,
             checkpointed,
             trl,
@@ -300,7 +300,7 @@ def packing(args: argparse.Namespace, folder: Path) -> None:
             engines = [engine_of(model, packing=how, max_tokens_per_microbatch=budget) for how in ("on", "off")]
             samples = rollouts(count, len(engines[0].tokenizer), 1)
             forwarded = [
-                sum(len(part) * max(sum(map(len, row)) for row in part) for part in engine._parts(samples))
+                sum(len(part) * max(sum(map(len, row)) for row in part) for part in engine._micro_batches(samples))
                 for engine in engines
             ]
             runs = [partial(step_seconds, engine, samples, config) for engine in engines]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from backtalk.engines.copied import copied_tokens
+from backtalk.engines.copied import copied_mask
 from backtalk.engines.torch.engine import TorchEngine
 from backtalk.objective.samples import to_samples
 from backtalk.trajectory import TokenRole, Trajectory
@@ -43,7 +43,7 @@ def measure(engine: TorchEngine, trajectories: Sequence[Trajectory]) -> Measure:
         targets = sample.token_ids[1:].to(logits.device)
         loss, hit = -logits.gather(1, targets[:, None])[:, 0], logits.argmax(1) == targets
         said = sample.roles[1:] == TokenRole.ENV_OUTPUT
-        new = said & ~copied_tokens(sample)[1:]
+        new = said & ~copied_mask(sample)[1:]
         nats, tokens = nats + float(loss[said].sum()), tokens + int(said.sum())
         new_nats, new_tokens = new_nats + float(loss[new].sum()), new_tokens + int(new.sum())
         right += float(hit[said].sum())

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from backtalk.engines.copied import copied_tokens
-from backtalk.engines.guard import guard
+from backtalk.engines.copied import copied_mask
+from backtalk.engines.guard import step_warnings
 from backtalk.engines.metrics import StepRecord, token_metrics
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.engine import TorchEngine
@@ -65,19 +65,19 @@ def test_copied_tokens_by_hand() -> None:
             said((5, 6, 7), turn=1),  # of an earlier turn's action
         )
     )
-    marks = "".join("x" if copied else "." for copied in copied_tokens(sample).tolist())
+    marks = "".join("x" if copied else "." for copied in copied_mask(sample).tolist())
     assert marks == "..." + "....." + "..." + "xxxx" + "......." + "xxx" + "xxx." + ".." + "..."
 
 
 def test_text_is_copied_from_an_action_that_nobody_sampled_too() -> None:
     sample = only(trajectory(Segment(ACTION, (5, 6, 7), turn=0), said((5, 6, 7, 8))))
-    assert copied_tokens(sample).tolist() == [False] * 3 + [True] * 3 + [False]
+    assert copied_mask(sample).tolist() == [False] * 3 + [True] * 3 + [False]
 
 
 def test_runs_do_not_cross_the_edge_of_an_observation() -> None:
     sample = only(trajectory(action((5, 6, 7)), said((5, 6)), said((7,)), said((4, 5, 6, 7, 5))))
-    assert copied_tokens(sample).tolist() == [False] * 6 + [False, True, True, True, False]
-    assert copied_tokens(only(trajectory())).tolist() == []
+    assert copied_mask(sample).tolist() == [False] * 6 + [False, True, True, True, False]
+    assert copied_mask(only(trajectory())).tolist() == []
 
 
 # --- metrics by hand
@@ -183,16 +183,16 @@ GOOD = {
     ],
 )
 def test_every_sign_of_trouble_is_one_sentence(change: dict[str, float], begins: str, says: str) -> None:
-    assert guard(GOOD, BOTH) == []
-    (line,) = guard(GOOD | change, BOTH)
+    assert step_warnings(GOOD, BOTH) == []
+    (line,) = step_warnings(GOOD | change, BOTH)
     assert line.startswith(f"{begins}:") and says in line
 
 
 def test_the_guard_is_silent_where_nothing_is_known() -> None:
-    assert guard({}, BOTH) == []
-    assert guard(dict.fromkeys(GOOD, math.nan), BOTH) == []
-    assert guard(GOOD | {"target_tokens": 0.0}, PLAIN) == []  # no world term, so none is missed
-    assert guard(GOOD | {"target_tokens": 0.0, "sequences": 0.0}, BOTH) == []
+    assert step_warnings({}, BOTH) == []
+    assert step_warnings(dict.fromkeys(GOOD, math.nan), BOTH) == []
+    assert step_warnings(GOOD | {"target_tokens": 0.0}, PLAIN) == []  # no world term, so none is missed
+    assert step_warnings(GOOD | {"target_tokens": 0.0, "sequences": 0.0}, BOTH) == []
 
 
 # --- through the engine

@@ -17,7 +17,7 @@ from backtalk.engines.torch import engine as torch_engine
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.engine import TorchEngine
 from backtalk.engines.torch.logprobs import TokenScorer
-from backtalk.engines.torch.packing import Layout, packs_apart, plan
+from backtalk.engines.torch.packing import Layout, packing_isolates_samples, plan_micro_batches
 from backtalk.errors import ConfigError
 from backtalk.objective.batch import Batch, TokenCounts
 from backtalk.objective.config import ObjectiveConfig
@@ -38,7 +38,9 @@ def sample_of(length: int) -> Sample:
 
 
 def lengths_of(samples: list[Sample], max_tokens: int, packing: bool = True) -> list[list[list[int]]]:
-    return [[[len(s) for s in row] for row in part] for part in plan(samples, max_tokens, packing=packing)]
+    return [
+        [[len(s) for s in row] for row in part] for part in plan_micro_batches(samples, max_tokens, packing=packing)
+    ]
 
 
 # --- the plan
@@ -56,14 +58,17 @@ def test_first_fit_decreasing_by_hand() -> None:
 @given(st.lists(st.integers(0, 40), max_size=30), st.integers(1, 120))
 def test_a_plan_holds_every_sample_once_within_the_budget(lengths: list[int], max_tokens: int) -> None:
     samples = [sample_of(n) for n in lengths]
-    parts = plan(samples, max_tokens, packing=True)
+    parts = plan_micro_batches(samples, max_tokens, packing=True)
     held = [sample for part in parts for row in part for sample in row]
     assert sorted(map(id, held)) == sorted(id(s) for s in samples if len(s))
     for part in parts:
         longest = max(len(sample) for row in part for sample in row)
         assert all(sum(map(len, row)) <= longest for row in part)
         assert len(part) * longest <= max(max_tokens, longest)
-    padded = sum(len(part) * max(len(s) for r in part for s in r) for part in plan(samples, max_tokens, packing=False))
+    padded = sum(
+        len(part) * max(len(s) for r in part for s in r)
+        for part in plan_micro_batches(samples, max_tokens, packing=False)
+    )
     assert sum(len(part) * max(sum(map(len, row)) for row in part) for part in parts) <= padded
 
 
@@ -148,13 +153,13 @@ def test_nothing_leaks_between_samples_of_a_row(kind: str, attention: str) -> No
 
 @pytest.mark.parametrize("kind", ["bloom", "mamba", "recurrent gemma"])
 def test_models_that_leak_are_found(kind: str) -> None:
-    assert not packs_apart(model_of(kind))
+    assert not packing_isolates_samples(model_of(kind))
 
 
 def test_the_probe_sees_a_leak_in_every_type() -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        assert packs_apart(model_of("qwen3").to(dtype))
-        assert not packs_apart(model_of("bloom").to(dtype))
+        assert packing_isolates_samples(model_of("qwen3").to(dtype))
+        assert not packing_isolates_samples(model_of("bloom").to(dtype))
 
 
 # --- the engine
@@ -192,7 +197,7 @@ def step_of(engine: TorchEngine, samples: list[Sample], config: ObjectiveConfig)
     engine._optimizer.zero_grad()
     losses, _, _ = engine._accumulate(samples, TokenCounts.of(samples, config.world_loss_target), config)
     grads = [p.grad.clone() for p in engine.model.parameters() if p.grad is not None]
-    return losses["total_loss"], grads, len(engine._parts(samples))
+    return losses["total_loss"], grads, len(engine._micro_batches(samples))
 
 
 def wider(batch: Batch, columns: int) -> Batch:
@@ -233,7 +238,7 @@ def test_no_layout_of_a_step_changes_it(model_dir: Path, normalizer: Any, monkey
 
 async def test_packing_is_used_where_it_can_be(model_dir: Path) -> None:
     engine = TorchEngine(TorchConfig(model=str(model_dir), device="cpu", packing="on", max_tokens_per_microbatch=400))
-    rows = [row for part in engine._parts(make_samples(ObjectiveConfig())) for row in part]
+    rows = [row for part in engine._micro_batches(make_samples(ObjectiveConfig())) for row in part]
     assert len(rows) < sum(map(len, rows)) == 8
     groups = [
         Trajectory(task_id="t", sample_index=0, segments=(Segment(TokenRole.CONTEXT, (9,) * n),)) for n in (4, 9, 3)

@@ -41,8 +41,8 @@ class Case:
         logits = (self.states.double() @ self.weight.double().T + bias) / self.temperature[:, None]
         return torch.log_softmax(logits, -1).gather(-1, self.ids[:, None])[:, 0]
 
-    def fused(self, foreseen: Tensor | None = None) -> Tensor:
-        return head_logprobs(self.states, self.weight, self.bias, self.ids, self.temperature, foreseen)
+    def fused(self, grad_hint: Tensor | None = None) -> Tensor:
+        return head_logprobs(self.states, self.weight, self.bias, self.ids, self.temperature, grad_hint)
 
     def gradients(self, logprobs: Tensor, upstream: Tensor | None = None) -> list[Tensor]:
         wanted = [t for t in (self.states, self.weight, self.bias) if t is not None and t.requires_grad]
@@ -82,30 +82,30 @@ def test_bfloat16_weights_keep_float32_sums(chunks: int) -> None:
 @pytest.mark.parametrize("known", ["right", "some", "wrong", "nothing"])
 def test_a_foreseen_gradient_changes_no_result(chunks: int, known: str) -> None:
     case = Case(bias=True)
-    foreseen = {
+    grad_hint = {
         "right": case.upstream,
         "some": case.upstream.masked_fill(torch.arange(N) % 2 == 0, 0),
         "wrong": case.upstream.flip(0) + 1,
         "nothing": torch.zeros(N, dtype=torch.float64),
     }[known]
-    found, expected = case.fused(foreseen), case.plain()
+    found, expected = case.fused(grad_hint), case.plain()
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
     assert_same(case.gradients(found), case.gradients(expected), 1e-12)
 
 
 def test_a_graph_that_is_kept_gives_the_same_twice(chunks: int) -> None:
-    for case, foreseen in ((Case(), Case().upstream), (Case(), None), (Case(frozen=True), None)):
+    for case, grad_hint in ((Case(), Case().upstream), (Case(), None), (Case(frozen=True), None)):
         wanted = [t for t in (case.states, case.weight) if t.requires_grad]
-        logprobs = case.fused(foreseen)
+        logprobs = case.fused(grad_hint)
         first = torch.autograd.grad(logprobs, wanted, case.upstream, retain_graph=True)
         again = torch.autograd.grad(logprobs, wanted, 2 * case.upstream)
         assert_same([2 * g for g in first], list(again), 1e-12)
 
 
-def products(case: Case, foreseen: Tensor | None) -> int:
+def products(case: Case, grad_hint: Tensor | None) -> int:
     """Matrix products in units of N rows times the head, forward and backward."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
-        case.gradients(case.fused(foreseen))
+        case.gradients(case.fused(grad_hint))
     rows = 0
     for event in seen.events():
         if event.name in ("aten::mm", "aten::addmm_"):
@@ -170,7 +170,7 @@ def scorer_of(kind: str) -> TokenScorer:
 def test_scores_are_the_models_own_logits(kind: str) -> None:
     """Models that cap their logits go their own way: value and gradient are right for both."""
     scorer = scorer_of(kind)
-    assert scorer.head_apart == (kind == "plain") == has_separate_head(scorer.model)
+    assert scorer.has_separate_head == (kind == "plain") == has_separate_head(scorer.model)
     ids_BT = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 0, 0]])
     trained_BT = torch.tensor([[1, 1, 0, 1, 0], [0, 0, 1, 0, 0]]).bool()
     measured_BT = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]).bool()

@@ -23,8 +23,8 @@ from transformers import (
     RwkvForCausalLM,
 )
 
-from backtalk.engines.torch.kv import History, PersistentRows, _row_groups
-from backtalk.engines.torch.sampler import TorchSampler, choose, uniforms
+from backtalk.engines.torch.kv import History, PersistentKVCache, _row_groups
+from backtalk.engines.torch.sampler import TorchSampler, sample_tokens, uniform_numbers
 from backtalk.errors import ConfigError, SamplerError
 from backtalk.rollout.sampler import Completion, SamplingParams
 from tiny import tiny_model_dir
@@ -204,26 +204,26 @@ async def test_key_seed_and_call_each_change_the_draw(qwen: Any) -> None:
 
 
 def test_random_numbers_stay_the_same_on_every_machine() -> None:
-    assert uniforms(7, "step3/triage-1/0", 2, 3) == pytest.approx(UNIFORMS, abs=1e-15)
-    assert uniforms(7, "step3/triage-1/0", 2, 1) == pytest.approx(UNIFORMS[:1], abs=1e-15)  # whatever the limit
+    assert uniform_numbers(7, "step3/triage-1/0", 2, 3) == pytest.approx(UNIFORMS, abs=1e-15)
+    assert uniform_numbers(7, "step3/triage-1/0", 2, 1) == pytest.approx(UNIFORMS[:1], abs=1e-15)  # whatever the limit
 
 
 def test_choose_inverts_the_distribution() -> None:
     logits = torch.tensor([0.2, 0.3, 0.5]).log().repeat(4, 1)
-    ids, logprobs = choose(logits, torch.tensor([0.0, 0.19, 0.21, 0.51], dtype=torch.float64), 1.0)
+    ids, logprobs = sample_tokens(logits, torch.tensor([0.0, 0.19, 0.21, 0.51], dtype=torch.float64), 1.0)
     assert ids.tolist() == [0, 0, 1, 2]
     assert logprobs.exp().tolist() == pytest.approx([0.2, 0.2, 0.3, 0.5])
     # At temperature 1/2 the odds are squared: 4/38, 9/38, 25/38.
-    ids, logprobs = choose(logits, torch.tensor([0.10, 0.11, 0.34, 0.35], dtype=torch.float64), 0.5)
+    ids, logprobs = sample_tokens(logits, torch.tensor([0.10, 0.11, 0.34, 0.35], dtype=torch.float64), 0.5)
     assert ids.tolist() == [0, 1, 1, 2]
     assert logprobs.exp().tolist() == pytest.approx([4 / 38, 9 / 38, 9 / 38, 25 / 38])
-    ids, logprobs = choose(logits[:1], torch.zeros(1, dtype=torch.float64), 0.0)
+    ids, logprobs = sample_tokens(logits[:1], torch.zeros(1, dtype=torch.float64), 0.0)
     assert (ids.item(), logprobs.exp().item()) == (2, pytest.approx(0.5))
 
 
 def test_choose_never_takes_what_has_no_probability() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).repeat(3, 1)
-    ids, logprobs = choose(logits, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64), 1.0)
+    ids, logprobs = sample_tokens(logits, torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64), 1.0)
     assert ids.tolist() == [1, 3, 3]
     assert logprobs.isfinite().all()
 
@@ -231,7 +231,7 @@ def test_choose_never_takes_what_has_no_probability() -> None:
 def test_choose_over_a_grid_gives_the_exact_frequencies() -> None:
     probabilities = torch.tensor([0.1, 0.0, 0.25, 0.05, 0.6])
     grid = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    ids, _ = choose(probabilities.log().repeat(1000, 1), grid, 1.0)
+    ids, _ = sample_tokens(probabilities.log().repeat(1000, 1), grid, 1.0)
     assert ids.bincount(minlength=5).tolist() == [100, 0, 250, 50, 600]
 
 
@@ -269,7 +269,7 @@ async def test_sliding_windows_fall_back_and_say_so_once(caplog: pytest.LogCaptu
 def test_long_rows_are_run_in_parts(llama: Any) -> None:
     rng = random.Random(3)
     histories = [History(row, tuple(tokens(rng, length, length))) for row, length in enumerate((150, 3, 40, 41))]
-    rows = PersistentRows(llama, 0, torch.device("cpu"), max_tokens=64, max_padding=8)
+    rows = PersistentKVCache(llama, 0, torch.device("cpu"), max_tokens=64, max_padding=8)
     with torch.inference_mode():
         order, logits = rows.begin(histories, [])
         longer = [History(h.owner, h.token_ids + tuple(tokens(rng, 70, 140))) for h in histories]
@@ -424,6 +424,6 @@ async def test_the_last_session_frees_the_cache(qwen: Any) -> None:
     sampler = sampler_of(qwen)
     await play(sampler)
     await asyncio.sleep(0)
-    rows = sampler._worker.rows
-    assert isinstance(rows, PersistentRows)
-    assert not rows._grids()
+    cache = sampler._worker.cache
+    assert isinstance(cache, PersistentKVCache)
+    assert not cache._buffers()

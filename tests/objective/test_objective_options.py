@@ -15,9 +15,9 @@ from backtalk.objective import objective, policy_weights, world_weights
 from backtalk.objective.batch import TokenCounts, collate, token_temperatures, trained_mask
 from backtalk.objective.config import ObjectiveConfig, PolicyOptions, Schedule, WorldOptions
 from backtalk.objective.forms import (
-    cispo,
-    clipped,
+    cispo_surrogate,
     clipped_mae,
+    clipped_surrogate,
     importance_weights,
     kl_to_reference,
     policy_surrogate,
@@ -39,8 +39,8 @@ ALL = torch.ones(1, 2, dtype=torch.bool)
 
 def test_clip_higher_is_its_own_bound() -> None:
     ratio = rows([1.25, 1.4])
-    assert clipped(ratio, rows([1.0]), (0.2, 0.28)).tolist() == [[-1.25, -1.28]]
-    assert clipped(ratio, rows([-1.0]), (0.2, 0.28)).tolist() == [[1.25, 1.4]]
+    assert clipped_surrogate(ratio, rows([1.0]), (0.2, 0.28)).tolist() == [[-1.25, -1.28]]
+    assert clipped_surrogate(ratio, rows([-1.0]), (0.2, 0.28)).tolist() == [[1.25, 1.4]]
 
 
 def test_gspo_has_one_ratio_a_sequence() -> None:
@@ -58,7 +58,7 @@ def test_gspo_has_one_ratio_a_sequence() -> None:
 
 def test_cispo_teaches_through_the_log_probability() -> None:
     new = rows([-1.0, -2.0]).requires_grad_()
-    loss = cispo(new, rows([3.0, 0.5]), rows([2.0]), (1.0, 0.28))
+    loss = cispo_surrogate(new, rows([3.0, 0.5]), rows([2.0]), (1.0, 0.28))
     assert loss.tolist() == [[1.28 * 2 * 1, 0.5 * 2 * 2]]
     loss.sum().backward()
     assert new.grad is not None

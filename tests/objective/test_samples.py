@@ -101,7 +101,7 @@ def test_length_costs_reward_before_advantages_and_the_recorded_reward_stays() -
     long = replace(trajectory(0, 1.0), segments=(*trajectory().segments, Segment(ENV_OUTPUT, (20,) * 3000, turn=0)))
     group = TrajectoryGroup("t", (long, trajectory(1, 1.0), trajectory(2, None)))
     # 7 tokens after the prompt, and 3007; 7 are free: echo-rl's penalty at 0.1 for 1000 tokens is 0.3.
-    penalty = LengthPenalty(per_1000_tokens=0.1, free_tokens=7, most=math.inf)
+    penalty = LengthPenalty(per_1000_tokens=0.1, free_tokens=7, max_penalty=math.inf)
     config = ObjectiveConfig(policy=PolicyOptions(advantage="dr_grpo", length_penalty=penalty))
     samples = build_samples(group, config)
     assert [s.advantage for s in samples] == pytest.approx([-0.15, 0.15, 0.0])
@@ -113,8 +113,8 @@ def test_length_costs_reward_before_advantages_and_the_recorded_reward_stays() -
 
 def test_the_soft_overlong_punishment_of_dapo() -> None:
     # L_max = 20480, L_cache = 4096: nothing up to 16384, then ((L_max - L_cache) - L) / L_cache, and -1 from 20480 on.
-    penalty = LengthPenalty(per_1000_tokens=1000 / 4096, free_tokens=20480 - 4096, most=1.0)
-    assert [penalty.of(tokens) for tokens in (0, 16384, 17408, 18432, 20480, 99999)] == [0, 0, 0.25, 0.5, 1, 1]
+    penalty = LengthPenalty(per_1000_tokens=1000 / 4096, free_tokens=20480 - 4096, max_penalty=1.0)
+    assert [penalty.for_length(tokens) for tokens in (0, 16384, 17408, 18432, 20480, 99999)] == [0, 0, 0.25, 0.5, 1, 1]
 
 
 @pytest.mark.parametrize(("now", "bound", "trained"), [(None, 0, True), (3, 0, True), (5, 1, False), (5, 2, True)])

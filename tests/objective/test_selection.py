@@ -10,7 +10,7 @@ from backtalk.errors import ConfigError
 from backtalk.objective.batch import TokenCounts
 from backtalk.objective.config import ObjectiveConfig, WorldOptions
 from backtalk.objective.samples import build_samples
-from backtalk.objective.selection import observation_shares, return_balance, uncertain_turns, world_scales
+from backtalk.objective.selection import high_entropy_turns, return_adaptive_scale, rollout_scales, world_scales
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 
 CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole
@@ -88,10 +88,10 @@ def test_gates_on_how_a_rollout_was_written() -> None:
     good, half, none = rollout(0), rollout(1, invalid_calls=1.0), rollout(2, invalid_calls=2.0, unclean_turns=2.0)
     silent = rollout(3, surprises=())
     attempts = group(good, half, none, silent)
-    assert observation_shares(attempts, WorldOptions()) == [1, 1, 1, 1]
-    assert observation_shares(attempts, WorldOptions(min_valid_calls=0.5)) == [1, 1, 0, 0]
-    assert observation_shares(attempts, WorldOptions(min_valid_calls=0.6)) == [1, 0, 0, 0]
-    assert observation_shares(attempts, WorldOptions(min_clean_turns=1.0)) == [1, 1, 0, 0]
+    assert rollout_scales(attempts, WorldOptions()) == [1, 1, 1, 1]
+    assert rollout_scales(attempts, WorldOptions(min_valid_calls=0.5)) == [1, 1, 0, 0]
+    assert rollout_scales(attempts, WorldOptions(min_valid_calls=0.6)) == [1, 0, 0, 0]
+    assert rollout_scales(attempts, WorldOptions(min_clean_turns=1.0)) == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_gates_on_how_a_rollout_was_written() -> None:
 )
 def test_gate_on_the_share_of_solved_rollouts(rewards: tuple[float, ...], share: float, kept: list[int]) -> None:
     attempts = group(*(rollout(i, reward) for i, reward in enumerate(rewards)))
-    assert observation_shares(attempts, WorldOptions(min_correct=share)) == kept
+    assert rollout_scales(attempts, WorldOptions(min_correct=share)) == kept
 
 
 def test_a_gated_row_keeps_its_place_in_the_mean() -> None:
@@ -118,15 +118,15 @@ def test_a_gated_row_keeps_its_place_in_the_mean() -> None:
 
 def test_paw_keeps_the_turns_of_highest_entropy() -> None:
     attempts = group(rollout(0, surprises=(1.0, 4.0)), rollout(1, surprises=(3.0, 2.0)))
-    assert uncertain_turns(attempts, 1.0) is None
-    assert uncertain_turns(attempts, 0.75) == [{1}, {0, 1}]  # the turn of 1 nat goes
-    assert uncertain_turns(attempts, 0.5) == [{1}, {0}]
-    assert uncertain_turns(attempts, 0.01) == [{1}, set()]  # never none at all
+    assert high_entropy_turns(attempts, 1.0) is None
+    assert high_entropy_turns(attempts, 0.75) == [{1}, {0, 1}]  # the turn of 1 nat goes
+    assert high_entropy_turns(attempts, 0.5) == [{1}, {0}]
+    assert high_entropy_turns(attempts, 0.01) == [{1}, set()]  # never none at all
     scripted = replace(attempts.trajectories[0], segments=tuple(
         replace(s, logprobs=None) if s.logprobs and s.turn == 0 else s for s in attempts.trajectories[0].segments
     ))  # fmt: skip
-    assert uncertain_turns(group(scripted, attempts.trajectories[1]), 0.67) == [{1}, {0, 1}]  # ceil(0.67 * 3)
-    assert uncertain_turns(group(scripted, attempts.trajectories[1]), 0.66) == [{1}, {0}]
+    assert high_entropy_turns(group(scripted, attempts.trajectories[1]), 0.67) == [{1}, {0, 1}]  # ceil(0.67 * 3)
+    assert high_entropy_turns(group(scripted, attempts.trajectories[1]), 0.66) == [{1}, {0}]
     config = ObjectiveConfig(world=WorldOptions(entropy_share=0.75))
     first, second = build_samples(attempts, config)
     assert first.target_mask("env_only").int().tolist() == [0] * 11 + [1, 1, 1, 0]
@@ -134,10 +134,10 @@ def test_paw_keeps_the_turns_of_highest_entropy() -> None:
 
 
 def test_paw_balances_by_the_mean_reward() -> None:
-    assert return_balance([1.0, 0.0, None, 0.5]) == 0.5
-    assert return_balance([None]) == 1.0
+    assert return_adaptive_scale([1.0, 0.0, None, 0.5]) == 0.5
+    assert return_adaptive_scale([None]) == 1.0
     with pytest.raises(ConfigError, match=r"scale rewards to \[0, 1\]"):
-        return_balance([3.0])
+        return_adaptive_scale([3.0])
     config = ObjectiveConfig(world=WorldOptions(return_adaptive=True))
     (scale, _) = world_scales(group(rollout(0, 1.0), rollout(1, 0.5)), config)
     assert scale is not None

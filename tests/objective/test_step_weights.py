@@ -68,7 +68,7 @@ GROUPS = [
     TrajectoryGroup("b", (rollout("b", 0, 0.5, 0), rollout("b", 1, None, 6), rollout("b", 2, 0.25, 2))),
     TrajectoryGroup("c", tuple(rollout("c", i, float(i), 3, version=1) for i in range(2))),  # two versions old
 ]
-PENALTY = LengthPenalty(per_1000_tokens=100.0, free_tokens=6, most=2.0)  # 0.1 a token
+PENALTY = LengthPenalty(per_1000_tokens=100.0, free_tokens=6, max_penalty=2.0)  # 0.1 a token
 CONFIGS = {
     f"{policy}, {world}, {target}": ObjectiveConfig(
         policy_coeff=2.0,

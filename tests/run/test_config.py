@@ -96,7 +96,7 @@ def test_what_follows_from_other_settings_is_filled_in() -> None:
         ("terminal.tools=[bash]", "write one that says what ends the work"),
         ("renderer.which_calls=best", "use one of first, last"),
         ("objective.policy.max_staleness=-1", "use 0 or more"),
-        ("objective.policy.length_penalty.most=0", "use >= 0, >= 0 and > 0"),
+        ("objective.policy.length_penalty.max_penalty=0", "use >= 0, >= 0 and > 0"),
         ("terminal.command_timeout_s=0", "command_timeout_s=0"),
         ("objective.policy_coeff=-1", "policy_coeff=-1"),
         ("engine.learning_rate=-1", "learning_rate=-1"),
@@ -192,7 +192,7 @@ def test_nan_is_no_number() -> None:
 
 
 def test_echo_rl_and_dapo_penalties_of_length_can_be_written() -> None:
-    echo_rl = ["objective.policy.length_penalty={per_1000_tokens: 0.01, free_tokens: 20000, most: .inf}"]
+    echo_rl = ["objective.policy.length_penalty={per_1000_tokens: 0.01, free_tokens: 20000, max_penalty: .inf}"]
     dapo = {"objective.policy.length_penalty": {"per_1000_tokens": 0.25, "free_tokens": 16384}}
     for overrides in (echo_rl, dapo):
         config = load_config("triage", overrides)

@@ -212,7 +212,7 @@ class GradientEngine:
 
 async def test_what_is_shown_is_what_was_trained(model: Path, sandbox: str, tmp_path: Path) -> None:
     """Length and age move a reward before advantages, and a viewer that starts from the reward shows another sign."""
-    penalty = {"advantage": "dr_grpo", "length_penalty": {"per_1000_tokens": 100, "most": 9.0}}  # 0.1 a token
+    penalty = {"advantage": "dr_grpo", "length_penalty": {"per_1000_tokens": 100, "max_penalty": 9.0}}  # 0.1 a token
     config = tiny_config(model, sandbox, **{"objective.policy": penalty, "checkpoint_every": 4})
 
     def rollout(task: str, index: int, reward: float, length: int, version: int) -> Trajectory:

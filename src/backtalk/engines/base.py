@@ -47,7 +47,7 @@ class Engine(Protocol):
         ...
 
 
-class OpensEngine(Protocol):
+class CustomEngineConfig(Protocol):
     """Settings of an engine of the user's own: a dataclass, or a pydantic model."""
 
     @property

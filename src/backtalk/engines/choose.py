@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from backtalk.engines.base import Engine, OpensEngine
+from backtalk.engines.base import CustomEngineConfig, Engine
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.errors import ConfigError
 from backtalk.settings import import_object
 
-EngineConfig = TorchConfig | OpensEngine
+EngineConfig = TorchConfig | CustomEngineConfig
 
 
 def engine_config_class(kind: Any) -> type[EngineConfig]:

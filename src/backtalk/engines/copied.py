@@ -17,7 +17,7 @@ from backtalk.trajectory import TokenRole
 COPIED_RUN = 3  # tokens; shorter matches are mostly chance
 
 
-def copied_tokens(sample: Sample) -> Tensor:
+def copied_mask(sample: Sample) -> Tensor:
     """Observation tokens in a run of at least 3 that also stands, in a row, in the same turn's action; bool [T].
 
     Every longer run is made of runs of 3, so it is enough to look those up: linear in the number of tokens.

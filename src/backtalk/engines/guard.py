@@ -18,7 +18,7 @@ MAX_ROLE_CONFUSION = 0.02
 MAX_EFFECTIVE_OBS_WEIGHT = 1.0
 
 
-def guard(metrics: Mapping[str, float], config: ObjectiveConfig) -> list[str]:
+def step_warnings(metrics: Mapping[str, float], config: ObjectiveConfig) -> list[str]:
     """What a person should look at, as sentences that begin with ``metric=value``; empty where all is well.
 
     Metrics that are absent or NaN say nothing. ``config`` is the step's own, its coefficient a number.

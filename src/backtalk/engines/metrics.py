@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from backtalk.engines.copied import copied_tokens
+from backtalk.engines.copied import copied_mask
 from backtalk.objective.batch import Batch, TokenCounts, collate, policy_mask, target_mask
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.forms import kl_to_reference, sequence_ratio
@@ -100,7 +100,7 @@ def _cross_entropies(
     def has_role(role: TokenRole) -> Tensor:
         return (batch.roles_BT == role) & (torch.arange(batch.roles_BT.shape[1]) < batch.lengths_B[:, None])
 
-    said_BT, copied_BT = has_role(TokenRole.ENV_OUTPUT), _pad([copied_tokens(sample) for sample in samples])
+    said_BT, copied_BT = has_role(TokenRole.ENV_OUTPUT), _pad([copied_mask(sample) for sample in samples])
     scaffold_BT = target_mask(batch, config) & has_role(TokenRole.TEMPLATE)  # measured where it is learned
     tokens = int(batch.lengths_B.sum())
     shares = {f"{name}_share": int(has_role(TokenRole[name.upper()]).sum()) / max(tokens, 1) for name in SHARES}

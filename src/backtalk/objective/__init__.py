@@ -1,6 +1,6 @@
-"""Compute the training objective: GRPO on action tokens plus the world-model term on environment output.
+"""The training objective: GRPO on action tokens plus the world-model term on environment output.
 
-``loss`` is the objective on one page. Its functions can be imported from here; torch is loaded when one is asked for.
+``loss`` is the objective on one page, and its functions can be imported from here. PyTorch is loaded on first use.
 """
 
 from __future__ import annotations

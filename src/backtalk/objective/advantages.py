@@ -1,4 +1,4 @@
-"""Group-relative advantages, in plain floats."""
+"""Group-relative advantages: how the rewards of one task's rollouts compare, in plain floats."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ AdvantageEstimator = Literal["grpo", "dr_grpo", "rloo"]
 def group_advantages(
     rewards: Sequence[float | None], *, estimator: AdvantageEstimator = "grpo", eps: float = 1e-6
 ) -> list[float]:
-    """How much better each attempt was than its siblings; the numbers of a group sum to 0.
+    """Compute group-relative advantages, one for each reward; they sum to 0.
 
     grpo     (r - mean) / (std + eps), std with n - 1    GRPO, arXiv 2402.03300, section 4.1.2
     dr_grpo  r - mean                                    Dr. GRPO, arXiv 2503.20783, section 3.2
     rloo     r - mean of the others                      RLOO, arXiv 2402.14740, eq. 8
 
-    A reward of None is outside the baseline (the world broke, time ran out, or nobody scored the attempt): it
-    moves neither the mean nor the spread, and its own advantage is 0. n counts the others. Equal rewards give
-    exact zeros, and so does a single reward.
+    A reward of None (a broken sandbox, a deadline, or no verifier) is outside the baseline: it moves neither mean nor
+    std, its advantage is 0, and n does not count it. Equal rewards give exact zeros, and so does a single reward.
+
+    Raises:
+        ValueError: a reward that is not finite.
+        ConfigError: an unknown estimator.
     """
     known = [reward for reward in rewards if reward is not None]
     if any(not math.isfinite(reward) for reward in known):

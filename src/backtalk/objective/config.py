@@ -1,4 +1,4 @@
-"""What is minimised, as settings. The functions that read them are in ``selection`` and ``objective``."""
+"""Settings of the objective: both terms, their coefficients, denominators and published variants."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ TOOL_PREFIX = "tool:"  # of a tool's name in WorldOptions.weights
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A coefficient over the training steps: from point to point in a ``linear`` way, or in ``steps``.
+    """A coefficient over the training steps: interpolated (``linear``), or constant between points (``steps``).
 
-    ``points`` hold the value at a step, from step 0 on; after the last one it stays.
+    ``points`` maps steps to values, from step 0 on; after the last point the value stays.
     """
 
     points: Mapping[int, float]
@@ -42,7 +42,7 @@ class Schedule:
         check_choices(self)
 
     def at(self, step: int) -> float:
-        """The value at a training step, counted from 0."""
+        """Return the value at a training step, counted from 0."""
         steps, values = list(self.points), list(self.points.values())
         k = bisect_right(steps, max(step, 0)) - 1
         if self.shape == "steps" or k + 1 == len(steps):
@@ -53,34 +53,35 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LengthPenalty:
-    """What a long attempt costs: taken off its reward before advantages, while the recorded one stays the verifier's.
+    """A penalty on long rollouts, taken off the reward before advantages; the recorded reward stays the verifier's.
 
-    With ``most`` infinite it is echo-rl's. DAPO's soft overlong punishment (arXiv 2503.14476, section 3.4), from 0 at
-    L_max - L_cache down to -1 at L_max, has most = 1, free_tokens = L_max - L_cache, per_1000_tokens = 1000 / L_cache.
+    With ``max_penalty`` infinite it is echo-rl's. DAPO's soft overlong punishment (arXiv 2503.14476, section 3.4), from
+    0 at L_max - L_cache to -1 at L_max, has max_penalty = 1, free_tokens = L_max - L_cache and per_1000_tokens =
+    1000 / L_cache.
     """
 
     per_1000_tokens: float = 0.0
-    """Taken off the reward for 1,000 tokens; 0 is no penalty."""
+    """Reward taken off for each 1,000 tokens; 0 is no penalty."""
     free_tokens: int = 0
-    """Tokens that cost nothing."""
-    most: float = 1.0
+    """Number of tokens without a penalty."""
+    max_penalty: float = 1.0
     """Largest penalty; inf for no bound."""
 
     def __post_init__(self) -> None:
-        if not (0 <= self.per_1000_tokens < math.inf and self.free_tokens >= 0 and self.most > 0):
+        if not (0 <= self.per_1000_tokens < math.inf and self.free_tokens >= 0 and self.max_penalty > 0):
             raise ConfigError(
                 f"policy.length_penalty has per_1000_tokens={self.per_1000_tokens}, free_tokens={self.free_tokens}, "
-                f"most={self.most}, which would reward length, or do nothing; use >= 0, >= 0 and > 0"
+                f"max_penalty={self.max_penalty}, which would reward length, or do nothing; use >= 0, >= 0 and > 0"
             )
 
-    def of(self, tokens: int) -> float:
-        """For so many tokens after the prompt: actions, observations and the scaffold around them."""
-        return min(self.most, self.per_1000_tokens * max(0, tokens - self.free_tokens) / 1000)
+    def for_length(self, tokens: int) -> float:
+        """Return the penalty for a number of tokens after the prompt: actions, observations and their scaffold."""
+        return min(self.max_penalty, self.per_1000_tokens * max(0, tokens - self.free_tokens) / 1000)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PolicyOptions:
-    """Other published forms of the policy term. The default is GRPO's, without KL."""
+    """Variants of the policy term. The default is GRPO without KL."""
 
     loss: PolicyLoss = "clip"
     """Form of the policy term."""
@@ -89,15 +90,17 @@ class PolicyOptions:
     kl_coeff: float = 0.0
     """Weight of KL(policy || reference); the reference is the model that the run began with."""
     max_importance_ratio: float | None = None
-    """Upper bound of p_trainer / p_sampler; null takes the sampler's word."""
+    """Cap of p_trainer / p_sampler, for truncated importance sampling; null applies no correction."""
     max_staleness: int = 0
-    """Updates since a row was sampled; older ones carry the world-model term alone."""
+    """Most updates since a rollout was sampled; older rollouts carry the world-model term alone."""
     length_penalty: LengthPenalty = field(default_factory=LengthPenalty)
 
     def __post_init__(self) -> None:
         check_choices(self)
         if not 0 <= self.kl_coeff < math.inf:
-            raise ConfigError(f"policy.kl_coeff={self.kl_coeff} rewards leaving the reference; use >= 0, 0 for none")
+            raise ConfigError(
+                f"policy.kl_coeff={self.kl_coeff} rewards leaving the reference; use >= 0, 0 for no KL"
+            )
         if self.max_staleness < 0:
             raise ConfigError(f"policy.max_staleness={self.max_staleness} would refuse fresh rows; use 0 or more")
         if self.max_importance_ratio is None:
@@ -116,16 +119,16 @@ class PolicyOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorldOptions:
-    """Which target tokens carry how much weight, beyond ``world_loss_target``. The default is ECHO's: all alike.
+    """Selection and weights of target tokens, beyond ``world_loss_target``. The default is ECHO's: all weigh the same.
 
-    None of them changes a denominator other than the count of selected tokens: a row whose tokens are selected
-    away adds 0 and stays in the mean.
+    None of these settings changes a denominator other than the count of target tokens: a row whose targets are all
+    deselected adds 0 and stays in the mean.
     """
 
     weights: Mapping[str, float] | None = None
-    """Of target tokens, by role (env_output, warning, template) or tool:NAME; else 1."""
+    """Weights of target tokens by role (env_output, warning, template) or by tool (tool:NAME); 1 where not named."""
     max_tokens_per_observation: int | None = None
-    """The first target tokens of each turn; null is all."""
+    """Learn only this many target tokens of each turn, the first ones; null is all."""
     min_valid_calls: float = 0.0
     """Gate: share of a rollout's turns that held a valid call."""
     min_clean_turns: float = 0.0
@@ -133,13 +136,13 @@ class WorldOptions:
     min_correct: float = 0.0
     """Gate: share of solved rollouts among those of a group that feed the term."""
     loss: WorldLoss = "cross_entropy"
-    """clipped_mae is PaW's."""
+    """Loss of a target token; clipped_mae is PaW's."""
     entropy_share: float = 1.0
     """PaW: share of a group's turns, of highest action entropy, that keep their observation."""
     return_adaptive: bool = False
-    """PaW: weight 1 - the group's mean reward."""
+    """PaW: multiply by 1 - the group's mean reward."""
     temperature: Literal["one", "sampling"] = "one"
-    """Of the log-probabilities of targets."""
+    """Temperature of the log-probabilities of target tokens: 1, or that of sampling."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -166,14 +169,14 @@ class WorldOptions:
                 raise ConfigError(f"world.weights gives {name!r} {weight}; use a finite weight >= 0")
 
     def weight(self, role: str, tool: str | None) -> float:
-        """Of a target token of a role, in the answer to a tool."""
+        """Return the weight of a target token of a role, in the observation of a tool."""
         weights = self.weights or {}
         return weights.get(role, 1.0) * weights.get(f"{TOOL_PREFIX}{tool}", 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """What is minimised. ``policy_coeff=0`` learns from observations alone and needs no verifier."""
+    """Settings of the objective, policy_coeff * policy term + world_model_coeff * world-model term."""
 
     policy_coeff: float = 1.0
     """0 learns from observations alone and needs no verifier."""
@@ -186,9 +189,9 @@ class ObjectiveConfig:
     world_normalizer: WorldNormalizer = "sequence_mean"
     """Denominator of the world-model term."""
     world_loss_target: WorldLossTarget = "env_only"
-    """Which roles of tokens the world-model term learns."""
+    """Token roles that the world-model term learns."""
     max_seq_len: int | None = None
-    """Tokens: the L of fixed_length, and used by nothing else; null in a run is rollout.max_tokens."""
+    """Tokens, the L of fixed_length and used for nothing else; null in a run is rollout.max_tokens."""
     policy: PolicyOptions = field(default_factory=PolicyOptions)
     world: WorldOptions = field(default_factory=WorldOptions)
 
@@ -210,12 +213,12 @@ class ObjectiveConfig:
             raise ConfigError(f"clip={list(self.clip)}: use [eps_low, eps_high], 0 <= eps_low <= 1, eps_high >= 0")
         check_choices(self)
         if "fixed_length" in (self.policy_normalizer, self.world_normalizer):
-            check_length(self.max_seq_len)
+            require_max_seq_len(self.max_seq_len)
         roles = ROLE_NAMES[self.world_loss_target]
-        idle = [name for name in self.world.weights or {} if name not in roles and not name.startswith(TOOL_PREFIX)]
-        if idle:
+        unused = [name for name in self.world.weights or {} if name not in roles and not name.startswith(TOOL_PREFIX)]
+        if unused:
             raise ConfigError(
-                f"world.weights names {idle}, which world_loss_target={self.world_loss_target!r} never selects; "
+                f"world.weights names {unused}, which world_loss_target={self.world_loss_target!r} never selects; "
                 "leave them out, or choose a target that holds them"
             )
         if not any(self.world.weight(role, None) for role in roles):
@@ -225,14 +228,14 @@ class ObjectiveConfig:
             )
 
     def at(self, step: int) -> ObjectiveConfig:
-        """The same with the coefficient of a training step, counted from 0."""
+        """Return a copy with the coefficient of a training step, counted from 0, in place of a schedule."""
         if not isinstance(self.world_model_coeff, Schedule):
             return self
         return replace(self, world_model_coeff=self.world_model_coeff.at(step))
 
     @property
     def world_coeff(self) -> float:
-        """The coefficient as a number.
+        """Return ``world_model_coeff`` as a number.
 
         Raises:
             ConfigError: it is a schedule, so it depends on the step.
@@ -242,8 +245,8 @@ class ObjectiveConfig:
         return self.world_model_coeff
 
 
-def check_length(max_seq_len: int | None) -> int:
-    """``max_seq_len`` where it can be divided by; ConfigError else."""
+def require_max_seq_len(max_seq_len: int | None) -> int:
+    """Return ``max_seq_len``; ConfigError where it is None or below 1, so that it cannot be a denominator."""
     if max_seq_len is None or max_seq_len < 1:
         raise ConfigError(
             f"normalizer 'fixed_length' divides by max_seq_len, got {max_seq_len}; "

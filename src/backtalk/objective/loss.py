@@ -15,8 +15,8 @@ action tokens of row i, O_i its observation tokens (environment output + warning
     token_mean                1 / sum |A_i|   1 / sum |O'_i|
     fixed_length              1 / (B L)       1 / (B L)
 
-s_t is the token's ``world_scale``, 1 unless ``WorldOptions`` say otherwise. Other published forms of both terms have
-names (``losses``). B samples, T tokens. *_BT is [B, T], *_B is [B]. Position t of ``logprobs_BT`` is log p(token t |
+s_t is the token's ``world_scale``, 1 unless ``WorldOptions`` say otherwise. Published variants of both terms have
+names (``forms``). B samples, T tokens. *_BT is [B, T], *_B is [B]. Position t of ``logprobs_BT`` is log p(token t |
 tokens before).
 """
 
@@ -29,8 +29,8 @@ from torch import Tensor
 
 from backtalk.errors import ConfigError
 from backtalk.objective.batch import Batch, TokenCounts, policy_mask, target_mask
-from backtalk.objective.config import ObjectiveConfig, WorldNormalizer, check_length
-from backtalk.objective.forms import importance_weights, kl_to_reference, policy_surrogate, world_surprise
+from backtalk.objective.config import ObjectiveConfig, WorldNormalizer, require_max_seq_len
+from backtalk.objective.forms import importance_weights, kl_to_reference, policy_surrogate, world_token_loss
 from backtalk.objective.roles import WorldLossTarget, has_target_role, is_observation, is_scaffold, roles_from_masks
 
 
@@ -45,9 +45,9 @@ def token_weights(
     max_seq_len: int | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Weight of every token in the loss, 0 outside ``selected_BT``; [B, T].
+    """Return the weight of each token in the loss, 0 outside ``selected_BT``; [B, T].
 
-    ``row_tokens_B`` are the tokens that ``sequence_mean`` divides a row by, ``row_selected_B`` those selected of them.
+    ``row_tokens_B`` counts the tokens that ``sequence_mean`` divides a row by, ``row_selected_B`` the selected ones.
     ``sequences`` and ``selected_tokens`` count the whole step. A row or step without such tokens gets zeros.
     """
     selected = selected_BT.to(dtype)
@@ -59,12 +59,12 @@ def token_weights(
         case "token_mean":
             return selected / max(selected_tokens, 1)
         case "fixed_length":
-            return selected / (sequences * check_length(max_seq_len))
+            return selected / (sequences * require_max_seq_len(max_seq_len))
     raise ConfigError(f"normalizer={normalizer!r} is unknown; use one of {list(get_args(WorldNormalizer))}")
 
 
 def policy_weights(batch: Batch, counts: TokenCounts, config: ObjectiveConfig, dtype: torch.dtype) -> Tensor:
-    """p_t: weight of every sampled action token of rows that have a reward, 0 elsewhere; [B, T]."""
+    """Return p_t: the weight of each sampled action token in rows with a reward, 0 at other tokens; [B, T]."""
     row_actions_B = batch.sampled_BT.sum(-1) + batch.other_actions_B
     return token_weights(
         policy_mask(batch),
@@ -79,7 +79,7 @@ def policy_weights(batch: Batch, counts: TokenCounts, config: ObjectiveConfig, d
 
 
 def world_weights(batch: Batch, counts: TokenCounts, config: ObjectiveConfig, dtype: torch.dtype) -> Tensor:
-    """w_t: weight of every target token, 0 elsewhere; [B, T]."""
+    """Return w_t: the weight of each target token, 0 at other tokens; [B, T]."""
     target_BT = target_mask(batch, config)
     row_B = is_observation(batch.roles_BT).sum(-1) + batch.other_observations_B
     if config.world_loss_target == "full_observation":
@@ -98,10 +98,10 @@ def world_weights(batch: Batch, counts: TokenCounts, config: ObjectiveConfig, dt
 
 
 def policy_loss(logprobs_BT: Tensor, batch: Batch, weights_BT: Tensor, config: ObjectiveConfig) -> Tensor:
-    """Clipped policy gradient, or another form of ``PolicyOptions``; reads nothing where the weight is 0."""
+    """Compute the clipped policy loss, or a variant of ``PolicyOptions``; ignores tokens of weight 0."""
     options, trained_BT = config.policy, weights_BT > 0
     sampled_BT, cap = batch.sampling_logprobs_BT.to(logprobs_BT.dtype), options.max_importance_ratio
-    # With a cap the ratio is between policies of the trainer, and where the sampler's was another one is a weight.
+    # With a cap the ratio compares policies of the trainer, and the gap between trainer and sampler is a weight.
     old_BT = sampled_BT if cap is None else logprobs_BT.detach()
     loss_BT = policy_surrogate(logprobs_BT, old_BT, batch.advantages_B, trained_BT, config.clip, options.loss)
     if cap is not None:
@@ -112,6 +112,7 @@ def policy_loss(logprobs_BT: Tensor, batch: Batch, weights_BT: Tensor, config: O
 
 
 def _reference(batch: Batch) -> Tensor:
+    """Return the reference log-probabilities; ConfigError where the batch has none."""
     if batch.reference_logprobs_BT is None:
         raise ConfigError(
             "policy.kl_coeff > 0 needs the reference policy's log-probabilities, and this batch has none; "
@@ -121,9 +122,9 @@ def _reference(batch: Batch) -> Tensor:
 
 
 def world_model_loss(logprobs_BT: Tensor, weights_BT: Tensor, config: ObjectiveConfig | None = None) -> Tensor:
-    """Weighted negative log-likelihood of target tokens, in nats (ECHO, eq. 3)."""
+    """Compute the weighted negative log-likelihood of target tokens, in nats (ECHO, eq. 3)."""
     loss = "cross_entropy" if config is None else config.world.loss
-    return (world_surprise(logprobs_BT, weights_BT > 0, loss) * weights_BT).sum()
+    return (world_token_loss(logprobs_BT, weights_BT > 0, loss) * weights_BT).sum()
 
 
 def world_model_loss_from_masks(
@@ -135,10 +136,10 @@ def world_model_loss_from_masks(
     target: WorldLossTarget = "env_only",
     max_seq_len: int | None = None,
 ) -> Tensor:
-    """The world-model term from bare tensors, where all rows of the step are given at once; scalar, in nats.
+    """Compute the world-model term from plain tensors that hold all rows of the step; scalar, in nats.
 
-    The masks are bool and disjoint, aligned with ``logprobs_BT``: column t speaks of token t. Template roles
-    are not known here, so ``full_observation`` is refused with ConfigError.
+    The masks are bool and disjoint, aligned with ``logprobs_BT``: column t describes token t. Template roles are not
+    known here, so ``full_observation`` is refused with ConfigError.
     """
     if target == "full_observation":
         raise ConfigError("target='full_observation' needs the roles of template tokens; use objective() on a Batch")
@@ -160,10 +161,10 @@ def world_model_loss_from_masks(
 def objective(
     logprobs_BT: Tensor, batch: Batch, counts: TokenCounts, config: ObjectiveConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one micro-batch, and both terms before their coefficients; all add up over the step.
+    """Compute the loss of a micro-batch and, as metrics, both terms before their coefficients; all sum over the step.
 
-    A term whose coefficient is 0 is measured and takes no part in the graph: with ``world_model_coeff=0``
-    the total is plain GRPO bit for bit.
+    A term whose coefficient is 0 is measured without a graph: with ``world_model_coeff=0`` the total is plain GRPO bit
+    for bit.
     """
     p_BT = policy_weights(batch, counts, config, logprobs_BT.dtype)
     w_BT = world_weights(batch, counts, config, logprobs_BT.dtype)

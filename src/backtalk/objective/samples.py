@@ -126,7 +126,7 @@ def build_samples(
     staleness = _staleness(group, policy_version)
     # Tokens after the prompt; what a later branch takes over from an earlier one has no turn, and counts once.
     lengths = [sum(len(segment) for segment in trajectory.segments if segment.turn is not None) for trajectory in group]
-    penalties = [config.policy.length_penalty.of(length) for length in lengths]
+    penalties = [config.policy.length_penalty.for_length(length) for length in lengths]
     rewards = [
         None if trajectory.reward is None or staleness > config.policy.max_staleness else trajectory.reward - penalty
         for trajectory, penalty in zip(group, penalties, strict=True)

@@ -1,7 +1,6 @@
-"""Which observations the world-model term may learn from, and how much: gates, weights, caps, PaW's choices.
+"""Selection of the observations that the world-model term learns from: gates, weights, caps and PaW's choices.
 
-Everything here sees a whole group, because gates and choices compare its rollouts. Plain floats, so that whoever reads
-a run folder can work out the same numbers.
+The functions take a whole group, because gates and choices compare its rollouts.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ from backtalk.objective.config import ObjectiveConfig, WorldOptions
 from backtalk.objective.roles import is_target
 from backtalk.trajectory import Segment, Trajectory, TrajectoryGroup
 
-SOLVED = 1.0  # a rollout with at least this reward counts as correct
+SOLVED_REWARD = 1.0  # a rollout with at least this reward counts as correct
 
 
 def world_scales(group: TrajectoryGroup, config: ObjectiveConfig) -> list[list[float] | None]:
-    """What each token's weight in the world-model term is multiplied by; one list a trajectory, over all its branches.
+    """Return the factor on each token's weight in the world-model term, one list a trajectory, over all its branches.
 
-    None is 1 everywhere.
+    None stands for 1 everywhere.
     """
     options = config.world
-    shares = observation_shares(group, options)
-    kept = uncertain_turns(group, options.entropy_share)
+    shares = rollout_scales(group, options)
+    kept = high_entropy_turns(group, options.entropy_share)
     plain = kept is None and options.weights is None and options.max_tokens_per_observation is None
     return [
         None if plain and share == 1 else _scales(trajectory, share, None if kept is None else kept[i], config)
@@ -33,8 +32,9 @@ def world_scales(group: TrajectoryGroup, config: ObjectiveConfig) -> list[list[f
 
 
 def _scales(trajectory: Trajectory, share: float, turns: frozenset[int] | None, config: ObjectiveConfig) -> list[float]:
+    """Return the factor on each token of a trajectory, from its rollout's scale and the turns that are kept."""
     options, cap = config.world, config.world.max_tokens_per_observation
-    taken: dict[int, int] = {}  # target tokens that a turn's observation has so far
+    taken: dict[int, int] = {}  # target tokens so far, by turn
     scales: list[float] = []
     for segment in trajectory.segments:
         scale = share if turns is None or segment.turn in turns else 0.0
@@ -49,22 +49,22 @@ def _scales(trajectory: Trajectory, share: float, turns: frozenset[int] | None, 
     return scales
 
 
-def observation_shares(group: TrajectoryGroup, options: WorldOptions) -> list[float]:
-    """What each rollout's observations count for as a whole: 0 behind a gate, else 1 or PaW's balance."""
-    allowed = [_passes(trajectory, options) for trajectory in group]
+def rollout_scales(group: TrajectoryGroup, options: WorldOptions) -> list[float]:
+    """Return the factor on each rollout's observations: 0 where a gate excludes it, else 1 or PaW's scale."""
+    allowed = [_passes_gates(trajectory, options) for trajectory in group]
     if options.min_correct > 0:
-        correct = [trajectory.reward is not None and trajectory.reward >= SOLVED for trajectory in group]
+        correct = [trajectory.reward is not None and trajectory.reward >= SOLVED_REWARD for trajectory in group]
         solved = sum(a and c for a, c in zip(allowed, correct, strict=True))
         others = math.floor(solved * (1 - options.min_correct) / options.min_correct + 1e-9)
         for i, is_correct in enumerate(correct):
             if allowed[i] and not is_correct:
                 allowed[i], others = others > 0, others - 1
-    balance = return_balance(group.rewards) if options.return_adaptive else 1.0
-    return [balance if is_allowed else 0.0 for is_allowed in allowed]
+    scale = return_adaptive_scale(group.rewards) if options.return_adaptive else 1.0
+    return [scale if is_allowed else 0.0 for is_allowed in allowed]
 
 
-def _passes(trajectory: Trajectory, options: WorldOptions) -> bool:
-    """echo-rl's two gates on how well a rollout was written; a rollout without a turn passes none."""
+def _passes_gates(trajectory: Trajectory, options: WorldOptions) -> bool:
+    """Return whether a rollout passes echo-rl's gates on valid calls and clean turns; without a turn it passes none."""
     turns, stats = trajectory.num_turns, trajectory.stats
     if options.min_valid_calls == options.min_clean_turns == 0:
         return True
@@ -75,11 +75,11 @@ def _passes(trajectory: Trajectory, options: WorldOptions) -> bool:
     return valid >= options.min_valid_calls and clean >= options.min_clean_turns
 
 
-def return_balance(rewards: Sequence[float | None]) -> float:
-    """1 - mean reward: the better a group does, the less its world-model term counts (PaW, arXiv 2606.02388).
+def return_adaptive_scale(rewards: Sequence[float | None]) -> float:
+    """Return 1 - mean reward: the better a group does, the less its world-model term counts (PaW, arXiv 2606.02388).
 
     Raises:
-        ConfigError: a reward outside [0, 1], for which this is no weight.
+        ConfigError: a reward outside [0, 1], which would give a weight outside [0, 1].
     """
     known = [reward for reward in rewards if reward is not None]
     if any(not 0 <= reward <= 1 for reward in known):
@@ -90,11 +90,11 @@ def return_balance(rewards: Sequence[float | None]) -> float:
     return 1 - math.fsum(known) / len(known) if known else 1.0
 
 
-def uncertain_turns(group: TrajectoryGroup, share: float) -> list[frozenset[int]] | None:
-    """The turns of each rollout that are among the ``share`` of the group's turns with the highest action entropy.
+def high_entropy_turns(group: TrajectoryGroup, share: float) -> list[frozenset[int]] | None:
+    """Return each rollout's turns among the ``share`` of the group's turns with the highest action entropy.
 
-    Entropy is estimated by the mean of -logprob over a turn's sampled tokens, in nats; a turn without any has none, and
-    is not among them. None where all are kept.
+    Entropy is estimated by the mean of -logprob over a turn's sampled tokens, in nats; a turn without sampled tokens
+    has none and is left out. None means that all turns are kept.
     """
     if share >= 1:
         return None
@@ -104,14 +104,14 @@ def uncertain_turns(group: TrajectoryGroup, share: float) -> list[frozenset[int]
             for i, trajectory in enumerate(group)
             for turn, sampled in _sampled_turns(trajectory)
         ),
-        key=lambda found: (-found[0], found[1:]),
+        key=lambda entry: (-entry[0], entry[1:]),
     )
     kept = entropies[: math.ceil(share * len(entropies) - 1e-9)]
     return [frozenset(turn for _, k, turn in kept if k == i) for i in range(len(group))]
 
 
 def _sampled_turns(trajectory: Trajectory) -> Iterator[tuple[int, list[Segment]]]:
-    """Each turn of which something was sampled, with that."""
+    """Yield each turn that has sampled tokens, with its sampled segments."""
     for action in trajectory.actions:
         sampled = [segment for segment in action if segment.is_sampled]
         if sampled:

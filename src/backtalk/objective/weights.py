@@ -1,7 +1,7 @@
-"""Weights of every token in the loss of one optimizer step, for the record of whoever trains.
+"""Weights of each token in the loss of one optimizer step, to be written beside the step's trajectories.
 
-They come from the functions that the loss itself uses, on the samples that it is given, so nothing has to work them
-out again later from rewards and settings. *_T is [T], the tokens of one sample.
+``objective`` computes its loss with the same ``policy_weights`` and ``world_weights`` from the same samples, so the
+viewer need not compute them again from rewards and settings. *_T is [T], the tokens of one sample.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from backtalk.trajectory import TokenWeights
 def step_weights(samples: Sequence[Sample], config: ObjectiveConfig) -> list[TokenWeights]:
     """Return the weights of each row of a step, in the order of its samples.
 
-    ``samples`` are the whole step, the branches of a row one after the other, as ``build_samples`` makes them;
-    ``config`` is the step's own, its coefficient a number.
+    ``samples`` is the whole step, the branches of a row one after the other, as ``build_samples`` makes them.
+    ``config`` is that of the step, its coefficient a number.
     """
     counts = TokenCounts.of(samples, config.world_loss_target)
     rows: list[TokenWeights] = []

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from backtalk.engines.base import Engine
 from backtalk.language.renderer import Renderer
 from backtalk.objective.config import ObjectiveConfig
-from backtalk.objective.selection import SOLVED
+from backtalk.objective.selection import SOLVED_REWARD
 from backtalk.rollout.groups import EnvFactory, run_groups
 from backtalk.rollout.limits import RolloutLimits
 from backtalk.rollout.sampler import SamplingParams
@@ -138,7 +138,7 @@ def _task_result(group: TrajectoryGroup, nats: Sequence[tuple[float, int]]) -> T
         task_id=group.task_id,
         rollouts=len(group),
         scored=len(rewards),
-        solved=sum(reward >= SOLVED for reward in rewards),
+        solved=sum(reward >= SOLVED_REWARD for reward in rewards),
         reward_sum=float(sum(rewards)),
         env_nats=sum(n for n, _ in nats),
         env_tokens=sum(count for _, count in nats),
@@ -170,7 +170,7 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     per_rollout = {name: mean([t.stats.get(name, 0.0) for t in rollouts]) for name in COUNTED_STATS}
     return {
         "reward": mean(rewards),
-        "solved": mean([float(reward >= SOLVED) for reward in rewards]),
+        "solved": mean([float(reward >= SOLVED_REWARD) for reward in rewards]),
         "rollouts": len(rollouts),
         "no_reward": len(rollouts) - len(rewards),
         "failed": sum(t.failure is not None for t in rollouts),

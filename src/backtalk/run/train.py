@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from backtalk.engines.checkpoint import find_checkpoint, write_atomically
 from backtalk.engines.choose import open_engine
-from backtalk.engines.guard import guard
+from backtalk.engines.guard import step_warnings
 from backtalk.errors import ConfigError, DataError
 from backtalk.language.renderer import Renderer
 from backtalk.objective.samples import build_samples
@@ -209,7 +209,7 @@ class Run:
             log.write_weights(step, groups, step_weights(samples, objective))
         seconds = time_metrics(groups, rollout_seconds, time.monotonic() - started)
         rolled = rollout_metrics(groups)
-        for line in guard(rolled, objective):  # the engine logs its own
+        for line in step_warnings(rolled, objective):  # the engine logs its own
             self.tell(Notice(f"step {step}: {line}"))
         metrics = rolled | row_metrics(samples, objective) | learned | seconds
         log.write_metrics(step, metrics)

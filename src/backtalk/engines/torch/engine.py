@@ -19,14 +19,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from backtalk.engines.guard import guard
+from backtalk.engines.guard import step_warnings
 from backtalk.engines.metrics import StepRecord, token_metrics
 from backtalk.engines.torch import checkpoint as checkpoints
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.logprobs import Scores, TokenScorer
 from backtalk.engines.torch.model import (
     add_lora,
-    enable_checkpointing,
+    enable_gradient_checkpointing,
     load_adapter,
     load_model,
     quiet_transformers,
@@ -34,7 +34,7 @@ from backtalk.engines.torch.model import (
     resolve_dtype,
 )
 from backtalk.engines.torch.optimizer import StepOptimizer
-from backtalk.engines.torch.packing import Part, packing_pays, plan
+from backtalk.engines.torch.packing import MicroBatch, packing_is_faster, plan_micro_batches
 from backtalk.errors import ConfigError, DataError
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.language.tokenizer import load_tokenizer, model_location
@@ -70,8 +70,8 @@ class TorchEngine:
         self.model: Any = load_model(self.location, self.device, self._dtype)
         self._peft: Any = add_lora(self.model, config.lora_rank, seed) if config.lora_rank else None
         if config.gradient_checkpointing:
-            enable_checkpointing(self.model)
-        packs = config.packing == "on" or (config.packing == "auto" and packing_pays(self.model))
+            enable_gradient_checkpointing(self.model)
+        packs = config.packing == "on" or (config.packing == "auto" and packing_is_faster(self.model))
         self._scorer = TokenScorer(self.model, try_packing=packs)
         self._check_packing()
         self._reference: TokenScorer | None = None  # loaded when a KL term first asks for it
@@ -137,7 +137,7 @@ class TorchEngine:
                 metrics["target_tokens"],
                 metrics["grad_norm"],
             )
-        lines = {line.partition("=")[0]: line for line in guard(metrics, config)}
+        lines = {line.partition("=")[0]: line for line in step_warnings(metrics, config)}
         for name in sorted(lines.keys() - self._warned):  # once, until it has been well again
             log.warning("step %d: %s", self._policy_version, lines[name])
         self._warned = set(lines)
@@ -183,7 +183,7 @@ class TorchEngine:
         losses: dict[str, float] = {"policy_loss": 0.0, "world_model_loss": 0.0, "total_loss": 0.0}
         record, has_gradient = StepRecord(), False
         self.model.train(self.config.gradient_checkpointing)  # which only works in that mode; dropout is 0 anyway
-        for part in self._parts(samples):
+        for part in self._micro_batches(samples):
             batch, row_sizes = self._collate(part)
             if config.policy.kl_coeff > 0:
                 batch = replace(batch, reference_logprobs_BT=self._reference_logprobs(batch, row_sizes, config))
@@ -201,10 +201,10 @@ class TorchEngine:
         self.model.eval()
         return losses, record, has_gradient
 
-    def _parts(self, samples: Sequence[Sample]) -> list[Part]:
-        return plan(samples, self.config.max_tokens_per_microbatch, packing=self._scorer.packs)
+    def _micro_batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
+        return plan_micro_batches(samples, self.config.max_tokens_per_microbatch, packing=self._scorer.packs)
 
-    def _collate(self, part: Part) -> tuple[Batch, list[int]]:
+    def _collate(self, part: MicroBatch) -> tuple[Batch, list[int]]:
         batch = collate([sample for row in part for sample in row], self.pad_token_id)
         return batch.to(self.device), [len(row) for row in part]
 
@@ -217,12 +217,12 @@ class TorchEngine:
         counts: TokenCounts | None = None,
     ) -> Scores:
         """Each token at its temperature; a graph only where a term will use it, and none without ``counts``."""
-        foreseen_BT, trained_BT = None, torch.zeros_like(batch.roles_BT, dtype=torch.bool)
+        grad_hint_BT, trained_BT = None, torch.zeros_like(batch.roles_BT, dtype=torch.bool)
         if counts is not None:
             trained_BT = trained_mask(batch, config)
             if config.world_coeff > 0 and config.world.loss == "cross_entropy":  # linear: its gradient is its weight
                 dtype = torch.float64 if self._dtype == torch.float64 else torch.float32
-                foreseen_BT = -(config.world_coeff * world_weights(batch, counts, config, dtype))
+                grad_hint_BT = -(config.world_coeff * world_weights(batch, counts, config, dtype))
         return scorer.scores(
             batch.token_ids_BT,
             batch.lengths_B,
@@ -230,7 +230,7 @@ class TorchEngine:
             trained_BT=trained_BT,
             measured_BT=measured_mask(batch, config) if counts is not None else batch.sampled_BT,
             temperature_BT=token_temperatures(batch, config),
-            foreseen_BT=foreseen_BT,
+            grad_hint_BT=grad_hint_BT,
         )
 
     @torch.no_grad()
@@ -247,7 +247,7 @@ class TorchEngine:
         branches = [to_samples(trajectory) for trajectory in trajectories]
         samples = [replace(s, sample_index=i) for i, s in enumerate(s for row in branches for s in row)]
         scores: list[list[float]] = [[] for _ in samples]
-        for part in self._parts(samples):
+        for part in self._micro_batches(samples):
             batch, row_sizes = self._collate(part)
             real_BT = torch.arange(batch.token_ids_BT.shape[1], device=self.device) < batch.lengths_B[:, None]
             found = self._scorer.scores(

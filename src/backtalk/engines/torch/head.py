@@ -6,8 +6,8 @@ That costs one matrix product more than keeping them: four instead of three. It 
 be had in the forward pass:
 
 - d(log p)/d(states) does not depend on the loss, so a frozen head (LoRA) needs nothing again;
-- a cross-entropy is linear in log p, so its gradient is known before: the caller may say it as ``foreseen_N``.
-  The gradient is linear in it too, so the backward pass adds what was not foreseen, and a wrong guess costs
+- a cross-entropy is linear in log p, so its gradient is known before: the caller may pass it as ``grad_hint_N``.
+  The gradient is linear in it too, so the backward pass adds what the hint missed, and a wrong guess costs
   time and changes nothing.
 
 N tokens, D hidden size, V vocabulary, C tokens of a chunk.
@@ -33,15 +33,15 @@ def head_logprobs(
     bias_V: Tensor | None,
     token_ids_N: Tensor,
     temperature_N: Tensor,
-    foreseen_N: Tensor | None = None,
+    grad_hint_N: Tensor | None = None,
 ) -> Tensor:
     """log_softmax((states @ weight.T + bias) / temperature) at ``token_ids_N``, in nats; float32 or wider, [N].
 
-    ``foreseen_N`` is d(loss)/d(result) as far as it is known already, 0 elsewhere. It makes the backward pass
+    ``grad_hint_N`` is d(loss)/d(result) as far as it is known already, 0 elsewhere. It makes the backward pass
     cheaper where it is right, and is without effect on any result.
     """
     if torch.is_grad_enabled() and (states_ND.requires_grad or weight_VD.requires_grad):
-        return _HeadLogprobs.apply(states_ND, weight_VD, bias_V, token_ids_N, temperature_N, foreseen_N)
+        return _HeadLogprobs.apply(states_ND, weight_VD, bias_V, token_ids_N, temperature_N, grad_hint_N)
     head = _Head(states_ND, weight_VD, bias_V, token_ids_N, temperature_N)
     logprobs_N = head.empty(len(states_ND))
     for rows_C, logprobs_CV in head.chunks(torch.arange(len(states_ND), device=states_ND.device)):
@@ -132,7 +132,7 @@ class _HeadLogprobs(torch.autograd.Function):
         bias_V: Tensor | None,
         token_ids_N: Tensor,
         temperature_N: Tensor,
-        foreseen_N: Tensor | None,
+        grad_hint_N: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(states_ND, weight_VD, bias_V, token_ids_N, temperature_N)
         head = _Head(states_ND, weight_VD, bias_V, token_ids_N, temperature_N)
@@ -140,31 +140,31 @@ class _HeadLogprobs(torch.autograd.Function):
         logprobs_N = head.empty(len(states_ND))
         ctx.is_frozen = not any(ctx.needs_input_grad[1:3])
         if ctx.is_frozen:
-            foreseen_N = torch.ones_like(logprobs_N)  # the backward pass scales it
-        elif foreseen_N is None:
-            foreseen_N = torch.zeros_like(logprobs_N)
-        for rows_C, logprobs_CV in head.chunks(foreseen_N.nonzero()[:, 0]):
+            grad_hint_N = torch.ones_like(logprobs_N)  # the backward pass scales it
+        elif grad_hint_N is None:
+            grad_hint_N = torch.zeros_like(logprobs_N)
+        for rows_C, logprobs_CV in head.chunks(grad_hint_N.nonzero()[:, 0]):
             logprobs_N[rows_C] = head.chosen(logprobs_CV, rows_C)
-            head.add_gradient(rows_C, logprobs_CV, foreseen_N[rows_C])
+            head.add_gradient(rows_C, logprobs_CV, grad_hint_N[rows_C])
         last = None
-        for rows_C, logprobs_CV in head.chunks((foreseen_N == 0).nonzero()[:, 0]):
+        for rows_C, logprobs_CV in head.chunks((grad_hint_N == 0).nonzero()[:, 0]):
             logprobs_N[rows_C] = head.chosen(logprobs_CV, rows_C)
             last = rows_C, logprobs_CV  # what the buffer holds at the end need not be computed again
-        ctx.head, ctx.foreseen_N, ctx.last = head, foreseen_N, last
+        ctx.head, ctx.grad_hint_N, ctx.last = head, grad_hint_N, last
         return logprobs_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        head, foreseen_N, last = ctx.head, ctx.foreseen_N, ctx.last
+        head, grad_hint_N, last = ctx.head, ctx.grad_hint_N, ctx.last
         ctx.head = ctx.last = None
         if head is None:  # a second backward pass over a graph that was retained
             head = _Head(*ctx.saved_tensors)
             head.want(*ctx.needs_input_grad[:3])
-            foreseen_N, last = torch.zeros_like(foreseen_N), None
+            grad_hint_N, last = torch.zeros_like(grad_hint_N), None
         elif ctx.is_frozen:
             return head.grad_states_ND * grad_N[:, None].to(head.states_ND.dtype), None, None, None, None, None
-        missing_N = grad_N.to(foreseen_N.dtype) - foreseen_N
+        missing_N = grad_N.to(grad_hint_N.dtype) - grad_hint_N
         if last is not None and bool(missing_N[last[0]].any()):
             rows_C, logprobs_CV = last
             head.add_gradient(rows_C, logprobs_CV, missing_N[rows_C])

@@ -1,24 +1,21 @@
-"""Keys and values of many histories at once: kept from turn to turn, or made anew for every wave.
+"""Key-value caches of the batched sampler: kept from turn to turn, or computed anew for every wave.
 
-Legend: R rows of the buffer (one for each live session), N rows of the wave, M of them still decoding,
-Q new tokens of a row, C columns, K columns that are read, H key-value heads, D head size, V vocabulary.
-
-``PersistentRows`` writes the token at position p of a history into column p of its row. Rows of uneven
-length then need no bookkeeping: a query at position p may read exactly the columns 0..p, padding goes to a
-column that nothing reads, and a history that was changed is cut by forgetting a length.
+A wave is one batch of histories that are continued together. Legend: N rows of the wave, M of them still decoding,
+Q new tokens of a row, K columns that are read, V vocabulary.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from backtalk.engines.torch.kv_layer import RowLayer, Window
 from backtalk.errors import ConfigError
 
 COLUMN_STEP = 128  # columns are added in steps of this, so that growing is rare
@@ -26,7 +23,7 @@ COLUMN_STEP = 128  # columns are added in steps of this, so that growing is rare
 
 @dataclass(frozen=True, slots=True)
 class History:
-    """One row of a wave: all ids so far. ``owner`` is what the cache remembers it by."""
+    """All tokens so far of one row of a wave; the cache knows the row by its ``owner``."""
 
     owner: Hashable
     token_ids: tuple[int, ...]
@@ -34,36 +31,39 @@ class History:
 
 @dataclass(slots=True)
 class KVStats:
-    """Running counts, in tokens unless named otherwise."""
+    """Running counts of a cache, in tokens unless named otherwise."""
 
     prefilled_tokens: int = 0  # went through the model, padding not counted
     reused_tokens: int = 0  # were in the cache
-    shared_tokens: int = 0  # copied from a sibling with the same history
-    rewritten_histories: int = 0  # a history that did not begin with what the cache held
+    shared_tokens: int = 0  # copied from a row with the same history
+    rewritten_histories: int = 0  # histories that did not begin with what the cache held
 
 
-class Rows(Protocol):
-    """What a wave needs of a cache."""
+class KVCache(Protocol):
+    """A key-value cache as the sampler uses it, one wave after the other."""
 
     stats: KVStats
 
     def begin(self, histories: Sequence[History], others: Sequence[Hashable]) -> tuple[list[int], Tensor]:
-        """Run what is new; keep the rows of ``others``. Returns the history in each row and logits [N, V]."""
+        """Run the new tokens of a wave, and keep the rows of the owners ``others``.
+
+        Returns the index of the history in each row, and the logits after its last token, [N, V].
+        """
         ...
 
     def step(self, ids_M: Tensor) -> Tensor:
-        """Append one token to each row that still decodes. Returns logits [M, V].
+        """Append one token to each decoding row and return the next logits, [M, V].
 
-        What is appended to a row that has finished is forgotten at ``end``.
+        Tokens appended to a row that has finished are forgotten at ``end``.
         """
         ...
 
     def keep(self, alive: Sequence[bool]) -> list[int]:
-        """Stop decoding the other rows. Returns the old place of each row that stays."""
+        """Stop decoding the rows that are not alive, and return the old index of each row that stays."""
         ...
 
     def end(self, histories: Sequence[History]) -> None:
-        """Close the wave with what each owner's row now holds."""
+        """Close the wave with the tokens that each owner's row now holds."""
         ...
 
     def clear(self) -> None:
@@ -71,22 +71,28 @@ class Rows(Protocol):
         ...
 
 
-def open_rows(model: nn.Module, pad_token_id: int, device: torch.device, persistent: bool) -> tuple[Rows, str | None]:
-    """The cache for this model, and why it cannot be the persistent one although that was asked for."""
+def open_kv_cache(
+    model: nn.Module, pad_token_id: int, device: torch.device, persistent: bool
+) -> tuple[KVCache, str | None]:
+    """Return a cache for a model, and the reason where a persistent one was asked for and cannot be had.
+
+    Raises:
+        ConfigError: a model without any attention layer.
+    """
     # transformers 5.24: a Mamba takes a cache, and goes wrong after a left-padded history; hybrids do not.
-    if _cache_name(model) is None or {kind.__name__ for kind in _layer_kinds(model)} == {"LinearAttentionLayer"}:
+    if _cache_argument(model) is None or {kind.__name__ for kind in _layer_kinds(model)} == {"LinearAttentionLayer"}:
         raise ConfigError(
             f"{type(model).__name__} has no attention layer, so its state cannot be carried from token to token "
-            "here; use a model with some"
+            "here; use a model with attention layers"
         )
-    reason = why_not_persistent(model) if persistent else None
+    reason = persistence_obstacle(model) if persistent else None
     if persistent and reason is None:
-        return PersistentRows(model, pad_token_id, device), None
-    return FreshRows(model, pad_token_id, device), reason
+        return PersistentKVCache(model, pad_token_id, device), None
+    return FreshKVCache(model, pad_token_id, device), reason
 
 
-def why_not_persistent(model: nn.Module) -> str | None:
-    """Why positions cannot be columns for this model; None where they can (every layer full attention)."""
+def persistence_obstacle(model: nn.Module) -> str | None:
+    """Return why a model cannot use ``PersistentKVCache``, or None where every layer is full attention."""
     config: Any = model.config
     attention = getattr(config, "_attn_implementation", None)
     if attention not in ("sdpa", "eager"):
@@ -100,85 +106,36 @@ def why_not_persistent(model: nn.Module) -> str | None:
 
 
 def _layer_kinds(model: Any) -> set[type]:
+    """Return the classes of cache layers that transformers gives this model."""
     return {type(layer) for layer in DynamicCache(config=model.config).layers}
 
 
 def _parameters(model: nn.Module) -> set[str]:
+    """Return the argument names of the model's forward."""
     wrapper: Any = model
     inner = wrapper.get_base_model() if hasattr(model, "get_base_model") else model  # a PEFT wrapper hides them
     return set(inspect.signature(inner.forward).parameters)
 
 
-def _cache_name(model: nn.Module) -> str | None:
-    return next(iter({"cache", "past_key_values"} & _parameters(model)), None)  # the first since transformers 5.24
+def _cache_argument(model: nn.Module) -> str | None:
+    """Return the name of the forward's cache argument, which is "cache" since transformers 5.24."""
+    return next(iter({"cache", "past_key_values"} & _parameters(model)), None)
 
 
-def _last_column_only(model: nn.Module) -> dict[str, Any]:
+def _last_logits_only(model: nn.Module) -> dict[str, Any]:
+    """Return the arguments that make a model compute the logits of the last column alone."""
     return {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
 
 
-@dataclass(frozen=True, slots=True)
-class _Window:
-    """What one forward pass writes and reads: set before it, read by every layer."""
-
-    rows: slice
-    columns: int  # K
-    targets_NQ: Tensor  # the column of each new token
-    _slots: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-
-    def slots(self, heads: int, columns: int) -> Tensor:
-        """Where [N, H, Q] new vectors go in a buffer [R, H, C] that is flattened. Layers alike share it."""
-        if (heads, columns) not in self._slots:
-            rows_N = torch.arange(self.rows.start, self.rows.stop, device=self.targets_NQ.device)
-            lines_NH = rows_N[:, None] * heads + torch.arange(heads, device=self.targets_NQ.device)
-            slots_NHQ = lines_NH[:, :, None] * columns + self.targets_NQ[:, None, :]
-            self._slots[heads, columns] = slots_NHQ.flatten()
-        return self._slots[heads, columns]
-
-
-class _RowLayer(DynamicLayer):
-    """One layer's keys and values, [R, H, C, D] each: on a CPU this order reads twice as fast as [R, C, H, D]."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows = self.columns = 0
-        self.window = _Window(slice(0), 0, torch.empty(0))
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            # Zeros, not empty: a masked column has weight 0, and 0 * NaN would reach the result.
-            self.keys, self.values = (
-                new.new_zeros((self.rows, new.shape[1], self.columns, new.shape[3]))
-                for new in (key_states, value_states)
-            )
-            self.is_initialized = True
-        keys, values = self.grids()
-        return self._write(keys, key_states), self._write(values, value_states)
-
-    def _write(self, grid: Tensor, new: Tensor) -> Tensor:
-        slots = self.window.slots(new.shape[1], self.columns)
-        grid.view(-1, new.shape[3]).index_copy_(0, slots, new.reshape(-1, new.shape[3]))
-        return grid[self.window.rows, :, : self.window.columns]
-
-    def grids(self) -> list[Tensor]:
-        """Keys and values, [R, H, C, D]. Empty before the first forward pass."""
-        return [grid for grid in (self.keys, self.values) if grid is not None]
-
-    def rebuild(self, rows: int, columns: int, to: Tensor, at: Tensor) -> None:
-        """Change the shape; old rows ``at`` become rows ``to``."""
-        used, old = min(columns, self.columns), self.grids()
-        self.rows, self.columns = rows, columns
-        if self.is_initialized:
-            self.keys, self.values = (grid.new_zeros((rows, grid.shape[1], columns, grid.shape[3])) for grid in old)
-            for new_grid, old_grid in zip(self.grids(), old, strict=True):
-                new_grid[to, :, :used] = old_grid[at, :, :used]
-
-
-class PersistentRows:
+class PersistentKVCache:
     """One row for each live session, kept between waves.
 
-    A wave's rows are the first N of the buffer, those with most new tokens first, so that both prefilling a
-    group of rows and decoding those that are still alive read plain slices.
+    The token at position p of a history is in column p of its row. Rows of uneven length then need no bookkeeping: a
+    query at position p may read exactly the columns 0..p, padding goes to a column that nothing reads, and a history
+    that was changed is cut by forgetting a length.
+
+    A wave's rows are the first N of the buffer, those with most new tokens first, so that both prefilling a group of
+    rows and decoding those that are still alive read plain slices.
     """
 
     def __init__(
@@ -188,20 +145,20 @@ class PersistentRows:
         device: torch.device,
         *,
         max_tokens: int | None = None,  # of one forward pass, padding included
-        max_padding: int | None = None,  # tokens of padding worth bearing to save a pass
+        max_padding: int | None = None,  # tokens of padding accepted to save a pass
     ) -> None:
         self.stats = KVStats()
         self._model: Any = model
-        self._pad, self._device = pad_token_id, device
+        self._pad_token_id, self._device = pad_token_id, device
         self._max_tokens = max_tokens or (2048 if device.type == "cpu" else 16_384)
         self._max_padding = max_padding or (64 if device.type == "cpu" else 4096)
-        self._extra, self._cache_name = _last_column_only(model), _cache_name(model) or ""
+        self._extra, self._cache_argument = _last_logits_only(model), _cache_argument(model) or ""
         self._additive_mask = self._model.config._attn_implementation == "eager"
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.clear()
 
     def clear(self) -> None:
-        self._layers = [_RowLayer() for _ in DynamicCache(config=self._model.config).layers]
+        self._layers = [RowLayer() for _ in DynamicCache(config=self._model.config).layers]
         self._cache = Cache(layers=[*self._layers])
         self._columns = 0
         self._owners: list[Hashable] = []  # of each row of the buffer
@@ -211,7 +168,7 @@ class PersistentRows:
 
     def begin(self, histories: Sequence[History], others: Sequence[Hashable]) -> tuple[list[int], Tensor]:
         starts = [self._reusable(history) for history in histories]
-        first: dict[tuple[int, ...], int] = {}  # siblings with the same prompt: run it once
+        first: dict[tuple[int, ...], int] = {}  # rows with the same prompt: run it once
         twin = [
             first.setdefault(h.token_ids, i) if start == 0 else i
             for i, (h, start) in enumerate(zip(histories, starts, strict=True))
@@ -226,8 +183,8 @@ class PersistentRows:
         if unique < len(order):
             place = {i: row for row, i in enumerate(order)}
             source = torch.tensor([place[twin[i]] for i in order], device=self._device)
-            for grid in self._grids():
-                grid[unique : len(order)] = grid[source[unique:]]
+            for buffer in self._buffers():
+                buffer[unique : len(order)] = buffer[source[unique:]]
             logits_NV = logits_NV[source]
         self._next_M = torch.tensor([len(histories[i].token_ids) for i in order], device=self._device)
         self.stats.prefilled_tokens += sum(new[i] for i in order[:unique])
@@ -252,8 +209,8 @@ class PersistentRows:
             self._owners[hole], self._owners[mover] = self._owners[mover], self._owners[hole]
         if holes:
             a, b = torch.tensor(holes, device=self._device), torch.tensor(movers, device=self._device)
-            for grid in self._grids():
-                used = grid[:, :, : self._top]
+            for buffer in self._buffers():
+                used = buffer[:, :, : self._top]
                 used[a], used[b] = used[b], used[a]
         order = order[:count]
         self._next_M = self._next_M[torch.tensor(order, device=self._device)]
@@ -264,7 +221,7 @@ class PersistentRows:
         self._held |= {history.owner: history.token_ids for history in histories}
 
     def _reusable(self, history: History) -> int:
-        """How many leading tokens of this history its row holds already; at least one is always run again."""
+        """Count the leading tokens of a history that its row holds already; at least one token is always run."""
         held, ids = self._held.get(history.owner, ()), history.token_ids
         length = len(held)
         if ids[:length] != held:
@@ -273,32 +230,34 @@ class PersistentRows:
         return min(length, len(ids) - 1)
 
     def _arrange(self, owners: list[Hashable]) -> None:
-        """Put the rows of ``owners`` in this order and drop all others."""
+        """Put the rows of ``owners`` in this order, and drop all other rows."""
         if owners == self._owners:
             return
         place = {owner: row for row, owner in enumerate(self._owners)}
-        old = [(row, place[owner]) for row, owner in enumerate(owners) if owner in place]
-        self._rebuild(len(owners), self._columns, old)
+        moves = [(row, place[owner]) for row, owner in enumerate(owners) if owner in place]
+        self._rebuild(len(owners), self._columns, moves)
         self._owners = owners
         self._held = {owner: self._held[owner] for owner in owners if owner in self._held}
 
     def _grow(self, columns: int) -> None:
+        """Make room for at least ``columns`` columns."""
         if columns > self._columns:
             rounded = -(-columns // COLUMN_STEP) * COLUMN_STEP
             self._rebuild(len(self._owners), rounded, [(row, row) for row in range(len(self._owners))])
 
-    def _rebuild(self, rows: int, columns: int, old: list[tuple[int, int]]) -> None:
-        """Another shape of the buffer: for each (a, b) in ``old``, row b becomes row a."""
-        to, at = torch.tensor(old, dtype=torch.long, device=self._device).view(-1, 2).unbind(1)
+    def _rebuild(self, rows: int, columns: int, moves: list[tuple[int, int]]) -> None:
+        """Change the shape of the buffers; for each (new, old) pair of ``moves``, row old becomes row new."""
+        new_rows, old_rows = torch.tensor(moves, dtype=torch.long, device=self._device).view(-1, 2).unbind(1)
         for layer in self._layers:
-            layer.rebuild(rows, columns, to, at)
+            layer.rebuild(rows, columns, new_rows, old_rows)
         self._columns = columns
 
-    def _grids(self) -> list[Tensor]:
-        return [grid for layer in self._layers for grid in layer.grids()]
+    def _buffers(self) -> list[Tensor]:
+        """Return the keys and values of all layers, [R, H, C, D] each."""
+        return [buffer for layer in self._layers for buffer in layer.buffers()]
 
     def _prefill(self, ids: list[tuple[int, ...]], starts: list[int]) -> Tensor:
-        """Run the new tokens of the first rows; they are sorted by their number, largest first."""
+        """Run the new tokens of the first rows, which are sorted by their number, largest first; logits [rows, V]."""
         logits: list[Tensor] = []
         new = [len(row) - start for row, start in zip(ids, starts, strict=True)]
         for rows in _row_groups(new, self._max_tokens, self._max_padding):
@@ -306,9 +265,12 @@ class PersistentRows:
         return torch.cat(logits)
 
     def _prefill_group(self, rows: slice, ids: list[tuple[int, ...]], starts: list[int], new: list[int]) -> Tensor:
-        """Left padding, so that every row's last token is in the last column. Returns [rows, V]."""
+        """Run one group of rows, padded on the left so that every last token is in the last column; [rows, V]."""
         width = new[0]
-        padded = [[self._pad] * (width - n) + list(row[start:]) for row, start, n in zip(ids, starts, new, strict=True)]
+        padded = [
+            [self._pad_token_id] * (width - n) + list(row[start:])
+            for row, start, n in zip(ids, starts, new, strict=True)
+        ]
         ids_NQ = torch.tensor(padded, device=self._device)
         ends = torch.tensor([len(row) for row in ids], device=self._device)
         positions_NQ = ends[:, None] - width + torch.arange(width, device=self._device)
@@ -323,10 +285,10 @@ class PersistentRows:
     def _forward(
         self, rows: slice, ids: Tensor, positions: Tensor, columns: int, is_pad: Tensor | None = None
     ) -> Tensor:
-        """Run [n, Q] tokens at these positions against the first ``columns`` columns. Returns [n, V]."""
+        """Run [n, Q] tokens at these positions against the first ``columns`` columns; logits of the last, [n, V]."""
         targets = positions if is_pad is None else positions.masked_fill(is_pad, self._columns - 1)
         positions = positions.clamp(min=0)
-        window = _Window(rows, columns, targets)
+        window = Window(rows, columns, targets)
         for layer in self._layers:
             layer.window = window
         mask = (torch.arange(columns, device=self._device) <= positions[:, :, None])[:, None]  # [n, 1, Q, K]
@@ -334,11 +296,11 @@ class PersistentRows:
             lowest = torch.finfo(self._dtype).min
             mask = torch.zeros_like(mask, dtype=self._dtype).masked_fill_(~mask, lowest)
         inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions} | self._extra
-        return self._model(**{self._cache_name: self._cache}, use_cache=True, **inputs).logits[:, -1]
+        return self._model(**{self._cache_argument: self._cache}, use_cache=True, **inputs).logits[:, -1]
 
 
 def _row_groups(new: Sequence[int], max_tokens: int, max_padding: int) -> list[slice]:
-    """Cut rows, largest first, into groups of few tokens and little padding."""
+    """Cut rows, sorted by their number of new tokens, into groups within both limits; every group has a row."""
     groups: list[slice] = []
     start = padding = 0
     for row in range(1, len(new) + 1):
@@ -351,17 +313,18 @@ def _row_groups(new: Sequence[int], max_tokens: int, max_padding: int) -> list[s
     return groups
 
 
-class FreshRows:
-    """Runs whole histories again in every wave, left-padded: right for any causal model, and the slow way.
+class FreshKVCache:
+    """A cache for one wave at a time: every wave runs whole histories again, padded on the left.
 
-    For models with sliding-window, linear or other layers whose state cannot be cut at a position.
+    Slower, and right for any causal model, also one with sliding-window, linear or other layers whose state cannot be
+    cut at a position.
     """
 
     def __init__(self, model: nn.Module, pad_token_id: int, device: torch.device) -> None:
         self.stats = KVStats()
         self._model: Any = model
-        self._pad, self._device = pad_token_id, device
-        self._extra, self._cache_name = _last_column_only(model), _cache_name(model) or ""
+        self._pad_token_id, self._device = pad_token_id, device
+        self._extra, self._cache_argument = _last_logits_only(model), _cache_argument(model) or ""
         self._takes_positions = "position_ids" in _parameters(model)
         self.clear()
 
@@ -373,7 +336,7 @@ class FreshRows:
         self.clear()
         width = max(len(history.token_ids) for history in histories)
         pads = [width - len(history.token_ids) for history in histories]
-        padded = [[self._pad] * pad + list(h.token_ids) for pad, h in zip(pads, histories, strict=True)]
+        padded = [[self._pad_token_id] * pad + list(h.token_ids) for pad, h in zip(pads, histories, strict=True)]
         columns = torch.arange(width, device=self._device)
         self._mask_MK = (columns >= torch.tensor(pads, device=self._device)[:, None]).long()
         self.stats.prefilled_tokens += sum(len(history.token_ids) for history in histories)
@@ -384,9 +347,9 @@ class FreshRows:
         return self._forward(ids_M[:, None])
 
     def keep(self, alive: Sequence[bool]) -> list[int]:
-        order = [i for i, lives in enumerate(alive) if lives]
+        order = [i for i, is_alive in enumerate(alive) if is_alive]
         index: Any = torch.tensor(order, device=self._device)
-        self._cache.reorder_cache(index)  # every kind of layer has this one; it may also drop rows
+        self._cache.reorder_cache(index)  # the one method that every kind of layer has; it may also drop rows
         self._mask_MK = self._mask_MK[index]
         return order
 
@@ -394,7 +357,8 @@ class FreshRows:
         self.clear()
 
     def _forward(self, ids: Tensor) -> Tensor:
+        """Run new columns of tokens, [M, Q], and return the logits of the last, [M, V]."""
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": self._mask_MK} | self._extra
         if self._takes_positions:
             inputs["position_ids"] = (self._mask_MK.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        return self._model(**{self._cache_name: self._cache}, use_cache=True, **inputs).logits[:, -1]
+        return self._model(**{self._cache_argument: self._cache}, use_cache=True, **inputs).logits[:, -1]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from backtalk.engines.torch.head import head_logprobs
-from backtalk.engines.torch.packing import Layout, packs_apart
+from backtalk.engines.torch.packing import Layout, packing_isolates_samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +40,13 @@ class Scores:
 class TokenScorer:
     """A causal language model of transformers as a function from tokens to their log-probabilities.
 
-    What the model's kind allows is found out once: ``has_separate_head`` and, if asked for, ``packs_apart``.
+    ``has_separate_head`` and, if asked for, ``packing_isolates_samples`` are tried once, at the start.
     """
 
     def __init__(self, model: Any, *, try_packing: bool) -> None:
         self.model = model
-        self.head_apart = has_separate_head(model)
-        self.packs = try_packing and packs_apart(model)
+        self.has_separate_head = has_separate_head(model)
+        self.packs = try_packing and packing_isolates_samples(model)
 
     def scores(
         self,
@@ -57,12 +57,12 @@ class TokenScorer:
         trained_BT: Tensor,
         measured_BT: Tensor,
         temperature_BT: Tensor,
-        foreseen_BT: Tensor | None = None,
+        grad_hint_BT: Tensor | None = None,
     ) -> Scores:
         """log p(token t | tokens before t) where either mask says so; gradients flow through ``trained_BT`` alone.
 
         The first token has nothing before it, so column 0 is always 0. ``row_sizes``: see ``Layout``.
-        ``foreseen_BT``: d(loss)/d(logprobs) where it is known already, see ``head_logprobs``.
+        ``grad_hint_BT``: d(loss)/d(logprobs) where it is known already, see ``head_logprobs``.
         """
         inner_BT = torch.ones_like(trained_BT)
         inner_BT[:, 0] = False
@@ -75,8 +75,8 @@ class TokenScorer:
         def selected(mask_BT: Tensor) -> tuple[Tensor, Tensor]:
             b_N, t_N = mask_BT.nonzero(as_tuple=True)
             states_ND = states_RLD[layout.rows_B[b_N], layout.starts_B[b_N] + t_N - 1]
-            foreseen_N = None if foreseen_BT is None else foreseen_BT[mask_BT]
-            logprobs_N = self._head(states_ND, token_ids_BT[mask_BT], temperature_BT[mask_BT], foreseen_N)
+            grad_hint_N = None if grad_hint_BT is None else grad_hint_BT[mask_BT]
+            logprobs_N = self._head(states_ND, token_ids_BT[mask_BT], temperature_BT[mask_BT], grad_hint_N)
             zeros_BT = torch.zeros(mask_BT.shape, dtype=logprobs_N.dtype, device=logprobs_N.device)
             return states_ND, zeros_BT.index_put((b_N, t_N), logprobs_N)
 
@@ -90,14 +90,16 @@ class TokenScorer:
 
     def _states(self, layout: Layout) -> Tensor:
         """Last hidden states, or the logits of a model whose head is its own business."""
-        if self.head_apart:
+        if self.has_separate_head:
             return self.model.get_decoder()(**layout.model_input()).last_hidden_state
         return self.model(**layout.model_input()).logits
 
-    def _head(self, states_ND: Tensor, token_ids_N: Tensor, temperature_N: Tensor, foreseen_N: Tensor | None) -> Tensor:
-        if self.head_apart:
+    def _head(
+        self, states_ND: Tensor, token_ids_N: Tensor, temperature_N: Tensor, grad_hint_N: Tensor | None
+    ) -> Tensor:
+        if self.has_separate_head:
             head = self.model.get_output_embeddings()
-            return head_logprobs(states_ND, head.weight, head.bias, token_ids_N, temperature_N, foreseen_N)
+            return head_logprobs(states_ND, head.weight, head.bias, token_ids_N, temperature_N, grad_hint_N)
         logits_NV = states_ND if states_ND.dtype == torch.float64 else states_ND.float()
         logits_NV = logits_NV / temperature_N[:, None].to(logits_NV.dtype)
         return -functional.cross_entropy(logits_NV, token_ids_N, reduction="none")

@@ -58,7 +58,7 @@ def load_model(location: str, device: torch.device, dtype: torch.dtype) -> Any:
     return model.to(device).eval()
 
 
-def enable_checkpointing(model: Any) -> None:
+def enable_gradient_checkpointing(model: Any) -> None:
     """Compute activations again in the backward pass instead of keeping them; works in training mode only."""
     if hasattr(model, "activation_checkpointing_enable"):  # its name in newer versions of transformers
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

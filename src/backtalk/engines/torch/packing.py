@@ -2,7 +2,7 @@
 
 A row holds its samples one after the other, and positions begin again at 0 with each. From that alone
 transformers builds an attention mask that is causal within every sample and empty between them. Models that
-read position ids otherwise, or carry a state along the row, leak; ``packs_apart`` finds them by trying.
+read position ids otherwise, or carry a state along the row, leak; ``packing_isolates_samples`` finds them by trying.
 
 The objective never sees any of this: a batch has one row for each sample, and a ``Layout`` says where in the
 model's input its tokens stand.
@@ -22,10 +22,10 @@ from torch import Tensor
 from backtalk.objective.batch import micro_batches
 from backtalk.objective.samples import Sample
 
-Part = list[list[Sample]]  # the rows of one micro-batch, each with the samples that it holds
+MicroBatch = list[list[Sample]]  # the rows of one micro-batch, each with the samples that it holds
 
 
-def plan(samples: Sequence[Sample], max_tokens: int, *, packing: bool) -> list[Part]:
+def plan_micro_batches(samples: Sequence[Sample], max_tokens: int, *, packing: bool) -> list[MicroBatch]:
     """Split a step into micro-batches of at most ``max_tokens`` tokens, padding included.
 
     First fit decreasing (Johnson 1973), micro-batch by micro-batch. A row is never longer than the longest sample of
@@ -35,10 +35,10 @@ def plan(samples: Sequence[Sample], max_tokens: int, *, packing: bool) -> list[P
     if not packing:
         return [[[sample] for sample in part] for part in micro_batches(samples, max_tokens)]
     left = sorted((s for s in samples if len(s)), key=len, reverse=True)
-    parts: list[Part] = []
+    parts: list[MicroBatch] = []
     while left:
         width = len(left[0])
-        rows: Part = [[] for _ in range(max(max_tokens // width, 1))]
+        rows: MicroBatch = [[] for _ in range(max(max_tokens // width, 1))]
         room = [width] * len(rows)
         later = []
         for sample in left:
@@ -93,7 +93,7 @@ class Layout:
         return {"input_ids": self.token_ids_RL, "use_cache": False, **packed}
 
 
-def packing_pays(model: Any) -> bool:
+def packing_is_faster(model: Any) -> bool:
     """Whether the model's attention knows where samples of a row begin, as flash attention does.
 
     Others take a mask of the whole row and work out the pairs that it hides. On a CPU a step of the embedded model
@@ -103,7 +103,7 @@ def packing_pays(model: Any) -> bool:
 
 
 @torch.no_grad()
-def packs_apart(model: Any) -> bool:
+def packing_isolates_samples(model: Any) -> bool:
     """Whether samples in one row know nothing of each other, tried on a few tokens.
 
     Other tokens in the first sample of a row must not change a bit of the others, and each sample must come out as

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from backtalk.engines.torch.kv import History, KVStats, Rows, open_rows
+from backtalk.engines.torch.kv import History, KVCache, KVStats, open_kv_cache
 from backtalk.errors import ConfigError, SamplerError
 from backtalk.rollout.sampler import Completion, SamplingParams
 
@@ -76,13 +76,13 @@ class TorchSampler:
         max_wait_s: float | None = None,
     ) -> None:
         device = torch.device(device) if device is not None else next(model.parameters()).device
-        rows, reason = open_rows(model, pad_token_id, device, persistent_cache)
+        cache, reason = open_kv_cache(model, pad_token_id, device, persistent_cache)
         if reason is not None:
             log.warning("%s runs whole histories again on every turn: %s", type(model).__name__, reason)
         self.policy_version = policy_version
         self.params = params
         self._max_wait_s = max_wait_s
-        self._worker = _Worker(model, params, frozenset(stop_token_ids), device, rows)
+        self._worker = _Worker(model, params, frozenset(stop_token_ids), device, cache)
         threads = torch.get_num_threads()  # a new thread would start with the default number of its own
         self._executor = ThreadPoolExecutor(1, "backtalk-sampler", torch.set_num_threads, (threads,))
         self._open: dict[str, _Session] = {}
@@ -135,7 +135,7 @@ class TorchSampler:
         if self._wave:
             return
         if not self._open:
-            self._worker.rows.clear()
+            self._worker.cache.clear()
         if not self._waiting:
             self._stop_timer()
         elif len(self._waiting) == len(self._open):
@@ -216,10 +216,10 @@ class _Worker:
     """What runs in the worker thread: one wave at a time."""
 
     def __init__(
-        self, model: nn.Module, params: SamplingParams, stop_ids: frozenset[int], device: torch.device, rows: Rows
+        self, model: nn.Module, params: SamplingParams, stop_ids: frozenset[int], device: torch.device, cache: KVCache
     ) -> None:
-        self.rows = rows
-        self.stats = SamplerStats(kv=rows.stats)
+        self.cache = cache
+        self.stats = SamplerStats(kv=cache.stats)
         self._model, self._params, self._stop_ids, self._device = model, params, stop_ids, device
 
     def run(self, wave: Sequence[_Request], others: Sequence[_Session]) -> list[Completion]:
@@ -229,12 +229,12 @@ class _Worker:
         try:
             with torch.inference_mode():
                 ids, logprobs = self._decode(wave, others)
-            self.rows.end(
+            self.cache.end(
                 # The last token was sampled and not yet run, so the cache does not hold it.
                 [History(r.session, r.token_ids + tuple(new[:-1])) for r, new in zip(wave, ids, strict=True)]
             )
         except BaseException:
-            self.rows.clear()  # its state is unknown now
+            self.cache.clear()  # its state is unknown now
             raise
         finally:
             self._model.train(was_training)
@@ -250,7 +250,7 @@ class _Worker:
         self, wave: Sequence[_Request], others: Sequence[_Session]
     ) -> tuple[list[list[int]], list[list[float]]]:
         """Ids and log-probabilities of each request, in the order of ``wave``."""
-        order, logits_MV = self.rows.begin([History(r.session, r.token_ids) for r in wave], others)
+        order, logits_MV = self.cache.begin([History(r.session, r.token_ids) for r in wave], others)
         width = max(request.limit for request in wave)
         uniforms_NL = self._uniforms(wave, width)
         limits_N = torch.tensor([request.limit for request in wave], device=self._device)
@@ -260,7 +260,7 @@ class _Worker:
         lengths_N = torch.zeros_like(limits_N)
         steps: list[tuple[Tensor, Tensor, Tensor]] = []
         for t in range(width):
-            ids_M, logprobs_M = choose(logits_MV, uniforms_NL[active_M, t], self._params.temperature)
+            ids_M, logprobs_M = sample_tokens(logits_MV, uniforms_NL[active_M, t], self._params.temperature)
             steps.append((active_M, ids_M, logprobs_M))
             lengths_N[active_M] += alive_M
             alive_M = alive_M & (t + 1 < limits_N[active_M]) & (ids_M[:, None] != stop_ids).all(1)
@@ -268,15 +268,15 @@ class _Worker:
             if living == 0:
                 break
             if living < SHRINK_BELOW * len(alive_M):
-                kept = torch.tensor(self.rows.keep(alive_M.tolist()), device=self._device)
+                kept = torch.tensor(self.cache.keep(alive_M.tolist()), device=self._device)
                 active_M, alive_M, ids_M = active_M[kept], alive_M[kept], ids_M[kept]
-            logits_MV = self.rows.step(ids_M)
+            logits_MV = self.cache.step(ids_M)
             self.stats.decode_steps += 1
             self.stats.decode_rows += len(ids_M)
         return _gather(steps, lengths_N)
 
     def _uniforms(self, wave: Sequence[_Request], width: int) -> Tensor:
-        rows = [uniforms(self._params.seed, request.session.key, request.call, width) for request in wave]
+        rows = [uniform_numbers(self._params.seed, request.session.key, request.call, width) for request in wave]
         return torch.from_numpy(np.stack(rows)).to(self._device, _cdf_dtype(self._device))
 
 
@@ -297,13 +297,13 @@ def _gather(
     return ids, [row[:length] for row, length in zip(logprobs_NL.tolist(), lengths, strict=True)]
 
 
-def uniforms(seed: int, key: str, call: int, count: int) -> np.ndarray:
+def uniform_numbers(seed: int, key: str, call: int, count: int) -> np.ndarray:
     """The random numbers in [0, 1) of one call: a function of these three and of nothing else. float64 [count]."""
     digest = hashlib.sha256(f"{seed}/{call}/{key}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(count)
 
 
-def choose(logits_MV: Tensor, uniforms_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def sample_tokens(logits_MV: Tensor, uniforms_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Ids by inverse CDF and their natural log-probabilities at this temperature, [M] each.
 
     Temperature 0 takes the largest logit; its log-probability is the one at temperature 1, as at
