@@ -98,9 +98,7 @@ class PolicyOptions:
     def __post_init__(self) -> None:
         check_choices(self)
         if not 0 <= self.kl_coeff < math.inf:
-            raise ConfigError(
-                f"policy.kl_coeff={self.kl_coeff} rewards leaving the reference; use >= 0, 0 for no KL"
-            )
+            raise ConfigError(f"policy.kl_coeff={self.kl_coeff} rewards leaving the reference; use >= 0, 0 for no KL")
         if self.max_staleness < 0:
             raise ConfigError(f"policy.max_staleness={self.max_staleness} would refuse fresh rows; use 0 or more")
         if self.max_importance_ratio is None:
