@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 
 from backtalk import __version__
 from backtalk.errors import DataError
-from backtalk.exchange.read import About, Observations, trajectory_from_atif
+from backtalk.exchange.read.atif import trajectory_from_atif
+from backtalk.exchange.read.observations import Observations
+from backtalk.exchange.read.turns import About
 from backtalk.exchange.write.atif import to_atif
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.messages import Message, Part, ToolCall, ToolSpec

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from backtalk.cli import app
 from backtalk.errors import DataError
 from backtalk.exchange.detect import guess_format
-from backtalk.exchange.read import import_record
+from backtalk.exchange.read.files import import_record
 from backtalk.exchange.rfc010 import from_rfc010, to_rfc010
-from backtalk.exchange.write import to_episode_record, to_training_trace
+from backtalk.exchange.write.openenv import to_episode_record, to_training_trace
 from backtalk.messages import ToolCall
 from backtalk.run.log import read_trajectories, write_trajectories
 from backtalk.run.log.sources import read_episodes, rendered

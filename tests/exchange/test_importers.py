@@ -23,24 +23,14 @@ from typer.testing import CliRunner
 
 from backtalk.cli import app
 from backtalk.errors import ConfigError, DataError, RenderError
-from backtalk.exchange.read import (
-    TERMINUS,
-    About,
-    Imported,
-    ImportOptions,
-    Observations,
-    Turn,
-    Wrappers,
-    awm_messages,
-    cut_to,
-    import_files,
-    import_record,
-    trajectory_from_chat,
-    trajectory_from_trace,
-    trajectory_from_trl,
-    trajectory_from_turns,
-    turns_of,
-)
+from backtalk.exchange.read.chat import trajectory_from_chat
+from backtalk.exchange.read.files import Imported, ImportOptions, cut_to, import_files, import_record
+from backtalk.exchange.read.observations import Observations
+from backtalk.exchange.read.openenv import awm_messages
+from backtalk.exchange.read.trl import trajectory_from_trl
+from backtalk.exchange.read.turns import About, Turn, trajectory_from_turns, turns_of
+from backtalk.exchange.read.verifiers import trajectory_from_trace
+from backtalk.exchange.read.wrappers import TERMINUS, Wrappers
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.language.tool_formats import ToolFormat
 from backtalk.messages import Message, Part

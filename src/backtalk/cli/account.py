@@ -17,7 +17,8 @@ from backtalk.errors import DataError
 
 if TYPE_CHECKING:
     from backtalk.evidence.account import Account, Loss
-    from backtalk.exchange.read import Format, Imported
+    from backtalk.exchange.detect import Format
+    from backtalk.exchange.read.files import Imported
     from backtalk.language.renderer import Renderer
     from backtalk.trajectory import Trajectory
 

@@ -89,11 +89,11 @@ def _writer(target: Target, learned: Learned, renderer: Renderer, model: str) ->
 
             return lambda trajectory: to_rfc010(trajectory, learned.value)
         case Target.EPISODE_RECORD:
-            from backtalk.exchange.write import to_episode_record
+            from backtalk.exchange.write.openenv import to_episode_record
 
             return lambda trajectory: to_episode_record(trajectory, world_loss_target=learned.value)
         case Target.TRAINING_TRACE:
-            from backtalk.exchange.write import to_training_trace
+            from backtalk.exchange.write.openenv import to_training_trace
 
             return lambda trajectory: to_training_trace(trajectory, world_loss_target=learned.value)
         case Target.ATIF:

@@ -17,8 +17,8 @@ from backtalk.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from backtalk.exchange.read import Imported, ImportOptions, OnDrift
-    from backtalk.exchange.read.files import RendererOf
+    from backtalk.exchange.read.files import Imported, ImportOptions, RendererOf
+    from backtalk.exchange.read.turns import OnDrift
     from backtalk.messages import ToolSpec
 
 SHOWN_REFUSALS = 8
@@ -98,7 +98,7 @@ def import_trajectories(
     """
     from rich.console import Console
 
-    from backtalk.exchange.read import import_files
+    from backtalk.exchange.read.files import import_files
     from backtalk.run.log import write_trajectories
 
     if out.suffix not in (".parquet", ".jsonl"):
@@ -128,7 +128,8 @@ def _options(
 ) -> ImportOptions:
     import re
 
-    from backtalk.exchange.read import NO_WRAPPERS, TERMINUS, ImportOptions, Wrappers
+    from backtalk.exchange.read.files import ImportOptions
+    from backtalk.exchange.read.wrappers import NO_WRAPPERS, TERMINUS, Wrappers
     from backtalk.trajectory import TokenRole
 
     chosen = {Harness.AUTO: None, Harness.TERMINUS: TERMINUS, Harness.NONE: NO_WRAPPERS}[harness]

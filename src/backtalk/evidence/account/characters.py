@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from backtalk.exchange.read import ChatMessage, Format, atif_messages, awm_messages, openai_messages
+from backtalk.exchange.detect import Format
+from backtalk.exchange.plain import plain
+from backtalk.exchange.read.atif import atif_messages
+from backtalk.exchange.read.chat import ChatMessage, openai_messages
 from backtalk.exchange.read.files import about_of
-from backtalk.exchange.read.plain import plain
+from backtalk.exchange.read.openenv import awm_messages
 from backtalk.messages import Part
 from backtalk.trajectory import Segment, TokenRole, Trajectory
 
@@ -84,7 +87,8 @@ def _written(message: ChatMessage, turn: int | None) -> list[Segment]:
     """A message as characters. ``turn`` is the one it belongs to, None before the first."""
     if message.role == "assistant":
         calls = [
-            json.dumps({"name": tool, "arguments": x}, sort_keys=True, ensure_ascii=False) for tool, x in message.calls
+            json.dumps({"name": call.tool, "arguments": call.arguments}, sort_keys=True, ensure_ascii=False)
+            for call in message.calls
         ]
         text = message.text + "".join(f"<tool_call>\n{call}\n</tool_call>\n" for call in calls)
         role = TokenRole.CONTEXT if message.given else TokenRole.ACTION

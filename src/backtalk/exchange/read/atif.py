@@ -1,4 +1,4 @@
-"""Harbor's trajectories: ATIF 1.0 to 1.8 (``trajectory.json``), with token ids where the agent collected them.
+"""Read Harbor's trajectories: ATIF 1.0 to 1.8 (``trajectory.json``), with token ids where the agent collected them.
 
 Read against harbor 0.25.0. Where every model call has its ids they are the tokens, and an action keeps its logprobs;
 elsewhere the messages are rendered, and no action is a sampled one.
@@ -11,11 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from backtalk.errors import DataError
+from backtalk.exchange.plain import mapping, numbers, required, token_ids
 from backtalk.exchange.read.chat import ChatMessage, trajectory_from_chat
 from backtalk.exchange.read.observations import Observations
-from backtalk.exchange.read.plain import mapping, numbers, required, token_ids
 from backtalk.exchange.read.turns import About, OnDrift, Turn, trajectory_from_turns
 from backtalk.language.openai_chat import content_text
+from backtalk.messages import ToolCall
 from backtalk.trajectory import Trajectory
 
 
@@ -27,8 +28,10 @@ def trajectory_from_atif(
     on_drift: OnDrift = "stop",
     keep_reasoning: bool = False,
 ) -> Trajectory:
-    """One ATIF document. Steps that are ``is_copied_context`` are given text, observations too. Trajectories
-    of subagents inside it are left out and counted.
+    """Return the trajectory of one ATIF document.
+
+    Steps that are ``is_copied_context`` are given text, observations too. Trajectories of subagents inside it are left
+    out and counted.
 
     Raises:
         DataError: no steps, ids for some model calls only, or what the other importers refuse.
@@ -44,41 +47,42 @@ def trajectory_from_atif(
         raise DataError(f"{len(with_ids)} of {len(calls)} model calls have token ids; either all must, or none")
     if not with_ids:
         return trajectory_from_chat(atif_messages(steps), about, observations, keep_reasoning=keep_reasoning)
-    turns = [_turn(step, observations) for step in calls]
-    return trajectory_from_turns(turns, about, observations, on_drift)
+    return trajectory_from_turns([_turn(step, observations) for step in calls], about, observations, on_drift)
 
 
 def _turn(step: Mapping[str, Any], observations: Observations) -> Turn:
     what, metrics = f"step {step.get('step_id')}", step["metrics"]
-    said = [message for message in _step_messages(step) if message.role == "tool"]
-    agent = _agent_message(step)
+    agent, *answers = _step_messages(step)
     logprobs = metrics.get("logprobs")
     return Turn(
         token_ids(required(metrics, what, "prompt_token_ids"), f"{what} prompt_token_ids"),
         token_ids(metrics["completion_token_ids"], f"{what} completion_token_ids"),
         None if logprobs is None else numbers(logprobs, f"{what} logprobs"),
-        observation=tuple(observations.message("tool", m.text, m.tool, agent.commands) for m in said),
+        observation=tuple(observations.message("tool", m.text, m.tool, agent.commands) for m in answers),
         commands=agent.commands,
     )
 
 
 def atif_messages(steps: Sequence[Mapping[str, Any]]) -> list[ChatMessage]:
-    """The steps as chat: a step's observation becomes a tool message for each result."""
+    """Return the steps as chat: a step's observation becomes a tool message for each result."""
     return [message for step in steps for message in _step_messages(step)]
 
 
 def _step_messages(step: Mapping[str, Any]) -> list[ChatMessage]:
     what, source, given = f"step {step.get('step_id')}", step.get("source"), bool(step.get("is_copied_context"))
-    if source == "agent":
-        found = [_agent_message(step)]
-    elif source in ("system", "user"):
-        text = content_text(step.get("message"), what)
-        found = [ChatMessage(role=source, text=text, given=given)] if text else []
-    else:
+    if source not in ("system", "user", "agent"):
         raise DataError(f"{what} has source {source!r}; ATIF knows system, user and agent")
     calls = [mapping(call, f"a call of {what}") for call in step.get("tool_calls") or ()]
-    names = {call.get("tool_call_id"): str(call.get("function_name")) for call in calls}
-    only = next(iter(names.values())) if len(set(names.values())) == 1 else None
+    tools = {call.get("tool_call_id"): str(call.get("function_name")) for call in calls}
+    only = next(iter(tools.values())) if len(set(tools.values())) == 1 else None
+    text = content_text(step.get("message"), what)
+    found: list[ChatMessage] = []
+    if source == "agent":
+        made = tuple(ToolCall(str(call.get("function_name")), call.get("arguments") or {}) for call in calls)
+        reasoning = str(step.get("reasoning_content") or "")
+        found = [ChatMessage(role="assistant", text=text, calls=made, reasoning=reasoning, given=given)]
+    elif text:
+        found = [ChatMessage(role=source, text=text, given=given)]
     observation = step.get("observation")
     results = mapping(observation, f"the observation of {what}").get("results") if observation is not None else None
     for raw in results or ():
@@ -86,18 +90,6 @@ def _step_messages(step: Mapping[str, Any]) -> list[ChatMessage]:
         if result.get("content") is None and result.get("subagent_trajectory_ref"):
             raise DataError(f"{what} is answered by a subagent's trajectory, which has no text here")
         text = content_text(result.get("content"), f"a result of {what}")
-        tool = names.get(result.get("source_call_id"), only)
+        tool = tools.get(result.get("source_call_id"), only)
         found.append(ChatMessage(role="tool", text=text, tool=tool, given=given))
     return found
-
-
-def _agent_message(step: Mapping[str, Any]) -> ChatMessage:
-    what = f"step {step.get('step_id')}"
-    calls = [mapping(call, f"a call of {what}") for call in step.get("tool_calls") or ()]
-    return ChatMessage(
-        role="assistant",
-        text=content_text(step.get("message"), what),
-        calls=tuple((str(call.get("function_name")), call.get("arguments") or {}) for call in calls),
-        reasoning=str(step.get("reasoning_content") or ""),
-        given=bool(step.get("is_copied_context")),
-    )

@@ -1,18 +1,19 @@
-"""Chat messages in OpenAI's format, rendered by the model's own chat template.
+"""Read chat messages in OpenAI's format, and render them by the model's own chat template.
 
-Their assistant's text was not sampled by our policy, or nobody can show that it was: it is an unsampled ACTION. So the
-policy term leaves it alone, and what the world said is trained as anywhere else.
+Nobody can show that an assistant's text was sampled by our policy, so it is an unsampled ACTION: the policy term leaves
+it alone, and what the environment answered is trained as anywhere else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from backtalk.errors import DataError
+from backtalk.exchange.plain import mapping, plain
 from backtalk.exchange.read.observations import Observations
-from backtalk.exchange.read.plain import mapping, plain
 from backtalk.exchange.read.turns import About
 from backtalk.language.history import History
 from backtalk.language.openai_chat import content_text, read_call, reasoning_text
@@ -27,7 +28,7 @@ class ChatMessage:
 
     role: str  # "system" | "user" | "assistant" | "tool"
     text: str
-    calls: tuple[tuple[str, Mapping[str, Any]], ...] = ()  # tool and arguments
+    calls: tuple[ToolCall, ...] = ()
     reasoning: str = ""
     tool: str | None = None
     parts: tuple[Part, ...] = ()
@@ -35,8 +36,8 @@ class ChatMessage:
 
     @property
     def commands(self) -> tuple[str, ...]:
-        """Every text that the agent gave to a tool."""
-        return tuple(x for _, arguments in self.calls for x in arguments.values() if isinstance(x, str))
+        """Return every text that the agent gave to a tool."""
+        return tuple(x for call in self.calls for x in call.arguments.values() if isinstance(x, str))
 
 
 def trajectory_from_chat(
@@ -46,7 +47,7 @@ def trajectory_from_chat(
     *,
     keep_reasoning: bool = False,
 ) -> Trajectory:
-    """One trajectory of text: prompt CONTEXT, assistant ACTION, what tools said ENV_OUTPUT and WARNING.
+    """Return a trajectory of text: prompt CONTEXT, assistant ACTION, what tools said ENV_OUTPUT and WARNING.
 
     ``keep_reasoning`` writes a message's reasoning before its text, in <think> tags; without it, it is left out and
     counted, as most chat templates do with what is not the last turn.
@@ -65,19 +66,17 @@ def trajectory_from_chat(
     prompt = [Message(m.role, (Part(m.text, TokenRole.CONTEXT),)) for m in messages[:first]]
     history = History()
     segments = list(history.begin(prompt, renderer))
-    position = first
-    while position < len(messages):
-        assistant = messages[position]
-        end = next((i for i in range(position + 1, len(messages)) if messages[i].role == "assistant"), len(messages))
-        if end == position + 1 < len(messages):
-            raise DataError(f"messages {position} and {end} are both the assistant's; put what was said to it between")
+    starts = [i for i, message in enumerate(messages) if message.role == "assistant"]
+    for start, end in pairwise([*starts, len(messages)]):
+        assistant, answers = messages[start], messages[start + 1 : end]
+        if not answers and end < len(messages):
+            raise DataError(f"messages {start} and {end} are both the assistant's; put what was said to it between")
         ids = assistant_ids(assistant, renderer, keep_reasoning=keep_reasoning)
         role = TokenRole.CONTEXT if assistant.given else TokenRole.ACTION
         segments.append(Segment(role, ids, turn=history.turns, branch=history.branch))
         history.act(ids)
-        said = [_observation(m, assistant, observations) for m in messages[position + 1 : end]]
-        segments += history.observe(said, renderer) if said else ()
-        position = end
+        observed = [_observation(message, assistant, observations) for message in answers]
+        segments += history.observe(observed, renderer) if observed else ()
     after = messages[first:]
     return about.trajectory(
         segments,
@@ -96,61 +95,43 @@ def _observation(message: ChatMessage, assistant: ChatMessage, observations: Obs
 
 
 def assistant_ids(message: ChatMessage, renderer: Renderer, *, keep_reasoning: bool = False) -> tuple[int, ...]:
-    """The ids of an assistant's message, tool calls in the renderer's tool format, with the end of turn."""
-    text = message.text
-    if keep_reasoning and message.reasoning:
-        text = f"<think>\n{message.reasoning}\n</think>\n\n{text}"
-    pieces = [text] if text else []
-    for tool, arguments in message.calls:
-        pieces.append(_call_text(tool, arguments, renderer))
-    ids = renderer.encode_text("\n".join(pieces))
-    early = [position for position, token in enumerate(ids[:-1]) if token in renderer.stop_token_ids]
-    if early:
+    """Return the ids of an assistant's message, tool calls in the renderer's tool format, with the end of turn."""
+    thought = f"<think>\n{message.reasoning}\n</think>\n\n" if keep_reasoning and message.reasoning else ""
+    calls = (renderer.encode_action(call)[:-1] for call in message.calls)
+    decode = renderer.encoder.decode
+    ids = renderer.encode_text("\n".join(filter(None, (thought + message.text, *map(decode, calls)))))
+    early = next((position for position, token in enumerate(ids[:-1]) if token in renderer.stop_token_ids), None)
+    if early is not None:
         raise DataError(
-            f"token {early[0]} of an assistant's message of {len(ids)} ends the turn, because its text spells out "
+            f"token {early} of an assistant's message of {len(ids)} ends the turn, because its text spells out "
             "a control token of this model; that text cannot be told from a real end"
         )
     return ids
 
 
-def _call_text(tool: str, arguments: Mapping[str, Any], renderer: Renderer) -> str:
-    ids = renderer.encode_action(ToolCall(tool, arguments))
-    return renderer.tokenizer.backend_tokenizer.decode(list(ids[:-1]), skip_special_tokens=False)
-
-
 def openai_messages(messages: Sequence[Any]) -> list[ChatMessage]:
-    """Messages in OpenAI's format; a tool's message gets its tool from ``name``, or from the call that it answers.
+    """Read messages in OpenAI's format; a tool's message gets its tool from ``name``, or from the call that it answers.
 
     Raises:
         DataError: an unknown role, content that is not text, or arguments that are no JSON object.
     """
     found: list[ChatMessage] = []
-    names: dict[str, str] = {}
+    tools: dict[str, str] = {}
     for position, raw in enumerate(messages):
-        message = mapping(raw, f"message {position}")
-        role = message.get("role")
-        if role == "developer":  # what OpenAI calls a system message now
-            role = "system"
+        message, what = mapping(raw, f"message {position}"), f"message {position}"
+        role = "system" if message.get("role") == "developer" else message.get("role")  # OpenAI's new name of it
         if role not in ("system", "user", "assistant", "tool"):
-            raise DataError(f"message {position} has role {role!r}; known are system, user, assistant and tool")
-        calls: list[tuple[str, Mapping[str, Any]]] = []
-        for call in message.get("tool_calls") or ():
-            found_call, identifier = read_call(plain(call), f"a tool call of message {position}")
-            calls.append((found_call.tool, found_call.arguments))
-            names[str(identifier)] = found_call.tool
+            raise DataError(f"{what} has role {role!r}; known are system, user, assistant and tool")
+        calls = [read_call(plain(call), f"a tool call of {what}") for call in message.get("tool_calls") or ()]
+        tools |= {str(call_id): call.tool for call, call_id in calls}
+        tool = (message.get("name") or tools.get(str(message.get("tool_call_id")))) if role == "tool" else None
         found.append(
             ChatMessage(
                 role=role,
-                text=content_text(message.get("content"), f"message {position}"),
-                calls=tuple(calls),
+                text=content_text(message.get("content"), what),
+                calls=tuple(call for call, _ in calls),
                 reasoning=reasoning_text(message),
-                tool=_tool(message.get("name") or names.get(str(message.get("tool_call_id"))))
-                if role == "tool"
-                else None,
+                tool=None if tool is None else str(tool),
             )
         )
     return found
-
-
-def _tool(name: Any) -> str | None:
-    return None if name is None else str(name)

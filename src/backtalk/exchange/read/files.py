@@ -1,20 +1,22 @@
-"""Files of other libraries' records to trajectories: each record by itself, so that a broken one costs only itself."""
+"""Read files of other libraries' records as trajectories, record by record: a broken one costs only itself."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from backtalk.errors import BacktalkError, ConfigError, DataError
+from backtalk.exchange.detect import Format
+from backtalk.exchange.plain import first_of, mapping, parsed, plain, reward_of
 from backtalk.exchange.read.atif import trajectory_from_atif
 from backtalk.exchange.read.chat import openai_messages, trajectory_from_chat
 from backtalk.exchange.read.observations import Observations
 from backtalk.exchange.read.openenv import trajectory_from_openenv
-from backtalk.exchange.read.plain import first_of, mapping, parsed, plain, reward_of
 from backtalk.exchange.read.trl import rows_of, trajectory_from_trl
 from backtalk.exchange.read.turns import About, OnDrift, trajectory_from_turns, turns_of
 from backtalk.exchange.read.verifiers import trajectory_from_trace
@@ -26,17 +28,15 @@ from backtalk.messages import ToolSpec
 from backtalk.parquet import parquet_rows
 from backtalk.trajectory import Segment, StopReason, TokenRole, Trajectory
 
-Format = Literal["chat", "atif", "turns", "trl", "verifiers", "openenv", "rfc010"]
-FORMATS: tuple[Format, ...] = get_args(Format)
-
 RendererOf = Callable[[Sequence[ToolSpec]], Renderer]  # the same tokenizer with the tools that a record lists
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportOptions:
-    """How records are read. ``wrappers`` None takes those of the harness that wrote the record, where it is known.
+    """Choices about reading records.
 
-    ``max_tokens`` cuts a trajectory after the last whole turn that fits.
+    With ``wrappers`` None those of the harness that wrote the record are taken, where it is known. ``max_tokens`` cuts
+    a trajectory after the last whole turn that fits.
     """
 
     on_drift: OnDrift = "stop"
@@ -57,15 +57,17 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What came of some files, trajectories of one task together, in the order in which tasks first came up."""
+    """Trajectories of some files, and the records that were refused."""
 
     trajectories: tuple[Trajectory, ...]
     refusals: tuple[Refusal, ...]
 
     def tokens(self) -> dict[TokenRole, int]:
+        """Return the number of tokens of each role."""
         return {role: sum(trajectory.count(role) for trajectory in self.trajectories) for role in TokenRole}
 
     def total(self, stat: str) -> int:
+        """Return the sum of one of the trajectories' ``stats``."""
         return int(sum(trajectory.stats.get(stat, 0) for trajectory in self.trajectories))
 
 
@@ -78,33 +80,48 @@ def import_files(
 ) -> Imported:
     """Import .json, .jsonl (each also as .gz) and .parquet files, one record a line or row.
 
-    ``longest`` is the most tokens that a sequence may have, the model's context; longer ones are refused.
+    Trajectories of one task come together, in the order in which tasks first came up. ``longest`` is the most tokens
+    that a sequence may have, the model's context; longer ones are refused.
 
     Raises:
         ConfigError: an unknown format.
         DataError: a file cannot be read at all.
     """
-    if source not in FORMATS:
-        raise ConfigError(f"format {source!r} is unknown; use {', '.join(FORMATS)}")
-    found: dict[str, list[Trajectory]] = {}
+    if source not in get_args(Format):
+        raise ConfigError(f"format {source!r} is unknown; use {', '.join(get_args(Format))}")
+
+    def read(record: Any, place: str) -> Iterator[Trajectory]:
+        for row in rows_of(record) if source == "trl" else [record]:
+            yield _fitting(import_record(row, source, renderer_of, options, name=place), options, longest)
+
+    imported = collect((pair for path in paths for pair in read_records(path)), read)
+    tasks = dict.fromkeys(trajectory.task_id for trajectory in imported.trajectories)
+    order = {task_id: number for number, task_id in enumerate(tasks)}
+    return replace(imported, trajectories=tuple(sorted(imported.trajectories, key=lambda t: order[t.task_id])))
+
+
+def collect(records: Iterable[tuple[str, Any]], read: Callable[[Any, str], Iterator[Trajectory]]) -> Imported:
+    """Return the trajectories that ``read`` makes of records, with their index within the task.
+
+    ``records`` are pairs of a place and a record. A record that cannot be read is refused and costs only itself.
+    """
+    found: list[Trajectory] = []
     refusals: list[Refusal] = []
-    for path in paths:
-        for where, record in read_records(path):
-            try:
-                if isinstance(record, DataError):
-                    raise record
-                for one in rows_of(record) if source == "trl" else [record]:
-                    trajectory = _fitting(
-                        import_record(one, source, renderer_of, options, name=where), options, longest
-                    )
-                    attempts = found.setdefault(trajectory.task_id, [])
-                    attempts.append(replace(trajectory, sample_index=len(attempts)))
-            except (BacktalkError, ValueError) as error:  # ValueError: what a Trajectory says of itself
-                refusals.append(Refusal(where, str(error)))
-            except (TypeError, KeyError, IndexError, AttributeError) as error:  # foreign data, of some other shape
-                reason = f"this is not what a {source} record looks like ({type(error).__name__}: {error})"
-                refusals.append(Refusal(where, reason))
-    return Imported(tuple(trajectory for attempts in found.values() for trajectory in attempts), tuple(refusals))
+    counts: Counter[str] = Counter()
+    for place, record in records:
+        try:
+            if isinstance(record, DataError):
+                raise record
+            for trajectory in read(record, place):
+                ours = isinstance(record, Trajectory)
+                found.append(trajectory if ours else replace(trajectory, sample_index=counts[trajectory.task_id]))
+                counts[trajectory.task_id] += 1
+        except (BacktalkError, ValueError) as error:  # a Trajectory raises ValueError
+            refusals.append(Refusal(place, str(error)))
+        except (TypeError, KeyError, IndexError, AttributeError) as error:  # foreign data, of some other shape
+            reason = f"this is not what a record of this format looks like ({type(error).__name__}: {error})"
+            refusals.append(Refusal(place, reason))
+    return Imported(tuple(found), tuple(refusals))
 
 
 def import_record(
@@ -115,7 +132,7 @@ def import_record(
     *,
     name: str = "imported",
 ) -> Trajectory:
-    """One record of a format. ``name`` is the task id of a record that has none.
+    """Return the trajectory of one record. ``name`` is the task id of a record that has none.
 
     Raises:
         DataError: the record is not of that format, or is damaged; the message says where.
@@ -154,7 +171,7 @@ def import_record(
 
 
 def _main_detail(record: Any) -> Any:
-    """Harbor keeps a list of RolloutDetails, the main agent's first."""
+    """Return the only one of Harbor's RolloutDetails, or the record itself where it has none."""
     details = first_of(record, "rollout_details") if isinstance(record, Mapping) else None
     if details is None:
         return record
@@ -166,7 +183,7 @@ def _main_detail(record: Any) -> Any:
 
 
 def about_of(outer: Any, inner: Any, name: str) -> About:
-    """What a record says beside its tokens; ``inner`` is the document inside it, or the record itself."""
+    """Return a record's facts beside its tokens; ``inner`` is the document inside it, or the record itself."""
     if not isinstance(outer, Mapping):
         return About(task_id=name)
     task = first_of(outer, "task_id", "task", "scenario")
@@ -181,7 +198,7 @@ def about_of(outer: Any, inner: Any, name: str) -> About:
 
 
 def _tools(outer: Any, inner: Any) -> tuple[ToolSpec, ...]:
-    """The tools that a record lists in OpenAI's format; names alone say too little to render."""
+    """Return the tools that a record lists in OpenAI's format; names alone say too little to render."""
     listed: Any = ()
     if isinstance(inner, Mapping):
         agent = inner.get("agent")
@@ -202,9 +219,6 @@ def _wrappers(record: Any) -> Wrappers:
     return TERMINUS if "terminus" in str(name).lower() else NO_WRAPPERS
 
 
-# ---------------------------------------------------------------- length
-
-
 def _fitting(trajectory: Trajectory, options: ImportOptions, longest: int | None) -> Trajectory:
     if options.max_tokens is not None:
         trajectory = cut_to(trajectory, options.max_tokens)
@@ -217,7 +231,7 @@ def _fitting(trajectory: Trajectory, options: ImportOptions, longest: int | None
 
 
 def cut_to(trajectory: Trajectory, max_tokens: int) -> Trajectory:
-    """Each branch up to the last whole turn that fits; ``stats["cut_tokens"]`` says how much is gone.
+    """Return each branch up to the last whole turn that fits; ``stats["cut_tokens"]`` says how much is gone.
 
     Raises:
         DataError: not even the first turn fits.
@@ -243,11 +257,8 @@ def cut_to(trajectory: Trajectory, max_tokens: int) -> Trajectory:
     return replace(short, stats={**trajectory.stats, "cut_tokens": float(gone), "num_turns": float(short.num_turns)})
 
 
-# ---------------------------------------------------------------- files
-
-
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each record of a file with where it stands; a DataError in place of one that cannot be read.
+    """Yield each record of a file after its place; a DataError instead of one that cannot be read.
 
     Raises:
         DataError: the file cannot be read, or its name ends in no known way.
@@ -270,12 +281,12 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         return
     for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
-            where = f"{path}:{number}"
-            yield where, _json(line, where)
+            place = f"{path}:{number}"
+            yield place, _json(line, place)
 
 
 def _json_records(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
-    """A file with one record, or with a list of them; a list of messages is one record."""
+    """Yield the record or the list of records of a file; a list of messages is one record."""
     data = _json(content, str(path))
     many = isinstance(data, list) and all(isinstance(x, (dict, list)) and "role" not in x for x in data)
     if not many:
@@ -285,8 +296,9 @@ def _json_records(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
         yield f"{path}[{number}]", record
 
 
-def _json(content: bytes, where: str) -> Any:
+def _json(content: bytes, place: str) -> Any:
+    """Return the value, or the error to refuse it with."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        return DataError(f"{where} is not JSON ({error})")
+        return DataError(f"{place} is not JSON ({error})")

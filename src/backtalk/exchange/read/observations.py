@@ -1,7 +1,7 @@
-"""Who made each token between two actions, where only ids are given.
+"""Find out who made each token between two actions, where a record has only token ids.
 
-The scaffold of the chat template is known to the renderer, so the ids are decoded, the scaffold is taken off, and
-what is left is rendered again. Only where that gives exactly the ids that were there are its roles taken over.
+The renderer knows the scaffold of the chat template, so the ids are decoded, the scaffold is taken off, and what is
+left is rendered again. The roles are taken over only where that gives exactly the ids that were there.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ _GIVEN_ROLES = (TokenRole.CONTEXT, TokenRole.ENV_OUTPUT, TokenRole.WARNING)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observations:
-    """How the tokens of an observation get their roles.
+    """Rules by which the tokens of an observation get their roles.
 
-    ``renderer`` knows the scaffold. ``role`` is what all of an observation becomes where the scaffold cannot be
-    found, template included; None refuses such a record. ``user_role`` is what messages of chat role user become
-    that come after the first action.
+    ``renderer`` knows the scaffold. Where the scaffold cannot be found, all of an observation gets ``role``, template
+    included; with None such a record is refused. Messages of chat role user after the first action get ``user_role``.
 
     Raises:
         ValueError: a role that an observation cannot have.
@@ -53,7 +52,7 @@ class Observations:
         commands: Sequence[str] = (),
         branch: int = 0,
     ) -> tuple[Segment, ...]:
-        """The same ids with roles. ``tools`` name the tool of each message, ``commands`` are what the agent had typed.
+        """Return the ids as segments. ``tools`` name each message's tool, ``commands`` are what the agent had typed.
 
         Raises:
             DataError: the scaffold is not found and no ``role`` was given.
@@ -72,7 +71,7 @@ class Observations:
     def render(
         self, messages: Sequence[Message], *, turn: int, closed: bool, branch: int = 0
     ) -> tuple[Segment, ...] | None:
-        """What the renderer makes of an observation's messages; None where it cannot."""
+        """Return an observation's messages as segments; None where the template cannot write them."""
         if self.renderer is None:
             return None
         try:
@@ -82,7 +81,7 @@ class Observations:
         return tuple(replace(segment, branch=branch) for segment in segments)
 
     def message(self, role: str, text: str, tool: str | None, commands: Sequence[str] = ()) -> Message:
-        """An observation's message with who said each stretch."""
+        """Return an observation's message in parts with a role each."""
         if role == "tool" or self.user_role is TokenRole.ENV_OUTPUT:
             return Message(role, self.wrappers.split(text, commands), tool)
         return Message(role, (Part(text, self.user_role),), tool)
@@ -90,16 +89,13 @@ class Observations:
     def _candidates(
         self, ids: Sequence[int], tools: Sequence[str | None], commands: Sequence[str]
     ) -> Iterator[list[Message]]:
-        """Messages that these ids may be, by what the scaffold leaves of their text."""
+        """Yield messages that these ids may be, by what the scaffold leaves of their text."""
         if self.renderer is None:
             return
         text = _decode(self.renderer, ids)
         for role in ("tool", "user"):
-            literals = _literals(self.renderer, role)
-            if literals is None:
-                continue
-            before, between, after = literals
-            for start in (before, before[1:]):  # its first is the end of turn, one character
+            before, between, after = _literals(self.renderer, role)
+            for start in (before, before[1:]) if before else ():  # its first is the end of turn, one character
                 if len(text) < len(start) + len(after) or not (text.startswith(start) and text.endswith(after)):
                     continue
                 core = text[len(start) : len(text) - len(after)]
@@ -112,8 +108,8 @@ class Observations:
         if self.renderer is None:
             why = "without the model's tokenizer its template's tokens cannot be told from the world's; pass --model"
         else:
-            said = self.renderer.tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=False)
-            why = f"this model's template does not write {said[:80]!r}; pass the --model that was sampled"
+            text = self.renderer.encoder.decode(ids)
+            why = f"this model's template does not write {text[:80]!r}; pass the --model that was sampled"
         return (
             f"the observation after turn {turn} ({len(ids)} tokens): {why}, or say that all of it, template included, "
             "is --observation-role env_output"
@@ -121,7 +117,7 @@ class Observations:
 
 
 def _from_json(bodies: Sequence[str]) -> list[str] | None:
-    """Bodies that a template wrote as the inside of JSON strings, which Llama 3's does."""
+    """Return bodies that a template wrote as the inside of JSON strings, as Llama 3's does; None where it did not."""
     try:
         return [json.loads(f'"{body}"', strict=False) for body in bodies]
     except ValueError:
@@ -133,8 +129,11 @@ def _only(tools: Sequence[str | None]) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _literals(renderer: Renderer, role: str) -> tuple[str, str, str] | None:
-    """What stands before, between and after the bodies of messages of one chat role, from the end of turn on."""
+def _literals(renderer: Renderer, role: str) -> tuple[str, str, str]:
+    """Return the template's text before, between and after bodies of a chat role, from the end of turn on.
+
+    All three are empty where the template cannot write such messages.
+    """
     texts = []
     for bodies in (["[body 1]"], ["[body 1]", "[body 2]"]):
         probes = [Message(role, (Part(body, TokenRole.ENV_OUTPUT),)) for body in bodies]
@@ -145,20 +144,21 @@ def _literals(renderer: Renderer, role: str) -> tuple[str, str, str] | None:
         texts.append(_decode(renderer, [token for segment in segments for token in segment.token_ids]))
     before, found, after = texts[0].partition("[body 1]")
     between = texts[1].partition("[body 1]")[2].partition("[body 2]")[0]
-    return (before, between, after) if found else None
+    return (before, between, after) if found else ("", "", "")
 
 
 @lru_cache(maxsize=16)
 def _control_tokens(renderer: Renderer) -> Mapping[int, str]:
-    """A character for each control token, one that no text holds, so that spelled out it is something else."""
+    """Return a private-use character for each control token, so that its spelling in a text is not taken for it."""
     added = renderer.tokenizer.backend_tokenizer.get_added_tokens_decoder()
     control = sorted(token for token, content in added.items() if str(content.content).replace("\u2581", " ").strip())
     return {token: chr(0xF0000 + number) for number, token in enumerate(control)}
 
 
 def _decode(renderer: Renderer, ids: Sequence[int]) -> str:
-    control, backend = _control_tokens(renderer), renderer.tokenizer.backend_tokenizer
+    """Return the text of ids, a control token as its private-use character."""
+    control = _control_tokens(renderer)
     return "".join(
-        "".join(control[token] for token in run) if is_control else backend.decode(list(run), skip_special_tokens=False)
+        "".join(control[token] for token in run) if is_control else renderer.encoder.decode(list(run))
         for is_control, run in groupby(ids, key=control.__contains__)
     )

@@ -1,4 +1,4 @@
-"""OpenEnv: EpisodeRecord (messages), TrainingTrace (token ids), and episodes of its Agent World Model environment.
+"""Read OpenEnv's EpisodeRecord (messages), TrainingTrace (token ids), and episodes of its Agent World Model.
 
 Read against openenv 0.10.0. An EpisodeRecord has no token ids, so its actions are unsampled; a TrainingTrace has.
 Where ``backtalk.exchange.write`` wrote the record, it also has the roles, and comes back as it was.
@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from backtalk.errors import DataError
+from backtalk.exchange.plain import mapping, required
 from backtalk.exchange.read.chat import ChatMessage, openai_messages, trajectory_from_chat
 from backtalk.exchange.read.observations import Observations
-from backtalk.exchange.read.plain import mapping, required
 from backtalk.exchange.read.turns import About, OnDrift, trajectory_from_turns, turns_of
 from backtalk.exchange.rfc010 import from_rfc010
-from backtalk.messages import Part
+from backtalk.messages import Part, ToolCall
 from backtalk.trajectory import TokenRole, Trajectory
 
 
@@ -28,7 +28,7 @@ def trajectory_from_openenv(
     on_drift: OnDrift = "stop",
     keep_reasoning: bool = False,
 ) -> Trajectory:
-    """A TrainingTrace (``turns``), an EpisodeRecord (``messages``) or a captured episode (``steps``).
+    """Return the trajectory of a TrainingTrace (``turns``), an EpisodeRecord (``messages``) or an episode (``steps``).
 
     Raises:
         DataError: none of the three, or what the importer of that one refuses.
@@ -48,29 +48,29 @@ def trajectory_from_openenv(
 
 
 def _written_by_us(record: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The record of RFC 010 inside one that we wrote; None where another wrote it."""
+    """Return the record of RFC 010 inside one that we wrote; None where another program wrote it."""
     extra = record.get("extra")
     if isinstance(extra, Mapping) and isinstance(extra.get("rfc010"), Mapping):
         return dict(extra["rfc010"])
     turns = record.get("turns") or ()
     rows = [mapping(turn, f"turn {t}") for t, turn in enumerate(turns)] if isinstance(turns, (list, tuple)) else []
     whole = (rows[0].get("metadata") or {}).get("backtalk") if rows else None
-    return None if whole is None else _whole(rows, mapping(whole, "what is said of the whole trajectory"))
+    return None if whole is None else _whole(rows, mapping(whole, "metadata['backtalk']"))
 
 
 def _whole(turns: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of the whole trajectory: what was before the first action, then action and observation in turn."""
+    """Return the columns of the whole trajectory: before the first action, then action and observation in turn."""
     columns: dict[str, list[Any]] = {
         name: [] for name in ("token_ids", "action_mask", "obs_mask", "warning_mask", "logprobs")
     }
 
-    def add(said: Mapping[str, Any], sampled: Sequence[int] = (), logprobs: Sequence[float] = ()) -> None:
-        n, rest = len(sampled), len(said["token_ids"])
-        columns["token_ids"] += [*sampled, *said["token_ids"]]
-        columns["action_mask"] += [1] * n + list(said.get("action_mask") or [0] * rest)
-        columns["logprobs"] += [*logprobs, *([None] * rest)]
+    def add(rest: Mapping[str, Any], sampled: Sequence[int] = (), logprobs: Sequence[float] = ()) -> None:
+        n, m = len(sampled), len(rest["token_ids"])
+        columns["token_ids"] += [*sampled, *rest["token_ids"]]
+        columns["action_mask"] += [1] * n + list(rest.get("action_mask") or [0] * m)
+        columns["logprobs"] += [*logprobs, *([None] * m)]
         for name in ("obs_mask", "warning_mask"):
-            columns[name] += [*([0] * n), *said[name]]
+            columns[name] += [*([0] * n), *rest[name]]
 
     add(about["before"])
     for t, turn in enumerate(turns):
@@ -82,10 +82,10 @@ def _whole(turns: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> dict
 
 
 def awm_messages(episode: Mapping[str, Any], prompt: str | None = None) -> list[ChatMessage]:
-    """An episode of the Agent World Model as chat: the task, then each tool call and what it gave.
+    """Return an episode of the Agent World Model as chat: the task, then each tool call and its result.
 
-    A result is ENV_OUTPUT, the environment's ``warning`` before it WARNING. ``prompt`` None is the task and the names
-    of the tools.
+    A result is ENV_OUTPUT, the environment's ``warning`` before it WARNING. Without a ``prompt`` it is the task and the
+    names of the tools.
     """
     if prompt is None:
         tools = ", ".join(map(str, episode.get("tools") or ()))
@@ -95,24 +95,19 @@ def awm_messages(episode: Mapping[str, Any], prompt: str | None = None) -> list[
         step = mapping(raw, f"step {number}")
         action = mapping(required(step, f"step {number}", "action"), f"the action of step {number}")
         tool = str(required(action, f"the action of step {number}", "tool_name"))
-        messages.append(ChatMessage(role="assistant", text="", calls=((tool, action.get("arguments") or {}),)))
+        messages.append(ChatMessage(role="assistant", text="", calls=(ToolCall(tool, action.get("arguments") or {}),)))
         parts = _observed(mapping(step.get("observation") or {}, f"the observation of step {number}"))
         messages.append(ChatMessage(role="tool", text="".join(p.text for p in parts), tool=tool, parts=parts))
     return messages
 
 
 def _observed(observation: Mapping[str, Any]) -> tuple[Part, ...]:
-    """What the environment answered: a tool's result, the verifier's, or an error; a warning before it."""
-    said = observation.get("tool_result")
-    if said is None and observation.get("verify_result") is not None:
-        said = {
-            name: observation[name] for name in ("verify_result", "reward_type") if observation.get(name) is not None
-        }
-    elif said is None and observation.get("error") is not None:
-        said = {"error": observation["error"]}
-    text = (
-        said if isinstance(said, str) else "" if said is None else json.dumps(said, sort_keys=True, ensure_ascii=False)
-    )
+    """Return an environment's answer: a tool's result, the verifier's, or an error; a warning before it."""
+    result = observation.get("tool_result")
+    fields = ("verify_result", "reward_type") if observation.get("verify_result") is not None else ("error",)
+    if result is None:
+        result = {name: observation[name] for name in fields if observation.get(name) is not None} or ""
+    text = result if isinstance(result, str) else json.dumps(result, sort_keys=True, ensure_ascii=False)
     warning = observation.get("warning")
     harness = (Part(f"{warning}\n", TokenRole.WARNING),) if warning else ()
     return (*harness, Part(text, TokenRole.ENV_OUTPUT))

@@ -1,4 +1,4 @@
-"""What a GRPOTrainer of TRL trains on: prompt_ids, completion_ids, tool_mask or env_mask, logprobs.
+"""Read what a GRPOTrainer of TRL trains on: prompt_ids, completion_ids, tool_mask or env_mask, logprobs.
 
 Read against trl 1.16.0. A mask is 1 where the model wrote and 0 on what tools said, template included. AsyncGRPO's
 TurnRecords are turns, see backtalk.exchange.read.turns.
@@ -6,13 +6,12 @@ TurnRecords are turns, see backtalk.exchange.read.turns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import groupby
+from collections.abc import Mapping
 from typing import Any
 
 from backtalk.errors import DataError
+from backtalk.exchange.plain import booleans, first_of, mapping, numbers, required, runs, same_length, token_ids
 from backtalk.exchange.read.observations import Observations
-from backtalk.exchange.read.plain import booleans, first_of, mapping, numbers, required, same_length, token_ids
 from backtalk.exchange.read.turns import About, completion_segments
 from backtalk.trajectory import Segment, TokenRole, Trajectory
 
@@ -20,7 +19,7 @@ _COLUMNS = ("prompt_ids", "completion_ids", "tool_mask", "env_mask", "completion
 
 
 def rows_of(record: Any) -> list[Mapping[str, Any]]:
-    """One row a completion, of a row or of a batch whose columns are lists of rows.
+    """Return a row for each completion, of a row or of a batch whose columns are lists of rows.
 
     Raises:
         DataError: columns of different lengths.
@@ -37,7 +36,9 @@ def rows_of(record: Any) -> list[Mapping[str, Any]]:
 
 
 def trajectory_from_trl(record: Any, about: About, observations: Observations) -> Trajectory:
-    """One completion. A run of 1 in the mask is a turn's action, the run of 0 after it its observation.
+    """Return the trajectory of one completion.
+
+    A run of 1 in the mask is a turn's action, the run of 0 after it its observation.
 
     Raises:
         DataError: columns of different lengths, or a completion_mask that is 0 before the padding.
@@ -58,29 +59,17 @@ def trajectory_from_trl(record: Any, about: About, observations: Observations) -
             f"completion_mask is 0 at position {list(real).index(False)} and 1 after it; only padding may be 0"
         )
     if ids and not end:
-        raise DataError(
-            "completion_mask is 0 everywhere, as mask_truncated_completions leaves it; nothing is known here"
-        )
-    segments = [Segment(TokenRole.CONTEXT, prompt), *_runs(ids[:end], model[:end], known, observations)]
-    return about.trajectory(segments)
-
-
-def _runs(
-    ids: Sequence[int], model: Sequence[bool], logprobs: Sequence[float] | None, observations: Observations
-) -> list[Segment]:
-    segments: list[Segment] = []
-    turn, start = -1, 0
-    for wrote, run in groupby(model):
-        end = start + len(list(run))
-        part = tuple(ids[start:end])
-        if wrote:
+        raise DataError("completion_mask is 0 everywhere, as mask_truncated_completions leaves it; nothing is known")
+    renderer = observations.renderer
+    segments, turn = [Segment(TokenRole.CONTEXT, prompt)], -1
+    for is_action, start, upto in runs(model[:end]):
+        part = ids[start:upto]
+        if is_action:
             turn += 1
-            segments += completion_segments(part, None if logprobs is None else logprobs[start:end], turn=turn)
-        elif turn < 0:  # before the model wrote anything it is prompt
+            segments += completion_segments(part, None if known is None else known[start:upto], turn=turn)
+        elif turn < 0:  # before the first action it is prompt
             segments.append(Segment(TokenRole.CONTEXT, part))
         else:
-            renderer = observations.renderer
             closed = renderer is None or ids[start - 1] == renderer.end_of_turn_id
             segments += observations.segments(part, turn=turn, closed=closed)
-        start = end
-    return segments
+    return about.trajectory(segments)

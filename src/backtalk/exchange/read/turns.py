@@ -1,4 +1,4 @@
-"""From what each call of a model was given and gave back to one trajectory: pure functions of token ids.
+"""Join the prompts and completions of a rollout's model calls to one trajectory: pure functions of token ids.
 
 An action is the completion of turn t. The observation is what the prompt of turn t + 1 has after the prompt and
 completion of turn t, which it must begin with.
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any, Literal
 
 from backtalk.errors import DataError
+from backtalk.exchange.plain import booleans, first_of, mapping, numbers, required, runs, token_ids
 from backtalk.exchange.read.observations import Observations
-from backtalk.exchange.read.plain import booleans, first_of, mapping, numbers, required, token_ids
 from backtalk.messages import Message
 from backtalk.trajectory import Segment, StopReason, TokenRole, Trajectory
 
@@ -24,7 +23,7 @@ OnDrift = Literal["stop", "fork"]
 class Turn:
     """One call of a model: the whole prompt, what was sampled, and the sampler's logprobs in nats.
 
-    ``logprobs`` None: nobody knows them, so the completion is an unsampled action, which the policy term leaves alone.
+    With ``logprobs`` None the completion is an unsampled action, which the policy term leaves alone.
     ``sampled`` says which tokens of the completion the policy term may train; None is all. ``observation`` is what
     followed and ``commands`` what the agent had typed, where the record has them as text too.
 
@@ -50,12 +49,13 @@ class Turn:
 
     @property
     def history(self) -> tuple[int, ...]:
+        """Return the prompt and the completion."""
         return self.prompt_ids + self.completion_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class About:
-    """What is known of a trajectory beside its tokens."""
+    """Facts of a trajectory beside its tokens."""
 
     task_id: str
     sample_index: int = 0
@@ -65,7 +65,7 @@ class About:
     stats: Mapping[str, float] = field(default_factory=dict)
 
     def trajectory(self, segments: Sequence[Segment], **stats: float) -> Trajectory:
-        """Raises DataError where there is no turn in the segments."""
+        """Return the trajectory of some segments; raise DataError where no turn is among them."""
         turns = {segment.turn for segment in segments if segment.role is TokenRole.ACTION}
         if not turns:
             raise DataError(f"{self.task_id} holds no turn of an agent, so there is nothing to learn from it")
@@ -83,7 +83,7 @@ class About:
 def trajectory_from_turns(
     turns: Sequence[Turn], about: About, observations: Observations, on_drift: OnDrift = "stop"
 ) -> Trajectory:
-    """One trajectory; the first prompt is CONTEXT, every completion is an ACTION, unchanged.
+    """Return one trajectory: the first prompt is CONTEXT, every completion an ACTION, unchanged.
 
     ``on_drift`` "fork" begins a new branch where a prompt does not begin with what came before: all it takes over
     is CONTEXT there, but the observation just made keeps its roles where its text is known.
@@ -99,13 +99,11 @@ def trajectory_from_turns(
         if before is None:
             segments.append(Segment(TokenRole.CONTEXT, turn.prompt_ids))
         elif turn.prompt_ids[: len(before.history)] == before.history:
-            said = turn.prompt_ids[len(before.history) :]
-            tools = [message.tool for message in before.observation]
             segments += observations.segments(
-                said,
+                turn.prompt_ids[len(before.history) :],
                 turn=t - 1,
                 closed=_closed(before, observations),
-                tools=tools,
+                tools=[message.tool for message in before.observation],
                 commands=before.commands,
                 branch=branch,
             )
@@ -115,7 +113,7 @@ def trajectory_from_turns(
         else:
             raise DataError(_drift(before.history, turn.prompt_ids, t, observations))
         segments += completion_segments(turn.completion_ids, turn.logprobs, turn.sampled, turn=t, branch=branch)
-    if turns and turns[-1].observation:  # what the world said last teaches as well
+    if turns and turns[-1].observation:  # the last observation is learned from too
         closed = _closed(turns[-1], observations)
         segments += observations.render(turns[-1].observation, turn=len(turns) - 1, closed=closed, branch=branch) or ()
     return about.trajectory(segments, drifts=branch)
@@ -129,19 +127,16 @@ def completion_segments(
     turn: int,
     branch: int = 0,
 ) -> Iterator[Segment]:
-    """The agent's action, with logprobs where the policy sampled and they are known."""
-    start = 0
-    for is_sampled, run in groupby([True] * len(ids) if sampled is None else sampled):
-        end = start + len(list(run))
+    """Yield the agent's action, with logprobs where the policy sampled and they are known."""
+    for is_sampled, start, end in runs([True] * len(ids) if sampled is None else sampled):
         known = tuple(logprobs[start:end]) if is_sampled and logprobs is not None else None
         yield Segment(TokenRole.ACTION, tuple(ids[start:end]), known, turn=turn, branch=branch)
-        start = end
 
 
 def turns_of(record: Any) -> list[Turn]:
-    """The turns of a record, under the names that Harbor, TRL, verifiers and OpenEnv give their columns.
+    """Return the turns of a record, whose columns have the names of Harbor, TRL, verifiers or OpenEnv.
 
-    Takes a list of turns, or ``{"turns": [...]}``, or Harbor's RolloutDetail, which holds a list for each column.
+    It is a list of turns, or ``{"turns": [...]}``, or Harbor's RolloutDetail, which holds a list for each column.
 
     Raises:
         DataError: a column is missing, not a list of numbers, or of another length.
@@ -156,7 +151,7 @@ def turns_of(record: Any) -> list[Turn]:
 
 
 def _rows(detail: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Harbor's RolloutDetail as one row a turn."""
+    """Return Harbor's RolloutDetail as one row a turn."""
     if "prompt_token_ids" not in detail:
         raise DataError(f"a record of turns has 'turns' or 'prompt_token_ids', this one only {sorted(detail)[:12]}")
     columns = {
@@ -195,7 +190,7 @@ def _closed(turn: Turn, observations: Observations) -> bool:
 
 
 def _taken_over(turn: Turn, before: Turn, number: int, observations: Observations, branch: int) -> tuple[Segment, ...]:
-    """A rewritten prompt as given text, but for the observation at its end where the record says what it was."""
+    """Return a rewritten prompt as CONTEXT, but for the observation at its end where the record has its text."""
     for closed in (True, False) if before.observation else ():
         said = observations.render(before.observation, turn=number, closed=closed, branch=branch) or ()
         ids = tuple(token for segment in said for token in segment.token_ids)
@@ -205,17 +200,14 @@ def _taken_over(turn: Turn, before: Turn, number: int, observations: Observation
 
 
 def _drift(expected: Sequence[int], got: Sequence[int], t: int, observations: Observations) -> str:
-    """What to tell a person about a prompt that does not begin with what came before."""
+    """Return the error text for a prompt that does not begin with what came before."""
     pairs = zip(expected, got, strict=False)
     position = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(got)))
     around = slice(max(0, position - 3), position + 5)
 
     def shown(ids: Sequence[int]) -> str:
-        part = list(ids[around])
-        renderer = observations.renderer
-        if renderer is None:
-            return str(part)
-        return f"{part} {renderer.tokenizer.backend_tokenizer.decode(part, skip_special_tokens=False)!r}"
+        part, renderer = list(ids[around]), observations.renderer
+        return str(part) if renderer is None else f"{part} {renderer.encoder.decode(part)!r}"
 
     return (
         f"the prompt of turn {t} does not begin with the {len(expected)} tokens of turn {t - 1}: at position "

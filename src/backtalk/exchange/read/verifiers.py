@@ -1,4 +1,4 @@
-"""Traces of verifiers: a graph of messages, each with its token ids, which of them were sampled, and which are body.
+"""Read traces of verifiers: a graph of messages with token ids, masks of the sampled ones and of those of the body.
 
 Read against verifiers 0.4.0 (``verifiers.v1.trace.Trace`` as it is written to disk).
 """
@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 from backtalk.errors import DataError
+from backtalk.exchange.plain import booleans, mapping, numbers, required, runs, same_length, token_ids
 from backtalk.exchange.read.observations import Observations
-from backtalk.exchange.read.plain import booleans, mapping, numbers, required, same_length, token_ids
 from backtalk.exchange.read.turns import About, completion_segments
 from backtalk.language.openai_chat import content_text
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory
@@ -27,7 +26,9 @@ _STOPS = {
 
 
 def trajectory_from_trace(record: Any, about: About, observations: Observations) -> Trajectory:
-    """One trace; each leaf of its graph is a branch, and a node that an earlier branch had is CONTEXT in the later.
+    """Return the trajectory of one trace.
+
+    Each leaf of its graph is a branch; a node that an earlier branch had is CONTEXT in the later ones.
 
     A trace with errors has no reward: verifiers leaves its rewards empty, which must not read as 0.
 
@@ -60,7 +61,7 @@ def trajectory_from_trace(record: Any, about: About, observations: Observations)
 
 
 def _paths(nodes: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """The nodes from the root to each leaf, leaves in order."""
+    """Return the nodes from the root to each leaf, leaves in order."""
     parents = [node.get("parent") for node in nodes]
     for i, parent in enumerate(parents):
         if parent is not None and not (isinstance(parent, int) and 0 <= parent < i):
@@ -90,29 +91,25 @@ def _node(
     if logprobs is not None and len(logprobs) != sum(mask):
         raise DataError(f"{what} has {sum(mask)} sampled tokens and {len(logprobs)} logprobs; one a token is needed")
     if not any(mask):
-        return _said(node, ids, content, turn, observations)
+        return _given(node, ids, content, turn, observations)
     segments: list[Segment] = []
-    start = taken = 0
-    for sampled, run in groupby(mask):
-        end = start + len(list(run))
-        if sampled:
-            known = None if logprobs is None else logprobs[taken : taken + end - start]
+    for is_sampled, start, end in runs(mask):
+        if is_sampled:
+            known = None if logprobs is None else logprobs[sum(mask[:start]) : sum(mask[:end])]
             segments += completion_segments(ids[start:end], known, turn=turn or 0)
-            taken += end - start
-        else:  # the prompt to write
+        else:  # the generation prompt
             segments.append(Segment(TokenRole.TEMPLATE, ids[start:end], turn=turn - 1 if turn else None))
-        start = end
     return segments
 
 
-def _said(
+def _given(
     node: Mapping[str, Any],
     ids: tuple[int, ...],
     content: Sequence[bool] | None,
     turn: int | None,
     observations: Observations,
 ) -> list[Segment]:
-    """A message that nobody sampled: prompt before the first turn, after it what the world said."""
+    """Return a message that nobody sampled: prompt before the first turn, an observation after it."""
     message = mapping(node.get("message") or {}, "a message")
     role = {"tool": TokenRole.ENV_OUTPUT, "user": observations.user_role}.get(
         str(message.get("role")), TokenRole.CONTEXT
@@ -128,16 +125,14 @@ def _said(
                 "to take all of it"
             )
         return [Segment(observations.role, ids, turn=turn, tool=tool)]
-    segments, start = [], 0
-    for body, run in groupby(content):
-        end = start + len(list(run))
-        segments.append(Segment(role if body else TokenRole.TEMPLATE, ids[start:end], turn=turn, tool=tool))
-        start = end
-    return segments
+    return [
+        Segment(role if is_body else TokenRole.TEMPLATE, ids[start:end], turn=turn, tool=tool)
+        for is_body, start, end in runs(content)
+    ]
 
 
 def _reward(record: Mapping[str, Any]) -> float | None:
-    """The weighted sum of the rewards that were given; None where there are none."""
+    """Return the weighted sum of the rewards that were given; None where there are none."""
     rewards = [mapping(r, "a reward") for r in (record.get("rewards") or {}).values() if r is not None]
     if not rewards:
         return None

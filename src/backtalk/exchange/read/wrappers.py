@@ -1,7 +1,7 @@
-"""What a harness writes around what the world said, found in the text of recorded observations.
+"""Tell a harness's own phrases from the environment's output, in the text of recorded observations.
 
-Where we run the environment ourselves, who said what is recorded as the text is made. In somebody else's record the
-two are one string, so the harness's own phrases have to be known. They are regular expressions, one tuple a source.
+In our own rollouts each text is recorded with its role. In somebody else's record the two are one string, so the
+harness's phrases have to be known: they are regular expressions, one tuple a harness.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
+from backtalk.exchange.plain import runs
 from backtalk.messages import Part
 from backtalk.trajectory import TokenRole
 
 
 @dataclass(frozen=True, slots=True)
 class Wrappers:
-    """What of an observation's text is the harness's: every match of ``patterns``, WARNING; the rest is ENV_OUTPUT.
+    """A harness's phrases: every match of ``patterns`` in an observation is WARNING, the rest is ENV_OUTPUT.
 
     ``echoes`` also takes a command that a terminal repeats after its prompt, up to the end of that line: it was the
     agent's. Patterns are searched with MULTILINE and DOTALL.
@@ -27,24 +27,24 @@ class Wrappers:
     echoes: bool = False
 
     def split(self, text: str, commands: Sequence[str] = ()) -> tuple[Part, ...]:
-        """The same text in parts; ``commands`` are what the agent had typed before it."""
+        """Return the text in parts; ``commands`` are what the agent had typed before it."""
         harness = bytearray(len(text))
         for pattern in self.patterns:
             for match in re.finditer(pattern, text, re.MULTILINE | re.DOTALL):
                 harness[match.start() : match.end()] = b"\1" * (match.end() - match.start())
         for start, end in _echoes(text, commands) if self.echoes else ():
             harness[start:end] = b"\1" * (end - start)
-        parts: list[Part] = []
-        start = 0
-        for said, run in groupby(harness):
-            end = start + len(list(run))
-            parts.append(Part(text[start:end], TokenRole.WARNING if said else TokenRole.ENV_OUTPUT))
-            start = end
-        return tuple(parts) or (Part(text, TokenRole.ENV_OUTPUT),)
+        return tuple(
+            Part(text[start:end], TokenRole.WARNING if is_harness else TokenRole.ENV_OUTPUT)
+            for is_harness, start, end in runs(harness or b"\0")
+        )
 
 
 def _echoes(text: str, commands: Sequence[str]) -> list[tuple[int, int]]:
-    """Where a terminal repeats lines of commands, each once, in order, right after a prompt that ends in $, # or >."""
+    """Return the spans in which a terminal repeats a command's lines, in order, after a prompt that ends in $, # or >.
+
+    A line counts once.
+    """
     spans: list[tuple[int, int]] = []
     position = 0
     for command in commands:
