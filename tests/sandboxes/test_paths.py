@@ -1,14 +1,15 @@
-"""Paths of files in sandboxes: one rule for tasks, archives, and what is put and got."""
+"""Paths of files in sandboxes, by one rule for tasks, archives, put and get; and the removal of folders."""
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from backtalk.errors import ConfigError, TaskError
-from backtalk.sandboxes.files import clean_path
+from backtalk.sandboxes.files import clean_path, remove_tree
 from backtalk.tasks.rows import read_row_file
 
 
@@ -31,3 +32,24 @@ def test_paths_without_detours() -> None:
         clean_path("/a", relative=True)
     with pytest.raises(ConfigError, match="write it as /home/agent/a"):
         clean_path("a")
+
+
+def test_a_folder_is_removed_whatever_an_agent_made_of_it(tmp_path: Path) -> None:
+    folder, beside = tmp_path / "tree", tmp_path / "beside"
+    folder.mkdir()
+    beside.mkdir()
+    (beside / "file").touch()
+    beside.chmod(0o500)
+    (folder / "link").symlink_to(beside)
+    (folder / "shut/in").mkdir(parents=True)
+    (folder / "shut").chmod(0)
+    deepest = os.open(folder, os.O_RDONLY)
+    for _ in range(1100):  # deeper than Python recurses
+        os.mkdir("d", dir_fd=deepest)
+        above, deepest = deepest, os.open("d", os.O_RDONLY, dir_fd=deepest)
+        os.close(above)
+    os.close(deepest)
+    remove_tree(folder)
+    remove_tree(folder)  # that is gone already
+    assert not folder.exists()
+    assert (beside / "file").exists() and beside.stat().st_mode & 0o777 == 0o500

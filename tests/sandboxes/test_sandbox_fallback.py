@@ -289,7 +289,7 @@ async def test_no_process_of_a_session_survives_the_trainers_end() -> None:
 async def test_a_guard_that_somebody_ends_leaves_nothing() -> None:
     async with sandlock_or_skip().open(SandboxLimits()) as box:
         await out(box, "(setsid env -i sleep 6111 &); echo kept >f")
-        guard = box._guarded._guard
+        guard = box._keeper._guard
         assert guard is not None
         guard.kill()
         ends: list[int] = []

@@ -68,8 +68,8 @@ def _first_that_works(root: str | Path | None, readable: Sequence[str]) -> Sandb
     second = "it cannot start from a file system of its own"
     if root is None:
         try:
-            instead = f"sandlock is in force because bubblewrap, tried first, is not available: {first}"
-            return _sandlock(readable, instead)
+            reason = f"sandlock is in force because bubblewrap, tried first, is not available: {first}"
+            return _sandlock(readable, reason)
         except SandboxUnavailable as error:
             second = str(error)
     raise SandboxUnavailable(
@@ -91,7 +91,7 @@ def _bubblewrap(root: str | Path | None, readable: Sequence[str]) -> SandboxBack
     return BubblewrapBackend(root=open_root(None if root is None else str(root)), readable=readable)
 
 
-def _sandlock(readable: Sequence[str], instead: str = "") -> SandboxBackend:
+def _sandlock(readable: Sequence[str], fallback_reason: str = "") -> SandboxBackend:
     from backtalk.sandboxes.sandlock.backend import SandlockBackend
 
-    return SandlockBackend(instead=instead, readable=readable)
+    return SandlockBackend(fallback_reason=fallback_reason, readable=readable)

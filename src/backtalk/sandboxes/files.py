@@ -1,4 +1,4 @@
-"""Handle files of sandboxes, whichever backend holds them: check paths, pack archives, read without surprises."""
+"""Handle files of sandboxes, whichever backend holds them: check paths, pack archives, read and remove safely."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import io
 import os
 import posixpath
 import stat
+import subprocess
 import tarfile
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from backtalk.errors import ConfigError, SandboxError
 from backtalk.sandboxes.base import SandboxFile
@@ -58,3 +60,10 @@ def read_regular(descriptor: int, path: str, max_bytes: int) -> bytes | None:
     if len(content) > max_bytes:
         raise SandboxError(f"{path} is larger than {max_bytes} bytes; ask for more with max_bytes")
     return content
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder, if it is there, whatever its rights and depth. Links are not followed; never raises."""
+    for command in (["chmod", "-R", "u+rwX"], ["rm", "-rf"]):
+        if folder.exists():
+            subprocess.run([*command, "--", str(folder)], check=False, capture_output=True)

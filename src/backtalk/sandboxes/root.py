@@ -20,6 +20,7 @@ from typing import Literal
 
 from backtalk.errors import ConfigError
 from backtalk.sandboxes.base import DEFAULT_PATH
+from backtalk.sandboxes.files import remove_tree
 from backtalk.sandboxes.machine.probe import Machine, require_bubblewrap
 
 # What the holder and the sessions run, all from the chosen root.
@@ -144,13 +145,6 @@ def cached(key: str, make: Callable[[Path], None]) -> Path:
         finally:
             remove_tree(partial)
     return place
-
-
-def remove_tree(folder: Path) -> None:
-    """Remove a folder whatever the rights in it; none is fine."""
-    if folder.exists():
-        subprocess.run(["chmod", "-R", "u+rwX", "--", str(folder)], check=False, capture_output=True)
-        shutil.rmtree(folder)
 
 
 @contextmanager

@@ -1,12 +1,12 @@
-"""No sandbox at all: plain processes of yours in a temporary folder. Only where somebody asks for it by name.
+"""Sandbox backend without isolation: plain processes in a temporary folder. Used only when asked for by name.
 
-It speaks the same protocol and keeps time limits and the output's cap, so that code can be tried on a machine
-without namespaces. It isolates nothing: a command can read and delete what you can, and reach the network. Paths are
-not mapped: `put` and `get` see ``/app/x`` as ``<temporary folder>/app/x``, commands see the real ``/app/x``. Write
-tasks for it with relative paths; commands start in ``<temporary folder>/home/agent``.
+It implements the same protocol, with time limits and the output limit, so that code can be tried on a machine without
+namespaces. It isolates nothing: a command can read and delete what you can, and reach the network. Paths are not
+mapped: `put` and `get` see ``/app/x`` as ``<temporary folder>/app/x``, commands see the real ``/app/x``. Write tasks
+for it with relative paths; commands start in ``<temporary folder>/home/agent``.
 
-Started by root, commands still run under another uid where ``setpriv`` is there: a model that writes
-``kill -9 -1`` ends its own processes and not all of the machine's. As an ordinary user it ends all of yours.
+Started by root, commands still run under another uid if ``setpriv`` is installed: a model that writes ``kill -9 -1``
+ends its own processes and not all of the machine's. Started by an ordinary user, it ends all of yours.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import itertools
 import os
 import posixpath
 import secrets
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -29,14 +28,14 @@ from types import MappingProxyType
 
 from backtalk.errors import SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, SandboxLimits
-from backtalk.sandboxes.files import clean_path, read_regular
+from backtalk.sandboxes.files import clean_path, read_regular, remove_tree
 from backtalk.sandboxes.machine.probe import probe
 from backtalk.sandboxes.session.exec_server import SHELL_PROGRAM, Rlimits, supervisor_program
 from backtalk.sandboxes.session.pipes import PipePair, sealed_file
 from backtalk.sandboxes.session.shell import Session
 
 _NO_ENV: Mapping[str, str] = MappingProxyType({})
-_MARK = "BACKTALK_UNSAFE_SANDBOX"  # in the environment of all its processes: how we find them again
+_MARK = "BACKTALK_UNSAFE_SANDBOX"  # in the environment of all its processes, by which they are found
 _END_TIMEOUT_S = 5.0
 _WARNING = (
     "UNSAFE: commands run unconfined: they can read and delete your files, end your processes and use the network. "
@@ -44,8 +43,8 @@ _WARNING = (
 )
 
 
-class _Processes:
-    """A `Keeper` over plain processes, found again by a mark in their environment."""
+class _ProcessKeeper:
+    """A `Keeper` of plain processes, which are found by a mark in their environment."""
 
     def __init__(self, folder: Path, limits: SandboxLimits, drop: list[str]) -> None:
         self._folder = folder
@@ -62,8 +61,8 @@ class _Processes:
         shell = sealed_file(SHELL_PROGRAM.encode())
         text = f"exec 3<&{commands} 4>&{reports} 6<&{shell} 7<<<{name}\n"
         text += f"exec {commands}<&- {reports}>&- {shell}<&-\n{program}"
-        kept = {key: os.environ[key] for key in ("PATH",) if key in os.environ}
-        env = {**kept, "HOME": str(home), "USER": "agent", "LANG": "C.UTF-8", "TZ": "UTC", "TERM": "dumb"}
+        path = {"PATH": os.environ["PATH"]} if "PATH" in os.environ else {}
+        env = {**path, "HOME": str(home), "USER": "agent", "LANG": "C.UTF-8", "TZ": "UTC", "TERM": "dumb"}
         try:
             self._supervisor = subprocess.Popen(
                 [*self._drop, "bash", "-s"],
@@ -111,17 +110,17 @@ class _Processes:
         return 128 - self._supervisor.returncode if self._supervisor.returncode < 0 else self._supervisor.returncode
 
     def _kill(self, chosen: Callable[[int, int], bool]) -> int:
-        """Kill our processes that are `chosen` by id and start tick; how many there were."""
+        """Kill the sandbox's processes that are `chosen` by id and start tick; return how many there were."""
         count = 0
-        for process_id, tick in self._ours():
+        for process_id, tick in self._processes():
             if chosen(process_id, tick):
                 count += 1
                 with contextlib.suppress(OSError):
                     os.kill(process_id, signal.SIGKILL)
         return count
 
-    def _ours(self) -> Iterator[tuple[int, int]]:
-        """Id and start tick of every living process that carries our mark."""
+    def _processes(self) -> Iterator[tuple[int, int]]:
+        """Yield id and start tick of every living process with the mark."""
         mark = f"{_MARK}={self._mark}".encode()
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -134,24 +133,24 @@ class _Processes:
                 yield int(folder.name), int(fields[19])
 
     def close(self) -> None:
+        """Close the pipes' ends that the session had."""
         for pair in (self.commands, self.reports, self.output):
             os.close(pair.theirs)
 
 
 class UnsafeSandbox:
-    """A temporary folder and a shell. Made by `UnsafeBackend.open`."""
+    """A sandbox that is a temporary folder and a shell. Made by `UnsafeBackend.open`."""
 
     def __init__(self, folder: Path, limits: SandboxLimits, uid: int | None) -> None:
         self._folder = folder
         self._uid = uid
         self._make_folder(folder / "home" / "agent")
         drop = [] if uid is None else ["setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
-        self._keeper = _Processes(folder, limits, drop)
+        self._keeper = keeper = _ProcessKeeper(folder, limits, drop)
         if uid is not None:
-            os.fchown(self._keeper.output.theirs, uid, uid)
-        pipes = self._keeper
+            os.fchown(keeper.output.theirs, uid, uid)
         self._session = Session(
-            pipes, commands=pipes.commands.ours, reports=pipes.reports.ours, output=pipes.output.ours, limits=limits
+            keeper, commands=keeper.commands.ours, reports=keeper.reports.ours, output=keeper.output.ours, limits=limits
         )
         self._lock = asyncio.Lock()
 
@@ -164,44 +163,44 @@ class UnsafeSandbox:
     ) -> ExecResult:
         """Run a bash command in the one long-lived shell."""
         async with self._lock:
-            where = None if cwd is None else f"{self._folder}{posixpath.normpath(f'/{cwd}')}"
-            return await self._session.exec(command, timeout_s, env, where)
+            folder = None if cwd is None else f"{self._folder}{posixpath.normpath(f'/{cwd}')}"
+            return await self._session.exec(command, timeout_s, env, folder)
 
     async def put(self, files: Mapping[str, SandboxFile]) -> None:
         """Write files under the temporary folder."""
         for path, file in files.items():
-            place = self._place(path)
+            target = self._host_path(path)
             try:
-                self._make_folder(place.parent)
-                if place.is_dir() and not place.is_symlink():
-                    shutil.rmtree(place)
-                place.unlink(missing_ok=True)
-                place.write_bytes(file.content)
-                place.chmod(file.mode & 0o777)
-                self._own(place)
+                self._make_folder(target.parent)
+                if target.is_dir() and not target.is_symlink():
+                    remove_tree(target)
+                target.unlink(missing_ok=True)
+                target.write_bytes(file.content)
+                target.chmod(file.mode & 0o777)
+                self._give_to_agent(target)
                 if file.mtime is not None:
-                    os.utime(place, (file.mtime, file.mtime))
+                    os.utime(target, (file.mtime, file.mtime))
             except OSError as error:
                 raise SandboxError(f"could not write {path}: {error.strerror}") from error
 
     async def get(self, path: str, *, max_bytes: int = 1 << 20) -> bytes | None:
-        """A regular file's content, or None."""
-        place = self._place(path)
+        """Return a regular file's content, or None if there is none."""
+        target = self._host_path(path)
         try:
-            self._refuse_links(place.parent)
-            descriptor = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            self._refuse_links(target.parent)
+            descriptor = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         except (OSError, SandboxError):
             return None
         return read_regular(descriptor, path, max_bytes)
 
     async def restart(self) -> None:
-        """End every process that carries the sandbox's mark, and begin a fresh shell."""
+        """End every process with the sandbox's mark, and begin a fresh shell."""
         async with self._lock:
             await self._session.end()
             await self._session.begin()
 
     async def close(self) -> None:
-        """End it; the folder is the backend's to remove."""
+        """End every process; the backend removes the folder."""
         try:
             await self._keeper.end()
         finally:
@@ -209,29 +208,32 @@ class UnsafeSandbox:
             self._keeper.close()
 
     def _make_folder(self, folder: Path) -> None:
+        """Make a folder and those above it, inside the sandbox's own."""
         for part in (*reversed(folder.parents), folder):
             if part.is_relative_to(self._folder):
                 self._refuse_links(part)
                 part.mkdir(exist_ok=True)
-                self._own(part)
+                self._give_to_agent(part)
 
-    def _own(self, path: Path) -> None:
+    def _give_to_agent(self, path: Path) -> None:
         if self._uid is not None:
             os.chown(path, self._uid, self._uid, follow_symlinks=False)
 
-    def _place(self, path: str) -> Path:
+    def _host_path(self, path: str) -> Path:
+        """Return the path on this machine of a path in the sandbox."""
         return self._folder / clean_path(path).lstrip("/")
 
     def _refuse_links(self, folder: Path) -> None:
+        """Raise SandboxError if a folder lies outside of the sandbox's own, by a link."""
         if not folder.resolve().is_relative_to(self._folder):
             raise SandboxError(f"{folder} leads out of the sandbox's folder")
 
 
 class UnsafeBackend:
-    """Plain processes. See the module's warning.
+    """A sandbox backend that isolates nothing; see the module.
 
     Raises:
-        SandboxUnavailable: root without ``setpriv``: one `kill -9 -1` of a model would end the whole machine.
+        SandboxUnavailable: started by root without ``setpriv``, where a model's `kill -9 -1` would end the machine.
     """
 
     def __init__(self) -> None:
@@ -246,7 +248,7 @@ class UnsafeBackend:
 
     @property
     def report(self) -> BackendReport:
-        """What is in force: next to nothing."""
+        """Return what is isolated and limited: next to nothing."""
         return BackendReport(
             name="unsafe",
             isolation={"network": "none", "files": "none", "processes": "none", "user": self._user()},
@@ -258,7 +260,7 @@ class UnsafeBackend:
         return f"uid {self._uids[0]} and up" if self._uids else f"uid {os.getuid()}, yours"
 
     def open(self, limits: SandboxLimits) -> AbstractAsyncContextManager[UnsafeSandbox]:
-        """A fresh temporary folder with a shell in it, removed on exit."""
+        """Open a fresh temporary folder with a shell in it, removed on exit."""
         return self._open(limits)
 
     @asynccontextmanager
@@ -273,4 +275,4 @@ class UnsafeBackend:
             finally:
                 await sandbox.close()
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            remove_tree(folder)

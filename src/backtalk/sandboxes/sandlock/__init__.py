@@ -1,1 +1,1 @@
-"""Isolate commands with Landlock and seccomp, where namespaces are not allowed."""
+"""Sandbox backend by Landlock and seccomp, for machines where namespaces are not allowed."""

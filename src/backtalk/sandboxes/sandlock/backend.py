@@ -1,8 +1,8 @@
-"""Sandboxes without namespaces, by Landlock and seccomp through the package ``sandlock``, where bubblewrap cannot run.
+"""Sandboxes by Landlock and seccomp, through the package ``sandlock``, where bubblewrap cannot run.
 
 A sandbox is a folder of this machine that its commands see as the root folder, beside this machine's programs. sandlock
 answers the session's system calls for paths; Landlock and filters in the kernel hold, whatever it answers (see
-`sandlock_guard`). Weaker than namespaces, and slower: what it cannot do is in the report and in docs/security.md.
+`guard`). Weaker than namespaces, and slower: what it cannot do is in the report and in docs/security.md.
 
 By itself sandlock 0.9 lets a command under such a root connect to any socket file of the machine, Docker's too. Here no
 command can make a socket at all.
@@ -23,11 +23,17 @@ from types import MappingProxyType
 from backtalk.errors import SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import HOME, BackendReport, ExecResult, SandboxFile, SandboxLimits
 from backtalk.sandboxes.bubblewrap.layers import FIXED_FILES, SESSION_FOLDERS
-from backtalk.sandboxes.files import clean_path
+from backtalk.sandboxes.files import clean_path, remove_tree
 from backtalk.sandboxes.machine.probe import probe, tried
 from backtalk.sandboxes.machine.seccomp import seccomp_program
-from backtalk.sandboxes.sandlock.files import RootedFiles, held, remove, remove_orphans
-from backtalk.sandboxes.sandlock.keeper import PROGRAMS, Guarded, alternatives, interpreter, programs
+from backtalk.sandboxes.sandlock.files import RootedFiles, lock_folder, remove_orphans
+from backtalk.sandboxes.sandlock.keeper import (
+    PROGRAMS,
+    SandlockKeeper,
+    program_folders,
+    program_loader,
+    write_alternatives,
+)
 from backtalk.sandboxes.session.shell import Session
 
 _NO_ENV: Mapping[str, str] = MappingProxyType({})
@@ -53,18 +59,18 @@ _CANNOT = {
     "disk": _NO_DISK,
     "too_large_to_put": _NO_DISK,
     "own_namespaces": "there are none",
-    "devices": "the names in /dev are to be seen; null, zero, full and random can be opened, and no other",
+    "devices": "the names in /dev are visible; null, zero, full and random can be opened, and no other",
     "trusted_files": "the agent can replace them for its own session; the next one finds them written anew",
 }
 
 
-# Process ids are the machine's here and begin anew at their end, so that the clock alone tells what a command began:
-# each waits for a clock tick of its own.
+# Process ids are the machine's here and wrap around, so that only the clock tells which processes a command started:
+# each command waits for a clock tick of its own.
 _TICK_S = 1.2 / os.sysconf("SC_CLK_TCK")
 
 
 class SandlockSandbox:
-    """A folder and a shell that sees it as its root. Made by `SandlockBackend.open`.
+    """A sandbox that is a folder, and a shell that sees it as its root. Made by `SandlockBackend.open`.
 
     Raises:
         SandboxError: from any method, when it is broken.
@@ -74,17 +80,13 @@ class SandlockSandbox:
         self._root, self._uid, self._limits, self._readable = folder / "root", uid, limits, readable
         self._root.mkdir(mode=0o755)
         (folder / "trash").mkdir(mode=0o700)
-        alternatives(folder / "alternatives")
+        write_alternatives(folder / "alternatives")
         if uid is not None:
             os.chown(self._root, uid, uid)
         self._files = RootedFiles(self._root, folder / "trash", uid)
-        self._guarded = guarded = Guarded(folder, limits, uid, self._make_usable, readable)
+        self._keeper = keeper = SandlockKeeper(folder, limits, uid, self._prepare, readable)
         self._session = Session(
-            guarded,
-            commands=guarded.commands.ours,
-            reports=guarded.reports.ours,
-            output=guarded.output.ours,
-            limits=limits,
+            keeper, commands=keeper.commands.ours, reports=keeper.reports.ours, output=keeper.output.ours, limits=limits
         )
         self._lock = asyncio.Lock()
 
@@ -103,17 +105,17 @@ class SandlockSandbox:
             return await self._session.exec(command, timeout_s, env, cwd)
 
     async def put(self, files: Mapping[str, SandboxFile]) -> None:
-        """Write files by absolute path inside, making parent folders, over whatever is in the way."""
+        """Write files by absolute path inside, in place of whatever is there; parent folders are made."""
         wanted = {clean_path(path): file for path, file in files.items()}
         for path in wanted:
-            if path.startswith(tuple(f"{programs}/" for programs in PROGRAMS)):
+            if path.startswith(tuple(f"{folder}/" for folder in PROGRAMS)):
                 raise SandboxError(f"could not write {path}: it is among this machine's programs, which are read-only")
         async with self._lock:
             self._check()
             self._files.put(wanted, max_bytes=self._limits.disk_mb << 20)
 
     async def get(self, path: str, *, max_bytes: int = 1 << 20) -> bytes | None:
-        """A regular file's content; None where there is none that can be read. Links lead nowhere but inside."""
+        """Return a regular file's content; None if there is none that can be read. Links lead only inside."""
         async with self._lock:
             self._check()
             return self._files.get(clean_path(path), max_bytes)
@@ -125,44 +127,43 @@ class SandlockSandbox:
             await self._session.begin()
 
     async def close(self) -> None:
-        """End it and everything in it; the folder is the backend's to remove."""
+        """End every process; the backend removes the folder."""
         try:
-            await self._guarded.close()
+            await self._keeper.close()
         finally:
             self._session.close()
 
     def _check(self) -> None:
-        if self._guarded.closed:
+        """Raise SandboxError if the sandbox is closed."""
+        if self._keeper.closed:
             raise SandboxError("the sandbox is closed")
 
-    def _make_usable(self) -> None:
-        """Before a session, when no process of the agent's is left: what the next one trusts is written anew."""
-        for path in ("/", "/dev", "/proc", *programs(), *self._readable, *SESSION_FOLDERS):
+    def _prepare(self) -> None:
+        """Write anew what the next session's programs trust, while no process of the agent's is left."""
+        for path in ("/", "/dev", "/proc", *program_folders(), *self._readable, *SESSION_FOLDERS):
             self._files.make_folder(path, 0o1777 if path in _SHARED else 0o755)
+        uid = os.getuid() if self._uid is None else self._uid
         for path, text in FIXED_FILES.items():
-            own = text.replace(":1000:1000:", f":{self._own()}:{self._own()}:").replace(":1000:", f":{self._own()}:")
-            self._files.write(path, SandboxFile(own.encode()))
-        loader = interpreter()  # sandlock looks for it under the root alone, not where the machine's programs are
+            text = text.replace(":1000:1000:", f":{uid}:{uid}:").replace(":1000:", f":{uid}:")
+            self._files.write(path, SandboxFile(text.encode()))
+        loader = program_loader()  # sandlock looks for it under the root alone, not where the machine's programs are
         self._files.write(str(loader), SandboxFile(loader.read_bytes(), mode=0o755))
-
-    def _own(self) -> int:
-        return os.getuid() if self._uid is None else self._uid
 
 
 class SandlockBackend:
-    """Sandboxes by Landlock and seccomp on this machine.
+    """A sandbox backend by Landlock and seccomp on this machine.
 
     Raises:
         SandboxUnavailable: sandlock is not installed, or a trial start failed; the message says what to do.
     """
 
-    def __init__(self, *, instead: str = "", readable: Sequence[str] = ()) -> None:
-        """Look at the machine and start one sandbox for trial, which must deny what it promises to deny.
+    def __init__(self, *, fallback_reason: str = "", readable: Sequence[str] = ()) -> None:
+        """Probe the machine and start one sandbox for trial, which must deny what the report says is denied.
 
-        `instead` is why a backend that isolates more is not in force; the report tells it.
+        `fallback_reason` is why a backend that isolates more is not in force, for the report.
         `readable` are folders of this machine that are shown read-only, beside its programs.
         """
-        self._instead, self._readable = instead, tuple(readable)
+        self._fallback_reason, self._readable = fallback_reason, tuple(readable)
         if find_spec("sandlock") is None:
             raise SandboxUnavailable(f"sandlock is not installed; type: {_INSTALL} (it needs Linux 6.12)")
         if seccomp_program(sockets=False) is None:
@@ -180,7 +181,7 @@ class SandlockBackend:
 
     @property
     def report(self) -> BackendReport:
-        """What is in force."""
+        """Return what is isolated and limited here."""
         uid = f"{self._uids[0]} and up" if self._uids else f"{os.getuid()}, yours"
         return BackendReport(
             name="sandlock",
@@ -197,12 +198,12 @@ class SandlockBackend:
                 "disk": "size of one file, and of files that are put",
                 "output": "cut while reading",
             },
-            warnings=(*([self._instead] if self._instead else []), *_WARNINGS),
+            warnings=(*([self._fallback_reason] if self._fallback_reason else []), *_WARNINGS),
             cannot=_CANNOT if self._uids else {**_CANNOT, "capabilities": "only root could empty the bounding set"},
         )
 
     def open(self, limits: SandboxLimits) -> AbstractAsyncContextManager[SandlockSandbox]:
-        """A fresh sandbox, closed with everything in it on exit.
+        """Open a fresh sandbox, closed with everything in it on exit.
 
         Raises:
             SandboxError: on entry, when it could not start.
@@ -212,7 +213,7 @@ class SandlockBackend:
     @asynccontextmanager
     async def _open(self, limits: SandboxLimits) -> AsyncGenerator[SandlockSandbox]:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX)).resolve()
-        lock = held(folder)
+        lock = lock_folder(folder)
         folder.chmod(0o711)  # another uid passes through to its root
         try:
             uid = self._uids[next(self._count) % len(self._uids)] if self._uids else None
@@ -223,16 +224,16 @@ class SandlockBackend:
             finally:
                 await sandbox.close()
         finally:
-            remove(folder)
+            remove_tree(folder)
             if lock is not None:
                 os.close(lock)
 
     async def _try_one(self) -> None:
-        """A file of the machine's that all may read, the trainer and the network must be out of reach."""
+        """Start a sandbox; fail if its commands reach a readable file of the machine, the trainer or the network."""
         with tempfile.NamedTemporaryFile(prefix="backtalk-") as secret:
             os.fchmod(secret.fileno(), 0o644)
-            attempts = (f"cat {secret.name}", f"kill -0 {os.getpid()}", "exec 9<>/dev/tcp/127.0.0.1/9", "ls /proc/1/")
-            command = "pwd; " + "; ".join(f"({each}) >/dev/null 2>&1 && echo '{each}'" for each in attempts)
+            attacks = (f"cat {secret.name}", f"kill -0 {os.getpid()}", "exec 9<>/dev/tcp/127.0.0.1/9", "ls /proc/1/")
+            command = "pwd; " + "; ".join(f"({attack}) >/dev/null 2>&1 && echo '{attack}'" for attack in attacks)
             async with self.open(SandboxLimits()) as sandbox:
                 result = await sandbox.exec(f"{command}; true", timeout_s=20)
         if (result.output, result.exit_code) != (f"{HOME}\n", 0):

@@ -1,13 +1,12 @@
 """The guard: a small trusted process that keeps one session of a sandlock sandbox. Run as a script, never imported.
 
-It takes on itself, before a stranger's first command, whatever does not need it free: another uid, the filter for
-system calls and sockets, and a Landlock domain that holds the sandbox's own folder and the machine's programs. sandlock
-then puts the session into a narrower domain inside of that. So a mistake in the part of sandlock that answers for the
-session (it opens files on its behalf) leads no further than the folder.
+Before the agent's first command it gives up its own rights: it takes another uid, a filter for system calls and
+sockets, and a Landlock domain of the sandbox's folder and the machine's programs. sandlock then puts the session into a
+narrower domain inside of that. So a mistake in the part of sandlock that opens files on behalf of the session reaches
+no further than the folder.
 
-Every process of a session descends from the guard, orphans too (it is their subreaper), and so all of them are found
-and ended, whatever names, groups or sessions they took. When the trainer's end of its standard input is gone, so are
-they.
+Every process of a session descends from the guard, orphans too (it is their subreaper), so that all are found and
+ended, whatever names, groups or sessions they took. They are ended too when the trainer's end of the requests closes.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _END_TIMEOUT_S = 20.0
 
 
 def main() -> None:
-    """Settings as JSON in the first argument. 0, 1, 2 are the session's; requests and answers have numbers there."""
+    """Run one session. Settings are JSON in the first argument; files 0, 1, 2 are the session's."""
     settings = json.loads(sys.argv[1])
     requests, answers = settings["requests"], settings["answers"]
     os.set_inheritable(requests, False)
@@ -45,25 +44,27 @@ def main() -> None:
     os.write(answers, b"ready\0")
     for number in (0, 1, 2):
         os.close(number)
-    threading.Thread(target=_tell_the_end, args=(session, answers), daemon=True).start()
+    threading.Thread(target=_report_end, args=(session, answers), daemon=True).start()
     _serve(requests, answers, session.pid)
     _kill_all(lambda _id, _tick: True, _END_TIMEOUT_S)
     os._exit(0)
 
 
 def _begin(settings: dict[str, Any]) -> Any:
+    """Give up rights and start the session's first process."""
     sys.path.append(settings["packages"])
     import sandlock
 
     sandbox = sandlock.Sandbox(**settings["sandbox"])
     outer = sandlock.Sandbox(**settings["domain"])
-    sandbox._ensure_native()  # loads the rest of the package while it can be read
+    sandbox._ensure_native()  # loads the rest of the package while it can still be read
     _give_up_rights(settings["uid"], base64.b64decode(settings["filter"]))
     sandlock.confine(outer)
     return sandbox.popen(settings["command"])
 
 
 def _give_up_rights(uid: int | None, rules: bytes) -> None:
+    """Take another uid without capabilities, and the filter for system calls."""
     libc = ctypes.CDLL(None, use_errno=True)
     if uid is not None:
         for capability in range(64):
@@ -71,7 +72,7 @@ def _give_up_rights(uid: int | None, rules: bytes) -> None:
         os.setgroups([])
         os.setresgid(uid, uid, uid)
         os.setresuid(uid, uid, uid)
-        libc.prctl(_SET_DUMPABLE, 1, 0, 0, 0)  # sandlock takes a file from its child, which the kernel else refuses
+        libc.prctl(_SET_DUMPABLE, 1, 0, 0, 0)  # else sandlock may not take a file from its child
     libc.prctl(_SET_SUBREAPER, 1, 0, 0, 0)
     libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     program = ctypes.create_string_buffer(rules, len(rules))
@@ -80,22 +81,23 @@ def _give_up_rights(uid: int | None, rules: bytes) -> None:
         raise OSError(ctypes.get_errno(), "the kernel refuses the filter for system calls")
 
 
-def _tell_the_end(session: Any, answers: int) -> None:
+def _report_end(session: Any, answers: int) -> None:
+    """Wait for the session's first process and send its exit code."""
     result = session.wait()
     code = 128 + result.signal if result.signal > 0 else result.exit_code
     os.write(answers, b"lost %d\0" % (code % 256))
 
 
 def _serve(requests: int, answers: int, session_id: int) -> None:
-    """Answer until the trainer's end is closed; reap what ends meanwhile, all but the session's first process."""
+    """Answer requests until the trainer closes them; wait for every dead child but the session's first process."""
     selector = selectors.DefaultSelector()
     selector.register(requests, selectors.EVENT_READ)
-    waiting = b""
+    partial = b""
     while True:
         if selector.select(0.2):
             if not (read := os.read(requests, 4096)):
                 return
-            *lines, waiting = (waiting + read).split(b"\n")
+            *lines, partial = (partial + read).split(b"\n")
             for number, kind, *rest in map(bytes.split, lines):
                 if kind == b"end":
                     ended = _kill_all(lambda _id, _tick: True, _END_TIMEOUT_S)
@@ -110,12 +112,15 @@ def _serve(requests: int, answers: int, session_id: int) -> None:
 
 
 def _newer(tick: int, shell_id: int) -> Callable[[int, int], bool]:
+    """Return a test for the shell and for processes that began at this clock tick or later."""
     return lambda process_id, began: process_id == shell_id or began >= tick
 
 
 def _kill_all(chosen: Callable[[int, int], bool], timeout_s: float) -> bool:
-    """Kill the descendants that are `chosen` by id and start tick, until there are none. All are stopped first, so
-    that none has time to start another, nor a shell to report the death of its child."""
+    """Kill the descendants that are `chosen` by id and start tick, until there are none; return whether that worked.
+
+    All are stopped first, so that none can start another, and no shell reports the death of its child.
+    """
     until_s = time.monotonic() + timeout_s
     while victims := [process_id for process_id, tick in _descendants() if chosen(process_id, tick)]:
         if time.monotonic() > until_s:
@@ -129,7 +134,7 @@ def _kill_all(chosen: Callable[[int, int], bool], timeout_s: float) -> bool:
 
 
 def _descendants() -> list[tuple[int, int]]:
-    """Id and start tick of every living process below this one, nearest first."""
+    """Return id and start tick of every living process below this one, nearest first."""
     found, waiting = [], _children(os.getpid())
     while waiting:
         process_id = waiting.pop(0)
@@ -142,7 +147,7 @@ def _descendants() -> list[tuple[int, int]]:
 
 
 def _children(process_id: int) -> list[int]:
-    """Of all its threads; none where it is gone."""
+    """Return the ids of a process's children, of all its threads; none if it is gone."""
     found = []
     with contextlib.suppress(OSError):
         for thread in os.listdir(f"/proc/{process_id}/task"):

@@ -1,4 +1,4 @@
-"""The trainer's side of the guard: what a session may see and use, and who starts and ends it."""
+"""Start, ask and end the guard of a sandlock session, from the trainer's side; decide what a session may use."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _SPARE_PROCESSES = 2  # the supervisor and the shell
 _END_TIMEOUT_S = 40.0
 _OPEN_FILES = 4096
 
-# As the one in exec_server, but for the numbers of files: sandlock hands 0 to 2 on and no others, and refuses to open
-# one of them anew. 2 is for reports, for sandlock itself writes there: that it may make no socket, without a NUL.
-# $1 is the session's name, $2 the shell's text.
+# As in exec_server, but for the numbers of files: sandlock passes 0 to 2 on and no others, and refuses to open one of
+# them anew. 2 is for reports, because sandlock itself writes there (that it may make no socket), without a NUL.
+# $1 is the session's name, $2 the shell's program.
 _SUPERVISOR = r"""
 exec 3<&0 4>&2 5>&1 </dev/null >/dev/null 2>/dev/null
 printf '\0' >&4
@@ -50,33 +50,37 @@ done
 """
 
 
-class Guarded:
-    """A `Keeper` over guards, one for each session. `before` makes the files ready for a session."""
+class SandlockKeeper:
+    """A `Keeper` of sandlock sessions, each with a guard of its own."""
 
     def __init__(
         self,
         folder: Path,
         limits: SandboxLimits,
         uid: int | None,
-        before: Callable[[], None],
+        prepare: Callable[[], None],
         readable: Sequence[str] = (),
     ) -> None:
-        """`folder` holds the sandbox's ``root``, and ``alternatives``; `readable` are folders shown read-only."""
-        self._readable = readable
-        self._folder, self._limits, self._uid, self._before = folder, limits, uid, before
+        """Make the session's pipes; the guard starts with `begin`.
+
+        `folder` holds the sandbox's ``root`` and ``alternatives``; `prepare` makes the files ready before each session;
+        `readable` are folders shown read-only.
+        """
+        self._folder, self._limits, self._uid = folder, limits, uid
+        self._prepare, self._readable = prepare, readable
         self.commands, self.reports, self.output = PipePair.to_write(), PipePair.to_read(), PipePair.to_read()
         self._guard: subprocess.Popen[bytes] | None = None
         self._requests = -1
         self._answers: FrameReader | None = None
         self._lost: asyncio.Future[int] | None = None
         self._reading: asyncio.Task[None] | None = None
-        self._said: asyncio.Queue[str] = asyncio.Queue()
+        self._replies: asyncio.Queue[str] = asyncio.Queue()
         self.closed = False
 
     async def begin(self, name: str) -> None:
         if self.closed:
             raise SandboxError("the sandbox is closed")
-        self._before()
+        self._prepare()
         requests, answers = PipePair.to_write(), PipePair.to_read()
         settings = {
             **_policy(self._folder, self._limits, self._readable),
@@ -87,7 +91,7 @@ class Guarded:
         }
         self._requests = requests.ours
         self._answers, self._lost = FrameReader(answers.ours), asyncio.get_running_loop().create_future()
-        self._said = asyncio.Queue()
+        self._replies = asyncio.Queue()
         try:
             self._guard = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(GUARD), json.dumps(settings)],
@@ -109,37 +113,38 @@ class Guarded:
             raise SandboxError(f"sandlock's guard did not start: {answer}")
 
     async def _read(self, answers: FrameReader, lost: asyncio.Future[int]) -> None:
-        """Sort what the guard says: answers to requests, and that the session ended."""
+        """Read the guard's messages: answers to requests, and the exit code of a session that ended."""
         with contextlib.suppress(SandboxError):
             while True:
                 text = (await answers.next()).decode("utf-8", "replace")
                 kind, _, rest = text.partition(" ")
                 if kind != "lost":
-                    self._said.put_nowait(text)
+                    self._replies.put_nowait(text)
                 elif not lost.done():
                     lost.set_result(int(rest))
-        self._said.put_nowait("gone")
+        self._replies.put_nowait("gone")
         if not lost.done():
             lost.set_result(137)
 
     async def _ask(self, *words: str, timeout_s: float) -> str:
-        """The guard's answer to this request: one to an earlier request, given up since, may come before it."""
+        """Ask the guard and return its answer; skip answers to earlier requests that were given up."""
         number = secrets.token_hex(4)
         until_s = time.monotonic() + timeout_s
         with contextlib.suppress(SandboxError):
             await write_all(self._requests, " ".join((number, *words)).encode() + b"\n")
         while True:
             answer = await self._answer(until_s - time.monotonic())
-            told, _, what = answer.partition(" ")
-            if told == number:
-                return what
+            request, _, text = answer.partition(" ")
+            if request == number:
+                return text
             if answer in ("gone", "no answer"):
                 return answer
 
     async def _answer(self, timeout_s: float) -> str:
+        """Return the guard's next message; "no answer" after the time-out."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                return await self._said.get()
+                return await self._replies.get()
         return "no answer"
 
     async def stop(self, tick: int, last_id: int, shell_id: int) -> bool:
@@ -154,14 +159,14 @@ class Guarded:
             return
         answer = await self._ask("end", timeout_s=_END_TIMEOUT_S)
         await self._dismiss()
-        if answer == "gone" and self._uid is not None:  # somebody ended the guard; what it kept has this uid
+        if answer == "gone" and self._uid is not None:  # the guard was killed; the session's processes have this uid
             answer = "ok" if await _end_all_of(self._uid) else answer
         if answer != "ok":
             self.closed = True
             raise SandboxError(f"not every process of the sandbox could be ended ({answer})")
 
     async def _dismiss(self) -> None:
-        """Let the guard end what is left, and itself."""
+        """Close the guard's requests, on which it ends all that is left and itself, and wait for it."""
         guard, self._guard = self._guard, None
         if self._requests >= 0:
             os.close(self._requests)
@@ -171,7 +176,7 @@ class Guarded:
                 await asyncio.sleep(0.005)
         finally:
             if guard is not None and guard.poll() is None:
-                guard.wait()  # it ends by itself: its requests did
+                guard.wait()  # it ends by itself once its requests are closed
             if self._reading is not None:
                 self._reading.cancel()
             if self._answers is not None:
@@ -179,7 +184,7 @@ class Guarded:
                 self._answers = None
 
     async def close(self) -> None:
-        """End every process and close the pipes' other ends."""
+        """End every process and close the pipes' ends that the session had."""
         if self.closed and self._guard is None and self.commands.theirs < 0:
             return
         self.closed = True
@@ -194,7 +199,7 @@ class Guarded:
 
 
 async def _end_all_of(uid: int) -> bool:
-    """Kill every process of a uid that is a sandbox's alone; whether none is left."""
+    """Kill every process of a uid that one sandbox alone has; return whether none is left."""
     until_s = time.monotonic() + _END_TIMEOUT_S
     while left := [folder for folder in Path("/proc").glob("[0-9]*") if _is_alive(folder, uid)]:
         if time.monotonic() > until_s:
@@ -216,27 +221,27 @@ _SHELL = SHELL_PROGRAM.replace(">/dev/fd/5", ">&5")
 
 
 def _supervisor(limits: SandboxLimits) -> str:
-    """Limits of each process, and the loop."""
+    """Return the supervisor's program: limits of each process, then its loop."""
     memory_kib = limits.memory_mb << 10
     wanted = (("-c", 0), ("-f", limits.disk_mb << 10), ("-d", memory_kib), ("-v", 4 * memory_kib))
     return "\n".join(f"ulimit {flag} {value}" for flag, value in wanted) + _SUPERVISOR
 
 
 def _policy(folder: Path, limits: SandboxLimits, readable: Sequence[str]) -> dict[str, Any]:
-    """Where the package lies, the filter, the guard's own Landlock domain, and the session's narrower one."""
+    """Return the guard's settings: packages, filter, its own Landlock domain, and the session's narrower one."""
     rules = seccomp_program(sockets=False)
     assert rules is not None  # the backend refuses such a machine
-    root, others = f"{folder}/root", f"{folder}/alternatives"
+    root, alternatives = f"{folder}/root", f"{folder}/alternatives"
     of_etc = sorted(str(path) for pattern in _CODE_OF_ETC for path in Path("/etc").glob(pattern))
-    code = [*programs(), *readable, *of_etc]
+    code = [*program_folders(), *readable, *of_etc]
     devices = {f"/dev/{name}" for name in os.listdir("/dev")} - {*_DEVICES, "/dev/shm"}
     return {
         "packages": _packages(),
         "filter": base64.b64encode(rules).decode(),
-        "domain": {"fs_readable": [*code, others, "/dev"], "fs_writable": [root, "/proc", *_DEVICES]},
+        "domain": {"fs_readable": [*code, alternatives, "/dev"], "fs_writable": [root, "/proc", *_DEVICES]},
         "sandbox": {
             "chroot": root,
-            "fs_mount_ro": {**{path: path for path in code}, _ALTERNATIVES: others, "/proc": "/proc"},
+            "fs_mount_ro": {**{path: path for path in code}, _ALTERNATIVES: alternatives, "/proc": "/proc"},
             "fs_mount": {"/dev": "/dev", "/dev/shm": f"{root}/run/shm"},
             "fs_readable": ["/", *code, "/proc"],
             "fs_writable": ["/", "/dev/shm", *_DEVICES],
@@ -252,19 +257,19 @@ def _policy(folder: Path, limits: SandboxLimits, readable: Sequence[str]) -> dic
     }
 
 
-def programs() -> list[str]:
-    """Folders of this machine's programs."""
+def program_folders() -> list[str]:
+    """Return the folders of this machine's programs."""
     return [path for path in PROGRAMS if os.path.isdir(path)]
 
 
-def alternatives(folder: Path) -> None:
-    """Make scripts that start what the links of /etc/alternatives lead to (awk, on many machines).
+def write_alternatives(folder: Path) -> None:
+    """Write scripts that start the programs behind the links of /etc/alternatives (awk, on many machines).
 
-    sandlock resolves a link within the folder it mounted, and one from /usr to /etc and back leads it nowhere.
+    sandlock resolves a link within the folder it mounted, and does not find one that leads from /usr to /etc and back.
     """
     folder.mkdir(mode=0o755)
     if os.path.isdir(_ALTERNATIVES) and os.listdir(_ALTERNATIVES):
-        return  # its own programs come first; they would be hidden
+        return  # the scripts would hide this machine's own programs there
     for link in Path("/etc/alternatives").glob("*"):
         program = link.resolve()
         if program.is_relative_to("/usr") and program.is_file() and os.access(program, os.X_OK):
@@ -274,22 +279,25 @@ def alternatives(folder: Path) -> None:
 
 
 def _packages() -> str:
+    """Return the folder that sandlock is installed in."""
     found = find_spec("sandlock")
     assert found is not None and found.origin is not None
     return str(Path(found.origin).parent.parent)
 
 
 @cache
-def interpreter() -> Path:
-    """The loader that this machine's programs name.
+def program_loader() -> Path:
+    """Return the loader (ld-linux, ld-musl) that this machine's programs name.
 
     Raises:
         SandboxUnavailable: bash names none.
     """
     content = Path("/bin/bash").read_bytes()
-    at = content.find(b"/ld-", 0, 65_536)
-    begin = content.rfind(b"\0", 0, at) + 1
-    path = content[begin : content.find(b"\0", at)].decode("utf-8", "replace")
-    if at < 0 or not path.startswith("/") or not os.path.isfile(path):
-        raise SandboxUnavailable("/bin/bash names no loader of programs, and sandlock needs to know it")
+    found = content.find(b"/ld-", 0, 65_536)
+    begin = content.rfind(b"\0", 0, found) + 1
+    path = content[begin : content.find(b"\0", found)].decode("utf-8", "replace")
+    if found < 0 or not path.startswith("/") or not os.path.isfile(path):
+        raise SandboxUnavailable(
+            "/bin/bash names no program loader, which sandlock needs; install a dynamically linked bash"
+        )
     return Path(path)
