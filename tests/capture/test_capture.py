@@ -26,7 +26,7 @@ from backtalk.cli import app
 from backtalk.envs.base import Step
 from backtalk.envs.terminal import BASH, SUBMIT
 from backtalk.errors import ConfigError, DataError, SamplerError
-from backtalk.evidence.account import account_of
+from backtalk.evidence.account.report import account_of
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.language.tool_formats import ToolFormat
 from backtalk.messages import Message, Part, ToolCall, ToolSpec

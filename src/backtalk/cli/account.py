@@ -1,23 +1,22 @@
-"""`backtalk account`: who made an episode's tokens, and what ordinary RL and ECHO learn from them."""
+"""Run `backtalk account`: count a rollout's tokens by who made them, and by what ordinary RL and ECHO learn."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from backtalk.cli.import_trajectories import Source
 from backtalk.cli.interrupts import run
 from backtalk.errors import DataError
+from backtalk.exchange.detect import Format
 
 if TYPE_CHECKING:
-    from backtalk.evidence.account import Account, Loss
-    from backtalk.exchange.detect import Format
+    from backtalk.evidence.account.losses import Loss
+    from backtalk.evidence.account.report import Account
     from backtalk.exchange.read.files import Imported
     from backtalk.language.renderer import Renderer
     from backtalk.trajectory import Trajectory
@@ -37,7 +36,7 @@ def account(
         str | None, typer.Option(help="Also the losses of this model, from one forward pass: base, a folder or a name.")
     ] = None,
     source: Annotated[
-        Source | None, typer.Option("--format", help="What wrote the files. Without it: found out by their fields.")
+        Format | None, typer.Option("--format", help="What wrote the files. Without it: found out by their fields.")
     ] = None,
     coeff: Annotated[float, typer.Option(min=0, help="ECHO's world_model_coeff.")] = 0.05,
     advantage: Annotated[
@@ -59,16 +58,14 @@ def account(
     from rich.text import Text
 
     from backtalk.cli.account_tables import tables
-    from backtalk.evidence.account import account_of
+    from backtalk.evidence.account.report import account_of
 
-    kind = None if source is None else source.value
     unit = tokenizer or model or "base"
-    whose = model or (unit if unit != CHARACTERS else "base")
-    counted = _read(files, kind, unit, whose)
-    accounts = [account_of(one) for one in counted.trajectories]
+    counted = _read(files, source, unit, model or (unit if unit != CHARACTERS else "base"))
+    accounts = [account_of(trajectory) for trajectory in counted.trajectories]
     scored, step, notes = [], [], []
     if model is not None:
-        own = counted if unit == model else _read(files, kind, model, model)
+        own = counted if unit == model else _read(files, source, model, model)
         advantages, notes = _advantages(files, own, advantage)
         scored, step = _score(own.trajectories, model, coeff, advantages)
     console = Console()
@@ -85,9 +82,6 @@ def account(
         raise typer.Exit(1)
 
 
-# ---------------------------------------------------------------- reading
-
-
 def _renderer(name: str) -> Renderer:
     from backtalk.language.renderer import Renderer, RendererConfig
     from backtalk.language.tokenizer import model_location
@@ -95,25 +89,34 @@ def _renderer(name: str) -> Renderer:
     return Renderer.from_pretrained(model_location(name), (), RendererConfig(on_drift="fork"))
 
 
-def _read(files: Sequence[Path], source: Format | None, unit: str, whose: str) -> Imported:
-    """The episodes in tokens of ``unit``. Ids in the files are those of ``whose``, and go over by their text."""
-    from backtalk.evidence.account import recounted, transcribed
-    from backtalk.evidence.account.characters import characters
+def _read(files: Sequence[Path], source: Format | None, unit: str, model: str) -> Imported:
+    """Return the rollouts in tokens of ``unit``. Token ids in the files are those of ``model``.
+
+    Raises:
+        DataError: no rollout can be read.
+    """
+    from backtalk.evidence.account.characters import characters, recounted, transcribed
     from backtalk.run.log.sources import read_episodes, rendered
 
-    origin = _renderer(whose)
-    target = None if unit == CHARACTERS else origin if unit == whose else _renderer(unit)
-    as_they_are = rendered(origin.for_tools)
+    origin = _renderer(model)
+    target = None if unit == CHARACTERS else origin if unit == model else _renderer(unit)
+    size = origin.encoder.backend.get_vocab_size(with_added_tokens=True)
 
-    def read(record: Any, kind: Format | None, where: str) -> Trajectory:
-        written = None if kind is None else transcribed(record, kind, where)
+    def encode(text: str) -> Sequence[int]:
+        if target is None:
+            return characters(text)
+        return target.encoder.backend.encode(text, add_special_tokens=False).ids
+
+    def read(record: Any, kind: Format | None, place: str) -> Trajectory:
+        written = None if kind is None else transcribed(record, kind, place)
         if written is not None:
-            return written if target is None else rendered(target.for_tools)(record, kind, where)
-        found = as_they_are(record, kind, where)
-        _check_ids(found, origin, whose)
-        if target is origin:
-            return found
-        return recounted(found, origin.encoder.decode, characters if target is None else partial(_encode, target))
+            return written if target is None else rendered(target.for_tools)(record, kind, place)
+        found = rendered(origin.for_tools)(record, kind, place)
+        if (largest := max(found.token_ids, default=0)) >= size:
+            raise DataError(
+                f"token id {largest} is none of the {size} of {model}; pass the --model that these tokens are of"
+            )
+        return found if target is origin else recounted(found, origin.encoder.decode, encode)
 
     found = read_episodes(files, read, source)
     if not found.trajectories:
@@ -122,27 +125,11 @@ def _read(files: Sequence[Path], source: Format | None, unit: str, whose: str) -
     return found
 
 
-def _encode(renderer: Renderer, text: str) -> Sequence[int]:
-    return renderer.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-
-
-def _check_ids(trajectory: Trajectory, renderer: Renderer, whose: str) -> None:
-    size = renderer.tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True)
-    strange = max(trajectory.token_ids, default=0)
-    if strange >= size:
-        raise DataError(
-            f"token id {strange} is none of the {size} of {whose}; pass the --model that these tokens are of"
-        )
-
-
-# ---------------------------------------------------------------- scoring
-
-
 def _advantages(
     files: Sequence[Path], episodes: Imported, advantage: float | None
 ) -> tuple[list[float | None], list[str]]:
     """Return each episode's advantage, and notes: as asked for, as a run was trained with, or by the group."""
-    from backtalk.evidence.account import advantages_of
+    from backtalk.evidence.account.losses import advantages_of
     from backtalk.run.log import RunLog
 
     if advantage is not None:
@@ -159,37 +146,41 @@ def _advantages(
 def _score(
     trajectories: Sequence[Trajectory], model: str, coeff: float, advantages: Sequence[float | None]
 ) -> tuple[list[Account], list[Loss]]:
-    """Each episode with its losses, and those of one step over all, from one forward pass at temperature 1."""
+    """Return each rollout's account with losses, and the losses of one step over all, from one forward pass.
+
+    Log-probabilities are of temperature 1, in nats.
+    """
     from backtalk.engines.torch.config import TorchConfig
     from backtalk.engines.torch.engine import TorchEngine
-    from backtalk.evidence.account import account_of, three_losses
+    from backtalk.evidence.account.losses import three_losses
+    from backtalk.evidence.account.report import account_of
 
     engine = TorchEngine(TorchConfig(model=model))
     longest = getattr(engine.model.config, "max_position_embeddings", None)
-    for one in trajectories:
-        length = max(sum(map(len, branch)) for branch in one.branches)
+    for trajectory in trajectories:
+        length = max(sum(map(len, branch)) for branch in trajectory.branches)
         if longest is not None and length > longest:
             raise DataError(
-                f"{one.task_id} has {length} tokens and the context of {model} holds {longest}; pass a model with a "
-                "longer context, or leave --model out"
+                f"{trajectory.task_id} has {length} tokens and the context of {model} holds {longest}; pass a model "
+                "with a longer context, or leave --model out"
             )
     logprobs = run(engine.score(list(trajectories)))
-    each = [
-        account_of(one, scores, advantage=gain, world_model_coeff=coeff)
-        for one, scores, gain in zip(trajectories, logprobs, advantages, strict=True)
+    accounts = [
+        account_of(trajectory, scores, advantage=advantage, world_model_coeff=coeff)
+        for trajectory, scores, advantage in zip(trajectories, logprobs, advantages, strict=True)
     ]
-    return each, three_losses(trajectories, logprobs, advantages, world_model_coeff=coeff)
+    return accounts, three_losses(trajectories, logprobs, advantages, world_model_coeff=coeff)
 
 
 def _json(
     unit: str, coeff: float, accounts: Sequence[Account], scored: Sequence[Account], step: Sequence[Loss]
 ) -> dict[str, Any]:
-    from backtalk.evidence.account import total_of
+    from backtalk.evidence.account.report import total_of
 
     found: dict[str, Any] = {"tokenizer": unit, "total": total_of(accounts).to_dict()}
-    found["episodes"] = [one.to_dict() for one in accounts]
+    found["episodes"] = [account.to_dict() for account in accounts]
     if scored:
         found["world_model_coeff"] = coeff
         found["losses"] = {loss.name: asdict(loss) for loss in step}
-        found["scored"] = [one.to_dict() for one in scored]
+        found["scored"] = [account.to_dict() for account in scored]
     return found

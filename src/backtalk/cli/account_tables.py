@@ -1,4 +1,4 @@
-"""What `backtalk account` prints: episodes side by side, then turns and tools of all of them."""
+"""Lay out the tables of `backtalk account`: rollouts side by side, then turns and tools of all of them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from backtalk.evidence.account import KINDS, Account, Kind, Loss, Tally, total_of
+from backtalk.evidence.account.ledger import KINDS, SPOKEN, Tally
+from backtalk.evidence.account.losses import Loss
+from backtalk.evidence.account.report import Account, total_of
 
 COLUMNS = 4  # so many episodes have a column each; of more only the sum is shown
-SPOKEN: tuple[Kind, ...] = ("action", "env_output", "warning")
 MUCH = 0.1  # nats a token between recorded logprobs and the model's
 
 Rows = Iterable[tuple[str, Callable[[Account], str]]]
@@ -26,7 +27,7 @@ def tables(
     model: str | None = None,
     coeff: float = 0.05,
 ) -> Iterator[RenderableType]:
-    """``accounts`` in tokens of ``unit``; ``scored`` the same episodes in the model's own, with losses."""
+    """Yield the tables of ``accounts``, in tokens of ``unit``, and of ``scored``, the same with losses of a model."""
     total = total_of(scored or accounts, step)
     yield _side_by_side(f"Tokens, in {unit}", accounts, total_of(accounts), _token_rows())
     if scored:
@@ -81,7 +82,7 @@ def _breakdown(title: str, tallies: Mapping[str, Tally]) -> Table:
 
 
 def _notes(accounts: Sequence[Account], scored: Sequence[Account]) -> Iterator[str]:
-    """What the rows say, and what was assumed, where a person should know it."""
+    """Yield notes on what the rows mean and what was assumed."""
     yield "learnable: action + env_output. Ordinary RL trains on action alone and discards the rest"
     if scored:
         yield "CE: nats a token at temperature 1. On tokens: action + observed tokens with a gradient that is not 0"

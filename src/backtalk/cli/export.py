@@ -1,37 +1,24 @@
-"""`backtalk export`: trajectories as the records of other libraries."""
+"""Run `backtalk export`: write trajectories as the records of other libraries."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from backtalk.cli.import_trajectories import Source
 from backtalk.errors import ConfigError, DataError
+from backtalk.exchange.detect import Format
 
 if TYPE_CHECKING:
-    from backtalk.language.renderer import Renderer
     from backtalk.trajectory import Trajectory
 
 
-class Target(StrEnum):
-    """What can be written."""
-
-    RFC010 = "rfc010"
-    EPISODE_RECORD = "episode-record"
-    TRAINING_TRACE = "training-trace"
-    ATIF = "atif"
-
-
-class Learned(StrEnum):
-    """RFC 010's world_loss_target: what obs_mask holds."""
-
-    ENV_ONLY = "env_only"
-    ALL = "all"
+Target = Literal["rfc010", "episode-record", "training-trace", "atif"]
+LossTarget = Literal["env_only", "all"]  # RFC 010's world_loss_target
 
 
 def export(
@@ -42,11 +29,11 @@ def export(
     out: Annotated[Path, typer.Option(help="Where to write, one record a line: a name that ends in .jsonl.")],
     model: Annotated[str, typer.Option(help="Whose tokens they are: a folder, a Hugging Face name, or base.")] = "base",
     source: Annotated[
-        Source | None, typer.Option("--from", help="What wrote the files. Without it: found out by their fields.")
+        Format | None, typer.Option("--from", help="What wrote the files. Without it: found out by their fields.")
     ] = None,
-    learned: Annotated[
-        Learned, typer.Option("--target", help="What obs_mask holds: env_only, or all with the harness's warnings.")
-    ] = Learned.ENV_ONLY,
+    loss_target: Annotated[
+        LossTarget, typer.Option("--target", help="What obs_mask holds: env_only, or all with the harness's warnings.")
+    ] = "env_only",
 ) -> None:
     """Write trajectories for others: RFC 010, OpenEnv's EpisodeRecord and TrainingTrace, Harbor's ATIF.
 
@@ -63,8 +50,8 @@ def export(
     if out.suffix != ".jsonl":
         raise ConfigError(f"--out {out} ends in {out.suffix!r}; end the name in .jsonl, one record a line")
     renderer = Renderer.from_pretrained(model_location(model), (), RendererConfig(on_drift="fork"))
-    read = read_episodes(files, rendered(renderer.for_tools), None if source is None else source.value)
-    write = _writer(target, learned, renderer, model)
+    read = read_episodes(files, rendered(renderer.for_tools), source)
+    write = _writer(target, loss_target, model)
     lines: list[str] = []
     refused = [f"{refusal.where}: {refusal.reason}" for refusal in read.refusals]
     for trajectory in read.trajectories:
@@ -82,21 +69,18 @@ def export(
         raise typer.Exit(1)
 
 
-def _writer(target: Target, learned: Learned, renderer: Renderer, model: str) -> Callable[[Trajectory], dict[str, Any]]:
+def _writer(target: Target, loss_target: LossTarget, model: str) -> Callable[[Trajectory], dict[str, Any]]:
+    """Return the function that writes a trajectory in a format."""
+    from backtalk.exchange.rfc010 import to_rfc010
+    from backtalk.exchange.write.atif import to_atif
+    from backtalk.exchange.write.openenv import to_episode_record, to_training_trace
+
     match target:
-        case Target.RFC010:
-            from backtalk.exchange.rfc010 import to_rfc010
-
-            return lambda trajectory: to_rfc010(trajectory, learned.value)
-        case Target.EPISODE_RECORD:
-            from backtalk.exchange.write.openenv import to_episode_record
-
-            return lambda trajectory: to_episode_record(trajectory, world_loss_target=learned.value)
-        case Target.TRAINING_TRACE:
-            from backtalk.exchange.write.openenv import to_training_trace
-
-            return lambda trajectory: to_training_trace(trajectory, world_loss_target=learned.value)
-        case Target.ATIF:
-            from backtalk.exchange.write.atif import to_atif
-
-            return lambda trajectory: to_atif(trajectory, model_name=model)
+        case "rfc010":
+            return partial(to_rfc010, world_loss_target=loss_target)
+        case "episode-record":
+            return partial(to_episode_record, world_loss_target=loss_target)
+        case "training-trace":
+            return partial(to_training_trace, world_loss_target=loss_target)
+        case "atif":
+            return partial(to_atif, model_name=model)

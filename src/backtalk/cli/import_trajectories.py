@@ -1,63 +1,35 @@
-"""`backtalk import`: other libraries' trajectories as ours."""
+"""Run `backtalk import`: turn other libraries' trajectories into ours."""
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
 from collections.abc import Sequence
-from enum import StrEnum
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from backtalk.errors import ConfigError
+from backtalk.exchange.detect import Format
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from backtalk.exchange.read.files import Imported, ImportOptions, RendererOf
-    from backtalk.exchange.read.turns import OnDrift
-    from backtalk.messages import ToolSpec
+    from backtalk.exchange.read.wrappers import Wrappers
 
 SHOWN_REFUSALS = 8
 
-
-class Source(StrEnum):
-    """The formats; the same as backtalk.exchange.read.FORMATS, which is not loaded for --help."""
-
-    CHAT = "chat"
-    ATIF = "atif"
-    TURNS = "turns"
-    TRL = "trl"
-    VERIFIERS = "verifiers"
-    OPENENV = "openenv"
-    RFC010 = "rfc010"
-
-
-class Given(StrEnum):
-    """Roles that imported text may get."""
-
-    CONTEXT = "context"
-    ENV_OUTPUT = "env_output"
-    WARNING = "warning"
-
-
-class Drift(StrEnum):
-    STOP = "stop"
-    FORK = "fork"
-
-
-class Harness(StrEnum):
-    AUTO = "auto"
-    TERMINUS = "terminus"
-    NONE = "none"
+Role = Literal["context", "env_output", "warning"]
+Drift = Literal["stop", "fork"]
+Harness = Literal["auto", "terminus", "none"]
 
 
 def import_trajectories(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".json, .jsonl, .jsonl.gz or .parquet.")],
-    source: Annotated[Source, typer.Option("--format", help="What wrote the files.")],
+    source: Annotated[Format, typer.Option("--format", help="What wrote the files.")],
     out: Annotated[Path, typer.Option(help="Where to write: a name that ends in .parquet or .jsonl.")],
     model: Annotated[
         str | None,
@@ -66,17 +38,17 @@ def import_trajectories(
     on_drift: Annotated[
         Drift,
         typer.Option(help="A prompt that does not begin with what came before: refuse it, or begin a new branch."),
-    ] = Drift.STOP,
+    ] = "stop",
     observation_role: Annotated[
-        Given | None,
+        Role | None,
         typer.Option(help="For token ids whose template cannot be told: what a whole observation becomes."),
     ] = None,
     user_role: Annotated[
-        Given, typer.Option(help="What a user's message after the first turn is: context, or env_output.")
-    ] = Given.CONTEXT,
+        Role, typer.Option(help="What a user's message after the first turn is: context, or env_output.")
+    ] = "context",
     harness: Annotated[
         Harness, typer.Option(help="Whose phrases around observations become WARNING; auto goes by the record.")
-    ] = Harness.AUTO,
+    ] = "auto",
     warning: Annotated[
         list[str] | None, typer.Option(metavar="REGEX", help="More text that is WARNING; may be given many times.")
     ] = None,
@@ -96,64 +68,68 @@ def import_trajectories(
 
     Example: `backtalk import runs/*.jsonl --format atif --model base --out recorded.parquet`.
     """
-    from rich.console import Console
-
-    from backtalk.exchange.read.files import import_files
-    from backtalk.run.log import write_trajectories
+    from backtalk.exchange.read.files import ImportOptions, import_files
+    from backtalk.trajectory import TokenRole
 
     if out.suffix not in (".parquet", ".jsonl"):
         raise ConfigError(f"--out {out} ends in {out.suffix!r}; end the name in .parquet or .jsonl")
-    options = _options(on_drift, observation_role, user_role, harness, warning, keep_reasoning, max_tokens)
-    renderer_of, longest = (None, None) if model is None else _model(model, tool_format, options.on_drift)
-    imported = import_files(files, source.value, renderer_of, options, longest)
-    console = Console()
+    options = ImportOptions(
+        on_drift=on_drift,
+        observation_role=None if observation_role is None else TokenRole[observation_role.upper()],
+        user_role=TokenRole[user_role.upper()],
+        wrappers=_wrappers(harness, warning or ()),
+        keep_reasoning=keep_reasoning,
+        max_tokens=max_tokens,
+    )
+    renderer_of, longest = (None, None) if model is None else _model(model, tool_format, on_drift)
+    _write(out, import_files(files, source, renderer_of, options, longest), options)
+
+
+def _write(out: Path, imported: Imported, options: ImportOptions) -> None:
+    """Write the trajectories and print what was imported; exit with 1 where a record was refused.
+
+    Raises:
+        ConfigError: there is no trajectory.
+    """
+    from rich.console import Console
+
+    from backtalk.run.log import write_trajectories
+
     if imported.trajectories:
         write_trajectories(out, imported.trajectories)
-    _print(imported, options, console)
+    _print(imported, options, Console())
     if not imported.trajectories:
-        raise ConfigError(f"nothing could be imported, so {out} was not written; the reasons stand above")
+        raise ConfigError(f"nothing could be imported, so {out} was not written; the reasons are above")
     typer.echo(f"Written: {out}")
     if imported.refusals:
         raise typer.Exit(1)
 
 
-def _options(
-    on_drift: Drift,
-    observation_role: Given | None,
-    user_role: Given,
-    harness: Harness,
-    warning: Sequence[str] | None,
-    keep_reasoning: bool,
-    max_tokens: int | None,
-) -> ImportOptions:
-    import re
+def _wrappers(harness: Harness, warnings: Sequence[str]) -> Wrappers | None:
+    """Return the phrases of a harness and more of them; None where each record says which harness it was.
 
-    from backtalk.exchange.read.files import ImportOptions
+    Raises:
+        ConfigError: a phrase that is no regular expression, or that would be added to no known harness.
+    """
     from backtalk.exchange.read.wrappers import NO_WRAPPERS, TERMINUS, Wrappers
-    from backtalk.trajectory import TokenRole
 
-    chosen = {Harness.AUTO: None, Harness.TERMINUS: TERMINUS, Harness.NONE: NO_WRAPPERS}[harness]
-    if warning:
-        for pattern in warning:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(f"--warning {pattern!r} is no regular expression: {error}") from error
-        if chosen is None:
+    for pattern in warnings:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"--warning {pattern!r} is no regular expression: {error}") from error
+    if harness == "auto":
+        if warnings:
             raise ConfigError("--warning needs to know what it adds to; pass --harness terminus or --harness none too")
-        chosen = Wrappers((*chosen.patterns, *warning), chosen.echoes)
-    return ImportOptions(
-        on_drift="fork" if on_drift is Drift.FORK else "stop",
-        observation_role=None if observation_role is None else TokenRole[observation_role.name],
-        user_role=TokenRole[user_role.name],
-        wrappers=chosen,
-        keep_reasoning=keep_reasoning,
-        max_tokens=max_tokens,
-    )
+        return None
+    known = TERMINUS if harness == "terminus" else NO_WRAPPERS
+    return Wrappers((*known.patterns, *warnings), known.echoes)
 
 
-def _model(model: str, tool_format: str | None, on_drift: OnDrift) -> tuple[RendererOf, int | None]:
-    """Renderers of a model's tokenizer, one for each set of tools, and the length of its context if it says so."""
+def _model(model: str, tool_format: str | None, on_drift: Drift) -> tuple[RendererOf, int | None]:
+    """Return the renderers of a model's tokenizer, by tools, and the length of its context where it is known."""
+    from transformers import AutoConfig
+
     from backtalk.language.renderer import Renderer, RendererConfig
     from backtalk.language.tokenizer import load_tokenizer, model_location
     from backtalk.language.tool_formats import ToolFormat
@@ -163,25 +139,9 @@ def _model(model: str, tool_format: str | None, on_drift: OnDrift) -> tuple[Rend
     config = RendererConfig(tool_format=None if tool_format is None else ToolFormat(tool_format), on_drift=on_drift)
     location = model_location(model)
     tokenizer = load_tokenizer(location)
-    renderers: dict[str, Renderer] = {}
-
-    def renderer_of(tools: Sequence[ToolSpec]) -> Renderer:
-        key = json.dumps(
-            [[tool.name, tool.description, tool.parameters] for tool in tools], sort_keys=True, default=str
-        )
-        if key not in renderers:
-            renderers[key] = Renderer(tokenizer, tools, config)
-        return renderers[key]
-
-    return renderer_of, _context(location)
-
-
-@cache
-def _context(location: str) -> int | None:
-    from transformers import AutoConfig
-
-    found = getattr(AutoConfig.from_pretrained(location), "max_position_embeddings", None)
-    return found if isinstance(found, int) else None
+    for_tools = lru_cache(64)(lambda tools: Renderer(tokenizer, tools, config))
+    longest = getattr(AutoConfig.from_pretrained(location), "max_position_embeddings", None)
+    return lambda tools: for_tools(tuple(tools)), longest if isinstance(longest, int) else None
 
 
 def _print(imported: Imported, options: ImportOptions, console: Console) -> None:
@@ -208,7 +168,7 @@ def _print(imported: Imported, options: ImportOptions, console: Console) -> None
 
 
 def _notes(imported: Imported, options: ImportOptions) -> list[str]:
-    """What was decided about the records that a person should know of."""
+    """Return notes on what was decided about the records."""
     total = imported.total
     notes = []
     unsampled = sum(trajectory.num_unsampled_turns for trajectory in imported.trajectories)

@@ -1,7 +1,7 @@
-"""Episodes in characters: one token a character, which needs no model and makes counts of any two compare.
+"""Write rollouts in characters, one token a character: it needs no model, and makes counts of any two comparable.
 
-A record of messages is written out as RFC 010's demo writes it: a call in <tool_call> tags, a result in
-<tool_response> tags that count with the result. No chat template is involved, so nothing is TEMPLATE.
+A record of messages is written as RFC 010's demo writes it: a call in <tool_call> tags, a result in <tool_response>
+tags that count with the result. No chat template is involved, so nothing is TEMPLATE.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ PREAMBLE = (
 
 
 def characters(text: str) -> tuple[int, ...]:
-    """The code points of a text."""
+    """Return the code points of a text."""
     return tuple(map(ord, text))
 
 
-def transcribed(record: Any, source: Format, where: str) -> Trajectory | None:
-    """A record of messages as characters; None where it holds token ids, which have a text of their own.
+def transcribed(record: Any, source: Format, name: str) -> Trajectory | None:
+    """Return a record of messages as characters; None where it holds token ids, which have a text of their own.
 
     Raises:
         DataError: the messages cannot be read, or no agent speaks in them.
@@ -53,17 +53,16 @@ def transcribed(record: Any, source: Format, where: str) -> Trajectory | None:
         if message.role == "assistant":
             turn = 0 if turn is None else turn + 1
         segments += _written(message, turn)
-    return about_of(record, inner, where).trajectory([segment for segment in segments if len(segment)])
+    return about_of(record, inner, name).trajectory([segment for segment in segments if len(segment)])
 
 
 def recounted(trajectory: Trajectory, decode: Decode, encode: Encode = characters) -> Trajectory:
-    """The same episode in other tokens, segment by segment. Logprobs do not survive this, so no action is sampled."""
-    segments = []
-    for segment in trajectory.segments:
-        ids = tuple(encode(decode(segment.token_ids)))
-        if ids:
-            segments.append(replace(segment, logprobs=None, token_ids=ids))
-    return replace(trajectory, segments=tuple(segments))
+    """Return the same rollout in other tokens, segment by segment. Logprobs are lost, so no action is sampled."""
+    segments = [
+        replace(segment, logprobs=None, token_ids=tuple(encode(decode(segment.token_ids))))
+        for segment in trajectory.segments
+    ]
+    return replace(trajectory, segments=tuple(segment for segment in segments if len(segment)))
 
 
 def _messages(record: Any, source: Format) -> list[ChatMessage] | None:
@@ -84,7 +83,7 @@ def _messages(record: Any, source: Format) -> list[ChatMessage] | None:
 
 
 def _written(message: ChatMessage, turn: int | None) -> list[Segment]:
-    """A message as characters. ``turn`` is the one it belongs to, None before the first."""
+    """Return a message as characters. ``turn`` is None before the first."""
     if message.role == "assistant":
         calls = [
             json.dumps({"name": call.tool, "arguments": call.arguments}, sort_keys=True, ensure_ascii=False)

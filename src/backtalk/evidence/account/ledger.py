@@ -1,4 +1,4 @@
-"""Tokens by who made them, with their nats: counted over whole episodes, turns and tools.
+"""Count tokens by who made them, with their nats: over whole rollouts, turns and tools.
 
 Only tokens that have one before them count, as nothing can be learned of a sequence's first: that is how RFC 010's
 demo counts too.
@@ -8,22 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
-from operator import add
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from backtalk.trajectory import TokenRole, Trajectory
 
 Kind = Literal["context", "template", "action", "env_output", "warning"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+SPOKEN: tuple[Kind, ...] = ("action", "env_output", "warning")
 
-_KIND_OF: Mapping[TokenRole, Kind] = {
-    TokenRole.CONTEXT: "context",
-    TokenRole.TEMPLATE: "template",
-    TokenRole.ACTION: "action",
-    TokenRole.ENV_OUTPUT: "env_output",
-    TokenRole.WARNING: "warning",
-}
+_KIND_OF: Mapping[TokenRole, Kind] = dict(zip(TokenRole, KINDS, strict=True))
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -60,21 +53,33 @@ class Tally:
 
     @property
     def learnable(self) -> int:
-        """Tokens that ECHO learns from: actions and what the world said."""
+        """Return the number of tokens that ECHO learns from: actions and environment output."""
         return self.tokens["action"] + self.tokens["env_output"]
 
     @property
     def discarded_share(self) -> float | None:
-        """The share of the learnable tokens that ordinary RL masks out; None where there are none."""
+        """Return the share of the learnable tokens that ordinary RL masks out; None where there are none."""
         return self.tokens["env_output"] / self.learnable if self.learnable else None
 
     def cross_entropy(self, kind: Kind) -> float | None:
-        """Nats a token; None without a model or without such tokens."""
+        """Return nats a token; None without a model or without such tokens."""
         return None if self.nats is None or not self.tokens[kind] else self.nats[kind] / self.tokens[kind]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON-ready data."""
+        nats = {kind: self.cross_entropy(kind) for kind in SPOKEN}
+        return {
+            "tokens": dict(self.tokens),
+            "unsampled_action_tokens": self.unsampled,
+            "learnable": self.learnable,
+            "discarded_by_rl": self.tokens["env_output"],
+            "discarded_share": self.discarded_share,
+            "cross_entropy": None if self.nats is None else nats,
+        }
 
 
 def stretches(trajectory: Trajectory) -> list[Stretch]:
-    """A trajectory's tokens that have one before them in their branch, in order."""
+    """Return a trajectory's tokens that have one before them in their branch, in order."""
     answered: dict[int | None, str | None] = {}
     for segment in trajectory.segments:
         if segment.tool is not None:
@@ -92,7 +97,7 @@ def stretches(trajectory: Trajectory) -> list[Stretch]:
 
 
 def tally(parts: Iterable[Stretch], logprobs: Sequence[float] | None = None) -> Tally:
-    """``logprobs`` are a model's, one for each token of the trajectory, in nats."""
+    """Count some tokens. ``logprobs`` are a model's, one for each token of the trajectory, in nats."""
     tokens: dict[Kind, int] = dict.fromkeys(KINDS, 0)
     nats: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
     unsampled = 0
@@ -106,7 +111,7 @@ def tally(parts: Iterable[Stretch], logprobs: Sequence[float] | None = None) -> 
 def tallies(
     parts: Iterable[Stretch], key: Callable[[Stretch], Key], logprobs: Sequence[float] | None = None
 ) -> dict[Key, Tally]:
-    """A tally for each value of ``key``, in order of first appearance."""
+    """Return a tally for each value of ``key``, in order of first appearance."""
     groups: dict[Key, list[Stretch]] = {}
     for part in parts:
         groups.setdefault(key(part), []).append(part)
@@ -114,9 +119,9 @@ def tallies(
 
 
 def merged(many: Iterable[Mapping[Key, Tally]]) -> dict[Key, Tally]:
-    """The tallies of several episodes, added where their keys agree."""
-    groups: dict[Key, list[Tally]] = {}
-    for one in many:
-        for name, found in one.items():
-            groups.setdefault(name, []).append(found)
-    return {name: reduce(add, found) for name, found in groups.items()}
+    """Return the tallies of several rollouts, added where their keys agree."""
+    found: dict[Key, Tally] = {}
+    for tallied in many:
+        for name, counts in tallied.items():
+            found[name] = found[name] + counts if name in found else counts
+    return found

@@ -1,4 +1,4 @@
-"""One forward pass, three objectives: ordinary RL, ECHO, and the world term alone.
+"""Compute three objectives from one forward pass: ordinary RL, ECHO, and the world term alone.
 
 They are the ``objective`` of a training step over the given episodes, with its default normalisers, so what is shown
 is what a step would minimise. The value of GRPO's surrogate says little (at ratio 1 it is -advantage); what tells the
@@ -40,7 +40,7 @@ class Loss:
 
 
 def as_if_sampled(trajectory: Trajectory, logprobs: Sequence[float]) -> Trajectory:
-    """The trajectory with a model's own logprobs where nobody knows those of an action: a ratio of 1."""
+    """Return the trajectory with a model's own logprobs where an action has none: a ratio of 1."""
     segments = (
         replace(segment, logprobs=tuple(logprobs[start:end]))
         if segment.role is TokenRole.ACTION and not segment.is_sampled
@@ -51,7 +51,7 @@ def as_if_sampled(trajectory: Trajectory, logprobs: Sequence[float]) -> Trajecto
 
 
 def advantages_of(trajectories: Sequence[Trajectory]) -> list[float | None]:
-    """Relative to the other attempts at the task where there are some, else the reward itself; None without reward.
+    """Return advantages relative to the task's other rollouts, or the reward itself without such; None without reward.
 
     A group of one has no advantage; RFC 010's demo puts the reward in its place, and so does this.
     """
@@ -74,9 +74,9 @@ def three_losses(
     *,
     world_model_coeff: float = 0.05,
 ) -> list[Loss]:
-    """The losses of one step over these episodes. ``logprobs`` are a model's at temperature 1, one a token, in nats.
+    """Return the losses of one step over these rollouts. ``logprobs`` are a model's at temperature 1, in nats.
 
-    An advantage of None keeps an episode out of the policy term.
+    An advantage of None keeps a rollout out of the policy term.
     """
     samples: list[Sample] = []
     columns: list[Tensor] = []

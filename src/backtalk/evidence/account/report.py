@@ -1,4 +1,4 @@
-"""The account of one episode as plain data: its tokens, turns, tools and losses."""
+"""Report on one rollout, or on several together: tokens, turns, tools and losses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import reduce
 from operator import add
 from typing import Any
 
-from backtalk.evidence.account.ledger import Kind, Stretch, Tally, merged, stretches, tallies, tally
+from backtalk.evidence.account.ledger import Stretch, Tally, merged, stretches, tallies, tally
 from backtalk.evidence.account.losses import Loss, three_losses
 from backtalk.trajectory import Trajectory
 
@@ -17,7 +17,7 @@ Place = tuple[int, str]  # turn and tool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """What one episode is made of. With a model's log-probabilities also nats and losses.
+    """Counts of one rollout's tokens. With a model's log-probabilities also nats and losses.
 
     ``turns`` are keyed by turn and tool, and ``tools`` by tool; the prompt is in neither. ``gap`` is the mean absolute
     difference between the recorded logprobs and the model's, in nats, None where either is missing.
@@ -34,14 +34,14 @@ class Account:
     gap: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return JSON-ready data."""
         return {
             "name": self.name,
             "reward": self.reward,
             "num_turns": self.num_turns,
-            **_plain(self.whole),
-            "turns": [{"turn": turn, "tool": tool, **_plain(found)} for (turn, tool), found in self.turns.items()],
-            "tools": {tool: _plain(found) for tool, found in self.tools.items()},
+            **self.whole.to_dict(),
+            "turns": [{"turn": turn, "tool": tool, **found.to_dict()} for (turn, tool), found in self.turns.items()],
+            "tools": {tool: found.to_dict() for tool, found in self.tools.items()},
             "advantage": self.advantage,
             "losses": {loss.name: asdict(loss) for loss in self.losses},
             "logprob_gap": self.gap,
@@ -55,7 +55,10 @@ def account_of(
     advantage: float | None = None,
     world_model_coeff: float = 0.05,
 ) -> Account:
-    """``logprobs`` are a model's at temperature 1, one for each token, in nats; without them there are no losses."""
+    """Account for one rollout.
+
+    ``logprobs`` are a model's at temperature 1, one for each token, in nats; without them there are no losses.
+    """
     parts = stretches(trajectory)
     played = [part for part in parts if part.turn is not None]
     losses: list[Loss] = []
@@ -75,14 +78,14 @@ def account_of(
 
 
 def total_of(accounts: Sequence[Account], losses: Sequence[Loss] = ()) -> Account:
-    """All episodes as one. Losses are not sums: ``three_losses`` over all of them gives those of the whole step."""
+    """Account for all rollouts as one. ``losses`` are those of the whole step, which are not sums: ``three_losses``."""
     return Account(
         name="all",
         reward=None,
-        num_turns=sum(one.num_turns for one in accounts),
-        whole=reduce(add, (one.whole for one in accounts)),
-        turns=merged(one.turns for one in accounts),
-        tools=merged(one.tools for one in accounts),
+        num_turns=sum(account.num_turns for account in accounts),
+        whole=reduce(add, (account.whole for account in accounts)),
+        turns=merged(account.turns for account in accounts),
+        tools=merged(account.tools for account in accounts),
         losses=tuple(losses),
     )
 
@@ -96,16 +99,3 @@ def _gap(trajectory: Trajectory, parts: Sequence[Stretch], logprobs: Sequence[fl
     places = [t for part in parts for t in range(part.start, part.end)]
     gaps = [abs(known - logprobs[t]) for t in places if (known := recorded[t]) is not None]
     return sum(gaps) / len(gaps) if gaps else None
-
-
-def _plain(found: Tally) -> dict[str, Any]:
-    kinds: tuple[Kind, ...] = ("action", "env_output", "warning")
-    nats = {kind: found.cross_entropy(kind) for kind in kinds}
-    return {
-        "tokens": dict(found.tokens),
-        "unsampled_action_tokens": found.unsampled,
-        "learnable": found.learnable,
-        "discarded_by_rl": found.tokens["env_output"],
-        "discarded_share": found.discarded_share,
-        "cross_entropy": None if found.nats is None else nats,
-    }
