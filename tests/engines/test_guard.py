@@ -179,7 +179,7 @@ GOOD = {
         ({"target_tokens": 0.0}, "target_tokens=0", "world_loss_target='env_only'"),
         ({"grad_norm_ratio": 10.5}, "grad_norm_ratio=10.5", "lower objective.world_model_coeff (now 0.3)"),
         ({"effective_obs_weight": 1.5}, "effective_obs_weight=1.5", "token_mean"),
-        ({"role_confusion": 0.03}, "role_confusion=0.03", "the policy begins to write the world's part"),
+        ({"role_confusion": 0.03}, "role_confusion=0.03", "the policy begins to write observations itself"),
     ],
 )
 def test_every_sign_of_trouble_is_one_sentence(change: dict[str, float], begins: str, says: str) -> None:

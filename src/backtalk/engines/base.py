@@ -1,4 +1,4 @@
-"""What Backtalk asks of anything that holds a policy and can train it, and of the settings of such a thing."""
+"""Protocols of an engine, which holds and trains a policy, and of the settings that open a user's own engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-if TYPE_CHECKING:  # settings name an engine's, and are read without PyTorch
+if TYPE_CHECKING:  # settings are read without PyTorch
     from backtalk.objective.config import ObjectiveConfig
     from backtalk.objective.samples import Sample
     from backtalk.rollout.sampler import Sampler, SamplingParams
@@ -18,16 +18,16 @@ class Engine(Protocol):
 
     @property
     def tokenizer(self) -> Any:
-        """The policy's own: a fast tokenizer of transformers, or what behaves like one (``ChatTokenizer``)."""
+        """Return the policy's tokenizer: a fast one of transformers, or an object like it (``ChatTokenizer``)."""
         ...
 
     @property
     def policy_version(self) -> int:
-        """Train steps taken so far."""
+        """Return the number of train steps taken so far."""
         ...
 
     def sampler(self, params: SamplingParams) -> Sampler:
-        """Return a sampler at the current version. It is stale after the next ``train_step``: ask for a new one."""
+        """Return a sampler at the current version, to be used until the next ``train_step`` and not after."""
         ...
 
     async def train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
@@ -35,26 +35,30 @@ class Engine(Protocol):
         ...
 
     async def score(self, trajectories: Sequence[Trajectory]) -> list[list[float]]:
-        """Return the log-probability of every token at temperature 1, in nats; 0.0 for a trajectory's first token."""
+        """Return each token's log-probability at temperature 1, in nats; 0.0 for the first token of a trajectory."""
         ...
 
     def save(self, folder: Path) -> None:
-        """Write everything that ``load`` needs into ``folder``, which may have to be made."""
+        """Write everything that ``load`` needs into ``folder``, and make the folder if need be."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Continue where ``save`` left off, ``policy_version`` included; DataError where that cannot be."""
+        """Restore what ``save`` wrote, ``policy_version`` included.
+
+        Raises:
+            DataError: no checkpoint, or one of another model.
+        """
         ...
 
 
 class CustomEngineConfig(Protocol):
-    """Settings of an engine of the user's own: a dataclass, or a pydantic model."""
+    """Settings of a user's own engine: a dataclass, or a pydantic model."""
 
     @property
     def kind(self) -> str:
-        """The import path of this class, as ``engine.kind`` names it: "my_module:MyEngineConfig"."""
+        """Return the import path of this class, as in ``engine.kind``: "my_module:MyEngineConfig"."""
         ...
 
     def open(self, *, seed: int) -> Engine:
-        """Return the engine; ``seed`` is the run's."""
+        """Return a new engine; ``seed`` is that of the run."""
         ...

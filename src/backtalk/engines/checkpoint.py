@@ -1,4 +1,4 @@
-"""Checkpoint folders of any engine, written whole or not at all; what is in one is the engine's own affair."""
+"""Checkpoint folders of any engine, written completely or not at all; each engine decides what is in its own."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from backtalk.errors import DataError
 
 
 def write_atomically(folder: Path, save: Callable[[Path], None]) -> None:
-    """Let ``save`` fill a folder beside ``folder``, then put it in its place.
+    """Let ``save`` write into a temporary folder, then rename that to ``folder``.
 
     A crash leaves the old folder or the new one, the old one perhaps as ``.NAME.old`` (see ``find_checkpoint``).
 
     Raises:
-        DataError: the disk is full or not writable; what was there before is still there.
+        DataError: the disk is full or not writable; an older checkpoint is still there.
     """
     folder = folder.absolute()
     fresh, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
@@ -34,11 +34,12 @@ def write_atomically(folder: Path, save: Callable[[Path], None]) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
         raise DataError(
             f"checkpoint {folder} cannot be written: {error}; free some space, or choose another folder "
-            "(what was saved there before is unharmed)"
+            "(an older checkpoint there is unharmed)"
         ) from error
 
 
 def _sync(folder: Path) -> None:
+    """Flush all files of a folder to the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -46,7 +47,7 @@ def _sync(folder: Path) -> None:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """Return ``folder``, its predecessor where a crash came between the two renames, or None where neither is there."""
+    """Return ``folder``, its predecessor after a crash between the two renames, or None where neither exists."""
     folder = folder.absolute()
-    places = (folder, folder.with_name(f".{folder.name}.old"))
-    return next((place for place in places if place.is_dir() and any(place.iterdir())), None)
+    candidates = (folder, folder.with_name(f".{folder.name}.old"))
+    return next((path for path in candidates if path.is_dir() and any(path.iterdir())), None)

@@ -1,4 +1,4 @@
-"""Which engine a run drives: its settings by ``engine.kind``, and the engine by its settings."""
+"""Choice of a run's engine: the class of its settings by ``engine.kind``, and the engine by its settings."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ EngineConfig = TorchConfig | CustomEngineConfig
 
 
 def engine_config_class(kind: Any) -> type[EngineConfig]:
-    """Return the class of an engine's settings; no engine is imported by this, but a user's own module is.
+    """Return the class of an engine's settings, which imports no engine, or else the user's own module.
 
     Raises:
-        ConfigError: there is no such kind, or it names no class that opens an engine.
+        ConfigError: an unknown kind, or a path to something that opens no engine.
     """
     match kind:
         case "torch":
@@ -36,7 +36,7 @@ def engine_config_class(kind: Any) -> type[EngineConfig]:
 
 
 def open_engine(config: EngineConfig, *, seed: int = 0) -> Engine:
-    """Return the engine that ``config`` describes, imported only now."""
+    """Import and return the engine that ``config`` describes."""
     match config:
         case TorchConfig():
             from backtalk.engines.torch.engine import TorchEngine

@@ -1,7 +1,7 @@
-"""Which words of the world are an echo: text of an observation that stands in the action it answers.
+"""Observation tokens that repeat the action before them, so that metrics can report their cross-entropy apart.
 
-`cat notes.txt: No such file` repeats the command, and a model predicts the repeated part without knowing anything of
-the world. So cross-entropies are told apart by it.
+`cat notes.txt: No such file` repeats the command, and a model predicts the repeated part without knowing anything about
+the environment.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from torch import Tensor
 from backtalk.objective.samples import Sample
 from backtalk.trajectory import TokenRole
 
-COPIED_RUN = 3  # tokens; shorter matches are mostly chance
+COPIED_RUN = 3  # tokens; shorter matches are mostly coincidence
 
 
 def copied_mask(sample: Sample) -> Tensor:
-    """Observation tokens in a run of at least 3 that also stands, in a row, in the same turn's action; bool [T].
+    """Return the observation tokens in a run of at least 3 that is also in the same turn's action; bool [T].
 
-    Every longer run is made of runs of 3, so it is enough to look those up: linear in the number of tokens.
+    Longer runs consist of runs of 3, so only those are looked up, in time linear in the number of tokens.
     """
     ids = sample.token_ids.tolist()
     actions: dict[int | None, set[tuple[int, ...]]] = defaultdict(set)

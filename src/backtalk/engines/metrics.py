@@ -1,4 +1,4 @@
-"""What a train step reports about its tokens, beside the losses.
+"""Token metrics of a train step: cross-entropies, ratios, and the balance of the two terms.
 
 B samples, T tokens. *_BT is [B, T], *_B is [B].
 """
@@ -17,26 +17,24 @@ from backtalk.objective.batch import Batch, TokenCounts, collate, policy_mask, t
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.forms import kl_to_reference, sequence_ratio
 from backtalk.objective.loss import policy_weights, world_weights
-from backtalk.objective.samples import Sample
-from backtalk.trajectory import TokenRole
-
-SHARES = ("context", "template", "action", "env_output", "warning")
+from backtalk.objective.samples import Sample, to_samples
+from backtalk.trajectory import TokenRole, Trajectory
 
 
 @dataclass(slots=True)
 class StepRecord:
-    """What the passes over a step's micro-batches showed, token by token; float64 on the CPU, a tensor a sample."""
+    """Results of a step's micro-batches by token, for the metrics; float64 on the CPU, one tensor a sample."""
 
     samples: list[Sample] = field(default_factory=list)
     logprobs: list[Tensor] = field(default_factory=list)  # nats
     gradients: list[Tensor] = field(default_factory=list)  # d(loss) / d(logprobs)
     reference: list[Tensor] = field(default_factory=list)  # nats; empty without a KL term
-    # Squares of the gradient at the last hidden states, which belong to one token each: the one they predict.
+    # Squared norms of the gradient at the last hidden states, each of which predicts one token of one term.
     policy_square: float = 0.0
     world_square: float = 0.0
 
     def add(self, samples: Sequence[Sample], batch: Batch, logprobs_BT: Tensor) -> None:
-        """One micro-batch; after its backward pass, where ``logprobs_BT`` keeps its gradient."""
+        """Add a micro-batch after its backward pass, in which ``logprobs_BT`` retained its gradient."""
         gradient_BT = torch.zeros_like(logprobs_BT) if logprobs_BT.grad is None else logprobs_BT.grad
         self.samples += samples
         self.logprobs += _rows(logprobs_BT, samples)
@@ -45,7 +43,7 @@ class StepRecord:
             self.reference += _rows(batch.reference_logprobs_BT, samples)
 
     def add_states(self, gradient_ND: Tensor, is_action_N: Tensor) -> None:
-        """The gradient at the hidden state before each trained token, and which of those tokens are actions."""
+        """Add the gradient at the hidden state before each trained token; ``is_action_N`` says which are actions."""
         wide = torch.float64 if gradient_ND.dtype == torch.float64 else torch.float32
         squares_N = torch.linalg.vector_norm(gradient_ND, dim=-1, dtype=wide).cpu().double().square()
         is_action_N = is_action_N.cpu()
@@ -54,6 +52,7 @@ class StepRecord:
 
 
 def _rows(values_BT: Tensor, samples: Sequence[Sample]) -> list[Tensor]:
+    """Copy a batch's values to the CPU as float64, without padding."""
     rows = values_BT.detach().cpu().double()
     return [row[: len(sample)] for row, sample in zip(rows, samples, strict=True)]
 
@@ -61,66 +60,55 @@ def _rows(values_BT: Tensor, samples: Sequence[Sample]) -> list[Tensor]:
 def token_metrics(
     record: StepRecord, counts: TokenCounts, config: ObjectiveConfig, tools: Iterable[str] = ()
 ) -> dict[str, float]:
-    """The step's token metrics. A mean over no token is NaN: there was nothing to measure.
+    """Compute the token metrics of a step. A mean over no token is NaN.
 
-    ``tools`` are the tools that get a cross-entropy of their own.
+    ``tools`` are those that get a cross-entropy of their own.
     """
-    batch = collate(record.samples, 0) if record.samples else None
-    if batch is None:
-        return dict.fromkeys(_names(tools), math.nan) | _counts(counts)
-    logprobs_BT, gradients_BT = _pad(record.logprobs), _pad(record.gradients)
+    if not record.samples:
+        empty = Trajectory(task_id="", sample_index=0, segments=())
+        record = StepRecord(to_samples(empty), logprobs=[torch.zeros(0)], gradients=[torch.zeros(0)])
+    batch, logprobs_BT = collate(record.samples, 0), _pad(record.logprobs)
     reference_BT = _pad(record.reference) if record.reference else None
     return (
         _cross_entropies(logprobs_BT, record.samples, batch, config, tools)
         | _policy(logprobs_BT, reference_BT, batch, config)
-        | _balance(gradients_BT, batch, counts, config)
+        | _balance(_pad(record.gradients), batch, counts, config)
         | _gradient_norms(record, batch, config)
-        | _counts(counts)
-    )
-
-
-def _names(tools: Iterable[str]) -> tuple[str, ...]:
-    """The metrics of a step without a token."""
-    return (
-        *("target_ce", "env_output_ce", "env_output_ce_copied", "env_output_ce_new", "warning_ce", "template_ce"),
-        *(f"env_output_ce/{tool}" for tool in tools),
-        *(f"{role}_share" for role in SHARES),
-        *("copied_share", "entropy", "ratio_mean", "clip_fraction", "reference_kl", "sampler_logprob_gap"),
-        *("effective_obs_weight", "world_pull_share"),
-        *("policy_grad_norm", "world_grad_norm", "grad_norm_ratio"),
+        | {name: float(count) for name, count in asdict(counts).items()}
     )
 
 
 def _cross_entropies(
     logprobs_BT: Tensor, samples: Sequence[Sample], batch: Batch, config: ObjectiveConfig, tools: Iterable[str]
 ) -> dict[str, float]:
+    """Compute cross-entropies by role, by tool and by copied text, in nats a token, and shares of tokens by role."""
+    real_BT = torch.arange(batch.roles_BT.shape[1]) < batch.lengths_B[:, None]
+
     def ce(selected_BT: Tensor) -> float:
         return _mean(-logprobs_BT, selected_BT)
 
     def has_role(role: TokenRole) -> Tensor:
-        return (batch.roles_BT == role) & (torch.arange(batch.roles_BT.shape[1]) < batch.lengths_B[:, None])
+        return (batch.roles_BT == role) & real_BT
 
-    said_BT, copied_BT = has_role(TokenRole.ENV_OUTPUT), _pad([copied_mask(sample) for sample in samples])
-    scaffold_BT = target_mask(batch, config) & has_role(TokenRole.TEMPLATE)  # measured where it is learned
-    tokens = int(batch.lengths_B.sum())
-    shares = {f"{name}_share": int(has_role(TokenRole[name.upper()]).sum()) / max(tokens, 1) for name in SHARES}
-    by_tool = {f"env_output_ce/{tool}": ce(said_BT & _of_tool(samples, tool)) for tool in tools}
+    output_BT, copied_BT = has_role(TokenRole.ENV_OUTPUT), _pad([copied_mask(sample) for sample in samples])
+    target_BT = target_mask(batch, config)
     return (
         {
-            "target_ce": ce(target_mask(batch, config)),
-            "env_output_ce": ce(said_BT),
-            "env_output_ce_copied": ce(said_BT & copied_BT),
-            "env_output_ce_new": ce(said_BT & ~copied_BT),
+            "target_ce": ce(target_BT),
+            "env_output_ce": ce(output_BT),
+            "env_output_ce_copied": ce(output_BT & copied_BT),
+            "env_output_ce_new": ce(output_BT & ~copied_BT),
             "warning_ce": ce(has_role(TokenRole.WARNING)),
-            "template_ce": ce(scaffold_BT),
-            "copied_share": _mean(copied_BT.double(), said_BT),
+            "template_ce": ce(target_BT & has_role(TokenRole.TEMPLATE)),
+            "copied_share": _mean(copied_BT.double(), output_BT),
         }
-        | by_tool
-        | shares
+        | {f"env_output_ce/{tool}": ce(output_BT & _of_tool(samples, tool)) for tool in tools}
+        | {f"{role.name.lower()}_share": _mean(has_role(role).double(), real_BT) for role in TokenRole}
     )
 
 
 def _of_tool(samples: Sequence[Sample], tool: str) -> Tensor:
+    """Return the tokens of a tool's calls and observations; bool [B, T]."""
     rows = [torch.zeros(len(sample), dtype=torch.bool) for sample in samples]
     for row, sample in zip(rows, samples, strict=True):
         for span in sample.spans:
@@ -131,6 +119,7 @@ def _of_tool(samples: Sequence[Sample], tool: str) -> Tensor:
 def _policy(
     logprobs_BT: Tensor, reference_BT: Tensor | None, batch: Batch, config: ObjectiveConfig
 ) -> dict[str, float]:
+    """Compute the metrics of action tokens: entropy, ratios, clipping, KL, and the gap to the sampler."""
     trained_BT, action_BT = policy_mask(batch), batch.sampled_BT
     gap_BT = logprobs_BT - batch.sampling_logprobs_BT
     log_ratio_BT = gap_BT.masked_fill(~trained_BT, 0.0)
@@ -139,7 +128,7 @@ def _policy(
     ratio_BT, adv_B1 = log_ratio_BT.exp(), batch.advantages_B[:, None]
     low, high = 1 - config.clip[0], 1 + config.clip[1]
     clipped_BT = ((ratio_BT > high) & (adv_B1 > 0)) | ((ratio_BT < low) & (adv_B1 < 0))
-    if config.policy.max_importance_ratio is not None:  # there the clipped ratio is the trainer's own, which is 1
+    if config.policy.max_importance_ratio is not None:  # the clipped ratio is then the trainer's own, which is 1
         clipped_BT = torch.zeros_like(clipped_BT)
     kl_BT = None if reference_BT is None else kl_to_reference(logprobs_BT, reference_BT, trained_BT)
     return {
@@ -152,7 +141,7 @@ def _policy(
 
 
 def _balance(gradients_BT: Tensor, batch: Batch, counts: TokenCounts, config: ObjectiveConfig) -> dict[str, float]:
-    """How the two terms share the step, by their weights and by the L1 norm of d(loss)/d(logprobs)."""
+    """Compare the two terms by their weights and by the L1 norm of d(loss)/d(logprobs)."""
     p_BT = policy_weights(batch, counts, config, torch.float64)
     w_BT = world_weights(batch, counts, config, torch.float64)
     policy_weight = config.policy_coeff * _mean(p_BT, policy_mask(batch))
@@ -166,9 +155,10 @@ def _balance(gradients_BT: Tensor, batch: Batch, counts: TokenCounts, config: Ob
 
 
 def _gradient_norms(record: StepRecord, batch: Batch, config: ObjectiveConfig) -> dict[str, float]:
-    """At the last hidden states, where the state before an action token belongs to the policy term alone.
+    """Compute each term's gradient norm at the last hidden states.
 
-    What reaches the weights from both terms mixes below; here it can be told apart exactly, for nothing.
+    There the state before a token belongs to the term of that token alone, so the terms can be told apart at no cost;
+    in the layers below their gradients mix.
     """
     has_policy = config.policy_coeff > 0 and bool(policy_mask(batch).any())
     has_world = config.world_coeff > 0 and bool(target_mask(batch, config).any())
@@ -181,14 +171,12 @@ def _gradient_norms(record: StepRecord, batch: Batch, config: ObjectiveConfig) -
     }
 
 
-def _counts(counts: TokenCounts) -> dict[str, float]:
-    return {name: float(count) for name, count in asdict(counts).items()}
-
-
 def _mean(values_BT: Tensor, selected_BT: Tensor) -> float:
+    """Average the selected values; NaN where none is selected."""
     chosen = values_BT[selected_BT]
     return float(chosen.mean()) if len(chosen) else math.nan
 
 
 def _pad(rows: list[Tensor]) -> Tensor:
+    """Pad rows on the right with zeros; [B, T]."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)

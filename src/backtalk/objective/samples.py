@@ -81,7 +81,7 @@ class Sample:
                 f"{lengths[3]} logprobs and {lengths[4]} world scales; every field needs one entry a token"
             )
         if (self.sampled & (self.roles != TokenRole.ACTION)).any():
-            raise ValueError("a token that is no ACTION is marked as sampled; only actions are")
+            raise ValueError("a token that is no ACTION is marked as sampled; mark sampled actions alone")
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -1,4 +1,4 @@
-"""Files of the embedded engine's checkpoint.
+"""Files of the embedded engine's checkpoint beside the model.
 
 model/        weights and tokenizer, as AutoModelForCausalLM and AutoTokenizer read them (LoRA: merged)
 adapter/      the LoRA adapters alone, where there are any
@@ -20,16 +20,16 @@ FORMAT = 1
 
 
 def write_state(folder: Path, state: dict[str, Any], training: dict[str, Any]) -> None:
-    """Write the parts beside the model."""
+    """Write ``state.json`` and ``training.pt``."""
     torch.save(training, folder / "training.pt")
     (folder / "state.json").write_text(json.dumps({"format": FORMAT} | state, indent=2) + "\n")
 
 
 def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what ``write_state`` wrote; tensors on the CPU.
+    """Read what ``write_state`` wrote; tensors on the CPU.
 
     Raises:
-        DataError: not there, unreadable, or of another format.
+        DataError: no checkpoint, an unreadable one, or one of another format.
     """
     if not (folder / "state.json").is_file():
         raise DataError(f"{folder} holds no checkpoint: no state.json; pass a folder that an engine's save() wrote")

@@ -1,4 +1,4 @@
-"""Settings of the embedded engine, apart from it so that reading settings does not load PyTorch."""
+"""Settings of the embedded engine, in a module that does not load PyTorch."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ class TorchConfig:
     model: str = "base"
     """The embedded model (base, shop), a folder, or a Hugging Face name."""
     learning_rate: float = 1e-4
-    """Constant after warm-up."""
+    """Learning rate of AdamW, constant after warm-up."""
     warmup_steps: int = 0
-    """Linear warm-up, from learning_rate / warmup_steps."""
+    """Steps of linear warm-up, from learning_rate / warmup_steps."""
     weight_decay: float = 0.0
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW."""
+    """Betas of AdamW."""
     grad_clip_norm: float = 1.0
     """Largest global L2 norm of the gradient; inf switches clipping off."""
     max_tokens_per_microbatch: int = 8192
-    """Padding included; changes memory and speed, not results."""
+    """Tokens of a micro-batch, padding included; changes memory and speed, not results."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Of weights; auto is bfloat16 on a GPU, else float32."""
+    """Type of the weights; auto is bfloat16 on a GPU, else float32."""
     device: str = "auto"
     """A device of PyTorch's, such as cuda:0; auto is the first GPU, else the CPU."""
     packing: Literal["auto", "on", "off"] = "auto"
-    """Several samples in a row; auto packs where attention is made for it."""
+    """Put several samples into one row; auto does where attention is made for it."""
     gradient_checkpointing: bool = False
-    """Less memory for one more forward pass."""
+    """Use less memory, for one more forward pass."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 trains every weight."""
     threads: int | None = None
-    """Of PyTorch on the CPU; null leaves it alone."""
+    """CPU threads of PyTorch; null leaves its default."""
 
     def __post_init__(self) -> None:
         least = {

@@ -1,6 +1,6 @@
 """The embedded engine: one process, one device, any causal language model of transformers.
 
-It is the default, and the oracle that other engines are held against: one forward pass serves both terms.
+It is the default, and the reference for other engines. One forward pass serves both terms.
 """
 
 from __future__ import annotations
@@ -50,11 +50,10 @@ log = logging.getLogger(__name__)
 
 
 class TorchEngine:
-    """An ``Engine`` over one model of transformers. ``seed`` is that of fresh LoRA adapters: nothing else is random.
+    """An ``Engine`` with one model of transformers. ``seed`` is that of new LoRA adapters; nothing else is random.
 
-    All computing is done by one worker thread of its own, in the order asked for. Not safe for use from
-    several event loops at once. The same config, samples and machine give the same bits (on a GPU up to
-    PyTorch's own non-deterministic kernels). No random number is drawn in a train step.
+    One worker thread does all computing, in the order of the calls. Not safe for use from several event loops at once.
+    The same config, samples and machine give the same bits (on a GPU up to PyTorch's own non-deterministic kernels).
     """
 
     def __init__(self, config: TorchConfig, *, seed: int = 0) -> None:
@@ -75,7 +74,7 @@ class TorchEngine:
         self._scorer = TokenScorer(self.model, try_packing=packs)
         self._check_packing()
         self._reference: TokenScorer | None = None  # loaded when a KL term first asks for it
-        self._tools: set[str] = set()  # those met so far
+        self._tools: set[str] = set()  # seen in samples so far
         self._warned: set[str] = set()  # metrics that the last step warned of
         self._optimizer = StepOptimizer(
             self.model.parameters(),
@@ -90,16 +89,17 @@ class TorchEngine:
 
     @property
     def policy_version(self) -> int:
-        """Train steps taken so far, the skipped ones included."""
+        """Return the number of train steps taken so far, skipped ones included."""
         return self._policy_version
 
     @property
     def pad_token_id(self) -> int:
-        """Fills the ends of rows; never looked at."""
+        """Return the token that fills the ends of rows; no result depends on it."""
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return pad if pad is not None else end if end is not None else 0
 
     def _check_packing(self) -> None:
+        """Refuse ``packing='on'`` with ConfigError where samples in one row would affect each other."""
         if self.config.packing == "on" and not self._scorer.packs:
             raise ConfigError(
                 f"packing='on', but {type(self.model).__name__} lets samples in one row see each other (a state along "
@@ -107,10 +107,10 @@ class TorchEngine:
             )
 
     def sampler(self, params: SamplingParams) -> Sampler:
-        """A batched sampler over the current weights; use it before the next train step and not beside it."""
+        """Return a batched sampler over the current weights; it may not be used during or after a train step."""
         from backtalk.engines.torch.sampler import TorchSampler
 
-        if self._stop_token_ids is None:  # what ends a turn is the chat template's to say; tools do not matter
+        if self._stop_token_ids is None:  # they depend on the chat template, and not on tools
             self._stop_token_ids = Renderer(self.tokenizer, (), RendererConfig(on_drift="fork")).stop_token_ids
         return TorchSampler(
             self.model,
@@ -122,10 +122,10 @@ class TorchEngine:
         )
 
     async def train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
-        """One optimizer step over all samples, in micro-batches that change nothing but memory.
+        """Take one optimizer step over all samples, in micro-batches that change nothing but memory.
 
-        Metrics are those of ``backtalk.run.log.metrics``, the same names whatever the step holds (tools: all met so
-        far); NaN where there was nothing to measure.
+        Returns the metrics listed in ``backtalk.run.log.metrics``, with the same names in every step (tools: those seen
+        so far); NaN where there was nothing to measure.
         """
         config = config.at(self._policy_version)
         metrics = await self._in_worker(lambda: self._train_step(samples, config))
@@ -137,40 +137,40 @@ class TorchEngine:
                 metrics["target_tokens"],
                 metrics["grad_norm"],
             )
-        lines = {line.partition("=")[0]: line for line in step_warnings(metrics, config)}
-        for name in sorted(lines.keys() - self._warned):  # once, until it has been well again
-            log.warning("step %d: %s", self._policy_version, lines[name])
-        self._warned = set(lines)
+        warnings = {warning.partition("=")[0]: warning for warning in step_warnings(metrics, config)}
+        for name in sorted(warnings.keys() - self._warned):
+            log.warning("step %d: %s", self._policy_version, warnings[name])
+        self._warned = set(warnings)
         return metrics
 
     async def score(self, trajectories: Sequence[Trajectory]) -> list[list[float]]:
-        """Log-probability of every token at temperature 1, in nats; 0.0 for a trajectory's first token."""
+        """Return each token's log-probability at temperature 1, in nats; 0.0 for the first token of a branch."""
         return await self._in_worker(lambda: self._score(trajectories))
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint into ``folder``, which is made; ``folder/model`` loads with AutoModelForCausalLM."""
+        """Write a checkpoint into a new folder; ``folder/model`` loads with AutoModelForCausalLM."""
         self._executor.submit(self._write, Path(folder)).result()
 
     def load(self, folder: Path) -> None:
-        """Continue where ``save`` left off, to the bit on the same machine.
+        """Restore what ``save`` wrote; training continues with the same bits on the same machine.
 
         Raises:
             DataError: no checkpoint, a damaged one, or one of another model or kind of training.
         """
         self._executor.submit(self._read, Path(folder)).result()
 
-    # All that follows runs in the worker thread.
-
     async def _in_worker(self, work: Callable[[], T]) -> T:
+        """Run a function in the worker thread, as all methods below are."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     def _train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
+        """Take an optimizer step and return its metrics."""
         counts = TokenCounts.of(samples, config.world_loss_target)
         losses, record, has_gradient = self._accumulate(samples, counts, config)
         held = config.policy_coeff > 0 and config.world_coeff > 0 and record.policy_square == 0
         ratio = config.world_coeff / config.policy_coeff if held else None
         update = self._optimizer.step(ratio) if has_gradient else self._optimizer.idle_metrics()
-        self._optimizer.zero_grad()  # their memory is the sampler's until the next step
+        self._optimizer.zero_grad()  # frees memory for the sampler
         self._policy_version += 1
         self._tools.update(span.tool for sample in samples for span in sample.spans if span.tool is not None)
         tokens = token_metrics(record, counts, config, sorted(self._tools))
@@ -179,7 +179,7 @@ class TorchEngine:
     def _accumulate(
         self, samples: Sequence[Sample], counts: TokenCounts, config: ObjectiveConfig
     ) -> tuple[dict[str, float], StepRecord, bool]:
-        """Gradients of the whole step; returns its losses, what it showed, and whether any token trains."""
+        """Accumulate the gradients of a step; return its losses, its record and whether any token has a gradient."""
         losses: dict[str, float] = {"policy_loss": 0.0, "world_model_loss": 0.0, "total_loss": 0.0}
         record, has_gradient = StepRecord(), False
         self.model.train(self.config.gradient_checkpointing)  # which only works in that mode; dropout is 0 anyway
@@ -205,6 +205,7 @@ class TorchEngine:
         return plan_micro_batches(samples, self.config.max_tokens_per_microbatch, packing=self._scorer.packs)
 
     def _collate(self, part: MicroBatch) -> tuple[Batch, list[int]]:
+        """Return a micro-batch as tensors on the device, and the number of samples in each row."""
         batch = collate([sample for row in part for sample in row], self.pad_token_id)
         return batch.to(self.device), [len(row) for row in part]
 
@@ -216,11 +217,11 @@ class TorchEngine:
         config: ObjectiveConfig,
         counts: TokenCounts | None = None,
     ) -> Scores:
-        """Each token at its temperature; a graph only where a term will use it, and none without ``counts``."""
+        """Score each token at its temperature, with a graph only where a term needs it, and none without ``counts``."""
         grad_hint_BT, trained_BT = None, torch.zeros_like(batch.roles_BT, dtype=torch.bool)
         if counts is not None:
             trained_BT = trained_mask(batch, config)
-            if config.world_coeff > 0 and config.world.loss == "cross_entropy":  # linear: its gradient is its weight
+            if config.world_coeff > 0 and config.world.loss == "cross_entropy":  # its gradient is its weight
                 dtype = torch.float64 if self._dtype == torch.float64 else torch.float32
                 grad_hint_BT = -(config.world_coeff * world_weights(batch, counts, config, dtype))
         return scorer.scores(
@@ -235,7 +236,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def _reference_logprobs(self, batch: Batch, row_sizes: Sequence[int], config: ObjectiveConfig) -> Tensor:
-        """Of the actions, by the model that the run began with: a second copy of it, or this one without adapters."""
+        """Score the actions with the model that the run began with: a second copy, or this one without adapters."""
         if self._peft is None and self._reference is None:
             model = load_model(self.location, self.device, self._dtype).requires_grad_(False)
             self._reference = TokenScorer(model, try_packing=self._scorer.packs)
@@ -244,13 +245,13 @@ class TorchEngine:
 
     @torch.no_grad()
     def _score(self, trajectories: Sequence[Trajectory]) -> list[list[float]]:
+        """Return each token's log-probability, one list a trajectory, over all its branches."""
         branches = [to_samples(trajectory) for trajectory in trajectories]
-        samples = [replace(s, sample_index=i) for i, s in enumerate(s for row in branches for s in row)]
-        scores: list[list[float]] = [[] for _ in samples]
-        for part in self._micro_batches(samples):
+        logprobs: dict[Sample, list[float]] = {}
+        for part in self._micro_batches([sample for row in branches for sample in row]):
             batch, row_sizes = self._collate(part)
             real_BT = torch.arange(batch.token_ids_BT.shape[1], device=self.device) < batch.lengths_B[:, None]
-            found = self._scorer.scores(
+            scores = self._scorer.scores(
                 batch.token_ids_BT,
                 batch.lengths_B,
                 row_sizes,
@@ -258,13 +259,13 @@ class TorchEngine:
                 measured_BT=real_BT,
                 temperature_BT=torch.ones(real_BT.shape, device=self.device),
             )
-            part_samples = [sample for row in part for sample in row]
-            for sample, row in zip(part_samples, found.logprobs_BT.tolist(), strict=True):
-                scores[sample.sample_index] = row[: len(sample)]
-        one = iter(scores)
-        return [[x for _ in row for x in next(one)] for row in branches]
+            samples = [sample for row in part for sample in row]
+            for sample, row in zip(samples, scores.logprobs_BT.tolist(), strict=True):
+                logprobs[sample] = row[: len(sample)]
+        return [[x for sample in row for x in logprobs.get(sample, ())] for row in branches]
 
     def _write(self, folder: Path) -> None:
+        """Write model, tokenizer, adapters, optimizer and version."""
         folder.mkdir(parents=True, exist_ok=True)
         with quiet_transformers():
             if self._peft is None:
@@ -277,6 +278,7 @@ class TorchEngine:
         checkpoints.write_state(folder, state, self._optimizer.state_dict())
 
     def _read(self, folder: Path) -> None:
+        """Read what ``_write`` wrote."""
         state, training = checkpoints.read_state(folder)
         if state["lora_rank"] != self.config.lora_rank:
             raise DataError(

@@ -1,14 +1,12 @@
-"""The vocabulary-wide end of a language model: hidden states to log-probabilities of given tokens.
+"""Language-model head in chunks: hidden states to log-probabilities of given tokens, without logits of all tokens.
 
-The logits of all tokens at once are by far the largest tensor of a training step. Here they exist for a chunk
-of tokens at a time, in one buffer that every chunk writes over, and the backward pass computes them again.
-That costs one matrix product more than keeping them: four instead of three. It is saved where the gradient can
-be had in the forward pass:
+The logits of all tokens are by far the largest tensor of a training step. Here they exist for a chunk of tokens at a
+time, in one buffer that every chunk overwrites, and the backward pass computes them again. That costs one matrix
+product more than keeping them: four instead of three. It is saved where the gradient is known in the forward pass:
 
-- d(log p)/d(states) does not depend on the loss, so a frozen head (LoRA) needs nothing again;
-- a cross-entropy is linear in log p, so its gradient is known before: the caller may pass it as ``grad_hint_N``.
-  The gradient is linear in it too, so the backward pass adds what the hint missed, and a wrong guess costs
-  time and changes nothing.
+- d(log p)/d(states) does not depend on the loss, so a frozen head (LoRA) recomputes nothing.
+- A cross-entropy is linear in log p, so its gradient is known before: the caller may pass it as ``grad_hint_N``. The
+  backward pass adds what the hint missed, so a wrong hint costs time and changes no result.
 
 N tokens, D hidden size, V vocabulary, C tokens of a chunk.
 """
@@ -35,10 +33,10 @@ def head_logprobs(
     temperature_N: Tensor,
     grad_hint_N: Tensor | None = None,
 ) -> Tensor:
-    """log_softmax((states @ weight.T + bias) / temperature) at ``token_ids_N``, in nats; float32 or wider, [N].
+    """Compute log_softmax((states @ weight.T + bias) / temperature) at ``token_ids_N``, in nats; float32 or wider, [N].
 
-    ``grad_hint_N`` is d(loss)/d(result) as far as it is known already, 0 elsewhere. It makes the backward pass
-    cheaper where it is right, and is without effect on any result.
+    ``grad_hint_N`` is d(loss)/d(result) where it is known already, else 0. A right hint makes the backward pass
+    cheaper; no hint changes a result.
     """
     if torch.is_grad_enabled() and (states_ND.requires_grad or weight_VD.requires_grad):
         return _HeadLogprobs.apply(states_ND, weight_VD, bias_V, token_ids_N, temperature_N, grad_hint_N)
@@ -50,7 +48,7 @@ def head_logprobs(
 
 
 class _Head:
-    """One call's inputs, its two buffers, and the sums of gradients."""
+    """The inputs of one call, and the sums of their gradients."""
 
     def __init__(
         self, states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, token_ids_N: Tensor, temperature_N: Tensor
@@ -68,7 +66,7 @@ class _Head:
         return logprobs_CV.gather(-1, self.token_ids_N[rows_C, None])[:, 0]
 
     def chunks(self, rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Some rows in chunks, with log p of the whole vocabulary, which the next chunk writes over."""
+        """Yield rows in chunks, with log p of the whole vocabulary in a buffer that the next chunk overwrites."""
         vocab_size = len(self.weight_VD)
         size = min(len(rows), max(MAX_LOGITS // vocab_size, 1))
         if size == 0:
@@ -87,14 +85,14 @@ class _Head:
             torch.log_softmax(logits, -1, out=logprobs)
             yield rows_C, logprobs
 
-    def want(self, states: bool, weight: bool, bias: bool) -> None:
-        """Begin the sums of the gradients that are needed."""
+    def start_gradients(self, states: bool, weight: bool, bias: bool) -> None:
+        """Start the sums of the gradients that are needed at 0."""
         self.grad_states_ND = torch.zeros_like(self.states_ND) if states else None
         self.grad_weight_VD = torch.zeros_like(self.weight_VD, dtype=self.dtype) if weight else None
         self.grad_bias_V = torch.zeros_like(self.bias_V, dtype=self.dtype) if bias and self.bias_V is not None else None
 
     def add_gradient(self, rows_C: Tensor, logprobs_CV: Tensor, grad_C: Tensor) -> None:
-        """Add what ``grad_C``, d(loss)/d(log p) of these rows, gives to the sums. Writes over ``logprobs_CV``."""
+        """Add the gradients that follow from ``grad_C``, d(loss)/d(log p) of these rows. Overwrites ``logprobs_CV``."""
         grad_C = grad_C.to(self.dtype)
         if self.is_tempered:
             grad_C = grad_C / self.temperature_N[rows_C].to(self.dtype)
@@ -114,7 +112,7 @@ class _Head:
             self.grad_weight_VD += grad_CV.t() @ self.states_ND[rows_C]
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The sums, in the types of what they are gradients of."""
+        """Return the sums, in the types of their tensors."""
         weight, bias = self.grad_weight_VD, self.grad_bias_V
         return (
             self.grad_states_ND,
@@ -124,6 +122,8 @@ class _Head:
 
 
 class _HeadLogprobs(torch.autograd.Function):
+    """``head_logprobs`` with its backward pass."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -136,7 +136,7 @@ class _HeadLogprobs(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(states_ND, weight_VD, bias_V, token_ids_N, temperature_N)
         head = _Head(states_ND, weight_VD, bias_V, token_ids_N, temperature_N)
-        head.want(*ctx.needs_input_grad[:3])
+        head.start_gradients(*ctx.needs_input_grad[:3])
         logprobs_N = head.empty(len(states_ND))
         ctx.is_frozen = not any(ctx.needs_input_grad[1:3])
         if ctx.is_frozen:
@@ -149,7 +149,7 @@ class _HeadLogprobs(torch.autograd.Function):
         last = None
         for rows_C, logprobs_CV in head.chunks((grad_hint_N == 0).nonzero()[:, 0]):
             logprobs_N[rows_C] = head.chosen(logprobs_CV, rows_C)
-            last = rows_C, logprobs_CV  # what the buffer holds at the end need not be computed again
+            last = rows_C, logprobs_CV  # still in the buffer in the backward pass
         ctx.head, ctx.grad_hint_N, ctx.last = head, grad_hint_N, last
         return logprobs_N
 
@@ -160,7 +160,7 @@ class _HeadLogprobs(torch.autograd.Function):
         ctx.head = ctx.last = None
         if head is None:  # a second backward pass over a graph that was retained
             head = _Head(*ctx.saved_tensors)
-            head.want(*ctx.needs_input_grad[:3])
+            head.start_gradients(*ctx.needs_input_grad[:3])
             grad_hint_N, last = torch.zeros_like(grad_hint_N), None
         elif ctx.is_frozen:
             return head.grad_states_ND * grad_N[:, None].to(head.states_ND.dtype), None, None, None, None, None

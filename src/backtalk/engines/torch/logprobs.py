@@ -1,8 +1,8 @@
-"""Log-probabilities of the tokens that are there, from one forward pass.
+"""Log-probabilities of given tokens, from one forward pass of a model of transformers.
 
-The vocabulary-wide part (``torch_head``) runs only where a number is needed: with a graph on trained positions,
-without one on positions that are measured. Samples are padded on the right and attention is causal, so
-padding comes after every real token and no mask is needed.
+The head (``head``) runs only where a number is needed: with a graph on trained tokens, without one on tokens that are
+only measured. Samples are padded on the right and attention is causal, so padding comes after every real token and no
+mask is needed.
 
 B samples, T tokens, D hidden size, V vocabulary, N trained tokens.
 """
@@ -23,14 +23,14 @@ from backtalk.engines.torch.packing import Layout, packing_isolates_samples
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Log-probabilities, and what a gradient of them can be read from after the backward pass."""
+    """Log-probabilities, and the tensors whose gradients metrics read after the backward pass."""
 
     logprobs_BT: Tensor  # nats, 0 where neither trained nor measured; float32 or wider
-    trained_BT: Tensor  # bool: those with a gradient
+    trained_BT: Tensor  # bool, tokens with a gradient
     states_ND: Tensor | None  # last hidden state before each trained token, in order; None where there is no graph
 
     def keep_gradients(self) -> Scores:
-        """Let ``.grad`` of both tensors hold d(loss) / d(them) after the backward pass."""
+        """Make both tensors retain their ``.grad`` in the backward pass."""
         for tensor in (self.logprobs_BT, self.states_ND):
             if tensor is not None and tensor.requires_grad:
                 tensor.retain_grad()
@@ -59,9 +59,9 @@ class TokenScorer:
         temperature_BT: Tensor,
         grad_hint_BT: Tensor | None = None,
     ) -> Scores:
-        """log p(token t | tokens before t) where either mask says so; gradients flow through ``trained_BT`` alone.
+        """Compute log p(token t | tokens before t) where either mask is set, with a gradient where ``trained_BT`` is.
 
-        The first token has nothing before it, so column 0 is always 0. ``row_sizes``: see ``Layout``.
+        The first token has no tokens before it, so column 0 is always 0. ``row_sizes``: see ``Layout``.
         ``grad_hint_BT``: d(loss)/d(logprobs) where it is known already, see ``head_logprobs``.
         """
         inner_BT = torch.ones_like(trained_BT)
@@ -89,7 +89,7 @@ class TokenScorer:
         return Scores(logprobs_BT, trained_BT, states_ND if trains else None)
 
     def _states(self, layout: Layout) -> Tensor:
-        """Last hidden states, or the logits of a model whose head is its own business."""
+        """Return the last hidden states, or the logits of a model without a separate head; [R, L, D or V]."""
         if self.has_separate_head:
             return self.model.get_decoder()(**layout.model_input()).last_hidden_state
         return self.model(**layout.model_input()).logits
@@ -107,10 +107,10 @@ class TokenScorer:
 
 @torch.no_grad()
 def has_separate_head(model: Any) -> bool:
-    """Whether the logits are just a linear map of the decoder's last hidden state.
+    """Return whether the logits are just a linear map of the decoder's last hidden state.
 
-    Some models scale or cap them after that. Tried on a few tokens: if the two ways differ by a bit, every
-    log-probability goes through the model's own forward pass, which is right and takes more memory.
+    Some models scale or cap them after that. Tried on a few tokens: if the results differ by a bit, every
+    log-probability comes from the model's own forward pass, which takes more memory.
     """
     head = model.get_output_embeddings()
     text_config = model.config.get_text_config()

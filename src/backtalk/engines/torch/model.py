@@ -1,4 +1,4 @@
-"""Loading a causal language model of transformers so that training and sampling agree on it."""
+"""Load a causal language model of transformers so that training and sampling give the same probabilities."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 def resolve_device(device: str) -> torch.device:
-    """``auto`` is the first GPU where there is one, else the CPU."""
+    """Return the device of a name; ``auto`` is the first GPU where there is one, else the CPU.
+
+    Raises:
+        ConfigError: no such device, or no GPU.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -30,14 +34,18 @@ def resolve_device(device: str) -> torch.device:
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on a GPU that has it, else float32."""
+    """Return the type of a name; ``auto`` is bfloat16 on a GPU that has it, else float32."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
     return DTYPES[dtype]
 
 
 def load_model(location: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model in eval mode with every dropout at 0, so that a token has one probability."""
+    """Load a model in eval mode with every dropout at 0, so that a token has one probability.
+
+    Raises:
+        ConfigError: not a readable causal language model.
+    """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
@@ -59,7 +67,7 @@ def load_model(location: str, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def enable_gradient_checkpointing(model: Any) -> None:
-    """Compute activations again in the backward pass instead of keeping them; works in training mode only."""
+    """Make the model recompute activations in the backward pass; takes effect in training mode only."""
     if hasattr(model, "activation_checkpointing_enable"):  # its name in newer versions of transformers
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:
@@ -67,9 +75,12 @@ def enable_gradient_checkpointing(model: Any) -> None:
 
 
 def add_lora(model: nn.Module, rank: int, seed: int) -> Any:
-    """Low-rank adapters (arXiv 2106.09685) on all linear layers but the head; the rest is frozen.
+    """Add low-rank adapters (arXiv 2106.09685) to all linear layers but the head, and freeze the rest.
 
     Returns the peft model around ``model``, whose layers are replaced in place. The adapters are float32.
+
+    Raises:
+        ConfigError: peft is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -87,7 +98,7 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> Any:
 
 
 def load_adapter(peft_model: Any, folder: Path) -> None:
-    """Put saved adapters into a peft model of the same shape."""
+    """Load saved adapters into a peft model of the same shape; ValueError where they do not fit."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -98,7 +109,7 @@ def load_adapter(peft_model: Any, folder: Path) -> None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers inside; a user's own setting comes back after."""
+    """Switch off the progress bars of transformers inside the block."""
     from transformers.utils import logging
 
     was_on = logging.is_progress_bar_enabled()

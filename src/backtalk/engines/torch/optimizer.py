@@ -1,4 +1,4 @@
-"""AdamW for two loss terms of very different volume, with float32 master weights."""
+"""AdamW with float32 master weights, which keeps the coefficient of a world-model term meaningful when it is alone."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 
 class StepOptimizer:
-    """AdamW (arXiv 1711.05101) with linear warm-up, clipping by global norm, and the hold described below.
+    """AdamW (arXiv 1711.05101) with linear warm-up, clipping by global norm, and scaled world-only steps.
 
-    Parameters in bfloat16 get float32 masters: an update of 1e-6 would round away in them. Gradients of
+    Parameters in bfloat16 get float32 masters, as an update of 1e-6 would round away in them. Gradients of
     micro-batches are summed in the masters' precision.
 
-    The hold. Adam divides by the gradient's own running size, so when the policy gradient is 0 (all
-    rewards of a step equal) it turns *any* coefficient of the world-model term into a full step. The step
-    intended is the one that coefficient 1 would make, times the coefficient. So two running means with
-    Adam's own beta_2 are kept, of |g|^2 as Adam saw it and of |g|^2 as it would have been with both terms at
-    equal coefficients in such steps; a world-only step's learning rate is multiplied by the square root of
-    their ratio. In a run of world-only steps that is the coefficient itself, so twice the coefficient moves the
-    weights twice as far; where other steps have set Adam's scale it tends to 1, and there plain Adam is
-    proportional already. Steps with a policy gradient are plain AdamW, bit for bit.
+    World-only steps. Adam divides by the gradient's own running size, so when the policy gradient is 0 (all rewards of
+    a step equal) it turns *any* coefficient of the world-model term into a full step. The intended step is that of
+    coefficient 1, times the coefficient. So two running means with Adam's own beta_2 are kept: of |g|^2 as Adam saw it,
+    and of |g|^2 as it would have been with both terms at equal coefficients in such steps. The learning rate of a
+    world-only step is multiplied by the square root of their ratio. In a run of world-only steps that is the
+    coefficient itself, so twice the coefficient moves the weights twice as far. Where other steps have set Adam's scale
+    it tends to 1, and there plain Adam is proportional already. Steps with a policy gradient are plain AdamW, bit for
+    bit.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class StepOptimizer:
             parameter.grad = None
 
     def step(self, world_coeff_ratio: float | None = None) -> dict[str, float]:
-        """One update; returns its metrics. A gradient that is not finite changes nothing and gives ``skipped`` 1.
+        """Update the weights and return metrics. A gradient that is not finite changes nothing and gives ``skipped`` 1.
 
         ``world_coeff_ratio`` is world_model_coeff / policy_coeff in a step whose policy gradient is 0, else None.
         """
         grad_norm = float(nn.utils.clip_grad_norm_(self._masters, self._grad_clip_norm))
         if not math.isfinite(grad_norm):
             return self.idle_metrics() | {"grad_norm": grad_norm}
-        scale = self._hold(grad_norm, world_coeff_ratio)
+        scale = self._update_scale(grad_norm, world_coeff_ratio)
         warmup = min(1.0, (self.updates + 1) / max(self._warmup_steps, 1))
         rate = self._learning_rate * warmup if world_coeff_ratio is None else self._learning_rate * warmup * scale
         for group in self._adam.param_groups:
@@ -86,10 +86,11 @@ class StepOptimizer:
 
     @staticmethod
     def idle_metrics() -> dict[str, float]:
-        """What a step without an update reports."""
+        """Return the metrics of a step without an update."""
         return {"grad_norm": 0.0, "learning_rate": 0.0, "update_scale": 0.0, "skipped": 1.0}
 
-    def _hold(self, grad_norm: float, world_coeff_ratio: float | None) -> float:
+    def _update_scale(self, grad_norm: float, world_coeff_ratio: float | None) -> float:
+        """Update both running means and return the factor on the learning rate of a world-only step."""
         seen = min(grad_norm, self._grad_clip_norm)
         unit = seen if world_coeff_ratio is None else min(grad_norm / world_coeff_ratio, self._grad_clip_norm)
         self._seen_square = self._decay * self._seen_square + (1 - self._decay) * seen**2
@@ -99,18 +100,18 @@ class StepOptimizer:
         return math.sqrt(self._seen_square / self._unit_square)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the parameters themselves; masters included where they are apart."""
-        apart = zip(self._parameters, self._masters, strict=True)
+        """Return the whole state except the parameters; masters are included where they are separate tensors."""
+        pairs = zip(self._parameters, self._masters, strict=True)
         return {
             "adam": self._adam.state_dict(),
-            "masters": [master.detach() for parameter, master in apart if master is not parameter],
+            "masters": [master.detach() for parameter, master in pairs if master is not parameter],
             "updates": self.updates,
             "seen_square": self._seen_square,
             "unit_square": self._unit_square,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``. Settings such as the learning rate stay as given to this object."""
+        """Restore a ``state_dict``. Settings such as the learning rate stay those of this object."""
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self._adam.param_groups]
         self._adam.load_state_dict(state["adam"])
         for group, own in zip(self._adam.param_groups, settings, strict=True):

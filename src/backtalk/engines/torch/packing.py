@@ -1,11 +1,10 @@
-"""Several samples in one row of the model's input, so that less of it is padding.
+"""Packing of several samples into one row of the model's input, so that less of it is padding.
 
-A row holds its samples one after the other, and positions begin again at 0 with each. From that alone
-transformers builds an attention mask that is causal within every sample and empty between them. Models that
-read position ids otherwise, or carry a state along the row, leak; ``packing_isolates_samples`` finds them by trying.
+A row holds its samples one after the other, and positions begin at 0 in each. From positions alone transformers builds
+an attention mask that is causal within a sample and empty between samples. Models that read position ids otherwise, or
+carry a state along the row, leak; ``packing_isolates_samples`` finds them by trying.
 
-The objective never sees any of this: a batch has one row for each sample, and a ``Layout`` says where in the
-model's input its tokens stand.
+The objective is not affected: a ``Batch`` has one row for each sample, and a ``Layout`` maps it to the model's input.
 
 B samples of T tokens each at most, R rows of L tokens each at most.
 """
@@ -30,7 +29,7 @@ def plan_micro_batches(samples: Sequence[Sample], max_tokens: int, *, packing: b
 
     First fit decreasing (Johnson 1973), micro-batch by micro-batch. A row is never longer than the longest sample of
     its micro-batch, so attention never spans more than it would with padding. A sample longer than ``max_tokens`` gets
-    a micro-batch of its own. Samples without any token are left out: they have nothing to compute.
+    a micro-batch of its own. Samples without any token are left out: nothing is computed for them.
     """
     if not packing:
         return [[[sample] for sample in part] for part in micro_batches(samples, max_tokens)]
@@ -55,18 +54,18 @@ def plan_micro_batches(samples: Sequence[Sample], max_tokens: int, *, packing: b
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The model's input for a batch, and where in it each sample begins."""
+    """The model's input for a batch, and the row and column at which each sample begins."""
 
     token_ids_RL: Tensor
-    position_ids_RL: Tensor | None  # None: one sample a row, the plain causal case, which models run fastest
+    position_ids_RL: Tensor | None  # None: one sample a row, plain causal attention, which is fastest
     rows_B: Tensor
     starts_B: Tensor
 
     @classmethod
     def of(cls, token_ids_BT: Tensor, lengths_B: Tensor, row_sizes: Sequence[int]) -> Layout:
-        """``row_sizes`` is the number of samples in each row; samples follow each other in the order of the batch.
+        """Lay out a batch in rows of ``row_sizes`` samples each, in the order of the batch.
 
-        What is left of a row after its last sample is padding, which no token before it can see.
+        The rest of a row after its last sample is padding, which no earlier token attends to.
         """
         device = token_ids_BT.device
         if len(row_sizes) == len(token_ids_BT):
@@ -88,26 +87,26 @@ class Layout:
         )
 
     def model_input(self) -> dict[str, Any]:
-        """Keyword arguments of a model of transformers. No attention mask: it is what positions stand in for."""
+        """Return the keyword arguments of a model of transformers, which builds the attention mask from positions."""
         packed = {} if self.position_ids_RL is None else {"position_ids": self.position_ids_RL}
         return {"input_ids": self.token_ids_RL, "use_cache": False, **packed}
 
 
 def packing_is_faster(model: Any) -> bool:
-    """Whether the model's attention knows where samples of a row begin, as flash attention does.
+    """Return whether the model's attention skips the pairs between samples of a row, as flash attention does.
 
-    Others take a mask of the whole row and work out the pairs that it hides. On a CPU a step of the embedded model
-    was 12 % slower so than with padding (benchmarks/objective.py packing).
+    Others mask the whole row and compute the hidden pairs too. On a CPU a step of the embedded model was 12 % slower
+    with packing than with padding (benchmarks/objective.py packing).
     """
     return str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
 
 
 @torch.no_grad()
 def packing_isolates_samples(model: Any) -> bool:
-    """Whether samples in one row know nothing of each other, tried on a few tokens.
+    """Return whether samples in one row do not affect each other, tried on a few tokens.
 
-    Other tokens in the first sample of a row must not change a bit of the others, and each sample must come out as
-    it does alone, up to rounding. Where the model's own arithmetic is not repeatable to the bit, the answer is no.
+    Changing the first sample of a row must not change a bit of the others, and each sample must give the same logits as
+    alone, up to rounding. Where the model's own arithmetic is not repeatable to the bit, the answer is no.
     """
     weight = model.get_input_embeddings().weight
     first, lengths = 19, (19, 7, 12)

@@ -1,10 +1,10 @@
-"""A batched sampler over any causal language model of transformers, which keeps the KV cache across turns.
+"""Batched sampler over any causal language model of transformers, which keeps the KV cache across turns.
 
-Rollouts wait for each other: when every open session has asked for its next action, one *wave* samples
-them all in a worker thread, and the asyncio loop stays free. Which rows share a wave then depends on the
-rollouts alone, not on the clock, so a run can be repeated; with ``max_wait_s`` a wave may start without the
-stragglers, which is faster where they are slow and no longer the same batch each time. Random numbers
-belong to (seed, session key, call) and never to the batch, so another batch changes results by rounding only.
+Rollouts wait for each other: when every open session has asked for its next action, one *wave* samples all of them in a
+worker thread, so the asyncio loop stays free. Which rows share a wave depends on the rollouts alone and not on time, so
+a run is repeatable. With ``max_wait_s`` a wave may start without slow rollouts, which is faster but not repeatable.
+Random numbers depend on (seed, session key, call) and never on the batch, so another batch changes results by rounding
+only.
 
 Legend: N rows of the wave, M of them still decoding, L most tokens any of them may sample, V vocabulary.
 """
@@ -27,14 +27,14 @@ from backtalk.engines.torch.kv import History, KVCache, KVStats, open_kv_cache
 from backtalk.errors import ConfigError, SamplerError
 from backtalk.rollout.sampler import Completion, SamplingParams
 
-SHRINK_BELOW = 0.7  # share of decoding rows that are still alive below which the finished ones are dropped
+SHRINK_BELOW = 0.7  # finished rows are dropped when the share of unfinished ones falls below this
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class SamplerStats:
-    """Running counts of one sampler."""
+    """Running counts of a sampler."""
 
     kv: KVStats
     waves: int = 0
@@ -46,7 +46,7 @@ class SamplerStats:
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """One row of a wave."""
+    """A session's call for its next action: one row of a wave."""
 
     session: _Session
     call: int  # in its session, from 0
@@ -56,11 +56,11 @@ class _Request:
 
 
 class TorchSampler:
-    """A policy at one version, sampled in waves.
+    """A ``Sampler`` of a policy at one version, which samples in waves.
 
-    ``persistent_cache=False`` runs whole histories again in every wave; so do models with sliding-window,
-    hybrid or linear attention, whatever was asked for. The weights must not change while the sampler is in
-    use: make a new one for each policy version.
+    ``persistent_cache=False`` runs whole histories again in every wave, as models with sliding-window, hybrid or linear
+    attention always do. The weights must not change while the sampler is in use: make a new one for each policy
+    version.
     """
 
     def __init__(
@@ -88,32 +88,34 @@ class TorchSampler:
         self._open: dict[str, _Session] = {}
         self._waiting: dict[str, _Request] = {}
         self._wave: list[_Request] = []
-        self._check_due = False
+        self._check_scheduled = False
         self._timer: asyncio.TimerHandle | None = None
 
     @property
     def stats(self) -> SamplerStats:
+        """Return the counts so far."""
         return self._worker.stats
 
     def session(self, key: str) -> _Session:
-        """A rollout's place: ``async with sampler.session(key) as session``. Open from entering to leaving."""
+        """Return a rollout's session, for ``async with sampler.session(key) as session``."""
         return _Session(self, key)
 
-    # All that follows runs in the event loop's thread.
-
     def _enter(self, session: _Session) -> None:
+        """Open a session; ConfigError where its key is already open."""
         if session.key in self._open:
             raise ConfigError(
-                f"session {session.key!r} is already open, and its twin would draw the same random numbers; "
+                f"session {session.key!r} is already open, and a second one would draw the same random numbers; "
                 "give every rollout a key of its own"
             )
         self._open[session.key] = session
 
     def _leave(self, session: _Session) -> None:
+        """Close a session."""
         del self._open[session.key]
         self._check_soon()
 
     async def _ask(self, session: _Session, call: int, token_ids: tuple[int, ...], limit: int) -> Completion:
+        """Put a call into the next wave and wait for its completion."""
         request = _Request(session, call, token_ids, limit, asyncio.get_running_loop().create_future())
         self._waiting[session.key] = request
         self._check_soon()
@@ -125,13 +127,14 @@ class TorchSampler:
                 self._check_soon()
 
     def _check_soon(self) -> None:
-        """Look again once every task that can run now has run: siblings that are about to open or ask count."""
-        if not self._check_due:
-            self._check_due = True
+        """Run ``_check`` after every task that is ready, since some of them may open a session or ask."""
+        if not self._check_scheduled:
+            self._check_scheduled = True
             asyncio.get_running_loop().call_soon(self._check)
 
     def _check(self) -> None:
-        self._check_due = False
+        """Start a wave if every open session waits for one."""
+        self._check_scheduled = False
         if self._wave:
             return
         if not self._open:
@@ -149,6 +152,7 @@ class TorchSampler:
             self._timer = None
 
     def _start_wave(self) -> None:
+        """Sample for all waiting calls in the worker thread."""
         self._stop_timer()
         if not self._waiting:  # the last one was cancelled just before the timer fired
             return
@@ -158,6 +162,7 @@ class TorchSampler:
         loop.run_in_executor(self._executor, self._worker.run, self._wave, others).add_done_callback(self._finish)
 
     def _finish(self, done: asyncio.Future[list[Completion]]) -> None:
+        """Hand the completions of a wave, or its error, to the sessions."""
         wave, self._wave = self._wave, []
         self._check_soon()
         error = asyncio.CancelledError() if done.cancelled() else done.exception()
@@ -173,13 +178,13 @@ class TorchSampler:
 
 
 class _Session:
-    """See ``SamplerSession``. Its identity is what the cache knows its row by."""
+    """A ``SamplerSession`` of this sampler; as an object it is also the owner of a row in the KV cache."""
 
     def __init__(self, sampler: TorchSampler, key: str) -> None:
         self.key = key
         self._sampler = sampler
         self._calls = 0
-        self._is_open = self._asks = False
+        self._is_open = self._is_waiting = False
 
     async def __aenter__(self) -> _Session:
         self._sampler._enter(self)
@@ -193,9 +198,14 @@ class _Session:
         self._sampler._leave(self)
 
     async def sample(self, token_ids: Sequence[int], max_tokens: int | None = None) -> Completion:
-        """Wait for the next wave and return this row's action. ``SamplerError`` if the wave failed."""
-        if not self._is_open or self._asks:
-            state = "already waits for an answer" if self._asks else "is not open"
+        """Wait for the next wave and return this session's action.
+
+        Raises:
+            ConfigError: the session is not open or already waits, or there is nothing to continue or no room.
+            SamplerError: the wave failed.
+        """
+        if not self._is_open or self._is_waiting:
+            state = "already waits for an action" if self._is_waiting else "is not open"
             raise ConfigError(
                 f"session {self.key!r} {state}; use `async with sampler.session(key)` and await one sample at a time"
             )
@@ -204,16 +214,16 @@ class _Session:
                 f"cannot continue {len(token_ids)} tokens by at most {max_tokens}; "
                 "give at least one token and room for one more"
             )
-        call, self._calls, self._asks = self._calls, self._calls + 1, True
+        call, self._calls, self._is_waiting = self._calls, self._calls + 1, True
         limit = min(self._sampler.params.max_tokens, max_tokens or self._sampler.params.max_tokens)
         try:
             return await self._sampler._ask(self, call, tuple(token_ids), limit)
         finally:
-            self._asks = False
+            self._is_waiting = False
 
 
 class _Worker:
-    """What runs in the worker thread: one wave at a time."""
+    """The part of a sampler that runs in its worker thread, one wave at a time."""
 
     def __init__(
         self, model: nn.Module, params: SamplingParams, stop_ids: frozenset[int], device: torch.device, cache: KVCache
@@ -223,7 +233,7 @@ class _Worker:
         self._model, self._params, self._stop_ids, self._device = model, params, stop_ids, device
 
     def run(self, wave: Sequence[_Request], others: Sequence[_Session]) -> list[Completion]:
-        """Sample every row; ``others`` are open sessions outside the wave, whose rows are kept."""
+        """Sample a wave; ``others`` are open sessions outside of it, whose rows in the cache are kept."""
         was_training = self._model.training
         self._model.eval()
         try:
@@ -249,7 +259,7 @@ class _Worker:
     def _decode(
         self, wave: Sequence[_Request], others: Sequence[_Session]
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """Ids and log-probabilities of each request, in the order of ``wave``."""
+        """Return the sampled ids and their log-probabilities of each request, in the order of ``wave``."""
         order, logits_MV = self.cache.begin([History(r.session, r.token_ids) for r in wave], others)
         width = max(request.limit for request in wave)
         uniforms_NL = self._uniforms(wave, width)
@@ -264,10 +274,10 @@ class _Worker:
             steps.append((active_M, ids_M, logprobs_M))
             lengths_N[active_M] += alive_M
             alive_M = alive_M & (t + 1 < limits_N[active_M]) & (ids_M[:, None] != stop_ids).all(1)
-            living = int(alive_M.sum())
-            if living == 0:
+            num_alive = int(alive_M.sum())
+            if num_alive == 0:
                 break
-            if living < SHRINK_BELOW * len(alive_M):
+            if num_alive < SHRINK_BELOW * len(alive_M):
                 kept = torch.tensor(self.cache.keep(alive_M.tolist()), device=self._device)
                 active_M, alive_M, ids_M = active_M[kept], alive_M[kept], ids_M[kept]
             logits_MV = self.cache.step(ids_M)
@@ -276,6 +286,7 @@ class _Worker:
         return _gather(steps, lengths_N)
 
     def _uniforms(self, wave: Sequence[_Request], width: int) -> Tensor:
+        """Return the random numbers of each request, [N, L]."""
         rows = [uniform_numbers(self._params.seed, request.session.key, request.call, width) for request in wave]
         return torch.from_numpy(np.stack(rows)).to(self._device, _cdf_dtype(self._device))
 
@@ -283,7 +294,7 @@ class _Worker:
 def _gather(
     steps: Sequence[tuple[Tensor, Tensor, Tensor]], lengths_N: Tensor
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Columns of a shrinking batch -> rows of uneven length."""
+    """Turn the columns of a shrinking batch into rows of uneven length; FloatingPointError for NaN or infinity."""
     ids_NL = lengths_N.new_zeros((len(lengths_N), len(steps)))
     logprobs_NL = torch.zeros_like(ids_NL, dtype=torch.float32)
     for t, (active_M, ids_M, logprobs_M) in enumerate(steps):
@@ -298,16 +309,16 @@ def _gather(
 
 
 def uniform_numbers(seed: int, key: str, call: int, count: int) -> np.ndarray:
-    """The random numbers in [0, 1) of one call: a function of these three and of nothing else. float64 [count]."""
+    """Return ``count`` random numbers in [0, 1), which depend on seed, session key and call alone; float64."""
     digest = hashlib.sha256(f"{seed}/{call}/{key}".encode()).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random(count)
 
 
 def sample_tokens(logits_MV: Tensor, uniforms_M: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Ids by inverse CDF and their natural log-probabilities at this temperature, [M] each.
+    """Sample ids by inverse CDF, and return them with their log-probabilities in nats at this temperature, [M] each.
 
-    Temperature 0 takes the largest logit; its log-probability is the one at temperature 1, as at
-    temperature 0 every log-probability would be 0.
+    Temperature 0 takes the largest logit; its log-probability is that at temperature 1, since at temperature 0 every
+    log-probability would be 0.
     """
     logprobs_MV = torch.log_softmax(logits_MV.float() / (temperature or 1.0), dim=-1)
     if temperature == 0:
@@ -321,4 +332,5 @@ def sample_tokens(logits_MV: Tensor, uniforms_M: Tensor, temperature: float) -> 
 
 
 def _cdf_dtype(device: torch.device) -> torch.dtype:
+    """Return the widest float type of a device."""
     return torch.float32 if device.type == "mps" else torch.float64  # Metal has no float64
