@@ -332,7 +332,7 @@ async def test_a_task_of_ours_is_played_and_scored_in_a_harbor_environment() -> 
 
 
 async def test_a_dataset_is_played_in_its_own_environment_and_scored_by_harbor(tmp_path: Path) -> None:
-    from backtalk.envs.harbor import load_harbor_dataset, open_harbor_env
+    from backtalk.envs.harbor import HarborWorld, load_harbor_dataset
     from backtalk.messages import ToolCall
 
     for name in ("b", "a"):
@@ -340,7 +340,7 @@ async def test_a_dataset_is_played_in_its_own_environment_and_scored_by_harbor(t
     assert [task.id for task in await load_harbor_dataset(str(tmp_path / "set"))] == ["org/a", "org/b"]
     (task,) = await load_harbor_dataset(str(tmp_path / "set"), names=["b"])
     for command, reward in (("cp counted.txt answer.txt", 1.0), ("echo 4 > answer.txt", 0.0)):
-        async with open_harbor_env(task, OURS) as env:
+        async with HarborWorld(OURS).open(task) as env:
             messages = await env.reset()
             assert messages[1].text.startswith("How many lines")
             step = await env.step(ToolCall("bash", {"command": f"{command}; pwd; echo $GREETING"}))
@@ -348,7 +348,7 @@ async def test_a_dataset_is_played_in_its_own_environment_and_scored_by_harbor(t
             assert await env.score() == reward
     silent = write_task(tmp_path / "silent", **{"tests/test.sh": "#!/bin/bash\ntrue\n"})
     (task,) = await load_harbor_dataset(str(silent))
-    async with open_harbor_env(task, OURS) as env:
+    async with HarborWorld(OURS).open(task) as env:
         await env.reset()
         with pytest.raises(VerifierError, match="RewardFileNotFoundError"):
             await env.score()

@@ -1,4 +1,4 @@
-"""What an environment and a world are: the seams between rollouts and whatever answers the agent."""
+"""Define the protocols of environments: ``Env`` answers the agent in one rollout, ``World`` opens one for a task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backtalk.tasks.task import Split, Task
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the world answered. ``timed_out`` and ``truncated`` are counted in the trajectory's stats."""
+    """An environment's answer to one action. ``timed_out`` and ``truncated`` are counted in the trajectory's stats."""
 
     messages: tuple[Message, ...]
     done: bool = False
@@ -24,40 +24,48 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class WorldReport:
-    """What a world is, in a line for people, and what they should know of it."""
+    """A world's name in one line, and warnings to show the user."""
 
     name: str
     warnings: tuple[str, ...] = ()
 
 
 class Env(Protocol):
-    """One episode of one task.
+    """An environment for one rollout of one task.
 
     Raises:
-        InfrastructureError: from any method, when the world broke. A failed command is a Step.
+        InfrastructureError: from any method, when the environment broke. A failed command is a Step.
     """
 
     @property
-    def tools(self) -> tuple[ToolSpec, ...]: ...
+    def tools(self) -> tuple[ToolSpec, ...]:
+        """Return the tools that the policy may call."""
+        ...
 
     async def reset(self) -> tuple[Message, ...]:
-        """Build the world and say what is to be done."""
+        """Set the task up and return the first messages: the system message and the instruction."""
         ...
 
     async def step(self, call: ToolCall) -> Step:
-        """Carry out one call."""
+        """Carry out one tool call."""
         ...
 
     async def score(self) -> float | None:
-        """The reward, once, after the end; None where nobody scores this task. VerifierError when invalid."""
+        """Return the reward; called once, after the end. None for a task that is not scored.
+
+        Raises:
+            VerifierError: the verifier gave no valid reward.
+        """
         ...
 
 
 class World(Protocol):
-    """A kind of environment with the tasks that are played in it. Made once for a run, and closed with it."""
+    """A kind of environment with its tasks. Made once for a run, and closed with it."""
 
     @property
-    def report(self) -> WorldReport: ...
+    def report(self) -> WorldReport:
+        """Return the world's name and warnings."""
+        ...
 
     def tasks(self, split: Split, count: int, seed: int) -> Sequence[Task]:
         """Return at most ``count`` tasks of a split with distinct ids, the same ones for the same seed.
@@ -71,10 +79,10 @@ class World(Protocol):
         """Open a fresh environment for the task, closed when the context is left.
 
         Raises:
-            InfrastructureError: on entry, when the environment cannot be had. It costs this rollout.
+            InfrastructureError: on entry, when it cannot be opened. Only this rollout is lost.
         """
         ...
 
     async def close(self) -> None:
-        """Give back what the world holds: a server that it started, connections, sandboxes kept ready."""
+        """Release what the world holds: a server that it started, connections, sandboxes kept ready."""
         ...

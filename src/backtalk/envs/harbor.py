@@ -1,8 +1,8 @@
-"""Tasks of Harbor's datasets in Harbor's environments, scored by Harbor's verifier, for our rollouts.
+"""Run rollouts of Harbor's datasets in Harbor's environments, scored by Harbor's verifier.
 
-Nothing of the task is translated: Harbor builds its image, our loop plays, Harbor's own verifier scores. That is what
-a number has to rest on that is compared with a benchmark's, for example Terminal-Bench. For the tasks that a sandbox
-of ours can hold, `backtalk.tasks.folder` is quicker and needs neither Harbor nor containers.
+Harbor builds the task's image and scores; only the agent's turns are ours. A number that is compared with a published
+one, for example Terminal-Bench's, has to come from there. For tasks that our sandboxes can hold,
+`backtalk.tasks.folder` is quicker and needs neither Harbor nor containers.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from backtalk.envs.base import WorldReport
@@ -29,13 +28,13 @@ _UNLIMITED = {"disk_mb": 1 << 20, "processes": 1 << 15}  # the task's own image 
 
 
 async def load_harbor_dataset(dataset: str, *, names: Sequence[str] = (), count: int | None = None) -> list[Task]:
-    """The tasks of a folder, of one task's folder, or of ``name@version`` in Harbor's registry, which it downloads.
+    """Load the tasks of a folder, of one task's folder, or of ``name@version`` in Harbor's registry, by download.
 
-    ``names`` are patterns such as ``git-*``; ``count`` takes the first ones.
+    ``names`` are patterns such as ``git-*``; ``count`` is how many to load at most.
 
     Raises:
         ConfigError: no such dataset, none of its tasks has such a name, or the registry cannot be reached.
-        TaskError: a task that this loop cannot play: several steps, or a verifier in an environment of its own.
+        TaskError: a task cannot run here: it has several steps, or a verifier in an environment of its own.
     """
     from harbor.models.job.config import DatasetConfig  # pyright: ignore[reportMissingImports]
     from harbor.tasks.client import TaskClient  # pyright: ignore[reportMissingImports]
@@ -44,10 +43,10 @@ async def load_harbor_dataset(dataset: str, *, names: Sequence[str] = (), count:
     if (path / "task.toml").is_file():
         return [_read_task(path)]
     name, _, version = dataset.partition("@")
-    where: dict[str, Any] = {"path": path} if path.is_dir() else {"name": name, "version": version or None}
+    source: dict[str, Any] = {"path": path} if path.is_dir() else {"name": name, "version": version or None}
     try:
-        config = DatasetConfig(**where, task_names=list(names) or None, n_tasks=count)
-        found = [one.get_task_id() for one in await config.get_task_configs()]
+        config = DatasetConfig(**source, task_names=list(names) or None, n_tasks=count)
+        found = [task.get_task_id() for task in await config.get_task_configs()]
         folders = (await TaskClient().download_tasks(found)).paths
     except Exception as error:  # whatever a registry's or git's library raises
         raise ConfigError(
@@ -58,10 +57,10 @@ async def load_harbor_dataset(dataset: str, *, names: Sequence[str] = (), count:
 
 
 def _read_task(folder: Path) -> Task:
-    """One task as Harbor reads it; its world stays Harbor's to build, so the task brings no files and no setup.
+    """Read one task with Harbor, which also builds its environment: the task has no files and no setup.
 
     Raises:
-        TaskError: the folder is no task of Harbor's, or one that this loop cannot play.
+        TaskError: the folder is no task of Harbor's, or one that cannot run here.
     """
     from harbor.models.task.task import Task as HarborTask  # pyright: ignore[reportMissingImports]
 
@@ -70,7 +69,7 @@ def _read_task(folder: Path) -> Task:
     except Exception as error:
         raise TaskError(f"Harbor cannot read the task in {folder}: {words(error)}") from error
     if read.has_steps:
-        raise TaskError(f"{folder}: a task of several steps is not played here; run it with `harbor run`")
+        raise TaskError(f"{folder}: a task of several steps cannot run here; run it with `harbor run`")
     verifier = read.config.verifier
     separate = verifier.environment is not None or (verifier.environment_mode or "shared") != "shared"
     if separate or verifier.collect or getattr(verifier, "import_path", None):  # newer releases have the last
@@ -86,16 +85,16 @@ def _read_task(folder: Path) -> Task:
 
 
 class HarborTaskEnv(TerminalEnv):
-    """A terminal in Harbor's environment of a task. The session begins where the image does, with its variables."""
+    """A terminal in Harbor's environment of a task; it starts in the image's folder, with the image's variables."""
 
     def __init__(self, task: Task, sandbox: HarborSandbox, config: TerminalConfig, verifier: Any, inner: Any) -> None:
         super().__init__(task, sandbox, config)
         self._verifier, self._inner = verifier, inner
 
     async def score(self) -> float | None:
-        """What Harbor's verifier gives: "reward", or the mean of its numbers.
+        """Return the reward of Harbor's verifier: "reward", or the mean of its numbers.
 
-        As Harbor has it, the agent's processes live on while the tests run: some tests talk to them.
+        As in Harbor, the agent's processes live on while the tests run: some tests talk to them.
 
         Raises:
             VerifierError: no finite reward was left in time.
@@ -114,61 +113,46 @@ class HarborTaskEnv(TerminalEnv):
         return float(numbers["reward"]) if "reward" in numbers else sum(numbers.values()) / len(numbers)
 
 
-@asynccontextmanager
-async def open_harbor_env(
-    task: Task,
-    environment: str = "docker",
-    config: TerminalConfig | None = None,
-    kwargs: Mapping[str, Any] = MappingProxyType({}),
-) -> AsyncIterator[HarborTaskEnv]:
-    """The environment of a task from `load_harbor_dataset`, gone on exit.
-
-    Raises:
-        ConfigError: the task did not come from `load_harbor_dataset`.
-        SandboxError: the environment could not be built or started.
-    """
-    from harbor.models.task.task import Task as HarborTask  # pyright: ignore[reportMissingImports]
-    from harbor.models.trial.paths import TrialPaths  # pyright: ignore[reportMissingImports]
-    from harbor.verifier.verifier import Verifier  # pyright: ignore[reportMissingImports]
-
-    if "harbor_folder" not in task.metadata:
-        raise ConfigError(
-            f"task {task.id!r} has no folder of Harbor's; load it with backtalk.envs.harbor.load_harbor_dataset"
-        )
-    read, config = HarborTask(Path(task.metadata["harbor_folder"])), config or TerminalConfig()
-    wanted, definition = read.config.environment, read.paths.environment_dir
-    with tempfile.TemporaryDirectory(prefix="backtalk-harbor-", ignore_cleanup_errors=True) as folder:
-        async with started(environment, kwargs, definition, read.short_name, wanted, Path(folder)) as inner:
-            inner.default_user = read.config.agent.user
-            sandbox = HarborSandbox(inner, replace(config.sandbox, **_UNLIMITED), home=None)
-            await sandbox.start()
-            if wanted.healthcheck is not None:
-                await inner.run_healthcheck()
-            verifier = Verifier(task=read, trial_paths=TrialPaths(Path(folder) / "trial"), environment=inner)
-            yield HarborTaskEnv(task, sandbox, config, verifier, inner)
-
-
 class HarborWorld:
-    """Harbor's environments for tasks from `load_harbor_dataset` (a ``World``)."""
+    """Environments of Harbor's provider ``environment``, for tasks from ``load_harbor_dataset`` (a ``World``)."""
 
-    def __init__(
-        self,
-        environment: str = "docker",
-        config: TerminalConfig | None = None,
-        kwargs: Mapping[str, Any] = MappingProxyType({}),
-    ) -> None:
-        self._environment, self._config, self._kwargs = environment, config, kwargs
+    def __init__(self, environment: str = "docker", config: TerminalConfig | None = None) -> None:
+        self._environment, self._config = environment, config or TerminalConfig()
 
     @property
     def report(self) -> WorldReport:
+        """Return the provider's name; its isolation is not ours to know."""
         return WorldReport(f"terminal in harbor:{self._environment}", ("what is isolated is up to the provider",))
 
     def tasks(self, split: Split, count: int, seed: int) -> Sequence[Task]:
         """Return no task: a dataset of Harbor's is measured as a whole, by ``load_harbor_dataset``."""
         return ()
 
-    def open(self, task: Task) -> AbstractAsyncContextManager[HarborTaskEnv]:
-        return open_harbor_env(task, self._environment, self._config, self._kwargs)
+    @asynccontextmanager
+    async def open(self, task: Task) -> AsyncIterator[HarborTaskEnv]:
+        """Build and start the environment of a task; it is removed on exit.
+
+        Raises:
+            ConfigError: the task did not come from ``load_harbor_dataset``.
+            SandboxError: the environment could not be built or started.
+        """
+        from harbor.models.task.task import Task as HarborTask  # pyright: ignore[reportMissingImports]
+        from harbor.models.trial.paths import TrialPaths  # pyright: ignore[reportMissingImports]
+        from harbor.verifier.verifier import Verifier  # pyright: ignore[reportMissingImports]
+
+        if "harbor_folder" not in task.metadata:
+            raise ConfigError(f"task {task.id!r} has no folder of Harbor's; load it with load_harbor_dataset")
+        read = HarborTask(Path(task.metadata["harbor_folder"]))
+        wanted, definition = read.config.environment, read.paths.environment_dir
+        with tempfile.TemporaryDirectory(prefix="backtalk-harbor-", ignore_cleanup_errors=True) as folder:
+            async with started(self._environment, {}, definition, read.short_name, wanted, Path(folder)) as inner:
+                inner.default_user = read.config.agent.user
+                sandbox = HarborSandbox(inner, replace(self._config.sandbox, **_UNLIMITED), home=None)
+                await sandbox.start()
+                if wanted.healthcheck is not None:
+                    await inner.run_healthcheck()
+                verifier = Verifier(task=read, trial_paths=TrialPaths(Path(folder) / "trial"), environment=inner)
+                yield HarborTaskEnv(task, sandbox, self._config, verifier, inner)
 
     async def close(self) -> None:
-        """Nothing is kept between episodes."""
+        """Do nothing: the environment of a rollout is gone when the rollout ends."""

@@ -1,7 +1,7 @@
-"""A shell in a sandbox: the agent runs commands, submits an answer, and a script scores what it left behind.
+"""Give the agent a shell in a sandbox: it runs commands and submits an answer, and the task's script scores the files.
 
-Who said each stretch of an observation is recorded here, where the text is made: what a command printed is
-one ENV_OUTPUT part, untouched, and everything the harness adds around it is WARNING.
+Each part of an observation gets its token role here, where its text is made: a command's output is ENV_OUTPUT,
+unchanged, and all that the harness adds around it is WARNING.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import TokenRole
 
 ANSWER = "/logs/agent/answer.txt"
-REWARD_JSON = "/logs/verifier/reward.json"
-REWARD_TXT = "/logs/verifier/reward.txt"
+REWARD_FILES = ("/logs/verifier/reward.json", "/logs/verifier/reward.txt")  # the first that is there counts
 SETUP_TIMEOUT_S = 120.0
 
 BASH = ToolSpec(
@@ -72,17 +71,16 @@ mkdir -p /logs/verifier
 """
 
 
-LoadTasks = Callable[[Split, int, int], Sequence[Task]]  # by split, count and seed
-
 TOOLS: Mapping[str, ToolSpec] = {tool.name: tool for tool in (BASH, SUBMIT)}
+LoadTasks = Callable[[Split, int, int], Sequence[Task]]  # by split, count and seed
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TerminalConfig:
-    """How a terminal is offered to the agent."""
+    """Settings of the terminal that the agent gets."""
 
     system_prompt: str = "You work in a Linux shell. Run commands with bash, and finish with submit."
-    """Told to the policy before the task."""
+    """System message, before the task."""
     tools: tuple[str, ...] = ("bash", "submit")
     """[bash, submit] or [bash]; without submit only a budget ends a rollout, and no answer is given."""
     command_timeout_s: float = 30.0
@@ -112,7 +110,7 @@ class TerminalConfig:
 
 
 class TerminalEnv:
-    """One episode of one task in one sandbox (an ``Env``).
+    """A rollout of one task in one sandbox (an ``Env``).
 
     Raises:
         TaskError: the task has no tests/test.sh, so nothing could score it.
@@ -134,7 +132,7 @@ class TerminalEnv:
         return tuple(TOOLS[name] for name in self.config.tools)
 
     async def reset(self) -> tuple[Message, ...]:
-        """Put the files, run the setup, and say what is to be done.
+        """Put the files, run the setup, and return the system message and the instruction.
 
         Raises:
             SandboxError: the sandbox broke, or a setup command failed.
@@ -145,29 +143,30 @@ class TerminalEnv:
         return (system, user)
 
     async def step(self, call: ToolCall) -> Step:
-        """Run a command, or take the answer. A call that cannot be carried out is told so, as a WARNING."""
+        """Run a command, or take the answer. A call that cannot be carried out is answered with a WARNING."""
         if self._answer is not None:
             raise RuntimeError(f"task {self.task.id!r} was submitted; there is no step after that")
         if call.tool not in self.config.tools:
             known = "the tools are bash and submit" if len(self.config.tools) > 1 else "the tool is bash"
             return _warn(call, f"[unknown tool {call.tool}; {known}]")
-        match call.tool:
-            case "bash":
-                return await self._bash(call) if _has_text(call, "command") else _missing(call, "command")
-            case _:
-                if not _has_text(call, "answer"):
-                    return _missing(call, "answer")
-                # Kept here until the agent's processes are gone, so that none of them can change it.
-                self._answer = call.arguments["answer"]
-                return Step((), done=True, submitted=True)
+        argument = "command" if call.tool == "bash" else "answer"
+        text = call.arguments.get(argument)
+        if not isinstance(text, str):
+            return _warn(call, f"[{call.tool} needs the argument {argument}, a text]")
+        if call.tool == "submit":
+            self._answer = text  # kept here until the agent's processes are gone, so that none of them can change it
+            return Step((), done=True, submitted=True)
+        result = await self._sandbox.exec(text, timeout_s=self.config.command_timeout_s)
+        parts, truncated = _observation(result, self.config)
+        return Step((Message("tool", parts, tool=call.tool),), timed_out=result.timed_out, truncated=truncated)
 
     async def score(self) -> float | None:
-        """Run the tests on what the agent left behind, in a fresh process namespace, and read the reward.
+        """Run the tests over the files as the agent left them, in a fresh process namespace, and return their reward.
 
         None for a task that is ``world_model_only``.
 
         Raises:
-            VerifierError: no finite reward was left. That is no reward at all, never a reward of 0.
+            VerifierError: the tests left no finite reward: the rollout has none, which is never a reward of 0.
             SandboxError: the sandbox broke.
         """
         task = self.task
@@ -175,47 +174,47 @@ class TerminalEnv:
             return None
         await self._sandbox.restart()
         # The agent knew /tests and could have prepared it (a link, a conftest.py), but not this name.
-        box = f"/.tests-{secrets.token_hex(16)}"
-        files = {f"{box}/tests/{path}": file for path, file in task.tests.items()}
+        stage = f"/.tests-{secrets.token_hex(16)}"
+        files = {f"{stage}/tests/{path}": file for path, file in task.tests.items()}
         if self._answer is not None:
-            files[f"{box}/agent/answer.txt"] = SandboxFile(self._answer.encode("utf-8", "replace"))
+            files[f"{stage}/agent/answer.txt"] = SandboxFile(self._answer.encode("utf-8", "replace"))
         await self._sandbox.put(files)
-        command = _test_command(task, box, answered=self._answer is not None)
+        command = _test_command(task, stage, answered=self._answer is not None)
         result = await self._sandbox.exec(command, timeout_s=task.verifier_timeout_s)
+        output = f"; their output ended:\n{result.output[-1000:]}" if result.output else ""
         if result.timed_out:
             raise VerifierError(
                 f"the tests of task {task.id!r} did not end within {task.verifier_timeout_s:g} s; "
-                f"give them more ([verifier] timeout_sec), or make them faster{_tail(result)}"
+                f"give them more ([verifier] timeout_sec), or make them faster{output}"
             )
-        content = await self._sandbox.get(REWARD_JSON)
-        if content is not None:
-            return _checked(task, "reward.json", content, _json_reward(content), result)
-        content = await self._sandbox.get(REWARD_TXT)
-        if content is not None:
-            return _checked(task, "reward.txt", content, _text_reward(content), result)
+        for path in REWARD_FILES:
+            content = await self._sandbox.get(path)
+            if content is None:
+                continue
+            if (reward := _parse_reward(path, content)) is not None:
+                return reward
+            found = repr(content[:200].decode("utf-8", "replace")) if content.strip() else "nothing"
+            raise VerifierError(
+                f"the tests of task {task.id!r} left {found} in {posixpath.basename(path)}, which is no finite reward; "
+                f'write one number, or in reward.json numbers by name such as {{"reward": 1.0}}{output}'
+            )
         raise VerifierError(
-            f"the tests of task {task.id!r} wrote neither {REWARD_TXT} nor reward.json "
-            f"(exit code {result.exit_code}); tests/test.sh has to write one{_tail(result)}"
+            f"the tests of task {task.id!r} wrote neither {REWARD_FILES[1]} nor reward.json "
+            f"(exit code {result.exit_code}); tests/test.sh has to write one{output}"
         )
-
-    async def _bash(self, call: ToolCall) -> Step:
-        timeout_s = self.config.command_timeout_s
-        result = await self._sandbox.exec(call.arguments["command"], timeout_s=timeout_s)
-        parts, truncated = _observation(result, self.config)
-        return Step((Message("tool", parts, tool=call.tool),), timed_out=result.timed_out, truncated=truncated)
 
 
 @asynccontextmanager
 async def open_terminal_env(task: Task, backend: SandboxBackend, config: TerminalConfig) -> AsyncIterator[TerminalEnv]:
-    """A terminal for one task in a fresh sandbox, gone with everything in it on exit."""
+    """Open a terminal for one task in a fresh sandbox, which is removed on exit."""
     async with backend.open(config.sandbox) as sandbox:
         yield TerminalEnv(task, sandbox, config)
 
 
 class TerminalWorld:
-    """A terminal for every task, each in a fresh sandbox (a ``World``).
+    """Terminals for tasks, each in a fresh sandbox (a ``World``).
 
-    ``load`` returns its tasks by split, count and seed; without one the world has none of its own.
+    ``load`` returns its tasks by split, count and seed; without one it has none of its own.
     """
 
     def __init__(self, backend: SandboxBackend, config: TerminalConfig, load: LoadTasks | None = None) -> None:
@@ -236,7 +235,7 @@ class TerminalWorld:
 
 
 async def set_up_task(sandbox: Sandbox, task: Task) -> None:
-    """Put the task's files into a fresh sandbox and run its setup there; leaves the session where the task begins.
+    """Put a task's files into a fresh sandbox and run its setup there; the session stays where the task begins.
 
     Raises:
         SandboxError: the sandbox broke, or a setup command failed.
@@ -252,19 +251,14 @@ async def set_up_task(sandbox: Sandbox, task: Task) -> None:
             )
 
 
-def _date_folders(task: Task) -> list[str]:
-    """Date the folders of dated files too; else `ls -l` would tell the hour of the run, and no run be repeatable."""
-    dates = {path: file.mtime for path, file in task.files.items() if file.mtime is not None}
-    if not dates:
-        return []
-    parents = {str(folder) for path in dates for folder in PurePosixPath(path).parents}
-    folders = sorted((parents | {HOME, posixpath.dirname(HOME)}) - {"/"})
-    return [f"touch -c -d @{max(dates.values())} -- {shlex.join(folders)} 2>/dev/null || true"]
-
-
 def _setup_commands(task: Task) -> list[str]:
-    """What the session runs before the agent: first of all it goes where the task is, if that is not its home."""
-    commands = _date_folders(task)
+    """Return the commands that the session runs before the agent; it stays where the task begins."""
+    commands = []
+    # The folders of dated files are dated too: `ls -l` would tell the hour of the run, and no run be repeatable.
+    if dates := {path: file.mtime for path, file in task.files.items() if file.mtime is not None}:
+        parents = {str(folder) for path in dates for folder in PurePosixPath(path).parents}
+        folders = sorted((parents | {HOME, posixpath.dirname(HOME)}) - {"/"})
+        commands.append(f"touch -c -d @{max(dates.values())} -- {shlex.join(folders)} 2>/dev/null || true")
     if task.workdir != HOME or task.env:
         workdir = shlex.quote(task.workdir)
         exports = "".join(f" && export {name}={shlex.quote(value)}" for name, value in task.env.items())
@@ -272,20 +266,21 @@ def _setup_commands(task: Task) -> list[str]:
     return commands + [f"bash -ec {shlex.quote(command)}" for command in task.setup]
 
 
-def _test_command(task: Task, box: str, *, answered: bool) -> str:
+def _test_command(task: Task, stage: str, *, answered: bool) -> str:
+    """Return the command that moves tests and answer from the folder ``stage`` to their places and runs the tests."""
     env = " ".join(f"{name}={shlex.quote(value)}" for name, value in (_TEST_ENV | dict(task.env)).items())
-    agent = f"mv {box}/agent /logs/agent" if answered else "mkdir /logs/agent"
+    agent = f"mv {stage}/agent /logs/agent" if answered else "mkdir /logs/agent"
     workdir = shlex.quote(posixpath.normpath(task.workdir))
     # Nothing is cleared where commands see another tree than files are put in: that tree may be this machine's own.
     return (
-        f"if [ ! -d {box}/tests ]; then echo 'this sandbox shows commands another tree than files are put in'; else\n"
-        f"{_CLEAR}mv {box}/tests /tests && {agent} && rmdir {box} && {{ cd {workdir} || cd /; }} && "
+        f"if [ ! -d {stage}/tests ]; then echo 'this sandbox shows commands another tree than files are put in'; else\n"
+        f"{_CLEAR}mv {stage}/tests /tests && {agent} && rmdir {stage} && {{ cd {workdir} || cd /; }} && "
         f"env -i {env} bash /tests/test.sh\nfi"
     )
 
 
 def _observation(result: ExecResult, config: TerminalConfig) -> tuple[tuple[Part, ...], bool]:
-    """The parts of a command's observation, and whether some of its output was left out."""
+    """Return the parts of a command's observation, and whether some of its output was left out."""
     output, notices = result.output, []
     parts = truncate_text(output, config.max_output_chars, TokenRole.ENV_OUTPUT, config.truncate)
     if result.dropped_bytes:
@@ -306,45 +301,15 @@ def _warn(call: ToolCall, text: str) -> Step:
     return Step((Message("tool", (Part(text, TokenRole.WARNING),), tool=call.tool),))
 
 
-def _has_text(call: ToolCall, argument: str) -> bool:
-    return isinstance(call.arguments.get(argument), str)
+def _parse_reward(path: str, content: bytes) -> float | None:
+    """Parse a number, or in JSON numbers by name: "reward", or their mean without that name. None if not finite."""
+    from pydantic import FiniteFloat, TypeAdapter
 
-
-def _missing(call: ToolCall, argument: str) -> Step:
-    return _warn(call, f"[{call.tool} needs the argument {argument}, a text]")
-
-
-def _json_reward(content: bytes) -> float:
-    """A number, or a flat {name: number}: its "reward", or the mean where nothing has that name. NaN if neither."""
     try:
-        value = json.loads(content)
-        named = value if isinstance(value, dict) else {"reward": value}
-        if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in named.values()):
-            return math.nan
-        numbers = {name: float(x) for name, x in named.items()}
+        value = float(content.decode()) if path.endswith(".txt") else json.loads(content)
+        checked = TypeAdapter(FiniteFloat | dict[str, FiniteFloat]).validate_python(value, strict=True)
     except (ValueError, OverflowError, RecursionError):
-        return math.nan
-    if not numbers or not all(math.isfinite(x) for x in numbers.values()):
-        return math.nan
-    return numbers.get("reward", sum(numbers.values()) / len(numbers))
-
-
-def _text_reward(content: bytes) -> float:
-    try:
-        return float(content.decode())
-    except ValueError:
-        return math.nan
-
-
-def _checked(task: Task, name: str, content: bytes, reward: float, result: ExecResult) -> float:
-    if not math.isfinite(reward):
-        what = repr(content[:200].decode("utf-8", "replace")) if content.strip() else "nothing"
-        raise VerifierError(
-            f"the tests of task {task.id!r} left {what} in {name}, which is no finite reward; write one number, "
-            f'or in reward.json numbers by name such as {{"reward": 1.0}}{_tail(result)}'
-        )
-    return reward
-
-
-def _tail(result: ExecResult) -> str:
-    return f"; their output ended:\n{result.output[-1000:]}" if result.output else ""
+        return None
+    numbers = checked if isinstance(checked, dict) else {"reward": checked}
+    reward = numbers.get("reward", sum(numbers.values()) / max(len(numbers), 1))
+    return reward if numbers and math.isfinite(reward) else None

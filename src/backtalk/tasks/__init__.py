@@ -1,1 +1,1 @@
-"""Tasks: an instruction, the files to start from, a verifier. Read from folders and rows, or generated."""
+"""Tasks (an instruction, files to start from, tests): read from folders and rows, or generated."""

@@ -1,10 +1,10 @@
-"""Tasks as folders in the format of Harbor (harborframework.com): read, write, and load many.
+"""Read and write tasks as folders in the format of Harbor (harborframework.com).
 
     task.toml  instruction.md  environment/Dockerfile  tests/test.sh  solution/solve.sh
 
-Old and new schemas are read. Keys that mean nothing here are kept in ``metadata["harbor"]`` and written back to
-their places; ``metadata["world_notes"]`` says what is different here from what the folder asks for. What would make
-the task another one is refused. docs/tasks.md lists it all.
+Old and new schemas are read. Keys that have no effect here are kept in ``metadata["harbor"]`` and written back to
+their places; ``metadata["world_notes"]`` lists what differs here from what the folder asks for. A task that would not
+be the same task without what it asks for is refused. docs/tasks.md lists all of this.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ from backtalk.tasks.task import Task
 
 SCHEMA_VERSION = "1.4"
 DEFAULT_IMAGE = "python:3.11-slim-bookworm"  # written where a task names none; the sandbox never uses it
-DEFAULT_TIMEOUT_S = 600.0  # Harbor's, where task.toml says none
+DEFAULT_TIMEOUT_S = 600.0  # Harbor's
 
 _SHARED = "tests run in the agent's sandbox, after its processes have ended; take it out if the tests work there"
 _BASH = "the agent has bash and submit, no other tools; take it out if the task can be done with those"
 _ONE_USER = "a sandbox has one ordinary user; take it out if the task does not depend on who works"
 _SCRIPT = "a task is scored by its tests/test.sh alone; let that do it"
-# What a sandbox has not got. (section, key) -> values that ask for nothing, and the reason with what to do.
+_NO_WATCH = "nothing watches a sandbox; start what it waits for in a RUN line, and take it out"
+# Keys of task.toml that a sandbox cannot serve: values that are harmless, and the reason with what to do.
 _REFUSED: Mapping[tuple[str, str], tuple[tuple[object, ...], str]] = {
     ("agent", "user"): (("root", 0), _ONE_USER),
     ("verifier", "user"): (("root", 0), _ONE_USER),
@@ -47,53 +49,50 @@ _REFUSED: Mapping[tuple[str, str], tuple[tuple[object, ...], str]] = {
     ("environment", "os"): (("linux",), "a sandbox is Linux"),
     ("environment", "mcp_servers"): ((), _BASH),
     ("environment", "skills_dir"): ((), _BASH),
-    ("environment", "healthcheck"): (
-        (),
-        "nothing watches a sandbox; start what it waits for in a RUN line, and take it out",
-    ),
+    ("environment", "healthcheck"): ((), _NO_WATCH),
 }
-_TERMINAL_BENCH = ("task.yaml", "run-tests.sh")  # what tells a folder of Terminal-Bench before it took Harbor's format
-_CANARY = re.compile(r"\s*(<!--.*canary.*-->|#.*canary.*)\s*", re.IGNORECASE)
-_MARK = "END_OF_SETUP"
+_TERMINAL_BENCH = ("task.yaml", "run-tests.sh")  # files of Terminal-Bench's own format, before it took Harbor's
+# Lines at the top that tell crawlers to keep benchmark files out of training data.
+_CANARY = re.compile(r"\A(?:[^\S\n]*(?:<!--.*canary.*-->|#.*canary.*)[^\S\n]*(?:\n|\Z))+", re.IGNORECASE)
 
 
 def read_harbor_task(path: str | Path, *, host_packages: bool = False, world_model_only: bool = False) -> Task:
     """Read one task folder.
 
-    ``host_packages=True`` leaves out what package managers do in RUN lines and in the tests' scripts, and accepts a
-    task that has only a ready-made image: the person promises that this machine has what the task needs.
-    ``world_model_only=True`` marks the task as one that nobody scores; it then needs no tests.
+    ``host_packages=True`` leaves out commands of package managers in RUN lines and in the tests' scripts, and accepts
+    a task that has only a ready-made image: the user promises that this machine has what the task needs.
+    ``world_model_only=True`` marks the task as not scored; it then needs no tests.
 
     Raises:
-        TaskError: a file is missing, or the task asks for what a sandbox has not got.
+        TaskError: a file is missing, or the task asks for what a sandbox cannot serve.
     """
     folder = Path(path)
     _demand(folder, "task.toml")
     toml = _read_toml(folder / "task.toml")
     _refuse(folder, toml)
     _demand(folder, "instruction.md")
+    metadata = toml["metadata"]
     if world_model_only:
-        toml["metadata"] = toml.get("metadata", {}) | {"world_model_only": True}
-    if not _unscored(toml):
+        metadata["world_model_only"] = True
+    is_scored = metadata.get("world_model_only") is not True
+    if is_scored:
         _demand(folder, "tests/test.sh")
-    own = _pop(toml, "metadata", "backtalk") or {}
-    image = toml.get("environment", {}).get("docker_image")
-    world = read_environment(folder / "environment", image, host_packages=host_packages)
+    own = metadata.pop("backtalk", None) or {}
+    world = read_environment(
+        folder / "environment", toml["environment"].get("docker_image"), host_packages=host_packages
+    )
     if world.image is None and (left := sorted(path.name for path in (folder / "environment").glob("*"))):
         raise TaskError(f"{folder} has environment/{left[0]} but no environment/Dockerfile to COPY it; write one")
-    instruction = _without_canary(_read_text(folder / "instruction.md"))
+    instruction = _CANARY.sub("", _read_text(folder / "instruction.md"))
     if not instruction.strip():
         raise TaskError(f"{folder / 'instruction.md'} is empty; say what is to be done")
-    name = _pop(toml, "task", "name")
+    name = toml["task"].pop("name", None)
     trees = {part: _read_part(folder, part, own.get("files", {})) for part in ("tests", "solution")}
-    if not _unscored(toml):
-        add_needs(toml.setdefault("metadata", {}), trees["tests"], world.installs)
+    if is_scored:
+        add_needs(metadata, trees["tests"], world.installs)
         trees["tests"], notes = make_tests_offline(folder / "tests", trees["tests"], host_packages)
         world.notes += notes
-    agent_timeout_s = _seconds(folder, toml, "agent", math.inf)
-    verifier_timeout_s = _seconds(folder, toml, "verifier")
-    env = _environment(folder, toml, world)
-    workdir = _pop(toml, "environment", "workdir") or world.workdir
+    workdir = toml["environment"].pop("workdir", None) or world.workdir
     if not str(workdir).startswith("/"):
         raise TaskError(f"{folder / 'task.toml'}: [environment] workdir = {workdir!r} is no absolute path")
     return Task(
@@ -101,13 +100,12 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False, world_mod
         instruction=instruction,
         files=world.files,
         setup=world.commands(workdir),
-        env=env,
+        env=_read_env(folder, toml, world),
         workdir=workdir,
-        tests=trees["tests"],
-        solution=trees["solution"],
-        agent_timeout_s=agent_timeout_s,
-        verifier_timeout_s=verifier_timeout_s,
-        metadata=_metadata(toml, world),
+        **trees,
+        agent_timeout_s=_read_seconds(folder, toml, "agent", math.inf),
+        verifier_timeout_s=_read_seconds(folder, toml, "verifier", DEFAULT_TIMEOUT_S),
+        metadata=_read_metadata(toml, world),
     )
 
 
@@ -120,11 +118,6 @@ def _demand(folder: Path, name: str) -> None:
             "task.toml, instruction.md, environment/Dockerfile and tests/test.sh, as docs/tasks.md shows"
         )
     raise TaskError(f"task folder {folder} has no {name}; docs/tasks.md shows what belongs in one")
-
-
-def _unscored(toml: dict[str, Any]) -> bool:
-    metadata = toml.get("metadata")
-    return isinstance(metadata, dict) and metadata.get("world_model_only") is True
 
 
 def write_harbor_task(task: Task, folder: str | Path) -> None:
@@ -149,14 +142,15 @@ def write_harbor_task(task: Task, folder: str | Path) -> None:
 
 
 def load_harbor_tasks(source: str | Path, *, host_packages: bool = False, world_model_only: bool = False) -> list[Task]:
-    """The task in a folder, or the tasks in the folders within it, by name.
+    """Read the task in a folder, or the tasks in the folders within it, by name; the options of ``read_harbor_task``.
 
     Raises:
         TaskError: there is none, or some cannot be read; the message names each.
     """
     folder = Path(source)
+    read = partial(read_harbor_task, host_packages=host_packages, world_model_only=world_model_only)
     if (folder / "task.toml").is_file() or (folder / "instruction.md").is_file():
-        return [read_harbor_task(folder, host_packages=host_packages, world_model_only=world_model_only)]
+        return [read(folder)]
     marks = ("task.toml", "instruction.md", *_TERMINAL_BENCH)
     candidates = [d for d in sorted(folder.iterdir()) if any((d / mark).exists() for mark in marks)]
     if not candidates:
@@ -165,8 +159,7 @@ def load_harbor_tasks(source: str | Path, *, host_packages: bool = False, world_
     errors: dict[str, str] = {}
     for candidate in candidates:
         try:
-            task = read_harbor_task(candidate, host_packages=host_packages, world_model_only=world_model_only)
-            tasks.append(task)
+            tasks.append(read(candidate))
         except TaskError as error:
             errors[candidate.name] = str(error)
     if errors:
@@ -184,12 +177,13 @@ def _read_text(path: Path) -> str:
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
+    """Read a task.toml, with an empty table for each section that it leaves out."""
     try:
         toml = tomllib.loads(_read_text(path))
     except tomllib.TOMLDecodeError as error:
         raise TaskError(f"{path} is not TOML: {error}") from error
     for section in ("task", "metadata", "agent", "verifier", "environment", "solution"):
-        if not isinstance(toml.get(section, {}), dict):
+        if not isinstance(toml.setdefault(section, {}), dict):
             raise TaskError(f"{path}: {section} is {toml[section]!r}, and has to be a table, [{section}]")
     toml.pop("version", None)
     toml.pop("schema_version", None)
@@ -202,16 +196,16 @@ def _refuse(folder: Path, toml: Mapping[str, Any]) -> None:
     if (folder / "trajectory.json").exists():
         raise TaskError(f"{folder}: trajectory.json is a conversation to go on with; a task here begins at its start")
     for (section, key), (harmless, why) in _REFUSED.items():
-        value = toml.get(section, {}).get(key)
+        value = toml[section].get(key)
         if value and value not in harmless:
             raise TaskError(f"{folder / 'task.toml'}: [{section}] {key} = {value!r} cannot be had: {why}")
 
 
 def read_environment(folder: Path, image: str | None, *, host_packages: bool) -> World:
-    """Read how a task's world starts from its folder ``environment`` and the ready-made image that it names, if any.
+    """Read what a task starts from: its folder ``environment``, and the ready-made image that it names, if any.
 
     Raises:
-        TaskError: it needs several machines, or an image that no Dockerfile makes.
+        TaskError: it needs several machines, or an image without a Dockerfile.
     """
     for name in ("docker-compose.yaml", "docker-compose.yml"):
         if (folder / name).exists():
@@ -230,6 +224,7 @@ def read_environment(folder: Path, image: str | None, *, host_packages: bool) ->
 
 
 def _read_part(folder: Path, part: str, states: Mapping[str, Any]) -> dict[str, SandboxFile]:
+    """Read the files of tests or solution; ``states`` holds the modes and times that a checkout loses."""
     files = {}
     for path, file in read_tree(folder / part).items():
         state = states.get(f"{part}/{path}", {})
@@ -239,7 +234,7 @@ def _read_part(folder: Path, part: str, states: Mapping[str, Any]) -> dict[str, 
 
 
 def add_needs(metadata: dict[str, Any], tests: Mapping[str, SandboxFile], installs: Iterable[str] = ()) -> None:
-    """Add modules that tests import, and their scripts or ``installs`` install, to what this machine must have."""
+    """Add to ``metadata["needs"]`` the modules that tests import and their scripts or ``installs`` install."""
     texts = {path: file.content.decode("utf-8", "replace") for path, file in tests.items()}
     scripts, sources = ([text for path, text in texts.items() if path.endswith(end)] for end in (".sh", ".py"))
     declared = metadata.get("needs", [])
@@ -252,36 +247,19 @@ def add_needs(metadata: dict[str, Any], tests: Mapping[str, SandboxFile], instal
         metadata["needs"] = [*declared, *new]
 
 
-def _without_canary(text: str) -> str:
-    """Leave out marker lines at the top, which tell crawlers to keep benchmark files out of training data."""
-    lines = text.split("\n")
-    while lines and _CANARY.fullmatch(lines[0]):
-        lines.pop(0)
-    return "\n".join(lines)
-
-
-def _pop(toml: dict[str, Any], section: str, key: str) -> Any:
-    return toml.get(section, {}).pop(key, None)
-
-
-def _seconds(folder: Path, toml: dict[str, Any], section: str, otherwise: float = DEFAULT_TIMEOUT_S) -> float:
-    value = _pop(toml, section, "timeout_sec")
-    return otherwise if value is None else check_seconds(f"{folder / 'task.toml'}: [{section}] timeout_sec", value)
-
-
-def check_seconds(name: str, value: object) -> float:
-    """Return a setting's value as seconds.
-
-    Raises:
-        TaskError: it is no number above 0.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise TaskError(f"{name}: {value!r} is no number of seconds above 0")
+def _read_seconds(folder: Path, toml: dict[str, Any], section: str, default: float) -> float:
+    value = toml[section].pop("timeout_sec", None)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise TaskError(
+            f"{folder / 'task.toml'}: [{section}] timeout_sec = {value!r} is no number of seconds above 0; write one"
+        )
     return float(value)
 
 
-def _environment(folder: Path, toml: dict[str, Any], world: World) -> dict[str, str]:
-    env = _pop(toml, "environment", "env") or {}
+def _read_env(folder: Path, toml: dict[str, Any], world: World) -> dict[str, str]:
+    env = toml["environment"].pop("env", None) or {}
     for name, value in env.items():
         if "${" in str(value):
             raise TaskError(
@@ -295,20 +273,17 @@ def _environment(folder: Path, toml: dict[str, Any], world: World) -> dict[str, 
     return env
 
 
-def _metadata(toml: dict[str, Any], world: World) -> dict[str, Any]:
-    environment = toml.get("environment", {})
-    notes = list(world.notes)
+def _read_metadata(toml: dict[str, Any], world: World) -> dict[str, Any]:
+    """Return the metadata of a task: its own, the keys that have no effect, and notes of what is different here."""
+    environment, metadata, notes = toml["environment"], toml.pop("metadata"), list(world.notes)
     asked = [f"{key} = {environment[key]}" for key in ("allow_internet", "network_mode") if environment.get(key)]
     if asked and asked != ["network_mode = no-network"]:
         notes.append(f"{asked[0]}: runs offline all the same")
-    sizes = [
-        f"{key} = {environment[key]}" for key in ("memory", "memory_mb", "storage", "storage_mb") if key in environment
-    ]
+    sizes = [key for key in ("memory", "memory_mb", "storage", "storage_mb") if key in environment]
     if sizes:
-        notes.append(f"{', '.join(sizes)}: the run's own limits hold")
+        notes.append(f"{', '.join(f'{key} = {environment[key]}' for key in sizes)}: the run's own limits hold")
     if environment.get("network_mode") == "no-network":
         del environment["network_mode"]
-    metadata = toml.pop("metadata", {})
     if kept := _without_empty(toml):
         metadata["harbor"] = kept
     if world.image and world.image != DEFAULT_IMAGE:
@@ -356,7 +331,7 @@ def _dockerfile_of(task: Task) -> str:
     if modes:
         lines.append("RUN " + " && \\\n    ".join(f"{what} {' '.join(paths)}" for what, paths in modes.items()))
     for command in task.setup:
-        mark = _MARK
+        mark = "END_OF_SETUP"
         while mark in command:
             mark += "_"
         lines.append(f"RUN <<'{mark}'\n{command}\n{mark}")

@@ -1,6 +1,6 @@
-"""Which commands a task needs, and which of them this machine has not got.
+"""Find the commands and Python modules that a task needs and this machine lacks.
 
-A sandbox shows this machine's own /usr, so what is missing on its PATH is missing inside.
+A sandbox shows this machine's own /usr: a command that is missing on this machine is missing in it too.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _NAME = re.compile(r"[\w.+-]+|python3:[A-Za-z_][\w.]*", flags=re.ASCII)
 
 
 def missing_tools(task: Task) -> tuple[str, ...]:
-    """What the task needs and this machine has not got, sorted.
+    """Return the names of what a task needs and this machine lacks, sorted.
 
     ``[metadata] needs`` names commands, such as "git", and modules of the system's Python, such as "python3:yaml".
-    A pytest that the tests' scripts run is needed too: without it the tests would give every attempt 0.
+    A pytest that the tests' scripts run is needed too: without it the tests would give every rollout 0.
 
     Raises:
         TaskError: ``needs`` is no list of such names.
@@ -44,5 +44,5 @@ def _is_there(name: str) -> bool:
     path = shutil.which(command, path=DEFAULT_PATH)
     if path is None or not module:
         return path is not None
-    look = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module.partition('.')[0]!r}) is None)"
-    return subprocess.run([path, "-s", "-E", "-c", look], check=False, capture_output=True).returncode == 0
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module.partition('.')[0]!r}) is None)"
+    return subprocess.run([path, "-s", "-E", "-c", code], check=False, capture_output=True).returncode == 0

@@ -1,44 +1,41 @@
-"""Tasks as rows: of JSONL and Parquet files, and of datasets on the Hugging Face hub.
+"""Read tasks from rows: of JSONL and Parquet files, and of datasets on the Hugging Face hub.
 
     {"id": "count", "instruction": "How many lines has a.txt? Submit the number.",
      "files": {"a.txt": "1\\n2\\n"}, "tests": "grep -qx 2 /logs/agent/answer.txt && echo 1 > ..."}
 
 docs/tasks.md lists the fields. A file with a row that cannot be a task is refused as a whole, before anything runs,
-and every such row is named: a run on what happens to be readable would be another run.
+and every such row is named: a run on only the readable rows would be another run.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import difflib
 import json
 import math
 import posixpath
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from backtalk.errors import ConfigError, DataError, TaskError
 from backtalk.parquet import parquet_rows
 from backtalk.sandboxes.base import HOME, SandboxFile
 from backtalk.sandboxes.files import clean_path
-from backtalk.tasks.folder import DEFAULT_TIMEOUT_S, add_needs, check_seconds, read_harbor_task
+from backtalk.tasks.folder import DEFAULT_TIMEOUT_S, add_needs, read_harbor_task
 from backtalk.tasks.scripts import make_tests_offline
 from backtalk.tasks.task import Task
 
 SUFFIXES = (".jsonl", ".parquet")
-INLINE = ("files", "setup", "env", "workdir", "tests", "solution")
-FIELDS = ("id", "instruction", "folder", *INLINE, "agent_timeout_s", "verifier_timeout_s", "metadata")
 MAX_REASONS = 20  # of bad rows that are spelled out; the others are named by number
-
-Row = tuple[str, Any]  # where it stands ("line 3"), and what stands there
 
 
 def read_row_file(path: str | Path, *, host_packages: bool = False, world_model_only: bool = False) -> list[Task]:
-    """The tasks in one .jsonl or .parquet file, one a row, in its order.
+    """Read the tasks in one .jsonl or .parquet file, one a row, in its order.
 
     Raises:
         TaskError: some row is no task; the message names every such row, and the field that is wrong.
@@ -46,14 +43,18 @@ def read_row_file(path: str | Path, *, host_packages: bool = False, world_model_
     """
     path = Path(path)
     if path.suffix == ".jsonl":
-        rows = _json_rows(path)
+        try:
+            lines = enumerate(path.read_bytes().decode().split("\n"), 1)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not UTF-8 text ({error}); write one JSON object a line") from error
+        rows: Iterable[tuple[str, Any]] = ((f"line {number}", line) for number, line in lines if line.strip())
     else:
         rows = ((f"row {number}", row) for number, row in enumerate(parquet_rows(path)))
-    return _tasks(str(path), rows, path.parent, host_packages, world_model_only)
+    return _read_rows(str(path), rows, path.parent, host_packages, world_model_only)
 
 
 def read_hub(source: str, *, world_model_only: bool = False) -> list[Task]:
-    """The tasks in a dataset of the Hugging Face hub, or in a folder that ``datasets`` can load.
+    """Read the tasks in a dataset of the Hugging Face hub, or in a folder that ``datasets`` can load.
 
     ``source`` is ``hf:owner/name`` or ``hf:owner/name:split``; the split is the dataset's own, "train" where none is
     named, and has nothing to do with what a run holds out.
@@ -78,35 +79,19 @@ def read_hub(source: str, *, world_model_only: bool = False) -> list[Task]:
             "and check that this machine may reach the hub or has it in its cache"
         ) from error
     numbered = ((f"row {number}", row) for number, row in enumerate(rows))
-    return _tasks(source, numbered, None, False, world_model_only)
+    return _read_rows(source, numbered, None, False, world_model_only)
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
-    try:
-        text = path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}); write one JSON object a line") from error
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield f"line {number}", TaskError(f"is not JSON: {error}")
-
-
-def _tasks(
-    source: str, rows: Iterator[Row], folder: Path | None, host_packages: bool, world_model_only: bool
+def _read_rows(
+    source: str, rows: Iterable[tuple[str, Any]], folder: Path | None, host_packages: bool, world_model_only: bool
 ) -> list[Task]:
+    """Read rows, given with their places ("line 3"); ``folder`` is where their task folders are looked for."""
     tasks: dict[str, Task] = {}
     places: dict[str, str] = {}
     errors: dict[str, str] = {}
-    count = 0
     for place, row in rows:
-        count += 1
         try:
-            if isinstance(row, TaskError):
-                raise row
-            task = _task(row, folder, host_packages, world_model_only)
+            task = _read_row(row, folder, host_packages, world_model_only)
             if task.id in tasks:
                 raise TaskError(f"id: {task.id!r} is the id of {places[task.id]} too; rename one")
             tasks[task.id], places[task.id] = task, place
@@ -116,41 +101,168 @@ def _tasks(
             errors[place] = "is nested too deeply to be read"
     if errors:
         reasons = [f"{place}: {reason}" for place, reason in list(errors.items())[:MAX_REASONS]]
-        rest = list(errors)[MAX_REASONS:]
-        more = f"\nand {', '.join(rest)}" if rest else ""
-        raise TaskError(f"{len(errors)} of {count} rows of {source} cannot be tasks:\n" + "\n".join(reasons) + more)
+        if rest := list(errors)[MAX_REASONS:]:
+            reasons.append(f"and {', '.join(rest)}")
+        count = len(errors) + len(tasks)
+        raise TaskError(f"{len(errors)} of {count} rows of {source} cannot be tasks:\n" + "\n".join(reasons))
     if not tasks:
         raise TaskError(f"{source} has no row; write one task a row, with the fields id, instruction and tests")
     return list(tasks.values())
 
 
-def _task(row: Any, folder: Path | None, host_packages: bool, world_model_only: bool) -> Task:
-    if not isinstance(row, Mapping):
+def _without_nulls(value: Any) -> Any:
+    """Return a copy in which no object has a field that is null, at any depth; lists keep theirs."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
+def _parse_object(value: Any) -> Any:
+    """Parse an object that is given as a text of JSON, as in datasets whose rows have different fields."""
+    return _without_nulls(json.loads(value)) if isinstance(value, str) else value
+
+
+def _parse_files(value: Any, script: str = "") -> Any:
+    """Return files by path; a text is the file ``script``, and a list holds objects with path and content."""
+    if isinstance(value, str) and script:
+        return {script: {"content": value, "mode": "755"}}
+    if not isinstance(value, list):
+        return _parse_object(value)
+    if any(not isinstance(file, dict) or not isinstance(file.get("path"), str) for file in value):
+        raise ValueError("an entry has no path; write {path, content} for each file")
+    files = {file["path"]: {key: inner for key, inner in file.items() if key != "path"} for file in value}
+    if len(files) < len(value):
+        raise ValueError("two entries have one path; leave one out")
+    return files
+
+
+class _File(BaseModel):
+    """A file as a row holds it: a text, or an object with content or base64."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    content: bytes
+    mode: str = Field("644", pattern="^[0-7]{3,4}$")
+    mtime: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _decode(cls, value: Any) -> Any:
+        fields = value if isinstance(value, dict) else {"content": value}
+        match fields:
+            case {"base64": str() | bytes() as text, **rest} if "content" not in rest:
+                return {**rest, "content": base64.b64decode(text, validate=True)}
+            case {"content": str() as text}:
+                return {**fields, "content": text.encode("utf-8", "surrogatepass")}
+        return fields
+
+    def build(self) -> SandboxFile:
+        """Return the file as a task has it."""
+        return SandboxFile(self.content, mode=int(self.mode, 8), mtime=self.mtime)
+
+
+_Text = Annotated[str, Field(pattern=r"\S")]
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Variable = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
+_Files = dict[str, Annotated[_File, AfterValidator(_File.build)]]
+_Object = BeforeValidator(_parse_object)
+
+
+class _Row(BaseModel):
+    """The known fields of a row. The text under a field says what to write where its value is refused."""
+
+    model_config = ConfigDict(strict=True, use_attribute_docstrings=True)
+
+    id: Annotated[_Text | None, BeforeValidator(lambda value: str(value) if type(value) is int else value)] = None
+    """a text or a whole number that no other task has"""
+    instruction: _Text | None = None
+    """what the agent is told"""
+    folder: _Text | None = None
+    """the path of a task folder, from where the file of rows lies"""
+    files: Annotated[_Files, BeforeValidator(_parse_files)] = {}
+    """texts by path, or objects with content or base64, mode such as "755", mtime in seconds since 1970"""
+    tests: Annotated[_Files, BeforeValidator(partial(_parse_files, script="test.sh"))] = {}
+    """the script test.sh, or files by path as in files"""
+    solution: Annotated[_Files, BeforeValidator(partial(_parse_files, script="solve.sh"))] = {}
+    """the script solve.sh, or files by path as in files"""
+    setup: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
+    """a list of commands"""
+    env: Annotated[dict[_Variable, str], _Object] = {}
+    """environment variables, texts by name"""
+    workdir: str = Field(HOME, pattern=r"^/[\w./+@-]*$")
+    """a plain absolute path"""
+    agent_timeout_s: _Seconds = math.inf
+    """seconds above 0"""
+    verifier_timeout_s: _Seconds = DEFAULT_TIMEOUT_S
+    """seconds above 0"""
+    metadata: Annotated[dict[str, Any], _Object] = {}
+    """an object"""
+    world_model_only: bool = False
+    """true or false"""
+
+
+_OF_FOLDER = {"files", "tests", "solution", "setup", "env", "workdir"}  # fields that a task folder has itself
+_PLAIN = {"id", "instruction", "agent_timeout_s", "verifier_timeout_s"}
+
+
+def _check_row(row: Any) -> _Row:
+    """Check the fields of a row; those that are not known go to its metadata.
+
+    Raises:
+        TaskError: a field is wrong, or nearly has the name of a known one.
+    """
+    if isinstance(row, str):
+        try:
+            row = json.loads(row)
+        except ValueError as error:
+            raise TaskError(f"is not JSON: {error}") from error
+    if not isinstance(row, dict):
         raise TaskError(f"holds a {type(row).__name__}, not an object with fields such as id and instruction")
-    given = _without_nulls(row)  # whatever the format: Parquet and data sets fill in what is not there
-    metadata = _metadata(given)
+    given = _without_nulls(row)  # Parquet and datasets fill in what is not there
+    other = {name: given.pop(name) for name in list(given) if name not in _Row.model_fields}
+    for name in other:
+        if near := difflib.get_close_matches(name, _Row.model_fields, n=1, cutoff=0.8):
+            raise TaskError(f"{name}: is no field; did you mean {near[0]!r}? A field of your own goes into metadata")
+    try:
+        checked = _Row.model_validate(given)
+    except ValidationError as error:
+        reasons = []
+        for mistake in error.errors(include_url=False):
+            field = str(mistake["loc"][0])
+            place = ": ".join(str(part) for part in mistake["loc"] if part != "[key]")
+            hint = _Row.model_fields[field].description
+            reasons.append(f"{place}: {mistake['input']!r:.200} cannot be used ({mistake['msg']}); write {hint}")
+        raise TaskError("; ".join(reasons)) from error
+    if "world_model_only" in given:
+        other["world_model_only"] = checked.world_model_only
+    checked.metadata |= other
+    return checked
+
+
+def _read_row(row: Any, folder: Path | None, host_packages: bool, world_model_only: bool) -> Task:
+    checked = _check_row(row)
     if world_model_only:
-        metadata["world_model_only"] = True
-    given["metadata"] = metadata
-    if "folder" in given:
-        return _from_folder(given, folder, host_packages, metadata.get("world_model_only") is True)
-    task = Task(
-        id=_id(given),
-        instruction=_text(given, "instruction"),
-        workdir=(workdir := _workdir(given)),
-        files={_path("files", posixpath.join(workdir, p)): f for p, f in _tree(given, "files", "").items()},
-        setup=_setup(given),
-        env=_env(given),
-        tests={_path("tests", p, relative=True): f for p, f in _tree(given, "tests", "test.sh").items()},
-        solution={_path("solution", p, relative=True): f for p, f in _tree(given, "solution", "solve.sh").items()},
-        agent_timeout_s=_seconds(given, "agent_timeout_s", math.inf),
-        verifier_timeout_s=_seconds(given, "verifier_timeout_s"),
-        metadata=metadata,
-    )
-    return task if task.world_model_only else _scored(task, host_packages)
+        checked.metadata["world_model_only"] = True
+    if checked.folder is not None:
+        return _read_folder(checked, folder, host_packages)
+    for name in ("id", "instruction"):
+        if getattr(checked, name) is None:
+            raise TaskError(f"{name}: is missing; every task needs one")
+    parts: dict[str, Any] = {}
+    for part in ("files", "tests", "solution"):
+        base = checked.workdir if part == "files" else ""
+        files = getattr(checked, part).items()
+        try:
+            parts[part] = {clean_path(posixpath.join(base, path), relative=not base): file for path, file in files}
+        except ConfigError as error:
+            raise TaskError(f"{part}: {error}") from error
+    own = checked.model_dump(include=_PLAIN | {"env", "workdir", "metadata"})
+    task = Task(**own, **parts, setup=tuple(checked.setup))
+    return task if task.world_model_only else _make_scorable(task, host_packages)
 
 
-def _scored(task: Task, host_packages: bool) -> Task:
+def _make_scorable(task: Task, host_packages: bool) -> Task:
+    """Check that a task has tests that can run offline, and note what they need of this machine."""
     if "test.sh" not in task.tests:
         raise TaskError(
             "tests: there is no test.sh, so nothing could score it; give the script, or world_model_only: true"
@@ -161,149 +273,17 @@ def _scored(task: Task, host_packages: bool) -> Task:
     return replace(task, tests=tests, metadata=metadata)
 
 
-def _from_folder(given: Mapping[str, Any], folder: Path | None, host_packages: bool, world_model_only: bool) -> Task:
-    """A task folder, with what else the row says of it."""
+def _read_folder(row: _Row, folder: Path | None, host_packages: bool) -> Task:
+    """Read the task folder that a row names; the row's own fields stand over it."""
     if folder is None:
         raise TaskError("folder: a dataset of the hub cannot name folders of this machine; put files and tests inline")
-    if both := [name for name in INLINE if name in given]:
+    given = row.model_fields_set
+    if both := sorted(given & _OF_FOLDER):
         raise TaskError(f"folder: {', '.join(both)} stand in the row and in the folder; keep one of the two")
-    path = folder / _text(given, "folder")
+    path = folder / str(row.folder)
     if not path.is_dir():
         raise TaskError(f"folder: there is no folder {path}; the path begins where the file of rows lies")
+    world_model_only = row.metadata.get("world_model_only") is True
     task = read_harbor_task(path, host_packages=host_packages, world_model_only=world_model_only)
-    return replace(
-        task,
-        id=_id(given) if "id" in given else task.id,
-        instruction=_text(given, "instruction") if "instruction" in given else task.instruction,
-        agent_timeout_s=_seconds(given, "agent_timeout_s", task.agent_timeout_s),
-        verifier_timeout_s=_seconds(given, "verifier_timeout_s", task.verifier_timeout_s),
-        metadata={**task.metadata, **given["metadata"]},
-    )
-
-
-def _metadata(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The field metadata, and every field nobody knows; one that is nearly a known one is a slip."""
-    metadata = dict(_mapping(given, "metadata"))
-    for name, value in given.items():
-        if name in FIELDS:
-            continue
-        if name == "world_model_only" and not isinstance(value, bool):
-            raise TaskError(f"{name}: {value!r} is not true or false")
-        near = difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.8)
-        if near:
-            raise TaskError(f"{name}: is no field; did you mean {near[0]!r}? What is yours goes into metadata")
-        metadata[name] = value
-    return metadata
-
-
-def _id(given: Mapping[str, Any]) -> str:
-    value = given.get("id")
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    return _text(given, "id")
-
-
-def _text(given: Mapping[str, Any], name: str) -> str:
-    value = given.get(name)
-    if not isinstance(value, str) or not value.strip():
-        raise TaskError(f"{name}: {'is missing' if value is None else f'{value!r} is no text'}; every task needs one")
-    return value
-
-
-def _mapping(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = given.get(name, {})
-    if isinstance(value, str):  # as datasets whose rows differ often hold it
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise TaskError(f"{name}: {value[:80]!r} is no JSON object ({error})") from error
-    if not isinstance(value, Mapping):
-        raise TaskError(f"{name}: {value!r} is no object")
-    return _without_nulls(value)
-
-
-def _without_nulls(value: Any) -> Any:
-    """Return a copy in which no object has a field that is null, at any depth; lists keep theirs."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
-    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
-
-
-def _tree(given: Mapping[str, Any], name: str, only: str) -> dict[str, SandboxFile]:
-    """Files by path. A text is the file ``only``; a list holds objects with path and content."""
-    value = given.get(name, {})
-    if isinstance(value, str) and only:
-        return {only: SandboxFile(value.encode(), mode=0o755)}
-    if isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(one, Mapping) for one in value):
-        if any(not isinstance(one.get("path"), str) for one in value):
-            raise TaskError(f"{name}: an entry has no path; write {{path, content}} for each file")
-        pairs = [(one["path"], {key: inner for key, inner in one.items() if key != "path"}) for one in value]
-        if len(dict(pairs)) < len(pairs):
-            raise TaskError(f"{name}: two entries have one path")
-        value = dict(pairs)
-    else:
-        value = _mapping(given, name)
-    return {str(path): _file(f"{name}: {path}", one) for path, one in value.items()}
-
-
-def _file(what: str, value: Any) -> SandboxFile:
-    if isinstance(value, Mapping):
-        given = value
-        mode, mtime = given.get("mode", "644"), given.get("mtime")
-        if set(given) - {"content", "base64", "mode", "mtime"} or ("content" in given) == ("base64" in given):
-            raise TaskError(f"{what}: has {', '.join(given) or 'nothing'}; write content or base64, and mode and mtime")
-        if not isinstance(mode, str) or not re.fullmatch(r"[0-7]{3,4}", mode):
-            raise TaskError(f'{what}: mode {mode!r} is no octal mode in quotes, such as "755"')
-        if mtime is not None and (isinstance(mtime, bool) or not isinstance(mtime, int)):
-            raise TaskError(f"{what}: mtime {mtime!r} is no whole number of seconds since 1970")
-        return SandboxFile(_content(what, given), mode=int(mode, 8), mtime=mtime)
-    return SandboxFile(_content(what, {"content": value}))
-
-
-def _content(what: str, given: Mapping[str, Any]) -> bytes:
-    if "base64" in given:
-        try:
-            return base64.b64decode(given["base64"], validate=True)
-        except (TypeError, ValueError, binascii.Error) as error:
-            raise TaskError(f"{what}: is not base64 ({error})") from error
-    match given["content"]:
-        case str() as text:
-            return text.encode("utf-8", "surrogatepass")
-        case bytes() as content:
-            return content
-        case other:
-            raise TaskError(f"{what}: {other!r} is no content; write text, or an object with base64")
-
-
-def _workdir(given: Mapping[str, Any]) -> str:
-    workdir = given.get("workdir", HOME)
-    if not isinstance(workdir, str) or not re.fullmatch(r"/[\w./+@-]*", workdir):
-        raise TaskError(f"workdir: {workdir!r} is no plain absolute path")
-    return workdir
-
-
-def _path(name: str, path: str, *, relative: bool = False) -> str:
-    try:
-        return clean_path(path, relative=relative)
-    except ConfigError as error:
-        raise TaskError(f"{name}: {error}") from error
-
-
-def _setup(given: Mapping[str, Any]) -> tuple[str, ...]:
-    value = given.get("setup", [])
-    commands = [value] if isinstance(value, str) else value
-    if not isinstance(commands, Sequence) or not all(isinstance(command, str) for command in commands):
-        raise TaskError(f"setup: {value!r} is no list of commands")
-    return tuple(commands)
-
-
-def _env(given: Mapping[str, Any]) -> dict[str, str]:
-    env = _mapping(given, "env")
-    for name, value in env.items():
-        if not re.fullmatch(r"[A-Za-z_]\w*", name, flags=re.ASCII) or not isinstance(value, str):
-            raise TaskError(f"env: {name!r}: {value!r} is no environment variable with a text")
-    return dict(env)
-
-
-def _seconds(given: Mapping[str, Any], name: str, otherwise: float = DEFAULT_TIMEOUT_S) -> float:
-    return check_seconds(name, given[name]) if name in given else otherwise
+    own = row.model_dump(include=given & _PLAIN)
+    return replace(task, **own, metadata={**task.metadata, **row.metadata})

@@ -1,12 +1,11 @@
-"""Triage: an alert fires, a small agent opens a terminal in somebody's box and finds the cause.
+"""Generate triage tasks: an alert fires, and the agent finds its cause in the files of a simulated machine.
 
-Every task builds its own box from a seed: services with configs, unit files, logs, metrics, a process
-table and backups, all with fresh random content. Its question can only be answered with real tools over
-those files; some also want a file changed. Levels:
+Each task has a machine of its own, made from a seed: services with configs, unit files, logs, metrics, a process
+table and backups. A question is answered with ordinary tools over those files; some also want a file changed. Levels:
 
-1. one command finds it, and the file is named
+1. one command over a file that is named
 2. one pipeline, or two commands: the file has to be found, or the lines to be put in order
-3. what one file says leads to the next; or a file has to be changed
+3. one file leads to the next, or a file has to be changed
 4. only the alert is given: compare, repair, and name the cause
 """
 

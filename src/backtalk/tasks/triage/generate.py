@@ -1,15 +1,16 @@
-"""From a seed to a triage task, and from a split and a seed to many."""
+"""Generate triage tasks from seeds."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from random import Random
 
 from backtalk.errors import ConfigError
 from backtalk.sandboxes.base import SandboxFile
 from backtalk.tasks.task import Split, Task
-from backtalk.tasks.triage.machine import build_machine
-from backtalk.tasks.triage.questions import QUESTIONS, Question
+from backtalk.tasks.triage.machine import EPOCH, build_machine
+from backtalk.tasks.triage.questions import QUESTIONS
 
 LEVELS = tuple(QUESTIONS)
 
@@ -31,7 +32,7 @@ echo "$answer" > /logs/agent/answer.txt
 
 
 def triage_task(seed: int, level: int) -> Task:
-    """The task of one seed at one level; the same on every machine and every day.
+    """Generate the task of one seed at one level: the same one on every machine and every day.
 
     Raises:
         ConfigError: there is no such level.
@@ -49,27 +50,31 @@ def triage_task(seed: int, level: int) -> Task:
         tests={"test.sh": _script(_TEST.format(answer=question.answer, check=question.check))},
         solution={"solve.sh": _script(_SOLUTION.format(solve=question.solve))},
         verifier_timeout_s=20.0,
-        metadata=_metadata(question, builder.__name__, level),
+        metadata={
+            "kind": builder.__name__,
+            "level": level,
+            "answer": question.answer,
+            "commands": list(question.commands),
+        },
     )
 
 
 def triage_tasks(*, split: Split, levels: Sequence[int], count: int, seed: int = 0) -> list[Task]:
-    """``count`` distinct tasks of one split, the levels in turn."""
+    """Generate ``count`` distinct tasks of one split, with the levels in turn.
+
+    Raises:
+        ConfigError: there is no level, or one that does not exist.
+    """
     if not levels:
         raise ConfigError("triage without a level has no task; use levels such as [1, 2]")
     tasks: list[Task] = []
-    number = seed * 1_000_003
+    numbers = itertools.count(seed * 1_000_003)
     while len(tasks) < count:
-        task = triage_task(number, levels[len(tasks) % len(levels)])
-        number += 1
+        task = triage_task(next(numbers), levels[len(tasks) % len(levels)])
         if task.split is split:
             tasks.append(task)
     return tasks
 
 
 def _script(text: str) -> SandboxFile:
-    return SandboxFile(text.encode(), mode=0o755, mtime=1_704_067_200)
-
-
-def _metadata(question: Question, kind: str, level: int) -> dict[str, object]:
-    return {"kind": kind, "level": level, "answer": question.answer, "commands": list(question.commands)}
+    return SandboxFile(text.encode(), mode=0o755, mtime=EPOCH)

@@ -1,8 +1,10 @@
-"""The machine of a triage task: somebody's machine with services that write logs, made from a seed."""
+"""Simulate the machine of a triage task: services with configs and logs, and other files, all from a seed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from random import Random
 
 from backtalk.sandboxes.base import SandboxFile
@@ -20,12 +22,16 @@ EVENTS = {
     "WARN": ("slow reply from {host}", "retry to {host}", "queue is filling", "clock drift on {host}"),
     "ERROR": ("timeout from {host}", "connection refused by {host}", "bad reply from {host}", "lost {host}"),
 }
+EPOCH = 1_704_067_200  # 2024-01-01: files are dated from then on
 OWNERS = ("root", "www", "app", "ops", "db")
 
 
 @dataclass
 class Machine:
-    """Services by name, and the files as they grow. Only the generator changes it."""
+    """A simulated machine: its services, and its files, which grow while a task is generated.
+
+    The order of draws from ``random`` decides what a seed makes: another order is another set of tasks.
+    """
 
     random: Random
     services: tuple[str, ...]
@@ -34,40 +40,119 @@ class Machine:
     configs: dict[str, dict[str, int]] = field(default_factory=dict)
     logs: dict[str, list[tuple[str, str, str | None]]] = field(default_factory=dict)  # (level, line, host)
 
+    def draw_service(self) -> str:
+        """Draw one of the services."""
+        return self.random.choice(self.services)
+
+    def draw_setting(self) -> tuple[str, str]:
+        """Draw a service and a key of its config."""
+        service = self.draw_service()
+        return service, self.random.choice(list(self.configs[service]))
+
+    def draw_failing_service(self) -> str:
+        """Draw a service; write an ERROR line into its log where it has none."""
+        service = self.draw_service()
+        if not self.error_hosts(service):
+            host = self.random.choice(self.hosts)
+            self.logs[service].append(("ERROR", f"23:59:01 ERROR {service} timeout from {host}", host))
+            self.write_log(service)
+        return service
+
+    def error_hosts(self, service: str) -> list[str]:
+        """Return the hosts that the ERROR lines of a service's log name, line by line."""
+        return [host for level, _, host in self.logs[service] if level == "ERROR" and host]
+
     def write(self, path: str, lines: list[str]) -> None:
-        # A fixed time of last change: what `ls -l` prints must not depend on the day of the run.
-        mtime = 1_704_067_200 + self.random.randrange(200 * 86_400)
+        """Write a text file; its time is drawn, because `ls -l` must not tell the day of the run."""
+        mtime = EPOCH + self.random.randrange(200 * 86_400)
         self.files[path] = SandboxFile("".join(line + "\n" for line in lines).encode(), mtime=mtime)
+
+    def write_config(self, service: str) -> None:
+        """Write a service's config file from ``configs``."""
+        self.write(config_path(service), config_lines(service, self.configs[service]))
+
+    def write_log(self, service: str) -> None:
+        """Write a service's log file from ``logs``."""
+        self.write(log_path(service), [line for _, line, _ in self.logs[service]])
+
+    def write_units(self) -> dict[str, str]:
+        """Write unit files that name their configs, which are renamed; return the config's path by service."""
+        paths: dict[str, str] = {}
+        for service in self.services:
+            path = f"/etc/svc/{service}-{self.random.choice('abcdef')}{self.random.randint(1, 9)}.conf"
+            self.files[path] = self.files.pop(config_path(service))
+            paths[service] = path
+            start = f"ExecStart=/usr/bin/{service}d --config {path}"
+            owner = f"User={self.random.choice(OWNERS)}"
+            self.write(f"/etc/units/{service}.service", ["[Unit]", f"Description={service}", "[Service]", start, owner])
+        return paths
+
+    def write_processes(self) -> list[tuple[int, str, float, float]]:
+        """Write a process table, /srv/snap/ps.txt; return its rows (pid, command, cpu in %, memory in MB).
+
+        No two rows are alike in cpu or memory.
+        """
+        random, num_rows = self.random, self.random.randint(6, 10)
+        cpus = random.sample(range(1, 990), num_rows)
+        memories = random.sample(range(8, 4000), num_rows)
+        pids = sorted(random.sample(range(100, 9999), num_rows))
+        rows = [
+            (pid, f"{random.choice(SERVICES)}d", cpu / 10, float(memory))
+            for pid, cpu, memory in zip(pids, cpus, memories, strict=True)
+        ]
+        self.write("/srv/snap/ps.txt", [f"{pid} {name} {cpu:.1f} {memory:.0f}" for pid, name, cpu, memory in rows])
+        return rows
+
+    def write_addresses(self) -> dict[str, str]:
+        """Write the hosts' IP addresses, /srv/snap/hosts.txt; return them by host."""
+        draw = self.random.randint
+        addresses = {host: f"10.{draw(0, 99)}.{draw(0, 99)}.{draw(1, 254)}" for host in HOSTS}
+        others = self.random.sample([host for host in HOSTS if host not in self.hosts], 3)
+        listed = {host: addresses[host] for host in sorted([*others, *self.hosts])}
+        self.write("/srv/snap/hosts.txt", [f"{address} {host}" for host, address in listed.items()])
+        return listed
+
+    def write_latencies(self, service: str) -> list[tuple[str, int, int]]:
+        """Write /srv/metrics/SERVICE.csv; return its rows (time of day, requests, latency in ms)."""
+        latencies = self.random.sample(range(20, 3000), self.random.randint(8, 14))
+        start = self.random.randrange(0, 20 * 60)
+        rows = [
+            (f"{minute // 60:02}:{minute % 60:02}", self.random.randint(1, 900), latency)
+            for minute, latency in zip(count(start, 5), latencies, strict=False)
+        ]
+        lines = ["time,requests,latency", *(f"{time},{requests},{latency}" for time, requests, latency in rows)]
+        self.write(f"/srv/metrics/{service}.csv", lines)
+        return rows
 
 
 def build_machine(random: Random, num_services: int) -> Machine:
-    """A machine with configs, units, logs and a process table for ``num_services`` services."""
+    """Build a machine with ``num_services`` services, each with a config and a log."""
     machine = Machine(random, tuple(random.sample(SERVICES, num_services)), tuple(random.sample(HOSTS, 5)))
     for service in machine.services:
-        _write_config(machine, service)
-        _write_log(machine, service)
+        keys = random.sample(KEYS, random.randint(4, 7))
+        machine.configs[service] = {key: _draw_value(random, key) for key in keys}
+        machine.write_config(service)
+        machine.logs[service] = list(_log_entries(machine, service))
+        machine.write_log(service)
     return machine
 
 
 def config_path(service: str) -> str:
+    """Return the path of a service's config."""
     return f"/etc/svc/{service}.conf"
 
 
 def log_path(service: str) -> str:
+    """Return the path of a service's log."""
     return f"/var/log/{service}.log"
 
 
 def config_lines(service: str, config: dict[str, int]) -> list[str]:
+    """Return the lines of a config file."""
     return [f"# {service}", *(f"{key} = {value}" for key, value in config.items())]
 
 
-def _write_config(machine: Machine, service: str) -> None:
-    keys = machine.random.sample(KEYS, machine.random.randint(4, 7))
-    machine.configs[service] = {key: _setting(machine.random, key) for key in keys}
-    machine.write(config_path(service), config_lines(service, machine.configs[service]))
-
-
-def _setting(random: Random, key: str) -> int:
+def _draw_value(random: Random, key: str) -> int:
     match key:
         case "port":
             return random.randint(1024, 9999)
@@ -77,76 +162,13 @@ def _setting(random: Random, key: str) -> int:
             return random.choice((5, 10, 15, 20, 30, 45, 60, 90, 120, 200, 300, 500, 900))
 
 
-def _write_log(machine: Machine, service: str) -> None:
+def _log_entries(machine: Machine, service: str) -> Iterator[tuple[str, str, str | None]]:
     random = machine.random
     second = random.randrange(20 * 3600)
-    entries: list[tuple[str, str, str | None]] = []
     for _ in range(random.randint(6, 14)):
         second += random.randint(1, 300)
         level = random.choice(LEVEL_NAMES)
         event = random.choice(EVENTS[level])
         host = random.choice(machine.hosts) if "{host}" in event else None
-        clock = f"{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}"
-        entries.append((level, f"{clock} {level} {service} {event.format(host=host)}", host))
-    machine.logs[service] = entries
-    machine.write(log_path(service), [line for _, line, _ in entries])
-
-
-def write_units(machine: Machine) -> dict[str, str]:
-    """Unit files whose configs have names of their own; gives each service's config path."""
-    paths: dict[str, str] = {}
-    for service in machine.services:
-        path = f"/etc/svc/{service}-{machine.random.choice('abcdef')}{machine.random.randint(1, 9)}.conf"
-        content = machine.files.pop(config_path(service))
-        machine.files[path] = content
-        paths[service] = path
-        machine.write(
-            f"/etc/units/{service}.service",
-            [
-                "[Unit]",
-                f"Description={service}",
-                "[Service]",
-                f"ExecStart=/usr/bin/{service}d --config {path}",
-                f"User={machine.random.choice(OWNERS)}",
-            ],
-        )
-    return paths
-
-
-def write_processes(machine: Machine) -> list[tuple[int, str, float, float]]:
-    """A process table, /srv/snap/ps.txt; rows are (pid, command, cpu %, memory MB), no two alike in cpu or memory."""
-    random = machine.random
-    count = random.randint(6, 10)
-    cpus = random.sample(range(1, 990), count)
-    memories = random.sample(range(8, 4000), count)
-    pids = sorted(random.sample(range(100, 9999), count))
-    rows = [
-        (pid, f"{random.choice(SERVICES)}d", cpu / 10, float(memory))
-        for pid, cpu, memory in zip(pids, cpus, memories, strict=True)
-    ]
-    machine.write("/srv/snap/ps.txt", [f"{pid} {command} {cpu:.1f} {memory:.0f}" for pid, command, cpu, memory in rows])
-    return rows
-
-
-def write_addresses(machine: Machine) -> dict[str, str]:
-    """Addresses of the hosts, /srv/snap/hosts.txt."""
-    random = machine.random
-    addresses = {host: f"10.{random.randint(0, 99)}.{random.randint(0, 99)}.{random.randint(1, 254)}" for host in HOSTS}
-    names = sorted(random.sample([h for h in HOSTS if h not in machine.hosts], 3) + list(machine.hosts))
-    machine.write("/srv/snap/hosts.txt", [f"{addresses[host]} {host}" for host in names])
-    return {host: addresses[host] for host in names}
-
-
-def write_latencies(machine: Machine, service: str) -> list[tuple[str, int, int]]:
-    """A CSV of a service's latencies, /srv/metrics/SERVICE.csv; rows are (clock, requests, latency in ms)."""
-    random = machine.random
-    count = random.randint(8, 14)
-    latencies = random.sample(range(20, 3000), count)
-    minute = random.randrange(0, 20 * 60)
-    rows = [
-        (f"{(minute + 5 * i) // 60:02}:{(minute + 5 * i) % 60:02}", random.randint(1, 900), latency)
-        for i, latency in enumerate(latencies)
-    ]
-    lines = ["time,requests,latency", *(f"{clock},{requests},{latency}" for clock, requests, latency in rows)]
-    machine.write(f"/srv/metrics/{service}.csv", lines)
-    return rows
+        time = f"{second // 3600:02}:{second // 60 % 60:02}:{second % 60:02}"
+        yield level, f"{time} {level} {service} {event.format(host=host)}", host

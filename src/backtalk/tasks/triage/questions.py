@@ -1,30 +1,23 @@
-"""The questions of triage, by level. Each builds what it needs into a machine and says how it can be answered."""
+"""Write triage questions, by level: each adds the files it needs to a machine and knows its answer and the way to it.
+
+A function's name is the ``kind`` in the metadata of its tasks.
+"""
 
 from __future__ import annotations
 
 import io
 import tarfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from backtalk.sandboxes.base import SandboxFile
-from backtalk.tasks.triage.machine import (
-    KEYS,
-    Machine,
-    config_lines,
-    config_path,
-    log_path,
-    write_addresses,
-    write_latencies,
-    write_processes,
-    write_units,
-)
+from backtalk.tasks.triage.machine import EPOCH, Machine, config_lines, config_path, log_path
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """What is asked, the answer, and one way to it.
+    """A question about a machine, its answer, and one way to find it.
 
     ``commands`` is what a careful agent types, turn by turn; ``solve`` is a shell pipeline that prints the
     answer, for the oracle; ``check`` is a shell condition that must hold besides the answer.
@@ -41,8 +34,7 @@ class Question:
 
 
 def setting(machine: Machine) -> Question:
-    service = machine.random.choice(machine.services)
-    key = machine.random.choice(list(machine.configs[service]))
+    service, key = machine.draw_setting()
     path = config_path(service)
     return Question(
         instruction=f"Alert: {service} misbehaves. What is {key} set to in {path}?",
@@ -53,7 +45,7 @@ def setting(machine: Machine) -> Question:
 
 
 def count_lines_of_level(machine: Machine) -> Question:
-    service = machine.random.choice(machine.services)
+    service = machine.draw_service()
     level = machine.random.choice(("INFO", "WARN", "ERROR"))
     path = log_path(service)
     return Question(
@@ -65,18 +57,18 @@ def count_lines_of_level(machine: Machine) -> Question:
 
 
 def last_error_host(machine: Machine) -> Question:
-    service = _service_with_errors(machine)
+    service = machine.draw_failing_service()
     path = log_path(service)
     return Question(
         instruction=f"Alert: {service} fails. Which host does the last ERROR line of {path} name?",
-        answer=[host for level, _, host in machine.logs[service] if level == "ERROR" and host][-1],
+        answer=machine.error_hosts(service)[-1],
         commands=(f"grep ERROR {path} | tail -n 1",),
         solve=f"grep ERROR {path} | tail -n 1 | awk '{{print $NF}}'",
     )
 
 
 def count_lines(machine: Machine) -> Question:
-    service = machine.random.choice(machine.services)
+    service = machine.draw_service()
     path = log_path(service)
     return Question(
         instruction=f"Alert: disk fills. How many lines does {path} have?",
@@ -87,13 +79,14 @@ def count_lines(machine: Machine) -> Question:
 
 
 def busiest_process(machine: Machine) -> Question:
-    rows = write_processes(machine)
+    rows = machine.write_processes()
     column, what, index = machine.random.choice(((3, "cpu", 2), (4, "memory", 3)))
+    last = f"sort -n -k {column} /srv/snap/ps.txt | tail -n 1"
     return Question(
         instruction=f"Alert: load is high. /srv/snap/ps.txt has pid, command, cpu, memory. Which pid uses most {what}?",
         answer=str(max(rows, key=lambda row: row[index])[0]),
-        commands=(f"sort -n -k {column} /srv/snap/ps.txt | tail -n 1",),
-        solve=f"sort -n -k {column} /srv/snap/ps.txt | tail -n 1 | cut -d ' ' -f 1",
+        commands=(last,),
+        solve=f"{last} | cut -d ' ' -f 1",
     )
 
 
@@ -101,14 +94,13 @@ def busiest_process(machine: Machine) -> Question:
 
 
 def service_with_setting(machine: Machine) -> Question:
-    service = machine.random.choice(machine.services)
-    key = machine.random.choice(list(machine.configs[service]))
-    for other in machine.services:  # nobody else may have it
-        if other != service and key in machine.configs[other]:
-            machine.configs[other][key] += 1 + (machine.configs[other][key] + 1 == 0)
+    service, key = machine.draw_setting()
+    for config in machine.configs.values():  # no other service may have the value 0
+        if key in config:
+            config[key] += 1
     machine.configs[service][key] = 0
     for name in machine.services:
-        machine.write(config_path(name), config_lines(name, machine.configs[name]))
+        machine.write_config(name)
     return Question(
         instruction=f"Alert: a service has {key} = 0 in /etc/svc. Which service?",
         answer=service,
@@ -118,51 +110,49 @@ def service_with_setting(machine: Machine) -> Question:
 
 
 def moved_log(machine: Machine) -> Question:
-    service = _service_with_errors(machine)
+    service = machine.draw_failing_service()
     folder = f"/var/log/{machine.random.choice(('old', 'archive', 'cold', 'prev'))}/{machine.random.choice('abcdef')}"
     path = f"{folder}/{service}.log"
     machine.files[path] = machine.files.pop(log_path(service))
     return Question(
         instruction=f"Alert: {service} fails. Its log {service}.log was moved below /var/log. How many ERROR lines?",
-        answer=str(sum(level == "ERROR" for level, _, _ in machine.logs[service])),
+        answer=str(len(machine.error_hosts(service))),
         commands=(f"find /var/log -name {service}.log", f"grep -c ERROR {path}"),
         solve=f"cat $(find /var/log -name {service}.log) | grep -c ERROR",
     )
 
 
 def unit_to_setting(machine: Machine) -> Question:
-    service = machine.random.choice(machine.services)
-    key = machine.random.choice(list(machine.configs[service]))
-    path = write_units(machine)[service]
+    service, key = machine.draw_setting()
+    path = machine.write_units()[service]
+    unit = f"/etc/units/{service}.service"
     return Question(
-        instruction=f"Alert: {service} misbehaves. What is {key} in the config that "
-        f"/etc/units/{service}.service names?",
+        instruction=f"Alert: {service} misbehaves. What is {key} in the config that {unit} names?",
         answer=str(machine.configs[service][key]),
-        commands=(f"grep config /etc/units/{service}.service", f"grep {key} {path}"),
-        solve=f"grep '^{key} ' $(sed -n 's/.*--config //p' /etc/units/{service}.service) | cut -d ' ' -f 3",
+        commands=(f"grep config {unit}", f"grep {key} {path}"),
+        solve=f"grep '^{key} ' $(sed -n 's/.*--config //p' {unit}) | cut -d ' ' -f 3",
     )
 
 
 def most_frequent_host(machine: Machine) -> Question:
-    service = _service_with_errors(machine)
-    path = log_path(service)
+    service = machine.draw_failing_service()
     entries = machine.logs[service]
-    counts = Counter(host for level, _, host in entries if level == "ERROR" and host)
+    counts = Counter(machine.error_hosts(service))
     first = max(counts, key=lambda host: counts[host])
-    line = next(text for level, text, host in entries if level == "ERROR" and host == first)
-    entries += [("ERROR", line, first)] * 2  # no ties
-    machine.write(path, [text for _, text, _ in entries])
+    entries += [next(entry for entry in entries if entry[0] == "ERROR" and entry[2] == first)] * 2  # no ties
+    machine.write_log(service)
+    count = f"grep ERROR {log_path(service)} | awk '{{print $NF}}' | sort | uniq -c | sort -n"
     return Question(
-        instruction=f"Alert: {service} fails. Which host is named by most ERROR lines of {path}?",
+        instruction=f"Alert: {service} fails. Which host is named by most ERROR lines of {log_path(service)}?",
         answer=first,
-        commands=(f"grep ERROR {path} | awk '{{print $NF}}' | sort | uniq -c | sort -n",),
-        solve=f"grep ERROR {path} | awk '{{print $NF}}' | sort | uniq -c | sort -n | tail -n 1 | awk '{{print $2}}'",
+        commands=(count,),
+        solve=f"{count} | tail -n 1 | awk '{{print $2}}'",
     )
 
 
 def slowest_moment(machine: Machine) -> Question:
-    service = machine.random.choice(machine.services)
-    rows = write_latencies(machine, service)
+    service = machine.draw_service()
+    rows = machine.write_latencies(service)
     path = f"/srv/metrics/{service}.csv"
     return Question(
         instruction=f"Alert: {service} is slow. At what time is latency highest in {path}?",
@@ -176,22 +166,20 @@ def slowest_moment(machine: Machine) -> Question:
 
 
 def host_address(machine: Machine) -> Question:
-    service = _service_with_errors(machine)
-    addresses = write_addresses(machine)
+    service = machine.draw_failing_service()
     path = log_path(service)
-    host = [host for level, _, host in machine.logs[service] if level == "ERROR" and host][-1]
-    last = f"$(grep ERROR {path} | tail -n 1 | awk '{{print $NF}}')"
-    return Question(
-        instruction=f"Alert: {service} fails. Which address in /srv/snap/hosts.txt has the host of the last ERROR "
-        f"in {path}?",
-        answer=addresses[host],
-        commands=(f"grep ERROR {path} | tail -n 1", f"grep {host} /srv/snap/hosts.txt"),
-        solve=f"grep \" {last}$\" /srv/snap/hosts.txt | cut -d ' ' -f 1",
+    return _address_question(
+        machine,
+        service,
+        machine.write_addresses(),
+        f"Alert: {service} fails. Which address in /srv/snap/hosts.txt has the host of the last ERROR in {path}?",
+        command=f"grep ERROR {path} | tail -n 1",
+        solve=f"grep ERROR {path}",
     )
 
 
 def changed_setting(machine: Machine) -> Question:
-    service, key = _write_backup_with_change(machine)
+    service, key = _change_after_backup(machine)
     path, backup = config_path(service), f"/var/backups/{service}.conf"
     return Question(
         instruction=f"Alert: {service} broke after a change. Which setting differs between {path} and {backup}?",
@@ -202,38 +190,36 @@ def changed_setting(machine: Machine) -> Question:
 
 
 def setting_in_archive(machine: Machine) -> Question:
-    service = machine.random.choice(machine.services)
-    key = machine.random.choice(list(machine.configs[service]))
+    service, key = machine.draw_setting()
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name in machine.services:
-            content = machine.files[config_path(name)]
+            file = machine.files.pop(config_path(name))
             info = tarfile.TarInfo(f"{name}.conf")
-            info.size, info.mtime, info.mode = len(content.content), content.mtime or 0, 0o644
-            archive.addfile(info, io.BytesIO(content.content))
-    machine.files["/var/backups/svc.tar"] = SandboxFile(buffer.getvalue(), mtime=1_704_067_200)
-    for name in machine.services:
-        del machine.files[config_path(name)]
-    machine.write("/etc/svc/README", ["configs are in /var/backups/svc.tar"])
+            info.size, info.mtime, info.mode = len(file.content), file.mtime or 0, 0o644
+            archive.addfile(info, io.BytesIO(file.content))
+    path = "/var/backups/svc.tar"
+    machine.files[path] = SandboxFile(buffer.getvalue(), mtime=EPOCH)
+    machine.write("/etc/svc/README", [f"configs are in {path}"])
     return Question(
-        instruction=f"Alert: configs are lost. What was {key} in {service}.conf in /var/backups/svc.tar?",
+        instruction=f"Alert: configs are lost. What was {key} in {service}.conf in {path}?",
         answer=str(machine.configs[service][key]),
-        commands=(f"tar -xOf /var/backups/svc.tar {service}.conf",),
-        solve=f"tar -xOf /var/backups/svc.tar {service}.conf | grep '^{key} ' | cut -d ' ' -f 3",
+        commands=(f"tar -xOf {path} {service}.conf",),
+        solve=f"tar -xOf {path} {service}.conf | grep '^{key} ' | cut -d ' ' -f 3",
     )
 
 
 def repaired_setting(machine: Machine) -> Question:
-    service = machine.random.choice(machine.services)
-    key = machine.random.choice(list(machine.configs[service]))
+    service, key = machine.draw_setting()
     old = machine.configs[service][key]
     new = old + machine.random.randint(1, 90)
     path = config_path(service)
+    change = f"sed -i 's/^{key} = .*/{key} = {new}/' {path}"
     return Question(
         instruction=f"Alert: {service} needs a change. Set {key} to {new} in {path} and answer with its old value.",
         answer=str(old),
-        commands=(f"grep {key} {path}", f"sed -i 's/^{key} = .*/{key} = {new}/' {path}"),
-        solve=f"grep '^{key} ' {path} | cut -d ' ' -f 3; sed -i 's/^{key} = .*/{key} = {new}/' {path}",
+        commands=(f"grep {key} {path}", change),
+        solve=f"grep '^{key} ' {path} | cut -d ' ' -f 3; {change}",
         check=f"grep -qx '{key} = {new}' {path} && ! grep -qx '{key} = {old}' {path}",
     )
 
@@ -242,7 +228,7 @@ def repaired_setting(machine: Machine) -> Question:
 
 
 def restored_config(machine: Machine) -> Question:
-    service, key = _write_backup_with_change(machine)
+    service, key = _change_after_backup(machine)
     path, backup = config_path(service), f"/var/backups/{service}.conf"
     return Question(
         instruction=f"Alert: {service} broke after a change. Backups are in /var/backups. Restore its config and "
@@ -255,20 +241,20 @@ def restored_config(machine: Machine) -> Question:
 
 
 def failing_address(machine: Machine) -> Question:
-    service = _service_with_errors(machine)
-    addresses = write_addresses(machine)
-    for name in machine.services:  # only one service fails
-        if name != service:
+    service = machine.draw_failing_service()
+    addresses = machine.write_addresses()
+    for name in machine.services:
+        if name != service:  # only one service fails
             machine.logs[name] = [entry for entry in machine.logs[name] if entry[0] != "ERROR"]
-            machine.write(log_path(name), [line for _, line, _ in machine.logs[name]])
-    host = [host for level, _, host in machine.logs[service] if level == "ERROR" and host][-1]
-    last = f"$(grep -h ERROR {log_path(service)} | tail -n 1 | awk '{{print $NF}}')"
-    return Question(
-        instruction="Alert: one service logs errors in /var/log. Which address, by /srv/snap/hosts.txt, has the host "
-        "of its last ERROR?",
-        answer=addresses[host],
-        commands=("grep -r ERROR /var/log", f"grep {host} /srv/snap/hosts.txt"),
-        solve=f"grep \" {last}$\" /srv/snap/hosts.txt | cut -d ' ' -f 1",
+            machine.write_log(name)
+    return _address_question(
+        machine,
+        service,
+        addresses,
+        "Alert: one service logs errors in /var/log. Which address, by /srv/snap/hosts.txt, has the host of its last "
+        "ERROR?",
+        command="grep -r ERROR /var/log",
+        solve=f"grep -h ERROR {log_path(service)}",
     )
 
 
@@ -280,20 +266,23 @@ QUESTIONS: dict[int, tuple[Callable[[Machine], Question], ...]] = {
 }
 
 
-def _service_with_errors(machine: Machine) -> str:
-    """A service whose log names a host in an ERROR line; one is written where there is none."""
-    service = machine.random.choice(machine.services)
-    if not any(level == "ERROR" and host for level, _, host in machine.logs[service]):
-        host = machine.random.choice(machine.hosts)
-        machine.logs[service].append(("ERROR", f"23:59:01 ERROR {service} timeout from {host}", host))
-        machine.write(log_path(service), [line for _, line, _ in machine.logs[service]])
-    return service
+def _address_question(
+    machine: Machine, service: str, addresses: Mapping[str, str], instruction: str, *, command: str, solve: str
+) -> Question:
+    """Ask for the address of the host that a service's last ERROR names; ``solve`` prints the service's ERROR lines."""
+    host = machine.error_hosts(service)[-1]
+    found = f"$({solve} | tail -n 1 | awk '{{print $NF}}')"
+    return Question(
+        instruction=instruction,
+        answer=addresses[host],
+        commands=(command, f"grep {host} /srv/snap/hosts.txt"),
+        solve=f"grep \" {found}$\" /srv/snap/hosts.txt | cut -d ' ' -f 1",
+    )
 
 
-def _write_backup_with_change(machine: Machine) -> tuple[str, str]:
-    """Back up every config, then change one setting of one service; gives both."""
-    service = machine.random.choice(machine.services)
-    key = machine.random.choice([key for key in machine.configs[service] if key in KEYS])
+def _change_after_backup(machine: Machine) -> tuple[str, str]:
+    """Back up every config, then change one setting of one service; return the service and the key."""
+    service, key = machine.draw_setting()
     for name in machine.services:
         machine.write(f"/var/backups/{name}.conf", config_lines(name, machine.configs[name]))
     changed = machine.configs[service] | {key: machine.configs[service][key] + machine.random.randint(1, 90)}
