@@ -1,4 +1,4 @@
-"""Write an environment as a Python class: its tasks, and methods that the policy calls as tools.
+"""Write an environment as two Python classes: one with the tools that the policy calls, one with the tasks.
 
     class Guess(PythonEnv):
         def guess(self, number: int) -> str:
@@ -27,6 +27,7 @@ from functools import cache
 from typing import Any, ClassVar
 
 from backtalk.envs.base import Step, WorldReport
+from backtalk.envs.tool_schemas import plain_schema
 from backtalk.errors import ConfigError, InfrastructureError
 from backtalk.messages import Message, Part, ToolCall, ToolSpec, clean_text
 from backtalk.tasks.load import check_unique_ids, draw_tasks
@@ -35,25 +36,26 @@ from backtalk.trajectory import TokenRole
 
 
 class PythonEnv:
-    """One rollout of one task (an ``Env``). Every public method that a subclass adds is a tool.
+    """The environment of one rollout of one task (an ``Env``). Each public method that a subclass adds is a tool.
 
-    A tool's docstring and the type hints of its arguments are what the policy is told. It returns the observation as
-    text, or nothing, and may be ``async``; ``self.done = True`` ends the rollout. An exception that it raises is a
-    fault of the environment: the rollout has no reward. Report what the policy did wrong by returning it.
+    The policy reads a tool's docstring and the type hints of its arguments. A tool returns the observation as text, or
+    nothing, and may be ``async``; ``self.done = True`` ends the rollout. An exception in it is a fault of the
+    environment: the rollout has no reward. Return mistakes of the policy as text.
     """
 
     system = "Call tools to do the task."
-    """The system message."""
+    """System message."""
 
     def __init__(self, task: Task) -> None:
         self.task, self.done = task, False
 
     def reward(self) -> float | None:
-        """Return the reward after the end of the rollout; None where nobody scores the task."""
+        """Return the reward after the end of the rollout; None for a task that is not scored."""
         return None
 
     @property
     def tools(self) -> tuple[ToolSpec, ...]:
+        """Return the tools of the class."""
         return tuple(_specs(type(self)).values())
 
     async def reset(self) -> tuple[Message, ...]:
@@ -62,7 +64,7 @@ class PythonEnv:
         return tuple(Message(role, (Part(text, TokenRole.CONTEXT),)) for role, text in texts if text)
 
     async def step(self, call: ToolCall) -> Step:
-        """Call the tool's method; what it returns is the observation.
+        """Call the tool's method and return its text as the observation.
 
         Raises:
             InfrastructureError: the method raised an exception.
@@ -76,8 +78,8 @@ class PythonEnv:
         except InfrastructureError:
             raise
         except Exception as error:
-            where = f"{type(self).__name__}.{call.tool}({dict(call.arguments)})"
-            raise InfrastructureError(f"{where} raised {type(error).__name__}: {error}") from error
+            place = f"{type(self).__name__}.{call.tool}({dict(call.arguments)})"
+            raise InfrastructureError(f"{place} raised {type(error).__name__}: {error}") from error
         return self._answer(call, "" if result is None else str(result), TokenRole.ENV_OUTPUT)
 
     async def score(self) -> float | None:
@@ -95,11 +97,12 @@ class PythonWorld:
     env: ClassVar[type[PythonEnv]]
 
     def all_tasks(self) -> Sequence[Task]:
-        """Return every task, of both splits: one in five is held out, by a hash of its id, unless ``fold`` says so."""
+        """Return the tasks of both splits: one in five is held out, by a hash of its id, unless it has a ``fold``."""
         raise NotImplementedError(f"{type(self).__name__} brings no tasks; write its all_tasks(self)")
 
     @property
     def report(self) -> WorldReport:
+        """Return the class's import path, and that its code is not isolated."""
         return WorldReport(f"{type(self).__module__}:{type(self).__name__}", ("its code runs in this process",))
 
     def tasks(self, split: Split, count: int, seed: int) -> Sequence[Task]:
@@ -130,13 +133,6 @@ def _specs(kind: type[PythonEnv]) -> dict[str, ToolSpec]:
     """
     from pydantic import TypeAdapter
     from pydantic.errors import PydanticUserError
-    from pydantic.json_schema import GenerateJsonSchema
-
-    class Untitled(GenerateJsonSchema):
-        """A JSON schema without titles, which repeat the names and cost tokens."""
-
-        def field_title_should_be_set(self, schema: Any) -> bool:
-            return False
 
     methods: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
@@ -148,7 +144,7 @@ def _specs(kind: type[PythonEnv]) -> dict[str, ToolSpec]:
             continue
         bound = method.__get__(object())
         try:
-            schema = TypeAdapter(bound).json_schema(schema_generator=Untitled)
+            schema = TypeAdapter(bound).json_schema()
         except PydanticUserError as error:
             raise ConfigError(
                 f"{kind.__name__}.{name} cannot be a tool ({error}); give every argument a type hint that JSON can "
@@ -158,7 +154,7 @@ def _specs(kind: type[PythonEnv]) -> dict[str, ToolSpec]:
             raise ConfigError(
                 f"{kind.__name__}.{name} takes arguments without names; write them out, as in (self, number: int)"
             )
-        specs[name] = ToolSpec(name, inspect.cleandoc(method.__doc__ or name), schema)
+        specs[name] = ToolSpec(name, inspect.cleandoc(method.__doc__ or name), plain_schema(schema, schema))
     if not specs:
         raise ConfigError(f"{kind.__name__} has no tool; add a public method with a docstring")
     return specs

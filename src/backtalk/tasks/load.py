@@ -1,9 +1,10 @@
-"""Load tasks for a terminal by the name of their source: generated, from folders, from rows of files or datasets."""
+"""Load the tasks that a source names: generated ones, task folders, rows of files or of datasets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from importlib import resources
+from itertools import chain
 from pathlib import Path
 from random import Random
 
@@ -24,7 +25,7 @@ def load_tasks(
     world_model_only: bool = False,
     on_skip: Callable[[str], None] | None = None,
 ) -> list[Task]:
-    """Return at most ``count`` tasks of one split: generated from the seed ("triage"), or drawn by it from a source.
+    """Return at most ``count`` tasks of one split, generated from the seed ("triage") or drawn by it from a source.
 
     ``levels`` are the difficulties of triage; the other options are those of ``read_tasks``. A source without a task
     of that split gives none.
@@ -44,9 +45,9 @@ def load_tasks(
 def draw_tasks(tasks: Sequence[Task], split: Split, count: int, seed: int) -> list[Task]:
     """Return at most ``count`` tasks of one split, drawn by ``seed``, sorted by id."""
     chosen = sorted((task for task in tasks if task.split is split), key=lambda task: task.id)
-    if len(chosen) <= count:
-        return chosen
-    return sorted(Random(f"tasks/{seed}").sample(chosen, count), key=lambda task: task.id)
+    if len(chosen) > count:
+        chosen = sorted(Random(f"tasks/{seed}").sample(chosen, count), key=lambda task: task.id)
+    return chosen
 
 
 def read_tasks(
@@ -56,20 +57,20 @@ def read_tasks(
     world_model_only: bool = False,
     on_skip: Callable[[str], None] | None = None,
 ) -> list[Task]:
-    """Return every task of a source that can run on this machine, whatever its split.
+    """Return all tasks of a source that can run on this machine, of both splits.
 
     A source is "workbench", a task folder or a folder of them, a .jsonl or .parquet file or a folder of such files, or
-    "hf:owner/name[:split]". ``on_skip`` is called with a line for each task whose tools this machine has not got.
-    ``world_model_only=True`` marks tasks as scored by nobody, so that they need no verifier; ``host_packages`` is that
-    of ``read_harbor_task``.
+    "hf:owner/name[:split]". ``on_skip`` is called with a line of text for each task whose tools this machine lacks.
+    ``world_model_only=True`` marks tasks as not scored, so that they need no verifier; ``host_packages`` is that of
+    ``read_harbor_task``.
 
     Raises:
         ConfigError: there is no such source.
-        TaskError: a task cannot be read, two have one id, or the tools of all of them are missing.
+        TaskError: a task cannot be read, two have one id, or this machine lacks the tools of all of them.
     """
     from backtalk.tasks.needs import missing_tools
 
-    tasks = _read(source, host_packages, world_model_only)
+    tasks = _read_all(source, host_packages, world_model_only)
     check_unique_ids((task, source) for task in tasks)
     missing = {task.id: ", ".join(missing_tools(task)) for task in tasks}
     for name, tools in missing.items():
@@ -97,7 +98,7 @@ def check_unique_ids(tasks: Iterable[tuple[Task, str]]) -> None:
         sources[task.id] = source
 
 
-def _read(source: str, host_packages: bool, world_model_only: bool) -> list[Task]:
+def _read_all(source: str, host_packages: bool, world_model_only: bool) -> list[Task]:
     from backtalk.tasks.folder import load_harbor_tasks
     from backtalk.tasks.rows import SUFFIXES, read_hub, read_row_file
 
@@ -115,7 +116,7 @@ def _read(source: str, host_packages: bool, world_model_only: bool) -> list[Task
             f"({', '.join(SHIPPED)})"
         )
     files = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES]
-    if files and not (path / "task.toml").exists():
-        rows = [read_row_file(file, host_packages=host_packages, world_model_only=world_model_only) for file in files]
-        return [task for tasks in rows for task in tasks]
-    return load_harbor_tasks(source, host_packages=host_packages, world_model_only=world_model_only)
+    if not files or (path / "task.toml").exists():
+        return load_harbor_tasks(source, host_packages=host_packages, world_model_only=world_model_only)
+    rows = [read_row_file(file, host_packages=host_packages, world_model_only=world_model_only) for file in files]
+    return list(chain.from_iterable(rows))

@@ -1,8 +1,8 @@
-"""What a task's own test scripts need of the network, which no sandbox has.
+"""Make the test scripts of tasks run without a network, which no sandbox has.
 
 Many published tasks install their test runner when the tests begin. Offline that fails, and most of these scripts
-then write a reward of 0: not what the agent earned. So such a script is refused, or, where a person promises that the
-machine has what it installs, run without those commands. A script that fetches what the tests look at is refused.
+then write a reward of 0, whatever the agent did. So such a script is refused, or, where the user promises that this
+machine has what it installs, run without those commands. A script that fetches data for the tests is refused.
 """
 
 from __future__ import annotations
@@ -49,40 +49,40 @@ _HEREDOC = re.compile(r"<<-?\s*(['\"]?)([A-Za-z_]\w*)\1")
 
 
 def make_script_offline(path: Path, content: bytes, *, host_packages: bool) -> tuple[bytes, list[str]]:
-    """A bash script without its commands that install or fetch, and notes of what was changed.
+    """Return a bash script without its commands that install or fetch, and notes of what was changed.
 
     Raises:
-        TaskError: it has such commands and ``host_packages`` is False, or one that nothing here can stand in for, or
-            it is no script that bash can run.
+        TaskError: it has such commands and ``host_packages`` is False, or one that cannot be replaced, or it is no
+            script that bash can run.
     """
     text = content.decode("utf-8", "surrogateescape")
     _check_form(path, text)
-    lines, notes = [], []
-    installs = any(_installs(line) for _, line, is_code in _logical_lines(text) if is_code)
-    for number, line, is_code in _logical_lines(text):
-        changed, done = line, 0
+    changed, notes = "", []
+    lines = list(_logical_lines(text))
+    offline = host_packages and any(_installs(line) for _, line, is_code in lines if is_code)
+    for number, line, is_code in lines:
+        done = 0
         for begin, end in _spans(line) if is_code else []:
             command = line[begin:end]
-            stand_in = _stand_in(command, alone=not (host_packages and installs))
-            if stand_in is None:
+            replacement = _replacement(command, alone=not offline)
+            if replacement is None:
                 continue
-            where = f"{path}, line {number}: {command!r}"
+            place = f"{path}, line {number}: {command!r}"
             if not host_packages:
                 raise TaskError(
-                    f"{where} needs the network, and a sandbox has none: the tests would fail whatever the agent did. "
+                    f"{place} needs the network, and a sandbox has none: the tests would fail whatever the agent did. "
                     "Install what they need on this machine, then read the task with host_packages=True "
                     "(host_packages: true of a source in a run's settings), and it is left out"
                 )
-            if stand_in == "":
-                raise TaskError(f"{where} fetches what it runs or looks at; put that into tests/ and call it there")
+            if replacement == "":
+                raise TaskError(f"{place} fetches what it runs or looks at; put that into tests/ and call it there")
             sudo = _SUDO.search(line[:begin])
-            begin = sudo.start() if sudo else begin
-            changed = changed[: begin + done] + stand_in + changed[end + done :]
-            done = len(changed) - len(line)
-            what = "left out" if stand_in == ":" else f"run as {stand_in!r}"
+            changed += line[done : sudo.start() if sudo else begin] + replacement
+            done = end
+            what = "left out" if replacement == ":" else f"run as {replacement!r}"
             notes.append(f"tests/{path.name}, line {number}: {what}, this machine's packages are used: {command}")
-        lines.append(changed)
-    return ("".join(lines).encode("utf-8", "surrogateescape") if notes else content), notes
+        changed += line[done:]
+    return (changed.encode("utf-8", "surrogateescape") if notes else content), notes
 
 
 def make_tests_offline(
@@ -99,14 +99,14 @@ def make_tests_offline(
 
 
 def find_test_programs(text: str) -> set[str]:
-    """What the machine must have so that the tests of a script can run: "pytest", or "python3:pytest" and the like."""
+    """Return the test runners that a script calls, as ``needs`` names them: "pytest", "python3:pytest"."""
     commands = [line[b:e] for _, line, is_code in _logical_lines(text) if is_code for b, e in _spans(line)]
     found = [re.split(r"\s", match.group()) for command in commands if (match := _PYTEST.match(command))]
     return {"pytest" if len(words) == 1 else f"{words[0]}:pytest" for words in found if "/" not in words[0]}
 
 
 def find_test_modules(scripts: Iterable[str], sources: Iterable[str]) -> list[str]:
-    """Modules that scripts install and the tests' sources import, as ``needs`` names them, sorted."""
+    """Return the modules that scripts install and the tests' sources import, as ``needs`` names them, sorted."""
     words = {
         w for s in scripts for _, line, _ in _logical_lines(s) if _installs(line) for w in re.split(r"[\s,'\"]+", line)
     }
@@ -131,8 +131,8 @@ def _installs(line: str) -> bool:
     return any(_INSTALLS.match(command) or _RUNS_FETCHED.match(command) for command in commands)
 
 
-def _stand_in(command: str, *, alone: bool) -> str | None:
-    """What is run in a command's place: None is the command itself, ``:`` nothing, and "" cannot be had.
+def _replacement(command: str, *, alone: bool) -> str | None:
+    """Return what to run instead of a command: None is the command itself, ``:`` nothing, "" that nothing can.
 
     ``alone`` is a command of a script that installs nothing, or whose installing is not left out.
     """
@@ -164,10 +164,10 @@ def _stand_in(command: str, *, alone: bool) -> str | None:
 
 
 def _spans(line: str) -> Iterator[tuple[int, int]]:
-    """(begin, end) of each command of a line, without what stands before it, such as ``if`` and ``sudo``.
+    """Yield (begin, end) of each command of a line, without words before it such as ``if`` and ``sudo``.
 
-    Commands end at ``;``, ``&&``, ``||`` and brackets; a pipeline is one command. What stands in ``$(...)`` within
-    double quotes belongs to the command around it.
+    Commands end at ``;``, ``&&``, ``||`` and brackets; a pipeline is one command. ``$(...)`` within double quotes
+    belongs to the command around it.
     """
     edges, last = [], -1
     for at in unquoted(line):
@@ -191,7 +191,7 @@ def _spans(line: str) -> Iterator[tuple[int, int]]:
 
 
 def _logical_lines(text: str) -> Iterator[tuple[int, str, bool]]:
-    """(number, line with those it is continued on, whether it is code). Comments and bodies of heredocs are none."""
+    """Yield (number, line with its continuation lines, whether it is code, not a comment or a heredoc's body)."""
     physical = text.splitlines(keepends=True)
     at = 0
     while at < len(physical):
