@@ -19,8 +19,8 @@ from backtalk.envs.base import WorldReport
 from backtalk.envs.terminal import ANSWER, TerminalConfig, TerminalEnv
 from backtalk.errors import ConfigError, TaskError, VerifierError
 from backtalk.sandboxes.base import SandboxFile
-from backtalk.sandboxes.harbor.backend import started
-from backtalk.sandboxes.harbor.session import HarborSandbox, words
+from backtalk.sandboxes.harbor.backend import start_environment
+from backtalk.sandboxes.harbor.session import HarborSandbox, describe
 from backtalk.sandboxes.images.world import read_tree
 from backtalk.tasks.task import Split, Task
 
@@ -50,7 +50,7 @@ async def load_harbor_dataset(dataset: str, *, names: Sequence[str] = (), count:
         folders = (await TaskClient().download_tasks(found)).paths
     except Exception as error:  # whatever a registry's or git's library raises
         raise ConfigError(
-            f"Harbor has no tasks for {dataset!r}: {words(error)}; give a folder of tasks, or name@version of a "
+            f"Harbor has no tasks for {dataset!r}: {describe(error)}; give a folder of tasks, or name@version of a "
             "registry that this machine can reach (`harbor datasets list`)"
         ) from error
     return [_read_task(folder) for folder in folders]
@@ -67,7 +67,7 @@ def _read_task(folder: Path) -> Task:
     try:
         read = HarborTask(folder)
     except Exception as error:
-        raise TaskError(f"Harbor cannot read the task in {folder}: {words(error)}") from error
+        raise TaskError(f"Harbor cannot read the task in {folder}: {describe(error)}") from error
     if read.has_steps:
         raise TaskError(f"{folder}: a task of several steps cannot run here; run it with `harbor run`")
     verifier = read.config.verifier
@@ -106,7 +106,7 @@ class HarborTaskEnv(TerminalEnv):
                 with self._inner.with_default_user(self._verifier.task.config.verifier.user):
                     rewards = (await self._verifier.verify()).rewards
         except Exception as error:  # Harbor's own errors share no base class
-            raise VerifierError(f"Harbor's verifier gave no reward for {self.task.id!r}: {words(error)}") from error
+            raise VerifierError(f"Harbor's verifier gave no reward for {self.task.id!r}: {describe(error)}") from error
         numbers = rewards if isinstance(rewards, Mapping) else {"reward": rewards}
         if not numbers:
             raise VerifierError(f"Harbor's verifier gave no number for {self.task.id!r}; got {rewards!r}")
@@ -145,7 +145,9 @@ class HarborWorld:
         read = HarborTask(Path(task.metadata["harbor_folder"]))
         wanted, definition = read.config.environment, read.paths.environment_dir
         with tempfile.TemporaryDirectory(prefix="backtalk-harbor-", ignore_cleanup_errors=True) as folder:
-            async with started(self._environment, {}, definition, read.short_name, wanted, Path(folder)) as inner:
+            async with start_environment(
+                self._environment, {}, definition, read.short_name, wanted, Path(folder)
+            ) as inner:
                 inner.default_user = read.config.agent.user
                 sandbox = HarborSandbox(inner, replace(self._config.sandbox, **_UNLIMITED), home=None)
                 await sandbox.start()

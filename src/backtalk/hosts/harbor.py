@@ -1,9 +1,9 @@
-"""A Harbor environment over our sandbox: any Harbor agent and verifier, no container and no daemon.
+"""Harbor environment over a Backtalk sandbox: any Harbor agent and verifier, without a container or a daemon.
 
     harbor run -p my_task -a oracle --environment-import-path backtalk.hosts.harbor:BacktalkEnvironment
 
-The world of a task is what its Dockerfile says, as far as docs/tasks.md goes; what a sandbox has not got is refused
-with its line. Read against harbor 0.24.0 (``harbor/environments/base.py``).
+The sandbox starts as the task's Dockerfile says, in the subset that docs/tasks.md names; a line that a sandbox cannot
+carry out is refused. Written against harbor 0.24.0 (``harbor/environments/base.py``).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import backtalk.sandboxes.harbor  # noqa: F401  # isort: skip  # before Harbor, to keep its telemetry off
 from harbor.environments.base import BaseEnvironment, ExecResult  # pyright: ignore[reportMissingImports]
 from harbor.environments.capabilities import (  # pyright: ignore[reportMissingImports]
     EnvironmentCapabilities,
@@ -29,32 +30,32 @@ from backtalk.sandboxes.images.world import World
 from backtalk.tasks.folder import read_environment
 from backtalk.tasks.task import Task
 
-MEMORY_MB = 2048  # where a task says none
-DISK_MB = 1024  # the same; it is memory, so what is not used is not taken
+MEMORY_MB = 2048  # of a task that sets none
+DISK_MB = 1024  # of a task that sets none; it is memory, taken only as files are written
 PROCESSES = 512
-OUTPUT_BYTES = 64 << 20  # of one command; Harbor knows no limit
+OUTPUT_BYTES = 64 << 20  # of one command; Harbor has no limit
 MAX_FILE_BYTES = 1 << 30
-_NO_LIMIT_S = 7 * 86_400.0  # Harbor's exec without a time limit; whoever waits for it has one
+_NO_LIMIT_S = 7 * 86_400.0  # of a command without a time limit; Harbor limits the whole trial
 _ONE_USER = (None, "root", "0", 0, "agent", "1000", 1000)
 
-backend_of = cache(local_sandbox)  # one for all trials of a process
+open_backend = cache(local_sandbox)  # one for all trials of a process
 
-LOG_FOLDERS = ("/logs/agent", "/logs/verifier", "/logs/artifacts")  # which every container of Harbor has
+LOG_FOLDERS = ("/logs/agent", "/logs/verifier", "/logs/artifacts")  # that every container of Harbor has
 
 
 class BacktalkEnvironment(BaseEnvironment):
-    """One sandbox for one trial.
+    """A Harbor environment that is one Backtalk sandbox, for one trial.
 
-    Args of ours, given as ``--ek NAME=VALUE``:
+    Options besides Harbor's own, given as ``--ek NAME=VALUE``:
         sandbox: auto, bubblewrap, or unsafe, which isolates nothing.
-        host_packages: leave out what package managers do in RUN lines; this machine has what the task needs.
-        offline: run a task that asks for the network without one. Else such a task is refused, as Harbor wants it.
-        processes: how many may run at once.
+        host_packages: skip package managers in RUN lines, because this machine has what the task needs.
+        offline: run a task that asks for the network without one; otherwise such a task is refused, as Harbor requires.
+        processes: maximum number of processes in the sandbox.
 
     Raises:
-        TaskError: the task's environment asks for what a sandbox has not got.
+        TaskError: the task's environment asks for something that a sandbox does not have.
         ValueError: a network policy that is not enforced here, a mount, or what Harbor itself refuses.
-        SandboxUnavailable: no safe sandbox on this machine.
+        SandboxUnavailable: no safe sandbox works on this machine.
     """
 
     def __init__(
@@ -75,28 +76,29 @@ class BacktalkEnvironment(BaseEnvironment):
 
     @staticmethod
     def type() -> str:
+        """Return the name of this kind of environment."""
         return "backtalk"
 
     @property
     def capabilities(self) -> EnvironmentCapabilities:
-        """No network, no GPU, no mounts: logs are copied out. Offline, every network policy is the same."""
+        """Return what Harbor may ask for: no network, GPU or mounts. Offline, every network policy is the same."""
         return EnvironmentCapabilities(disable_internet=True, dynamic_network_policy=self._offline)
 
     @classmethod
     def resource_capabilities(cls) -> EnvironmentResourceCapabilities:
-        """Memory is a hard limit where the machine has a memory cgroup; processor time is not limited."""
-        return EnvironmentResourceCapabilities(memory_limit=backend_of().report.limits["memory"].startswith("cgroup"))
+        """Return which limits are enforced: memory, if the machine has a memory cgroup; not processor time."""
+        return EnvironmentResourceCapabilities(memory_limit=open_backend().report.limits["memory"].startswith("cgroup"))
 
     @classmethod
     def preflight(cls) -> None:
-        """Start a sandbox for trial before anything is queued."""
+        """Start a sandbox for trial, before any trial of Harbor's is queued."""
         try:
-            backend_of()
+            open_backend()
         except SandboxUnavailable as error:
             raise SystemExit(str(error)) from error
 
     def validate_network_policy_support(self, network_policy: NetworkPolicy | None = None) -> None:
-        """Harbor wants a policy enforced exactly or refused; a sandbox has no network to offer."""
+        """Refuse a network policy that a sandbox cannot enforce exactly, as Harbor requires."""
         if self._offline:
             return
         super().validate_network_policy_support(network_policy)
@@ -108,9 +110,10 @@ class BacktalkEnvironment(BaseEnvironment):
             )
 
     async def _apply_network_policy(self, network_policy: NetworkPolicy) -> None:
-        """Only offline, where every policy is the same."""
+        """Do nothing: this is called only offline, where every policy is the same."""
 
     def _validate_definition(self) -> None:
+        """Read the task's environment, and refuse what a sandbox cannot carry out."""
         for mount in self._mounts:
             if not str(mount.get("target", "")).startswith("/logs/"):
                 raise ValueError(f"mount {dict(mount)} cannot be made: a sandbox has no files of this machine in it")
@@ -131,7 +134,7 @@ class BacktalkEnvironment(BaseEnvironment):
         )
 
     async def start(self, force_build: bool) -> None:
-        """A fresh sandbox with the task's files and RUN lines in it. Nothing is built or cached."""
+        """Open a fresh sandbox, write the task's files and run its RUN lines. Nothing is built or cached."""
         world = self._world
         task = Task(
             id=self.environment_name,
@@ -141,7 +144,7 @@ class BacktalkEnvironment(BaseEnvironment):
             env=world.env,
             workdir=self._workdir,
         )
-        backend: SandboxBackend = backend_of(self._choice)
+        backend: SandboxBackend = open_backend(self._choice)
         try:
             self._sandbox = await self._stack.enter_async_context(backend.open(self._limits))
             await set_up_task(self._sandbox, task)
@@ -152,7 +155,7 @@ class BacktalkEnvironment(BaseEnvironment):
             raise
 
     async def stop(self, delete: bool) -> None:
-        """End everything in it. A sandbox is memory: it is gone whatever ``delete`` says."""
+        """Close the sandbox. It lies in memory, so that it is gone whatever ``delete`` says."""
         self._sandbox = None
         stack, self._stack = self._stack, AsyncExitStack()
         await stack.aclose()
@@ -165,19 +168,20 @@ class BacktalkEnvironment(BaseEnvironment):
         timeout_sec: float | None = None,
         user: str | int | None = None,
     ) -> ExecResult:
-        """Run a command in a bash of its own; what it leaves in the background lives on.
+        """Run a command in a new bash; its background processes live on.
 
         Stdout and stderr come back as one, as with Harbor's Docker. Commands of one sandbox run one after the other.
 
         Raises:
-            ValueError: a user that is not there: root is the sandbox's one ordinary user.
-            RuntimeError: the time limit is over; all that the command started was ended.
+            ValueError: another user than the sandbox's one ordinary user, which stands for root too.
+            RuntimeError: the command ran into the time limit; all that it started was ended.
             SandboxError: the sandbox broke.
         """
-        wanted = self._resolve_user(user)
-        if wanted not in _ONE_USER:
+        resolved = self._resolve_user(user)
+        if resolved not in _ONE_USER:
             raise ValueError(
-                f"user {wanted!r} is not there: a sandbox has one ordinary user, which stands for root too"
+                f"user {resolved!r} does not exist: a sandbox has one ordinary user, which stands for root too; "
+                "use root, or none"
             )
         result = await self._running.exec(
             f"bash -c {shlex.quote(command)}",
@@ -217,7 +221,7 @@ class BacktalkEnvironment(BaseEnvironment):
         target.write_bytes(content)
 
     async def download_dir(self, source_dir: str, target_dir: Path | str) -> None:
-        """Read every regular file of a folder. Links, pipes and what cannot be read stay behind.
+        """Read every regular file of a folder; skip links, pipes and files that cannot be read.
 
         Raises:
             FileNotFoundError: there is no such folder.
@@ -232,7 +236,7 @@ class BacktalkEnvironment(BaseEnvironment):
                 target.write_bytes(content)
 
     async def _inside(self, command: str) -> str:
-        """What a command of ours prints, from the root folder."""
+        """Run a command of ours in the root folder and return what it printed."""
         result = await self._running.exec(command, timeout_s=60, cwd="/")
         if result.exit_code != 0:
             raise FileNotFoundError(f"{command!r} in the sandbox exited {result.exit_code}: {result.output[-500:]}")

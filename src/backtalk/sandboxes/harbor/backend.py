@@ -1,4 +1,4 @@
-"""Harbor's environments as a sandbox of ours: docker, podman, daytona, e2b, modal, or one by import path."""
+"""Sandbox backend over Harbor's environments: docker, podman, daytona, e2b, modal, or one by import path."""
 
 from __future__ import annotations
 
@@ -12,28 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 from backtalk.errors import ConfigError, SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import BackendReport, SandboxLimits
-from backtalk.sandboxes.harbor.session import HarborSandbox, words
+from backtalk.sandboxes.harbor.session import HarborSandbox, describe
 
 if TYPE_CHECKING:
     from harbor.environments.base import BaseEnvironment  # pyright: ignore[reportMissingImports]
 
-IMAGE = "python:3.11-slim-bookworm"  # has bash, coreutils, tar and python3: what tasks of ours rely on
+IMAGE = "python:3.11-slim-bookworm"  # has bash, coreutils, tar and python3, on which the packaged tasks rely
 
 
 class HarborBackend:
-    """Sandboxes in an environment of Harbor.
+    """A sandbox backend whose sandboxes are environments of Harbor.
 
     Raises:
         SandboxUnavailable: Harbor is not installed, or the provider says that it cannot run here.
-        ConfigError: Harbor knows no such environment.
+        ConfigError: Harbor has no such environment.
     """
 
     def __init__(
         self, environment: str = "docker", *, image: str = IMAGE, kwargs: Mapping[str, Any] = MappingProxyType({})
     ) -> None:
-        """``environment`` is a type of Harbor's or "module:Class"; ``kwargs`` go to its constructor (Harbor's --ek).
+        """Choose the environment and run its preflight check.
 
-        ``image`` is what a sandbox starts from: bash, coreutils and tar have to be in it.
+        ``environment`` is a type of Harbor's or "module:Class"; ``kwargs`` go to its constructor (Harbor's --ek).
+        ``image`` is the container image that a sandbox starts from, with bash, coreutils and tar in it.
         """
         self._environment, self._image, self._kwargs = environment, image, dict(kwargs)
         config = _trial_config(environment, self._kwargs)
@@ -46,7 +47,7 @@ class HarborBackend:
 
     @property
     def report(self) -> BackendReport:
-        """What Harbor's provider is asked for; how well it keeps it is the provider's to say."""
+        """Return what Harbor's provider is asked for; whether it is enforced depends on the provider."""
         return BackendReport(
             name=f"harbor:{self._environment}",
             isolation={
@@ -65,7 +66,7 @@ class HarborBackend:
         )
 
     def open(self, limits: SandboxLimits) -> AbstractAsyncContextManager[HarborSandbox]:
-        """A fresh environment, deleted on exit.
+        """Open a fresh environment, deleted on exit.
 
         Raises:
             SandboxError: on entry, when it could not start.
@@ -85,14 +86,16 @@ class HarborBackend:
                 network_mode="no-network",
                 workdir="/",
             )
-            async with started(self._environment, self._kwargs, definition, "backtalk", config, Path(folder)) as inner:
+            async with start_environment(
+                self._environment, self._kwargs, definition, "backtalk", config, Path(folder)
+            ) as inner:
                 sandbox = HarborSandbox(inner, limits)
                 await sandbox.start()
                 yield sandbox
 
 
 def _trial_config(environment: str, kwargs: Mapping[str, Any]) -> Any:
-    """Harbor's own description of an environment to be made."""
+    """Return Harbor's own description of an environment to be made."""
     try:
         from harbor.models.environment_type import EnvironmentType  # pyright: ignore[reportMissingImports]
         from harbor.models.trial.config import EnvironmentConfig  # pyright: ignore[reportMissingImports]
@@ -109,12 +112,12 @@ def _trial_config(environment: str, kwargs: Mapping[str, Any]) -> Any:
 
 
 @asynccontextmanager
-async def started(
+async def start_environment(
     environment: str, kwargs: Mapping[str, Any], definition: Path, name: str, config: Any, folder: Path
 ) -> AsyncGenerator[BaseEnvironment]:
-    """A running Harbor environment of ``definition`` (a task's environment folder), stopped and deleted on exit.
+    """Start a Harbor environment of ``definition`` (a task's environment folder); stop and delete it on exit.
 
-    ``config`` is Harbor's EnvironmentConfig of a task; ``folder`` takes the trial's own files.
+    ``config`` is Harbor's EnvironmentConfig of a task; the trial's own files go to ``folder``.
 
     Raises:
         SandboxError: it could not be made or started.
@@ -128,7 +131,7 @@ async def started(
     inner: BaseEnvironment | None = None
     try:
         try:
-            inner = made = EnvironmentFactory.create_environment_from_config(
+            inner = EnvironmentFactory.create_environment_from_config(
                 config=trial,
                 environment_dir=definition,
                 environment_name=name,
@@ -138,20 +141,20 @@ async def started(
                 network_policy=config.resolve_baseline(),
                 mounts=_log_mounts(paths),
             )
-            await made.start(force_build=False)
+            await inner.start(force_build=False)
         except Exception as error:
-            raise SandboxError(f"Harbor's environment {environment} did not start: {words(error)}") from error
-        yield made
+            raise SandboxError(f"Harbor's environment {environment} did not start: {describe(error)}") from error
+        yield inner
     finally:
         if inner is not None:
             await inner.stop(delete=True)
 
 
 def _log_mounts(paths: Any) -> Sequence[dict[str, Any]]:
-    """The log folders that Harbor's own trials hand to an environment: some mount them, the others make them."""
-    places = {
+    """Return mounts of the log folders, as Harbor's own trials give them: some environments mount, others make them."""
+    folders = {
         "/logs/verifier": paths.verifier_dir,
         "/logs/agent": paths.agent_dir,
         "/logs/artifacts": paths.artifacts_dir,
     }
-    return [{"type": "bind", "source": str(place.resolve()), "target": target} for target, place in places.items()]
+    return [{"type": "bind", "source": str(folder.resolve()), "target": target} for target, folder in folders.items()]
