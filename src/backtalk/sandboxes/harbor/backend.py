@@ -131,7 +131,7 @@ async def start_environment(
     inner: BaseEnvironment | None = None
     try:
         try:
-            inner = EnvironmentFactory.create_environment_from_config(
+            inner = made = EnvironmentFactory.create_environment_from_config(
                 config=trial,
                 environment_dir=definition,
                 environment_name=name,
@@ -141,10 +141,10 @@ async def start_environment(
                 network_policy=config.resolve_baseline(),
                 mounts=_log_mounts(paths),
             )
-            await inner.start(force_build=False)
+            await made.start(force_build=False)
         except Exception as error:
             raise SandboxError(f"Harbor's environment {environment} did not start: {describe(error)}") from error
-        yield inner
+        yield made
     finally:
         if inner is not None:
             await inner.stop(delete=True)
