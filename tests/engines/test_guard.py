@@ -23,7 +23,7 @@ from backtalk.objective import objective
 from backtalk.objective.batch import TokenCounts, collate
 from backtalk.objective.config import ObjectiveConfig, PolicyOptions
 from backtalk.objective.samples import Sample, build_samples, to_samples
-from backtalk.run.evaluate import rollout_metrics
+from backtalk.run.rollouts import rollout_metrics
 from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
 from tiny import tiny_model_dir
 

@@ -1,6 +1,7 @@
 """A world that a user writes in Python: its tools, its faults, and a training on it by its import path."""
 
 import json
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ import pytest
 from backtalk.envs.python import PythonEnv, PythonWorld
 from backtalk.errors import ConfigError, InfrastructureError, TaskError
 from backtalk.messages import ToolCall
-from backtalk.run.config import config_from_dict
-from backtalk.run.worlds import Worlds
+from backtalk.run.config import config_from_dict, config_to_dict
+from backtalk.run.worlds import Worlds, open_worlds
 from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import TokenRole
 
@@ -105,7 +106,7 @@ def test_tasks_are_split_by_their_ids_and_drawn_by_the_seed() -> None:
         Twice().tasks(Split.TRAIN, 5, seed=0)
 
 
-def test_what_cannot_be_a_world_is_refused() -> None:
+async def test_what_cannot_be_a_world_is_refused() -> None:
     class Empty(PythonEnv):
         """No tool."""
 
@@ -121,19 +122,53 @@ def test_what_cannot_be_a_world_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"Odd\.feed cannot be a tool"):
         _ = Odd(Task(id="x", instruction="")).tools
 
-    def worlds(name: str, **options: object) -> Worlds:
-        return Worlds(config_from_dict({"tasks": {"source": [{"name": name, "options": options}]}}))
+    def worlds(name: str, **options: object) -> AbstractAsyncContextManager[Worlds]:
+        return open_worlds(config_from_dict({"tasks": {"source": [{"name": name, "options": options}]}}))
 
-    with pytest.raises(ConfigError, match="cannot be imported"):
-        worlds("nowhere:World")
-    with pytest.raises(ConfigError, match="which is no world; name a class with tasks"):
-        worlds("json:JSONDecoder")
-    with pytest.raises(ConfigError, match=r"cannot be made with options \{'height': 3\}"):
-        worlds(f"{__name__}:LightsWorld", height=3)
-    found = worlds(f"{__name__}:LightsWorld", rooms=50)
-    train, held_out = (found.tasks(split, 100, 0)[0] for split in Split)
-    assert len(train) + len(held_out) == 50
-    assert found.reports[0].name == f"{__name__}:LightsWorld"
+    for name, options, message in (
+        ("nowhere:World", {}, "cannot be imported"),
+        ("json:JSONDecoder", {}, "which is no world; name a class with tasks"),
+        (f"{__name__}:LightsWorld", {"height": 3}, r"cannot be made with options \{'height': 3\}"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            async with worlds(name, **options):
+                pass
+    async with worlds(f"{__name__}:LightsWorld", rooms=50) as found:
+        train, held_out = (found.tasks(split, 100, 0)[0] for split in Split)
+        assert len(train) + len(held_out) == 50
+        assert found.reports[0].name == f"{__name__}:LightsWorld"
+
+
+class WithoutTasks(PythonWorld):
+    """A world whose tasks cannot be read, and which counts how often it is closed."""
+
+    env = Lights
+    closed = 0
+
+    def all_tasks(self) -> list[Task]:
+        raise TaskError("no task can be read")
+
+    async def close(self) -> None:
+        type(self).closed += 1
+
+
+async def test_worlds_are_closed_if_the_run_cannot_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from backtalk.run.log import RunLog
+    from backtalk.run.train import evaluate_run, train
+
+    monkeypatch.setattr(WithoutTasks, "closed", 0)
+    source = f"{__name__}:WithoutTasks"
+    config = config_from_dict({"tasks": {"source": source}})
+    with pytest.raises(TaskError, match="no task can be read"):
+        await train(config, tmp_path / "run")
+    assert WithoutTasks.closed == 1
+    RunLog(tmp_path / "other").write_config(config_to_dict(config))
+    with pytest.raises(TaskError, match="no task can be read"):
+        await evaluate_run(tmp_path / "other", base=True)
+    assert WithoutTasks.closed == 2
+    with pytest.raises(ConfigError, match="cannot be imported"):  # the second of two
+        await train(config_from_dict({"tasks": {"source": [source, "nowhere:World"]}}), tmp_path / "third")
+    assert WithoutTasks.closed == 3
 
 
 async def test_the_example_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from backtalk.objective.batch import TokenCounts, collate, measured_mask, micro_
 from backtalk.objective.config import LengthPenalty, ObjectiveConfig, PolicyOptions, WorldOptions
 from backtalk.objective.roles import TARGET_ROLES, has_target_role, is_observation, roles_from_masks
 from backtalk.objective.samples import Sample, build_samples, to_samples
-from backtalk.run.evaluate import row_metrics
+from backtalk.run.rollouts import row_metrics
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 
 CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole

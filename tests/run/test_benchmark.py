@@ -15,7 +15,7 @@ from backtalk.run.benchmark import Benchmark, benchmark_tasks, pass_at_every_k, 
 from backtalk.run.config import config_from_dict
 from backtalk.run.evaluate import Evaluation, TaskResult
 from backtalk.run.log import read_trajectories
-from backtalk.run.worlds import Worlds
+from backtalk.run.worlds import open_worlds
 from backtalk.sandboxes.machine import capacity
 from sandbox_help import backend_or_skip
 from tiny import tiny_model_dir
@@ -47,15 +47,14 @@ def test_every_attempt_counts() -> None:
 
 
 async def test_tasks_are_chosen_by_pattern_and_number() -> None:
-    told: list = []
-    every = await benchmark_tasks(Benchmark(dataset="workbench"), told.append)
-    some = await benchmark_tasks(Benchmark(dataset="workbench", names=("csv-*", "*ledger")), told.append)
+    every = await benchmark_tasks(Benchmark(dataset="workbench"))
+    some = await benchmark_tasks(Benchmark(dataset="workbench", names=("csv-*", "*ledger")))
     assert [task.id.split("/")[-1] for task in some] == ["csv-join", "sqlite-ledger"]
-    assert await benchmark_tasks(Benchmark(dataset="workbench", count=2), told.append) == every[:2]
+    assert await benchmark_tasks(Benchmark(dataset="workbench", count=2)) == every[:2]
     with pytest.raises(ConfigError, match="none of the"):
-        await benchmark_tasks(Benchmark(dataset="workbench", names=("nothing-*",)), told.append)
+        await benchmark_tasks(Benchmark(dataset="workbench", names=("nothing-*",)))
     with pytest.raises(ConfigError, match="--environment docker"):
-        await benchmark_tasks(Benchmark(dataset="terminal-bench@2.0"), told.append)
+        await benchmark_tasks(Benchmark(dataset="terminal-bench@2.0"))
 
 
 async def test_as_many_rollouts_at_once_as_in_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,10 +77,9 @@ async def test_as_many_rollouts_at_once_as_in_a_training(tmp_path: Path, monkeyp
     )
     with pytest.raises(EndsHere):
         await run_benchmark(config, Benchmark(dataset="workbench", count=1))
-    training = Worlds(config)
-    assert used == [training.fit_concurrency(lambda _: None)]
+    async with open_worlds(config) as training:
+        assert used == [training.fit_concurrency(lambda _: None)]
     assert used[0].concurrency == 31
-    await training.close()
 
 
 class EndsHere(Exception):
@@ -96,7 +94,7 @@ def test_the_command_plays_a_dataset_and_writes_what_it_saw(tmp_path: Path) -> N
     command += [word for one in SMALL for word in ("--set", one)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "pass@2" in done.stdout and "0 of 2 attempts solved" in done.stdout
+    assert "pass@2" in done.stdout and "0 of 2 rollouts solved" in done.stdout
     result = json.loads((tmp_path / "out.json").read_text())
     assert sorted(result["pass_at"]) == ["1", "2"]
     attempts = read_trajectories(tmp_path / "out.parquet")

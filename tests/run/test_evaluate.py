@@ -18,7 +18,8 @@ from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.samples import Sample
 from backtalk.rollout.limits import RolloutLimits
 from backtalk.rollout.sampler import SamplingParams, ScriptedSampler
-from backtalk.run.evaluate import evaluate, rollout_metrics, time_metrics
+from backtalk.run.evaluate import evaluate
+from backtalk.run.rollouts import rollout_metrics, time_metrics
 from backtalk.tasks.task import Task
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 from tiny import tiny_tokenizer

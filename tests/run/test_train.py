@@ -31,9 +31,9 @@ from backtalk.run.evaluate import Evaluation
 from backtalk.run.events import EvaluationDone, Event, Notice, RolloutDone, RunDone, RunStarted, StepDone
 from backtalk.run.log import RunLog, read_trajectories, write_trajectories
 from backtalk.run.log.metrics import METRICS
+from backtalk.run.rollouts import check_rollouts
 from backtalk.run.tasks import tasks_of_step
-from backtalk.run.train import Run, _unbroken, evaluate_run, train
-from backtalk.run.worlds import check_rollouts
+from backtalk.run.train import _uninterrupted, evaluate_run, open_run, train
 from backtalk.sandboxes import local_sandbox
 from backtalk.sandboxes.base import SandboxFile
 from backtalk.tasks.folder import write_harbor_task
@@ -225,14 +225,14 @@ async def test_what_is_shown_is_what_was_trained(model: Path, sandbox: str, tmp_
         TrajectoryGroup("long", (rollout("long", 0, 1.0, 24, 3), rollout("long", 1, 0.5, 10, 3))),
         TrajectoryGroup("old", (rollout("old", 0, 1.0, 6, 2), rollout("old", 1, 0.0, 6, 2))),
     ]
-    run, log, engine = Run(config, lambda event: None), RunLog(tmp_path / "run"), GradientEngine()
+    log, engine = RunLog(tmp_path / "run"), GradientEngine()
     log.write_config(config_to_dict(config))
-    run.engine.tokenizer.save_pretrained(str(log.tokenizer_path))
-    run.engine = engine  # type: ignore[assignment]
     log.write_groups(0, groups)
-    assert find_rollout(log.folder).weights is None  # not trained yet
-    await run.learn(0, groups, 1.0, log)
-    await run.worlds.close()
+    async with open_run(config, lambda event: None) as run:
+        run.engine.tokenizer.save_pretrained(str(log.tokenizer_path))
+        run.engine = engine  # type: ignore[assignment]
+        assert find_rollout(log.folder).weights is None  # not trained yet
+        await run.train_step(0, groups, 1.0, log)
 
     trained = iter(engine.gradients)
     for group, sample, advantage in [(0, 0, -0.45), (0, 1, 0.45), (1, 0, None), (1, 1, None)]:
@@ -349,7 +349,7 @@ async def test_an_update_that_has_begun_is_recorded_before_a_cancellation_is_obe
         await go_on.wait()
         done.append("recorded")
 
-    running = asyncio.ensure_future(_unbroken(work()))
+    running = asyncio.ensure_future(_uninterrupted(work()))
     await begun.wait()
     running.cancel()
     await asyncio.sleep(0)

@@ -259,18 +259,15 @@ async def _play(
     from backtalk.capture import capture_episode
     from backtalk.language.renderer import Renderer
     from backtalk.language.tokenizer import load_tokenizer, model_location
-    from backtalk.run.worlds import Worlds
+    from backtalk.run.worlds import open_worlds
 
     renderer = Renderer(load_tokenizer(model_location(tokenizer)), (), config.renderer)
-    worlds = Worlds(config)
-    try:
+    async with open_worlds(config) as worlds:
         task = _find_task(worlds, world, name, seed)
         if config.rollout.rollout_timeout_s == PERSON_TIMEOUT_S:  # a task's own limit is a machine's
             task = replace(task, agent_timeout_s=PERSON_TIMEOUT_S)
         for index in range(episodes):
             keep(await capture_episode(task, worlds.open, authors(), renderer, config.rollout, sample_index=index))
-    finally:
-        await worlds.close()
 
 
 def _summary(trajectory: Trajectory) -> str:

@@ -51,7 +51,7 @@ def evaluate(
 
         wanted = tuple(names or ())
         benchmark = Benchmark(
-            dataset=dataset, environment=environment, attempts=samples or 5, names=wanted, count=tasks
+            dataset=dataset, environment=environment, samples_per_task=samples or 5, names=wanted, count=tasks
         )
         result = _on_dataset(config, benchmark, checkpoint, trajectories)
     elif folder is None:

@@ -1,4 +1,4 @@
-"""A policy on a dataset that others wrote: pass@k as leaderboards count it."""
+"""Benchmark a policy on a dataset that others wrote: pass@k as leaderboards count it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from backtalk.rollout.sampler import SamplingParams
 from backtalk.run.config import TrainConfig
 from backtalk.run.estimates import Interval, pass_at_k, ratio_interval
 from backtalk.run.evaluate import Evaluation, evaluate
-from backtalk.run.events import Notice, OnEvent
-from backtalk.run.worlds import check_rollouts, counted
-from backtalk.sandboxes import local_sandbox
-from backtalk.sandboxes.pool import PooledBackend
+from backtalk.run.events import Notice, OnEvent, report_rollouts
+from backtalk.run.rollouts import check_rollouts
+from backtalk.run.worlds import OnNotice, open_sandboxes
 from backtalk.tasks.load import read_tasks
 from backtalk.tasks.task import Task
 from backtalk.trajectory import TrajectoryGroup
@@ -31,66 +30,78 @@ LOCAL = "local"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Benchmark:
-    """Which tasks, and how often each is tried.
+    """Tasks of a benchmark, and the number of rollouts of each.
 
-    ``environment`` "local" plays tasks on disk in our own sandbox. Anything else is an environment of Harbor's
-    (docker, podman, daytona, ...), with the task's own image and Harbor's verifier: what a published number rests on.
+    ``environment`` "local" is a sandbox of this machine. Any other is an environment of Harbor's (docker, podman,
+    daytona, ...) with the task's own image and Harbor's verifier, on which published numbers rest.
     """
 
     dataset: str  # a folder of Harbor tasks, or name@version in Harbor's registry
     environment: str = LOCAL
-    attempts: int = 5
-    names: tuple[str, ...] = ()  # patterns such as git-*; none is every task
-    count: int | None = None  # the first ones
+    samples_per_task: int = 5
+    names: tuple[str, ...] = ()  # patterns such as git-*; without any, all tasks
+    count: int | None = None  # at most so many tasks, the first by id
 
     def __post_init__(self) -> None:
-        if self.attempts < 1 or (self.count is not None and self.count < 1):
-            raise ConfigError(f"attempts={self.attempts}, count={self.count} leave nothing to run; use 1 or more")
+        if self.samples_per_task < 1 or (self.count is not None and self.count < 1):
+            raise ConfigError(
+                f"samples_per_task={self.samples_per_task}, count={self.count} leave nothing to run; use 1 or more"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkResult:
-    """``pass_at`` counts every attempt: one that the world broke, or that ran out of time, is unsolved.
+    """Result of a benchmark. In ``pass_at`` a rollout that broke or ran out of time is unsolved.
 
-    ``evaluation`` is the measurement as elsewhere, in which attempts without a reward count for nothing.
+    ``evaluation`` is as in training: rollouts without a reward are left out.
     """
 
     pass_at: Mapping[int, Interval]
     evaluation: Evaluation
 
     def to_dict(self) -> dict[str, Any]:
-        passed = {str(k): [one.value, one.low, one.high] for k, one in self.pass_at.items()}
-        return {"pass_at": passed, "evaluation": self.evaluation.to_dict()}
+        """Return plain data."""
+        pass_at = {str(k): [interval.value, interval.low, interval.high] for k, interval in self.pass_at.items()}
+        return {"pass_at": pass_at, "evaluation": self.evaluation.to_dict()}
 
 
 async def run_benchmark(
-    config: TrainConfig, benchmark: Benchmark, *, checkpoint: Path | None = None, on_event: OnEvent | None = None
+    config: TrainConfig,
+    benchmark: Benchmark,
+    *,
+    checkpoint: Path | None = None,
+    on_event: OnEvent = lambda event: None,
 ) -> tuple[BenchmarkResult, list[TrajectoryGroup]]:
-    """Every task ``attempts`` times with the policy of ``config.engine``, or of a checkpoint of it.
+    """Run a benchmark with the policy of ``config.engine``, or of a checkpoint of it; return the rollouts too.
 
     Raises:
-        ConfigError: no such dataset, or none of its tasks has such a name.
-        TaskError: a task that cannot be played here; the message says where it can.
+        ConfigError: there is no such dataset, or none of its tasks has such a name.
+        TaskError: a task cannot be run here; the message says where it can.
         InfrastructureError: no rollout came through.
     """
-    tell = on_event or (lambda event: None)
-    tasks = await benchmark_tasks(benchmark, tell)
-    world = _world(config, benchmark)
-    engine = open_engine(config.engine, seed=config.seed)
-    if checkpoint is not None:
-        engine.load(checkpoint)
-    limit, limits = config.rollout.max_tokens_per_turn, config.rollout
-    if benchmark.environment == LOCAL:
-        limits = fit_concurrency(limits, config.terminal.sandbox, lambda text: tell(Notice(text)))
+
+    def notice(text: str) -> None:
+        on_event(Notice(text))
+
+    tasks = await benchmark_tasks(benchmark, notice)
+    num_rollouts = len(tasks) * benchmark.samples_per_task
+    limits = config.rollout
+    params = SamplingParams(temperature=config.temperature, max_tokens=limits.max_tokens_per_turn, seed=config.seed)
+    world = _open_world(config, benchmark)
     try:
+        engine = open_engine(config.engine, seed=config.seed)
+        if checkpoint is not None:
+            engine.load(checkpoint)
+        if benchmark.environment == LOCAL:
+            limits = fit_concurrency(limits, config.terminal.sandbox, notice)
         evaluation, groups = await evaluate(
             engine,
             tasks,
-            counted(world.open, "evaluation", 0, len(tasks) * benchmark.attempts, tell),
+            report_rollouts(world.open, "evaluation", 0, num_rollouts, on_event),
             Renderer(engine.tokenizer, (), config.renderer),
             limits=limits,
-            params=SamplingParams(temperature=config.temperature, max_tokens=limit, seed=config.seed),
-            samples_per_task=benchmark.attempts,
+            params=params,
+            samples_per_task=benchmark.samples_per_task,
             step=engine.policy_version,
             key=f"benchmark/{benchmark.dataset}",
         )
@@ -101,18 +112,22 @@ async def run_benchmark(
 
 
 def pass_at_every_k(evaluation: Evaluation) -> dict[int, Interval]:
-    """pass@k for k = 1 to the attempts of a task, each unbiased (Chen et al. 2021) with a bootstrap over tasks."""
-    found = {}
+    """Return pass@k for k from 1 to the rollouts of a task (Chen et al. 2021), with a bootstrap over the tasks."""
+    intervals = {}
     for k in range(1, evaluation.samples_per_task + 1):
         rows = [(pass_at_k(task.rollouts, task.solved, k), 1.0) for task in evaluation.tasks if task.rollouts >= k]
-        interval = ratio_interval(rows)
-        if interval is not None:
-            found[k] = interval
-    return found
+        if (interval := ratio_interval(rows)) is not None:
+            intervals[k] = interval
+    return intervals
 
 
-async def benchmark_tasks(benchmark: Benchmark, tell: OnEvent) -> list[Task]:
-    """The tasks of a dataset, by id; from Harbor's registry where it is no folder here."""
+async def benchmark_tasks(benchmark: Benchmark, on_notice: OnNotice = lambda text: None) -> list[Task]:
+    """Return the tasks of a benchmark by id; ``on_notice`` is called with a line for each that cannot run here.
+
+    Raises:
+        ConfigError: there is no such dataset, or none of its tasks has such a name.
+        TaskError: a task cannot be read.
+    """
     if benchmark.environment != LOCAL:
         from backtalk.envs.harbor import load_harbor_dataset
 
@@ -122,20 +137,20 @@ async def benchmark_tasks(benchmark: Benchmark, tell: OnEvent) -> list[Task]:
             f"{benchmark.dataset} is a dataset of Harbor's registry, whose tasks bring images of their own; add "
             "--environment docker (or podman, daytona, e2b, modal, ...), or give a folder of tasks"
         )
-    every = read_tasks(benchmark.dataset, on_skip=lambda text: tell(Notice(text)))
-    tasks = [task for task in sorted(every, key=lambda task: task.id) if _named(task, benchmark.names)]
-    if not tasks:
-        raise ConfigError(f"none of the {len(every)} tasks in {benchmark.dataset} is called {benchmark.names}")
-    return tasks[: benchmark.count]
+    tasks = sorted(read_tasks(benchmark.dataset, on_skip=on_notice), key=lambda task: task.id)
+    chosen = [task for task in tasks if not benchmark.names or _matches(task, benchmark.names)]
+    if not chosen:
+        raise ConfigError(f"none of the {len(tasks)} tasks in {benchmark.dataset} is called {benchmark.names}")
+    return chosen[: benchmark.count]
 
 
-def _named(task: Task, patterns: Sequence[str]) -> bool:
-    return not patterns or any(fnmatch(task.id, one) or fnmatch(task.id.split("/")[-1], one) for one in patterns)
+def _matches(task: Task, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for name in (task.id, task.id.split("/")[-1]) for pattern in patterns)
 
 
-def _world(config: TrainConfig, benchmark: Benchmark) -> World:
+def _open_world(config: TrainConfig, benchmark: Benchmark) -> World:
     if benchmark.environment == LOCAL:
-        return TerminalWorld(PooledBackend(local_sandbox(config.sandbox, root=config.terminal.root)), config.terminal)
+        return TerminalWorld(open_sandboxes(config), config.terminal)
     from backtalk.envs.harbor import HarborWorld
 
     return HarborWorld(benchmark.environment, config.terminal)

@@ -58,21 +58,27 @@ class TaskSource:
             )
         if self.levels == ():
             raise ConfigError(f"tasks.source: levels=[] of {self.name!r} leaves no task; use levels such as [1, 2]")
-        self._check_options()
+        self.env_config()
 
-    def _check_options(self) -> None:
+    def env_config(self) -> Any:
+        """Return the options as an OpenEnvConfig or AwmConfig, by the name of the source; None for any other.
+
+        Raises:
+            ConfigError: an option is unknown or has a value of the wrong kind, or the source takes no options.
+        """
         match self.name.partition(":")[0]:
             case "openenv":
-                from backtalk.envs.openenv.config import OpenEnvConfig as kind
+                from backtalk.envs.openenv.config import OpenEnvConfig
+
+                return settings.from_plain(OpenEnvConfig, self.options, "tasks.source.options.")
             case "awm":
-                from backtalk.envs.awm.config import AwmConfig as kind
+                from backtalk.envs.awm.config import AwmConfig
+
+                return settings.from_plain(AwmConfig, self.options, "tasks.source.options.")
             case _ if self.options and (":" not in self.name or self.name.startswith("hf:")):
                 raise ConfigError(
                     f"tasks.source: {self.name!r} takes no options, got {dict(self.options)}; leave them out"
                 )
-            case _:
-                return
-        settings.from_plain(kind, self.options, "tasks.source.options.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

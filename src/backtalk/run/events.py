@@ -1,17 +1,22 @@
-"""What a run tells while it goes on; a display, a tracker or a test listens."""
+"""Events of a run while it goes on, for a display, a tracker or a test."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from backtalk.envs.base import WorldReport
+from backtalk.envs.base import Env, WorldReport
+from backtalk.rollout.rollout import EnvFactory
 from backtalk.run.evaluate import Evaluation
+from backtalk.tasks.task import Task
 
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
+    """A run begins, at ``first_step`` if it is resumed."""
+
     folder: Path
     first_step: int
     steps: int
@@ -20,7 +25,7 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True)
 class RolloutDone:
-    """``phase`` is "training" or "evaluation"; counts are of that step's rollouts."""
+    """A rollout ended. ``phase`` is "training" or "evaluation"; counts are of that step's rollouts."""
 
     phase: str
     step: int
@@ -30,7 +35,7 @@ class RolloutDone:
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """``metrics`` are what metrics.jsonl holds for this step."""
+    """A training step is recorded. ``metrics`` are those of metrics.jsonl."""
 
     step: int
     steps: int
@@ -39,22 +44,43 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationDone:
+    """An evaluation is recorded."""
+
     evaluation: Evaluation
 
 
 @dataclass(frozen=True, slots=True)
 class Notice:
-    """Something a person should know and nobody asked for."""
+    """A line that a person should read, such as a warning."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class RunDone:
+    """A run ended after ``step`` steps; ``finished`` is False if it was asked to stop before the last."""
+
     folder: Path
-    step: int  # steps done so far
-    finished: bool  # False where it was asked to stop before the last step
+    step: int
+    finished: bool
 
 
 Event = RunStarted | RolloutDone | StepDone | EvaluationDone | Notice | RunDone
 OnEvent = Callable[[Event], None]
+
+
+def report_rollouts(open_env: EnvFactory, phase: str, step: int, total: int, on_event: OnEvent) -> EnvFactory:
+    """Return ``open_env`` with a ``RolloutDone`` event for every environment that is closed."""
+    done = 0
+
+    @asynccontextmanager
+    async def open_and_report(task: Task) -> AsyncIterator[Env]:
+        nonlocal done
+        try:
+            async with open_env(task) as env:
+                yield env
+        finally:
+            done += 1
+            on_event(RolloutDone(phase, step, done, total))
+
+    return open_and_report

@@ -1,4 +1,4 @@
-"""Which tasks a run trains on and is measured on, and the recorded trajectories that it is measured on too."""
+"""Choose the tasks that a run trains on and is evaluated on, and the recorded trajectories of its evaluation."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import NamedTuple
 
 from backtalk.errors import ConfigError, TaskError
 from backtalk.run.config import TrainConfig
-from backtalk.run.events import Notice, OnEvent
 from backtalk.run.log import read_trajectories
-from backtalk.run.worlds import Worlds
+from backtalk.run.worlds import OnNotice, Worlds
 from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import Trajectory
 
-TRAIN_TASKS = 2000  # distinct ones, of a source that makes or has as many; each comes up once an epoch
-HELD_OUT_SEED = 0  # all runs are measured on the same held-out tasks, whatever their own seed
+TRAIN_TASKS = 2000  # at most, of one source; each comes up once an epoch
+HELD_OUT_SEED = 0  # runs of every seed are evaluated on the same held-out tasks
 
 
 class Pool(NamedTuple):
@@ -29,14 +28,14 @@ class Pool(NamedTuple):
 
 
 class Share(NamedTuple):
-    """How many tasks of a pool a step takes: ``now`` at this step, ``most`` at any."""
+    """Number of a pool's tasks in a step: ``now`` in this one, ``most`` in any."""
 
     now: int
     most: int
 
 
 def tasks_of_step(tasks: Sequence[Task], per_step: int, seed: int, step: int) -> list[Task]:
-    """The tasks of one step. Every epoch is a new shuffle of them all; what fills no whole step waits for the next."""
+    """Return the tasks of one step. Every epoch shuffles all of them anew, and leaves out a rest that fills no step."""
     epoch, place = divmod(step, len(tasks) // per_step)
     order = list(tasks)
     random.Random(f"{seed}/{epoch}").shuffle(order)
@@ -44,10 +43,10 @@ def tasks_of_step(tasks: Sequence[Task], per_step: int, seed: int, step: int) ->
 
 
 def mixed_tasks_of_step(pools: Sequence[Pool], per_step: int, seed: int, step: int) -> list[Task]:
-    """The tasks of one step from several sources, by weight. Nothing is remembered: a resumed run draws the same.
+    """Return the tasks of one step from several sources, by weight; they depend on seed and step alone.
 
-    Each pool has epochs of its own. Where its share is no whole number, a step keeps a place for the larger one and
-    leaves the last task out when the draw gives the smaller, so that an epoch then passes over some tasks.
+    Each pool has epochs of its own. If its share is no whole number, it is rounded up or down by a draw, and an epoch
+    leaves out the tasks that are lost in rounding down.
     """
     shares = shares_of_step([pool.weight for pool in pools], per_step, seed, step)
     drawn = []
@@ -57,10 +56,10 @@ def mixed_tasks_of_step(pools: Sequence[Pool], per_step: int, seed: int, step: i
 
 
 def shares_of_step(weights: Sequence[float], per_step: int, seed: int, step: int) -> list[Share]:
-    """How many of ``per_step`` tasks each weight gets: its exact share, rounded down or up by one draw for them all.
+    """Return the number of tasks that each weight gets: its exact share, rounded down or up by one draw for them all.
 
-    The draw is systematic (Madow, 1949): the counts always add up to ``per_step``, and their means over the steps are
-    the exact shares.
+    The draw is systematic (Madow, 1949): the counts add up to ``per_step``, and their means over the steps are the
+    exact shares.
     """
     exact = [per_step * weight / math.fsum(weights) for weight in weights]
     whole = [math.floor(share + 1e-9) for share in exact]
@@ -119,24 +118,28 @@ def held_out_tasks(config: TrainConfig, worlds: Worlds) -> list[Task]:
     return [tasks[place] for tasks, chosen in zip(loaded, places, strict=True) for place in chosen]
 
 
-def recorded_trajectories(config: TrainConfig, vocab_size: int, tell: OnEvent) -> list[Trajectory]:
-    """Trajectories of another policy, in this model's tokens, whose cross-entropy is compared over time."""
+def recorded_trajectories(config: TrainConfig, vocab_size: int, on_notice: OnNotice) -> list[Trajectory]:
+    """Return the recorded trajectories of another policy, on which the cross-entropy is compared over time.
+
+    ``on_notice`` is called with the reason if there are none.
+
+    Raises:
+        DataError: the file cannot be read.
+        ConfigError: it holds tokens beyond ``vocab_size``.
+    """
     if config.evaluation.tasks == 0:
         return []
+    shipped = Path(str(resources.files("backtalk").joinpath("assets/recorded/held_out.parquet")))
     if config.evaluation.recorded_path is not None:
         path = Path(config.evaluation.recorded_path)
-    elif getattr(config.engine, "model", None) == "base" and "triage" in {one.name for one in config.tasks.sources}:
-        path = Path(str(resources.files("backtalk").joinpath("assets/recorded/held_out.parquet")))
-        if not path.exists():
-            tell(Notice(f"{path} is missing, so the cross-entropy on recorded trajectories is not measured"))
-            return []
-    else:
-        tell(
-            Notice(
-                "no recorded trajectories for this model, so held-out cross-entropy is measured on its own rollouts "
-                "only; set evaluation.recorded_path to the groups/*.parquet of a run with the same tokenizer"
-            )
+    elif getattr(config.engine, "model", None) != "base" or all(s.name != "triage" for s in config.tasks.sources):
+        on_notice(
+            "no recorded trajectories for this model, so held-out cross-entropy is measured on its own rollouts only; "
+            "set evaluation.recorded_path to the groups/*.parquet of a run with the same tokenizer"
         )
+        return []
+    elif not (path := shipped).exists():
+        on_notice(f"{path} is missing, so the cross-entropy on recorded trajectories is not measured")
         return []
     trajectories = read_trajectories(path)
     highest = max((token for t in trajectories for token in t.token_ids), default=0)

@@ -1,13 +1,14 @@
-"""The training loop, and the parts it is made of."""
+"""Train a policy: the loop, the parts of a run, and its checkpoints."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from backtalk.engines.checkpoint import find_checkpoint, write_atomically
 from backtalk.engines.choose import open_engine
@@ -19,23 +20,18 @@ from backtalk.objective.weights import step_weights
 from backtalk.rollout.groups import run_groups
 from backtalk.rollout.sampler import SamplingParams
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict
-from backtalk.run.evaluate import Evaluation, evaluate, rollout_metrics, row_metrics, time_metrics
-from backtalk.run.events import EvaluationDone, Notice, OnEvent, RunDone, RunStarted, StepDone
+from backtalk.run.evaluate import Evaluation, evaluate
+from backtalk.run.events import EvaluationDone, Notice, OnEvent, RunDone, RunStarted, StepDone, report_rollouts
 from backtalk.run.log import RunLog, lock_folder
+from backtalk.run.rollouts import check_rollouts, rollout_metrics, row_metrics, time_metrics
 from backtalk.run.tasks import held_out_tasks, mixed_tasks_of_step, recorded_trajectories, train_tasks
-from backtalk.run.worlds import Worlds, check_rollouts, counted
+from backtalk.run.worlds import Worlds, open_worlds
 from backtalk.settings import flatten
 from backtalk.trajectory import TrajectoryGroup
 
 T = TypeVar("T")
 
-EXTENDABLE = ("steps", "checkpoint_every", "evaluation.every")  # a resumed run may change these and nothing else
-
-
-class StopFlag(Protocol):
-    """threading.Event and asyncio.Event are such flags."""
-
-    def is_set(self) -> bool: ...
+RESUME_MAY_CHANGE = ("steps", "checkpoint_every", "evaluation.every")
 
 
 async def train(
@@ -43,13 +39,13 @@ async def train(
     folder: str | Path,
     *,
     resume: bool = False,
-    on_event: OnEvent | None = None,
-    stop: StopFlag | None = None,
+    on_event: OnEvent = lambda event: None,
+    stop: threading.Event | None = None,
 ) -> Path:
     """Train from ``config`` into ``folder`` and return it.
 
-    ``stop`` is looked at between steps; a cancellation is obeyed at once. Both leave a checkpoint, and
-    ``resume=True`` goes on from the last one.
+    ``stop`` is looked at between steps; a cancellation is obeyed immediately. Both leave a checkpoint, and
+    ``resume=True`` continues from the last one.
 
     Raises:
         ConfigError: settings that cannot work, or a folder that holds another run or that another process writes.
@@ -58,41 +54,37 @@ async def train(
     """
     log = RunLog(folder)
     with lock_folder(log.folder):
-        await _train(config, log, resume, on_event or (lambda event: None), stop)
+        _check_folder(log, config, resume)
+        async with open_run(config, on_event) as run:
+            first = run.restore(log) if resume else 0
+            log.write_config(config_to_dict(config))
+            run.engine.tokenizer.save_pretrained(str(log.tokenizer_path))
+            on_event(RunStarted(log.folder, first, config.steps, run.worlds.reports))
+            try:
+                await _train_steps(run, log, first, stop)
+            except BaseException:  # a cancellation too; a second error must not hide the first
+                with suppress(Exception):
+                    run.checkpoint_if_consistent(log)
+                raise
+            run.checkpoint_if_consistent(log)
+            done = run.engine.policy_version
+    on_event(RunDone(log.folder, done, done >= config.steps))
     return log.folder
 
 
-async def _train(config: TrainConfig, log: RunLog, resume: bool, tell: OnEvent, stop: StopFlag | None) -> None:
-    _claim(log, config, resume)
-    run = Run(config, tell)
-    first = run.restore(log) if resume else 0
-    log.write_config(config_to_dict(config))
-    run.engine.tokenizer.save_pretrained(str(log.tokenizer_path))
-    tell(RunStarted(log.folder, first, config.steps, run.worlds.reports))
-    try:
-        for step in range(first, config.steps):
-            await run.evaluate_if_due(step, log)
-            if stop is not None and stop.is_set():
-                break
-            groups, seconds = await run.rollouts(step)
-            log.write_groups(step, groups)
-            metrics = await _unbroken(run.learn(step, groups, seconds, log))
-            tell(StepDone(step, config.steps, metrics))
-        run.checkpoint_if_consistent(log)
-        done = run.engine.policy_version
-        if done >= config.steps:
-            await run.evaluate_if_due(config.steps, log)
-    except BaseException:  # a cancellation too: leave a checkpoint, and never hide the cause behind a second error
-        with suppress(Exception):
-            run.checkpoint_if_consistent(log)
-        raise
-    finally:
-        await run.worlds.close()
-    tell(RunDone(log.folder, done, done >= config.steps))
+async def _train_steps(run: Run, log: RunLog, first: int, stop: threading.Event | None) -> None:
+    for step in range(first, run.config.steps):
+        await run.evaluate_if_due(step, log)
+        if stop is not None and stop.is_set():
+            return
+        groups, seconds = await run.rollouts(step)
+        log.write_groups(step, groups)
+        await _uninterrupted(run.train_step(step, groups, seconds, log))
+    await run.evaluate_if_due(run.config.steps, log)
 
 
-async def _unbroken(work: Coroutine[Any, Any, T]) -> T:
-    """Finish ``work`` before obeying a cancellation: an update and its record belong together."""
+async def _uninterrupted(work: Coroutine[Any, Any, T]) -> T:
+    """Finish ``work`` before a cancellation is obeyed: an update and its record belong together."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
@@ -106,9 +98,9 @@ async def evaluate_run(
     *,
     overrides: Mapping[str, Any] | Sequence[str] = (),
     base: bool = False,
-    on_event: OnEvent | None = None,
+    on_event: OnEvent = lambda event: None,
 ) -> Evaluation:
-    """Measure the policy that a run's checkpoint holds; ``base=True`` measures the model it began with.
+    """Evaluate the policy of a run's checkpoint, or with ``base`` the model that the run began with.
 
     ``overrides`` replace settings by dotted key, for example ``{"evaluation.tasks": 200}``. Writes nothing.
 
@@ -119,70 +111,75 @@ async def evaluate_run(
     config = config_from_dict(log.read_config(), overrides)
     if config.evaluation.tasks == 0:
         raise ConfigError("evaluation.tasks=0 leaves nothing to measure; pass evaluation.tasks=64")
-    checkpoint = find_checkpoint(log.checkpoint_path)
+    checkpoint = None if base else find_checkpoint(log.checkpoint_path)
     if not base and checkpoint is None:
         raise DataError(
             f"{log.folder} has no checkpoint yet; wait for one, or measure the model it began with (--base)"
         )
-    run = Run(config, on_event or (lambda event: None))
-    if not base and checkpoint is not None:
-        run.engine.load(checkpoint)
-    try:
+    async with open_run(config, on_event) as run:
+        if checkpoint is not None:
+            run.engine.load(checkpoint)
         evaluation, _ = await run.evaluate(run.engine.policy_version)
-    finally:
-        await run.worlds.close()
     return evaluation
 
 
-def _claim(log: RunLog, config: TrainConfig, resume: bool) -> None:
-    """Make sure that the folder is this run's to write."""
-    there = log.config_path.exists()
-    if there and not resume:
-        raise ConfigError(
-            f"{log.folder} holds a run already; continue it with --resume, or choose another folder with --out"
-        )
+def _check_folder(log: RunLog, config: TrainConfig, resume: bool) -> None:
+    """Check that the folder holds no run, or with ``resume`` a run of the same settings."""
     if not resume:
+        if log.config_path.exists():
+            raise ConfigError(
+                f"{log.folder} holds a run already; continue it with --resume, or choose another folder with --out"
+            )
         return
-    before, now = flatten(log.read_config()), flatten(config_to_dict(config))
-    changed = sorted(key for key in before | now if key not in EXTENDABLE and before.get(key) != now.get(key))
+    old, new = flatten(log.read_config()), flatten(config_to_dict(config))
+    changed = sorted(key for key in old | new if key not in RESUME_MAY_CHANGE and old.get(key) != new.get(key))
     if changed:
-        what = ", ".join(f"{key}: {before.get(key)!r} -> {now.get(key)!r}" for key in changed)
+        changes = ", ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed)
         raise ConfigError(
-            f"the run in {log.folder} has other settings ({what}), so resuming would mix two runs; "
-            f"leave them as they were, or start a new folder. A resume may change {', '.join(EXTENDABLE)}"
+            f"the run in {log.folder} has other settings ({changes}), so resuming would mix two runs; "
+            f"leave them as they were, or start a new folder. A resume may change {', '.join(RESUME_MAY_CHANGE)}"
         )
+
+
+@asynccontextmanager
+async def open_run(config: TrainConfig, on_event: OnEvent) -> AsyncIterator[Run]:
+    """Open the parts of a run; its worlds are closed when the context is left, and if another part cannot be had."""
+    async with open_worlds(config, lambda text: on_event(Notice(text))) as worlds:
+        yield Run(config, worlds, on_event)
 
 
 class Run:
-    """The parts of one run, put together from its settings."""
+    """The parts of one run, put together from its settings, and what is done with them at each step."""
 
-    def __init__(self, config: TrainConfig, tell: OnEvent) -> None:
-        self.config, self.tell = config, tell
-        self.worlds = Worlds(config, on_notice=lambda text: tell(Notice(text)))
-        self.pools = train_tasks(config, self.worlds)
-        self.held_out = held_out_tasks(config, self.worlds)
+    def __init__(self, config: TrainConfig, worlds: Worlds, on_event: OnEvent) -> None:
+        self.config, self.worlds, self.on_event = config, worlds, on_event
+        self.pools = train_tasks(config, worlds)
+        self.held_out = held_out_tasks(config, worlds)
         self.engine = open_engine(config.engine, seed=config.seed)
-        self.renderer = Renderer(
-            self.engine.tokenizer, (), config.renderer
-        )  # each rollout takes it for its world's tools
+        self.renderer = Renderer(self.engine.tokenizer, (), config.renderer)  # each rollout adds its tools
         self.params = SamplingParams(
             temperature=config.temperature, max_tokens=config.rollout.max_tokens_per_turn, seed=config.seed
         )
-        self.limits = self.worlds.fit_concurrency(tell)
-        self.recorded = recorded_trajectories(config, len(self.engine.tokenizer), tell)
-        self.saved_step = 0  # policy version of the checkpoint; 0 has none, it is the model itself
+        self.limits = worlds.fit_concurrency(self.notice)
+        self.recorded = recorded_trajectories(config, len(self.engine.tokenizer), self.notice)
+        self.saved_version = 0  # policy version of the checkpoint; 0 is the model itself and has none
+
+    def notice(self, text: str) -> None:
+        """Tell the user."""
+        self.on_event(Notice(text))
 
     async def rollouts(self, step: int) -> tuple[list[TrajectoryGroup], float]:
-        """The groups of one step, and the seconds they took.
+        """Run the rollouts of one step; return their groups and the seconds they took.
 
         Raises:
-            InfrastructureError: not one rollout came through, so the world is broken, not this task.
+            InfrastructureError: no rollout came through.
         """
         config, started = self.config, time.monotonic()
         tasks = mixed_tasks_of_step(self.pools, config.tasks_per_step, config.seed, step)
+        num_rollouts = len(tasks) * config.group_size
         groups = await run_groups(
             tasks,
-            counted(self.worlds.open, "training", step, len(tasks) * config.group_size, self.tell),
+            report_rollouts(self.worlds.open, "training", step, num_rollouts, self.on_event),
             self.engine.sampler(self.params),
             self.renderer,
             self.limits,
@@ -192,42 +189,42 @@ class Run:
         check_rollouts(groups, f"step {step}", observations_teach=config.objective.at(step).world_coeff > 0)
         return groups, time.monotonic() - started
 
-    async def learn(
+    async def train_step(
         self, step: int, groups: Sequence[TrajectoryGroup], rollout_seconds: float, log: RunLog
-    ) -> dict[str, float]:
-        """One optimizer step, its metrics on disk, and a checkpoint where one is due."""
-        config, started = self.config, time.monotonic()
-        objective = config.objective.at(step)
-        now = self.engine.policy_version
+    ) -> None:
+        """Make one optimizer step, write its weights and metrics, and a checkpoint if one is due."""
+        config, engine, started = self.config, self.engine, time.monotonic()
+        objective, version = config.objective.at(step), engine.policy_version
         samples = [
             sample
             for group in groups
-            for sample in build_samples(group, objective, temperature=config.temperature, policy_version=now)
+            for sample in build_samples(group, objective, temperature=config.temperature, policy_version=version)
         ]
-        learned = await self.engine.train_step(samples, objective)
-        if not learned.get("skipped"):
+        metrics = await engine.train_step(samples, objective)
+        if not metrics.get("skipped"):
             log.write_weights(step, groups, step_weights(samples, objective))
-        seconds = time_metrics(groups, rollout_seconds, time.monotonic() - started)
         rolled = rollout_metrics(groups)
-        for line in step_warnings(rolled, objective):  # the engine logs its own
-            self.tell(Notice(f"step {step}: {line}"))
-        metrics = rolled | row_metrics(samples, objective) | learned | seconds
+        for line in step_warnings(rolled, objective):  # the engine logs those of its own metrics
+            self.notice(f"step {step}: {line}")
+        seconds = time_metrics(groups, rollout_seconds, time.monotonic() - started)
+        metrics = rolled | row_metrics(samples, objective) | metrics | seconds
         log.write_metrics(step, metrics)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             self._checkpoint(log)
-        return metrics
+        self.on_event(StepDone(step, config.steps, metrics))
 
     async def evaluate(self, step: int) -> tuple[Evaluation, list[TrajectoryGroup]]:
-        """Measure the policy as it stands. The random numbers are the same at every step.
+        """Evaluate the current policy, with the same random numbers at every step; return the rollouts too.
 
         Raises:
-            InfrastructureError: not one rollout came through.
+            InfrastructureError: no rollout came through.
         """
         config = self.config.evaluation
+        num_rollouts = len(self.held_out) * config.samples_per_task
         evaluation, groups = await evaluate(
             self.engine,
             self.held_out,
-            counted(self.worlds.open, "evaluation", step, len(self.held_out) * config.samples_per_task, self.tell),
+            report_rollouts(self.worlds.open, "evaluation", step, num_rollouts, self.on_event),
             self.renderer,
             limits=self.limits,
             params=self.params,
@@ -239,17 +236,17 @@ class Run:
         return evaluation, groups
 
     async def evaluate_if_due(self, step: int, log: RunLog) -> None:
-        """Before the first step, after the last, and at every ``evaluation.every`` between."""
+        """Evaluate before the first step, after the last, and every ``evaluation.every`` steps; write the result."""
         every = self.config.evaluation.every
         due = step in (0, self.config.steps) or (every > 0 and step % every == 0)
         if not due or not self.held_out or log.evaluation_path(step).exists():
             return
         evaluation, groups = await self.evaluate(step)
         log.write_evaluation(step, evaluation.to_dict(), groups)
-        self.tell(EvaluationDone(evaluation))
+        self.on_event(EvaluationDone(evaluation))
 
     def restore(self, log: RunLog) -> int:
-        """Go back to the last checkpoint and forget what came after it; returns the step to begin with.
+        """Load the last checkpoint and forget the steps after it; return the step to begin with.
 
         Raises:
             DataError: the checkpoint is damaged, or gone.
@@ -262,7 +259,7 @@ class Run:
                 f"{log.folder} has {log.last_step() + 1} steps on record and its checkpoint is gone, so resuming would "
                 f"forget them; put {log.checkpoint_path} back, or start a new folder"
             )
-        first = self.saved_step = self.engine.policy_version
+        first = self.saved_version = self.engine.policy_version
         if first > self.config.steps:
             raise ConfigError(
                 f"the run in {log.folder} has done {first} steps already, more than steps={self.config.steps}; "
@@ -272,11 +269,11 @@ class Run:
         return first
 
     def checkpoint_if_consistent(self, log: RunLog) -> None:
-        """Keep where the run stands, unless a step's update could not be recorded."""
+        """Write a checkpoint of the current policy, unless a step's update could not be recorded."""
         done = self.engine.policy_version
-        if done > self.saved_step and log.last_step() == done - 1:
+        if done > self.saved_version and log.last_step() == done - 1:
             self._checkpoint(log)
 
     def _checkpoint(self, log: RunLog) -> None:
         write_atomically(log.checkpoint_path, self.engine.save)
-        self.saved_step = self.engine.policy_version
+        self.saved_version = self.engine.policy_version
