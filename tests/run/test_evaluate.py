@@ -136,7 +136,7 @@ async def test_an_evaluation_in_numbers() -> None:
     tasks = [Task(id=name, instruction=text) for name, text in (("a", "4"), ("b", "5"), ("c", "6"), ("d", "broken"))]
     recorded = [rollout(1.0), rollout(0.0, index=1)]
     evaluation, groups = await evaluate(
-        ScriptedEngine(ScriptedSampler(replies, encode)),
+        ScriptedEngine(ScriptedSampler(replies, encode)),  # type: ignore[arg-type]
         tasks,
         open_guess,
         renderer,
