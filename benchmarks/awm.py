@@ -23,10 +23,10 @@ from statistics import median, quantiles
 from urllib.request import urlopen
 
 from backtalk.envs.awm import AwmConfig, AwmEnv, AwmWorld, awm_tasks, write_scenario
-from backtalk.envs.awm.library import open_library
+from backtalk.envs.awm.world import open_scenarios
 from backtalk.messages import ToolCall
 
-EPISODES, CALLS = 40, 25
+ROLLOUTS, CALLS = 40, 25
 SEARCH = ToolCall("search_products", {"category": "lamps", "sort_by": "price"})
 
 
@@ -40,7 +40,7 @@ async def measure(world: AwmWorld, source: str) -> dict[str, list[float]]:
     """Milliseconds of each reset, call and score."""
     task = awm_tasks(source)[0]
     found: dict[str, list[float]] = {"reset": [], "call": [], "score": []}
-    for _ in range(EPISODES + 2):
+    for _ in range(ROLLOUTS + 2):
         env: AwmEnv
         async with world.open(task) as env:
             found["reset"].append(await timed(env.reset))
@@ -48,7 +48,7 @@ async def measure(world: AwmWorld, source: str) -> dict[str, list[float]]:
                 found["call"].append(await timed(lambda env=env: env.step(SEARCH)))
             found["score"].append(await timed(env.score))
     await world.close()
-    return {what: times[2 * len(times) // (EPISODES + 2) :] for what, times in found.items()}  # two to warm up
+    return {what: times[2 * len(times) // (ROLLOUTS + 2) :] for what, times in found.items()}  # two to warm up
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def main() -> None:
     print(f"{machine}, Python {platform.python_version()}")
     rows = {"in process": asyncio.run(measure(AwmWorld("shop-ten", AwmConfig()), "shop-ten"))}
     with tempfile.TemporaryDirectory() as folder:  # a copy of the shop is a stranger's
-        write_scenario(open_library("shop").scenarios["shop"], Path(folder))
+        write_scenario(open_scenarios("shop").scenarios["shop"], Path(folder))
         rows["sandbox"] = asyncio.run(measure(AwmWorld(folder, AwmConfig()), folder))
     with served() as url:
         rows["OpenEnv server"] = asyncio.run(measure(AwmWorld(url, AwmConfig()), f"{url}#shop"))

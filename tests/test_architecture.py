@@ -170,8 +170,7 @@ NOT_YET = (
     *("language", "rollout"),
     *("sandboxes.base", "sandboxes.pool", "sandboxes.session", "sandboxes.bubblewrap", "sandboxes.root"),
     *("sandboxes.machine", "sandboxes.images"),
-    *("envs.awm", "envs.openenv"),
-    *("envs.tool_schemas", "run", "exchange", "capture", "evidence"),
+    *("run", "exchange", "capture", "evidence"),
     *("cli.account", "cli.account_tables", "cli.capture", "cli.export", "cli.import_trajectories"),
 )
 NO_VERB = re.compile(

@@ -12,16 +12,8 @@ from random import Random
 from typing import Any
 
 from backtalk.envs.awm import AwmConfig, AwmWorld
-from backtalk.envs.awm.shop import (
-    CATEGORIES,
-    CODES,
-    DESCRIPTION,
-    KINDS_OF_THINGS,
-    REASONS,
-    STATUSES,
-    ShopTask,
-    shop_contents,
-)
+from backtalk.envs.awm.shop import ADJECTIVES, CATEGORIES, CODES, REASONS, STATUSES, Plan, generate_task
+from backtalk.envs.awm.world import open_scenarios
 from backtalk.messages import Message, ToolCall
 from backtalk.tasks.task import Split, Task
 
@@ -52,22 +44,23 @@ def train_seeds(count: int, first: int = FIRST_SEED) -> Iterator[int]:
 async def explore(seeds: Iterable[int], *, skill: float, ordinary: bool) -> list[Session]:
     """A session for each seed. ``skill`` is the share of attempts that do what the task asks."""
     world = AwmWorld("shop", AwmConfig())
+    description = open_scenarios("shop").scenarios["shop"].description
     sessions = []
     for seed in seeds:
-        contents, plan = shop_contents(seed)
+        shop_task, plan = generate_task(seed)
         random = Random(f"explore/{seed}")
-        text = LOOKING_AROUND if ordinary else contents.task
-        metadata = {"scenario": "shop", "seed": seed, "description": DESCRIPTION}
+        text = LOOKING_AROUND if ordinary else shop_task.instruction
+        metadata = {"scenario": "shop", "seed": seed, "description": description}
         task = Task(id=f"shop-{seed}", instruction=text, metadata=metadata)
         async with world.open(task) as env:
             prompt = await env.reset()
-            calls = _stroll(random, contents.inserts) if ordinary else _attempt(random, plan, skill)
+            calls = _stroll(random, shop_task.inserts) if ordinary else _attempt(random, plan, skill)
             turns = [(call, (await env.step(call)).messages) for call in calls]
         sessions.append(Session(task.id, prompt, tuple(turns), ordinary))
     return sessions
 
 
-def _attempt(random: Random, plan: ShopTask, skill: float) -> list[ToolCall]:
+def _attempt(random: Random, plan: Plan, skill: float) -> list[ToolCall]:
     calls = list(plan.solution)
     if random.random() < skill:
         return calls
@@ -103,7 +96,7 @@ def _other(random: Random, value: Any) -> Any:
         return {"price": "rating", "rating": "price"}[value]
     if value.isdigit() or not value:
         return str(random.randint(8, 90))
-    names = [f"{random.choice(KINDS_OF_THINGS)} {random.choice(list(CATEGORIES.values()))}"]
+    names = [f"{random.choice(ADJECTIVES)} {random.choice(list(CATEGORIES.values()))}"]
     return random.choice(next((kind for kind in (list(CATEGORIES), STATUSES, REASONS, CODES) if value in kind), names))
 
 
@@ -116,7 +109,7 @@ def _stroll(random: Random, inserts: tuple[str, ...]) -> list[ToolCall]:
 
 def _any_call(random: Random, names: Any = (), ids: Any = (), orders: Any = ()) -> ToolCall:
     thing = random.choice(list(CATEGORIES.values()))
-    name = random.choice(names or [f"{random.choice(KINDS_OF_THINGS)} {thing}"])
+    name = random.choice(names or [f"{random.choice(ADJECTIVES)} {thing}"])
     product, order = random.choice(ids or range(11, 100)), random.choice(orders or range(201, 260))
     category = random.choice(list(CATEGORIES))
     tool, arguments = random.choice(

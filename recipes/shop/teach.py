@@ -23,8 +23,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from backtalk.envs.awm import AwmConfig, AwmWorld
 from backtalk.envs.awm.env import DONE
+from backtalk.envs.awm.world import open_scenarios
 from backtalk.language.renderer import Renderer
 from backtalk.trajectory import Segment, TokenRole
 from explore import FIRST_SEED, Session, explore, texts, train_seeds
@@ -133,7 +133,7 @@ def main() -> None:
     log.info("explored in %.0f s", time.monotonic() - began)
 
     tokenizer = train_tokenizer(attempts + strolls, recipe.vocab_size)
-    tools = (*AwmWorld("shop", AwmConfig()).tools("shop"), DONE)
+    tools = (*open_scenarios("shop").program("shop").tools, DONE)
     renderer = Renderer(tokenizer, tools)
     pairs = [example(session, renderer) for session in attempts + strolls]
     model = copy_of_base(tokenizer, recipe.seed)

@@ -8,12 +8,43 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from backtalk.envs.awm.checks import SQL_VERIFIER, code_verifier
 from backtalk.envs.awm.files import Scenario, write_scenario
-from backtalk.envs.awm.shop import DESCRIPTION, KINDS, SCHEMA, shop_contents
+from backtalk.envs.awm.shop import KINDS, code_verifier, generate_task, insert_statement
 
 HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "src/backtalk/assets/awm"
+
+# For a judge, who is shown the changes and reads the answer in the conversation.
+SQL_VERIFIER = """\
+def verify_task(initial_db_path: str, final_db_path: str) -> dict:
+    import sqlite3
+
+    def contents(path):
+        database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        rows = {name: set(map(repr, database.execute(f'SELECT * FROM "{name}"'))) for name in tables}
+        database.close()
+        return rows
+
+    before, after = contents(initial_db_path), contents(final_db_path)
+    return {
+        name: {"removed": sorted(rows - after[name]), "added": sorted(after[name] - rows)}
+        for name, rows in before.items()
+        if rows != after[name]
+    }
+"""
+
+SHOP_SCHEMA = (
+    "CREATE TABLE products (id INTEGER PRIMARY KEY, name TEXT NOT NULL, category TEXT NOT NULL, "
+    "price INTEGER NOT NULL, rating REAL NOT NULL, stock INTEGER NOT NULL)",
+    "CREATE TABLE cart_items (product_id INTEGER PRIMARY KEY, quantity INTEGER NOT NULL)",
+    "CREATE TABLE coupons (code TEXT PRIMARY KEY, percent INTEGER NOT NULL, active INTEGER NOT NULL, "
+    "in_cart INTEGER NOT NULL DEFAULT 0)",
+    "CREATE TABLE orders (id INTEGER PRIMARY KEY, status TEXT NOT NULL, coupon TEXT, total INTEGER NOT NULL)",
+    "CREATE TABLE order_items (order_id INTEGER NOT NULL, product_id INTEGER NOT NULL, quantity INTEGER NOT NULL, "
+    "price INTEGER NOT NULL)",
+    "CREATE TABLE returns (order_id INTEGER NOT NULL, product_id INTEGER NOT NULL, reason TEXT NOT NULL)",
+)
 
 AGENTS = [
     (1, "Ines Halloran", "billing"),
@@ -100,7 +131,7 @@ TICKET_SCHEMA = (
     "queue TEXT NOT NULL, priority TEXT NOT NULL, status TEXT NOT NULL, agent_id INTEGER, resolution TEXT)",
     "CREATE TABLE comments (ticket_id INTEGER NOT NULL, author TEXT NOT NULL, body TEXT NOT NULL)",
 )
-TICKET_TASKS = (  # the text, what a right attempt changes, and the answer
+TICKET_TASKS = (  # instruction, SQL of the changes it asks for, answer
     ("Give the ticket about the router to Sunniva Rao.", ["UPDATE tickets SET agent_id = 5 WHERE id = 102"], None),
     ("How many tickets of the billing queue are open?", [], "4"),
     ("Raise the ticket 'Slow at noon' to high priority and give it to the network agent with the fewest tickets that "
@@ -123,21 +154,24 @@ TICKET_TASKS = (  # the text, what a right attempt changes, and the answer
 
 
 def shop() -> Scenario:
-    made = [shop_contents(0, kind)[0] for kind in KINDS]
+    """Return the shop of seed 0 with a task of each kind."""
+    tasks = [generate_task(0, kind)[0] for kind in KINDS]
     return Scenario(
         name="shop",
-        description=DESCRIPTION,
+        description="You shop online for a customer. Call one tool at a time, and call done when the task is done.",
         program=(HERE / "worlds/shop.py").read_text(),
-        schema=SCHEMA,
-        inserts=made[0].inserts,
-        tasks=tuple(contents.task for contents in made),
+        schema=SHOP_SCHEMA,
+        inserts=tasks[0].inserts,
+        tasks=tuple(task.instruction for task in tasks),
         verifiers={
-            mode: {idx: contents.verifiers[mode] for idx, contents in enumerate(made)} for mode in ("code", "sql")
+            "code": {task.task_idx: task.verifiers["code"] for task in tasks},
+            "sql": dict.fromkeys(range(len(tasks)), SQL_VERIFIER),
         },
     )
 
 
 def tickets() -> Scenario:
+    """Return the ticket desk."""
     rows = {"agents": AGENTS, "tickets": TICKETS, "comments": COMMENTS}
     priorities = ("low", "normal", "high")
     return Scenario(
@@ -145,9 +179,7 @@ def tickets() -> Scenario:
         description="You work at a ticket desk. Call one tool at a time, and call done when the task is done.",
         program=(HERE / "worlds/tickets.py").read_text(),
         schema=TICKET_SCHEMA,
-        inserts=tuple(
-            f"INSERT INTO {table} VALUES ({', '.join(map(_literal, row))})" for table in rows for row in rows[table]
-        ),
+        inserts=tuple(insert_statement(table, row) for table in rows for row in rows[table]),
         tasks=tuple(text for text, _, _ in TICKET_TASKS),
         verifiers={
             "code": {
@@ -156,10 +188,6 @@ def tickets() -> Scenario:
             "sql": dict.fromkeys(range(len(TICKET_TASKS)), SQL_VERIFIER),
         },
     )
-
-
-def _literal(value: object) -> str:
-    return "NULL" if value is None else f"'{value}'" if isinstance(value, str) else str(value)
 
 
 def main() -> None:

@@ -23,8 +23,9 @@ pytest.importorskip("sqlalchemy", reason="pip install 'backtalk[awm]'")
 
 from backtalk.envs.awm import AwmConfig, AwmEnv, AwmWorld, awm_tasks, read_scenarios, write_scenario
 from backtalk.envs.awm.files import FILES, Scenario
-from backtalk.envs.awm.library import Library, open_library
-from backtalk.envs.awm.shop import KINDS, ShopTask, make_shop, shop_contents
+from backtalk.envs.awm.program import Program, new_database
+from backtalk.envs.awm.shop import KINDS, Plan, generate_task, make_shop
+from backtalk.envs.awm.world import LocalScenarios, open_scenarios
 from backtalk.envs.base import Step
 from backtalk.errors import ConfigError, DataError, InfrastructureError, VerifierError
 from backtalk.exchange.read.openenv import awm_messages
@@ -62,10 +63,10 @@ def calls(*pairs: tuple[str, dict[str, Any]]) -> list[ToolCall]:
     return [ToolCall(tool, arguments) for tool, arguments in pairs]
 
 
-def solution(task: Task) -> ShopTask:
+def solution(task: Task) -> Plan:
     seed = task.metadata.get("seed", 0)
     kind = KINDS[task.metadata["task_idx"]] if "task_idx" in task.metadata else None
-    return shop_contents(seed, kind)[1]
+    return generate_task(seed, kind)[1]
 
 
 async def play(world: AwmWorld, task: Task, plan: list[ToolCall] | tuple[ToolCall, ...]) -> tuple[float | None, AwmEnv]:
@@ -112,7 +113,7 @@ def test_what_ships_is_what_the_recipe_writes_and_survives_reading(name: str, tm
 def test_files_that_are_wrong_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no Agent World Model dataset: it has no gen_scenario.jsonl, gen_tasks.jsonl"):
         read_scenarios(tmp_path)
-    scenario = open_library("tickets").scenarios["tickets"]
+    scenario = open_scenarios("tickets").scenarios["tickets"]
     write_scenario(scenario, tmp_path)
     (tmp_path / "gen_tasks.jsonl").write_text('{"scenario": "other", "tasks": []}\n')
     with pytest.raises(DataError, match=r"program for 'tickets', and gen_tasks.jsonl says nothing of it"):
@@ -123,16 +124,32 @@ def test_files_that_are_wrong_are_named(tmp_path: Path) -> None:
 
 
 def test_programs_that_cannot_run_say_why() -> None:
-    good = open_library("tickets").scenarios["tickets"]
+    good = open_scenarios("tickets").scenarios["tickets"]
     for program, said in (
         ("1 / 0", "cannot be executed: ZeroDivisionError"),
         ("app = 3", "makes no FastAPI app"),
         ("from fastapi import FastAPI\napp = FastAPI()", "no tool"),
     ):
         with pytest.raises(DataError, match=said):
-            Library({"x": replace(good, program=program)}).program("x")
+            LocalScenarios({"x": replace(good, program=program)}).program("x")
     with pytest.raises(DataError, match="SQLite refuses 'INSERT INTO nowhere"):
-        Library({"x": replace(good, inserts=("INSERT INTO nowhere VALUES (1)",))}).program("x")
+        LocalScenarios({"x": replace(good, inserts=("INSERT INTO nowhere VALUES (1)",))}).program("x")
+
+
+async def test_arguments_reach_the_program_as_they_were_given() -> None:
+    tool = """
+@app.get("/echo/{word}", operation_id="echo")
+def echo(word: str, share: float = 0.0):
+    return [word, share]
+
+"""
+    scenario = open_scenarios("tickets").scenarios["tickets"]
+    before = '@app.get("/agents"'
+    program = Program(replace(scenario, program=scenario.program.replace(before, tool + before)))
+    reply = await program.call(new_database(), "echo", {"word": "é b%", "share": 0.5})
+    assert reply == ('["é b%",0.5]', 200)
+    assert await program.call(new_database(), "echo", {"word": "a/b"}) == ('{"detail":"Not Found"}', 404)
+    assert await program.call(new_database(), "nowhere", {}) is None
 
 
 def test_sources_that_do_not_exist_name_those_that_do() -> None:
@@ -183,9 +200,9 @@ def test_training_sees_other_shops_than_the_measurement() -> None:
     train = AwmWorld("shop", AwmConfig()).tasks(Split.TRAIN, 2000, 0)
     held_out = AwmWorld("shop", AwmConfig()).tasks(Split.HELD_OUT, 500, 0)
     assert (len(train), len(held_out)) == (2000, 500)
-    shops = {shop_contents(task.metadata["seed"])[0].inserts for task in train}
+    shops = {generate_task(task.metadata["seed"])[0].inserts for task in train}
     assert len(shops) == 2000
-    assert shops.isdisjoint(shop_contents(task.metadata["seed"])[0].inserts for task in held_out)
+    assert shops.isdisjoint(generate_task(task.metadata["seed"])[0].inserts for task in held_out)
     assert AwmWorld("shop", AwmConfig()).tasks(Split.TRAIN, 5, 1) != train[:5]
 
 
@@ -221,15 +238,16 @@ async def test_errors_teach_and_change_nothing(shop: AwmWorld, desk: AwmWorld) -
             assert said in last(await env.step(ToolCall(tool, arguments)))
 
 
-def test_tools_are_what_the_programs_say(shop: AwmWorld, desk: AwmWorld) -> None:
-    for world, name in ((shop, "shop"), (desk, "tickets")):
-        tools = {tool.name: tool for tool in world.tools(name)}
+def test_tools_are_what_the_programs_say() -> None:
+    shop, desk = (open_scenarios(name).program(name).tools for name in ("shop", "tickets"))
+    for specs in (shop, desk):
+        tools = {tool.name: tool for tool in specs}
         assert 8 <= len(tools) <= 12
         assert all(tool.description for tool in tools.values())
-    parameters = {tool.name: tool.parameters for tool in shop.tools("shop")}["return_item"]
+    parameters = {tool.name: tool.parameters for tool in shop}["return_item"]
     assert parameters["required"] == ["order_id", "product_id", "reason"]
     assert parameters["properties"]["reason"]["enum"] == ["broken", "wrong", "late", "unwanted"]
-    assert "$ref" not in json.dumps([dict(tool.parameters) for tool in desk.tools("tickets")])
+    assert "$ref" not in json.dumps([dict(tool.parameters) for tool in desk])
 
 
 async def test_episodes_side_by_side_do_not_see_each_other(shop: AwmWorld) -> None:
@@ -270,9 +288,9 @@ async def test_who_said_what(shop: AwmWorld) -> None:
 
 
 async def test_a_warning_of_the_environment_is_a_warning_and_long_results_are_cut() -> None:
-    from backtalk.envs.awm.env import observed
+    from backtalk.envs.awm.env import observation_parts
 
-    parts, cut = observed({"warning": "slow down", "tool_result": "abcdefghij"}, 4)
+    parts, cut = observation_parts({"warning": "slow down", "tool_result": "abcdefghij"}, 4)
     assert [(part.text, part.role.name) for part in parts] == [
         ("slow down\n", "WARNING"),
         ("ab", "ENV_OUTPUT"),
@@ -280,7 +298,7 @@ async def test_a_warning_of_the_environment_is_a_warning_and_long_results_are_cu
         ("ij", "ENV_OUTPUT"),
     ]
     assert cut
-    assert observed({"tool_result": ""}, 9)[0][0].role is TokenRole.WARNING
+    assert observation_parts({"tool_result": ""}, 9)[0][0].role is TokenRole.WARNING
 
 
 async def test_a_captured_episode_imports_as_it_was_played(shop: AwmWorld) -> None:
@@ -290,7 +308,7 @@ async def test_a_captured_episode_imports_as_it_was_played(shop: AwmWorld) -> No
         await env.reset()
         for call in (*calls(("get_product", {"product_id": 9999})), *solution(task).solution):
             said.append((await env.step(call)).messages[0])
-        episode = json.loads(json.dumps(env.episode))
+        episode = json.loads(json.dumps(env.captured_episode))
     imported = [message for message in awm_messages(episode) if message.role == "tool"]
     assert [message.parts for message in imported] == [message.parts for message in said]
     assert [step["action"]["tool_name"] for step in episode["steps"]][-1] == "verify"
@@ -298,7 +316,7 @@ async def test_a_captured_episode_imports_as_it_was_played(shop: AwmWorld) -> No
 
 
 async def test_a_verifier_that_crashes_gives_no_reward() -> None:
-    scenario = open_library("tickets").scenarios["tickets"]
+    scenario = open_scenarios("tickets").scenarios["tickets"]
     for code, said in (
         ("def verify_it(initial_db_path):\n    return 1 / 0", "crashed: ZeroDivisionError"),
         ("def verify_it(initial_db_path):\n    return 'yes'", "neither 'complete' nor 'others'"),
@@ -307,7 +325,7 @@ async def test_a_verifier_that_crashes_gives_no_reward() -> None:
     ):
         verifiers = {"code": {} if code is None else {0: code}}
         world = AwmWorld("tickets", AwmConfig())
-        world._library = Library({"tickets": replace(scenario, verifiers=verifiers)})
+        world._scenarios = LocalScenarios({"tickets": replace(scenario, verifiers=verifiers)})
         with pytest.raises(VerifierError, match=said):
             await play(world, awm_tasks("tickets")[0], calls(("done", {"answer": ""})))
 
@@ -316,11 +334,11 @@ async def test_a_task_that_nobody_scores_needs_no_verifier(shop: AwmWorld) -> No
     task = shop.tasks(Split.TRAIN, 1, 0)[0]
     task = replace(task, metadata={**task.metadata, "world_model_only": True})
     reward, env = await play(shop, task, calls(("view_cart", {}), ("done", {"answer": ""})))
-    assert reward is None and [step["action"]["tool_name"] for step in env.episode["steps"]] == ["view_cart"]
+    assert reward is None and [step["action"]["tool_name"] for step in env.captured_episode["steps"]] == ["view_cart"]
 
 
 async def test_done_releases_the_episode(shop: AwmWorld) -> None:
-    session = open_library("shop").session("shop", seed=3)
+    session = open_scenarios("shop").session("shop", seed=3)
     assert (await session.start()).reward_type == "reset_ok"
     assert (await session.call("done", {})).done
     after = await session.call("view_cart", {})
@@ -361,7 +379,7 @@ async def test_a_server_plays_the_same_episodes(server: str) -> None:
         (reward, remote), (expected, local) = await play(there, task, plan), await play(here, task, plan)
         assert reward == expected == 1.0
         assert remote.tools == local.tools
-        assert remote.episode == local.episode  # byte for byte, but for what neither holds
+        assert remote.captured_episode == local.captured_episode  # byte for byte, but for what neither holds
     assert (await play(there, tasks[15], calls(*DESK[5])))[0] == 1.0
     with pytest.raises(InfrastructureError, match=r"reset_error: there is no scenario 'nowhere'"):
         await play(there, replace(tasks[0], metadata={"scenario": "nowhere", "task_idx": 0}), [])

@@ -19,10 +19,11 @@ pytest.importorskip("sqlalchemy", reason="pip install 'backtalk[awm]'")
 
 from backtalk.envs.awm import AwmConfig, AwmWorld, awm_tasks, write_scenario
 from backtalk.envs.awm.files import Scenario
-from backtalk.envs.awm.isolation import NUM_CHILDREN, readable_folders
-from backtalk.envs.awm.library import open_library
+from backtalk.envs.awm.isolation import NUM_CHILDREN, Child, IsolatedScenarios, read_result, readable_folders
+from backtalk.envs.awm.world import open_scenarios
 from backtalk.errors import InfrastructureError, SandboxUnavailable, VerifierError
 from backtalk.messages import ToolCall
+from backtalk.sandboxes.base import ExecResult
 from backtalk.tasks.task import Task
 from sandbox_help import backend_or_skip
 
@@ -123,7 +124,7 @@ def port() -> Iterator[int]:
 
 def tickets(*, first: str = "", tools: str = "", **changes: object) -> Scenario:
     """The ticket desk as a stranger might publish it."""
-    scenario = open_library("tickets").scenarios["tickets"]
+    scenario = open_scenarios("tickets").scenarios["tickets"]
     before = '@app.get("/agents"'
     assert scenario.program.count(before) == 1
     return replace(scenario, program=first + scenario.program.replace(before, tools + before), **changes)  # type: ignore[arg-type]
@@ -139,6 +140,12 @@ async def playing(
         yield world, awm_tasks(str(folder / "data"))
     finally:
         await world.close()
+
+
+def only_child(world: AwmWorld) -> Child:
+    assert isinstance(world._scenarios, IsolatedScenarios)
+    (child,) = world._scenarios._children.values()
+    return child
 
 
 async def call(world: AwmWorld, task: Task, tool: str, **arguments: object) -> str:
@@ -188,13 +195,17 @@ async def test_what_breaks_a_child_costs_its_rollouts_and_no_others(place: Path)
     async with playing(place, tickets(tools=HOSTILE_TOOLS)) as (world, tasks):
         for tool, said in (
             ("leave", r"it ended with status 7"),
-            ("spin", r"gave no answer to call within 6 s"),
+            ("spin", r"gave no answer to call within 0.5 s"),
             ("fork_and_leave", r"is lost"),
             ("breed", r"is lost"),
             ("flood", r"answered more than 1,048,576 bytes"),
         ):
-            with pytest.raises(InfrastructureError, match=said):
-                await call(world, tasks[0], tool)
+            async with world.open(tasks[0]) as env:
+                await env.reset()
+                if tool in ("spin", "fork_and_leave", "breed"):  # which never answer
+                    only_child(world)._timeout_s = 0.5  # of this process: the next has the usual limit
+                with pytest.raises(InfrastructureError, match=said):
+                    await env.step(ToolCall(tool, {}))
             assert await answered(world, tasks[6], "102") == 1.0, tool  # anew where it was lost
         with suppress(InfrastructureError):  # without a memory cgroup the program itself is told
             assert "Internal Server Error" in await call(world, tasks[0], "hog")
@@ -206,19 +217,38 @@ async def test_an_answer_that_is_none_costs_one_rollout(place: Path) -> None:
     forging = HOSTILE_TOOLS.replace('return "forged"', "os.dup2(os.open('/dev/null', 1), 9)\n    return 1")
     async with playing(place, tickets(tools=forging)) as (world, tasks):
         for forged, said in (
-            ("{]", r"no JSON"),
             ("[" * 5000, r"no JSON"),  # deeper than Python reads
-            ("[]", r"something else than was asked"),
             ('{"number": 0, "observation": {}, "reward": 1, "done": true}', r"something else than was asked"),
             ('{"number": 2, "observation": {}, "reward": NaN, "done": true}', r"no observation with a finite reward"),
-            ('{"number": 2, "observation": {}, "reward": 1%s, "done": true}' % ("0" * 400), r"with a finite reward"),
-            ('{"number": 2, "observation": 1, "reward": 1, "done": true}', r"no observation with a finite reward"),
         ):
             with pytest.raises(InfrastructureError, match=said):
                 await call(world, tasks[0], "forge", text=forged)
-            (child,) = world._isolation._children.values()
-            while not child.lost:  # the answer to its release goes nowhere either
+            child = only_child(world)
+            while not child.failure:  # the answer to its release goes nowhere either
                 await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("{]", "no JSON"),
+        ("[]", "something else than was asked"),
+        ('{"number": 0, "failed": "no such file"}', "^no such file$"),
+        ('{"number": 0, "observation": {}, "reward": 1%s, "done": true}' % ("0" * 400), "with a finite reward"),
+        ('{"number": 0, "observation": {}, "reward": -Infinity, "done": true}', "with a finite reward"),
+        ('{"number": 0, "observation": 1, "reward": 1, "done": true}', "no observation with a finite reward"),
+        ('{"number": 0, "observation": {}, "reward": 1, "done": 1}', "no observation with a finite reward"),
+    ],
+)
+async def test_a_malformed_response_is_refused(output: str, said: str) -> None:
+    class Answering:
+        async def exec(self, command: str, *, timeout_s: float) -> ExecResult:
+            return ExecResult(output, 0)
+
+    child = Child(AwmConfig())
+    child._sandbox = Answering()  # type: ignore[assignment]
+    with pytest.raises(InfrastructureError, match=said):
+        read_result(await child.ask({"do": "call"}))
 
 
 async def test_what_a_program_prints_is_no_answer(place: Path) -> None:
@@ -233,9 +263,9 @@ async def test_a_rollout_that_is_given_up_takes_no_other_with_it(place: Path) ->
         world.open(tasks[6]) as env,
     ):
         await env.reset()
-        (child,) = world._isolation._children.values()
+        child = only_child(world)
         given_up = asyncio.create_task(call(world, tasks[0], "babble"))
-        while not child._asking:  # a command of its is under way in the sandbox
+        while not child._pending:  # a command of its is under way in the sandbox
             await asyncio.sleep(0)
         given_up.cancel()
         await asyncio.wait([given_up])
@@ -273,9 +303,9 @@ async def test_no_name_makes_a_folder_one_of_ours(place: Path, monkeypatch: pyte
         assert world.report.name.startswith("Agent World Model, ./shop, in ")
         assert await answered(world, awm_tasks("./shop")[6], "102") == 1.0
         ours = AwmWorld("shop", AwmConfig())  # never a folder of that name
-        assert ours.report.name == "Agent World Model, shop" and "add_to_cart" in {
-            tool.name for tool in ours.tools("shop")
-        }
+        assert ours.report.name == "Agent World Model, shop"
+        async with ours.open(awm_tasks("shop-ten")[0]) as env:
+            assert "add_to_cart" in {tool.name for tool in env.tools}
     finally:
         await world.close()
 

@@ -22,8 +22,7 @@ import pytest
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.engine import TorchEngine
 from backtalk.envs.openenv import OpenEnvConfig, OpenEnvError, OpenEnvRefusal, OpenEnvWorld, connect, openenv_tasks
-from backtalk.envs.openenv.actions import is_tool_environment, mcp_actions, typed_actions
-from backtalk.envs.openenv.observe import observe
+from backtalk.envs.openenv.messages import is_tool_environment, mcp_actions, observation_parts, typed_actions
 from backtalk.envs.openenv.server import LocalServer, find_app
 from backtalk.errors import ConfigError, TaskError
 from backtalk.language.renderer import Renderer
@@ -130,7 +129,7 @@ NOT_TEXT = {"content": [{"type": "image", "data": "iVBO"}], "is_error": False}
     ],
 )
 def test_a_field_has_the_role_of_its_rule(observation: dict, roles: dict, parts: list) -> None:
-    said, _ = observe(observation, roles, max_chars=16)
+    said, _ = observation_parts(observation, roles, max_chars=16)
     by_role = [(role, [part.text for part in run]) for role, run in groupby(said, key=lambda part: part.role)]
     assert [("".join(texts), role) for role, texts in by_role] == parts
 
@@ -281,7 +280,7 @@ async def test_an_attempt_waits_for_a_place(
                 await asyncio.sleep(0.1)
         replies = [hermes("act", message="hello"), hermes("act", message="stop")]
         waiting = asyncio.ensure_future(play(urls["echo"], renderer, replies))
-        while "so further attempts wait" not in caplog.text and not waiting.done():
+        while "so further rollouts wait" not in caplog.text and not waiting.done():
             await asyncio.sleep(0.05)
         assert not waiting.done()
     finally:

@@ -1,7 +1,7 @@
-"""Runs a stranger's scenarios inside a sandbox: ``python -m backtalk.envs.awm.child``, started by ``isolation``.
+"""Runs untrusted scenarios inside a sandbox: ``python -m backtalk.envs.awm.child``, started by ``isolation``.
 
-A request is a line of JSON on standard input. Its answer, with the same number, is JSON on descriptor 9, and an empty
-line on standard output says that it is complete. What programs print themselves is dropped.
+A request is a line of JSON on standard input. Its response, with the same number, is JSON on file descriptor 9, and an
+empty line on standard output marks it as complete. Output of the programs themselves is dropped.
 """
 
 from __future__ import annotations
@@ -15,55 +15,55 @@ from typing import Any
 
 from backtalk.envs.awm.files import Scenario
 from backtalk.envs.awm.program import Program
-from backtalk.envs.awm.session import Answer, LocalSession
+from backtalk.envs.awm.session import LocalSession, Result
 from backtalk.errors import BacktalkError
 
-ANSWERS_FD = 9
-MAX_PROGRAMS = 64  # kept; others are executed anew when they are asked for again
+RESPONSES_FD = 9
+MAX_PROGRAMS = 64  # kept executed; others are executed anew at the next rollout
 
 
 def main() -> None:
     """Answer requests, one after another, until standard input ends."""
-    answers = os.fdopen(ANSWERS_FD, "w", encoding="utf-8")
+    responses = os.fdopen(RESPONSES_FD, "w", encoding="utf-8")
     requests, complete = (os.fdopen(os.dup(fd), mode, encoding="utf-8") for fd, mode in ((0, "r"), (1, "w")))
-    os.set_inheritable(ANSWERS_FD, False)
-    nothing = os.open(os.devnull, os.O_RDWR)
+    os.set_inheritable(RESPONSES_FD, False)
+    null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
-        os.dup2(nothing, descriptor)
-    episodes: dict[int, LocalSession] = {}
+        os.dup2(null, descriptor)
+    sessions: dict[int, LocalSession] = {}
     with asyncio.Runner() as runner:
         for line in requests:
             request = json.loads(line)
             try:
-                found = runner.run(_carry_out(episodes, request))
+                response = runner.run(_carry_out(sessions, request))
             except BacktalkError as error:
-                found = {"failed": str(error)}
+                response = {"failed": str(error)}
             except Exception as error:
-                found = {"failed": f"{type(error).__name__}: {error}"}
-            answers.write(json.dumps({"number": request["number"], **found}, default=repr))
-            answers.flush()
+                response = {"failed": f"{type(error).__name__}: {error}"}
+            responses.write(json.dumps({"number": request["number"], **response}, default=repr))
+            responses.flush()
             complete.write("\n")
             complete.flush()
 
 
-async def _carry_out(episodes: dict[int, LocalSession], given: dict[str, Any]) -> dict[str, Any]:
-    match given["do"]:
+async def _carry_out(sessions: dict[int, LocalSession], request: dict[str, Any]) -> dict[str, Any]:
+    match request["do"]:
         case "hello":
             import fastapi
             import sqlalchemy
 
             return {"fastapi": fastapi.__version__, "sqlalchemy": sqlalchemy.__version__}
         case "start":
-            program = _program(given["file"])
-            contents = program.scenario.contents(given["task_idx"])
-            session = LocalSession(program, contents, call_timeout_s=given["call_timeout_s"])
-            episodes[given["episode"]] = session
+            program = _program(request["file"])
+            task = program.scenario.task(request["task_idx"])
+            session = LocalSession(program, task, call_timeout_s=request["call_timeout_s"])
+            sessions[request["session"]] = session
             tools = [{"name": t.name, "description": t.description, "parameters": t.parameters} for t in session.tools]
-            return {"tools": tools, **_packed(await session.start())}
+            return {"tools": tools, **_as_dict(await session.start())}
         case "call":
-            return _packed(await episodes[given["episode"]].call(given["tool"], given["arguments"]))
+            return _as_dict(await sessions[request["session"]].call(request["tool"], request["arguments"]))
         case _:
-            if session := episodes.pop(given["episode"], None):
+            if session := sessions.pop(request["session"], None):
                 session.release()
             return {}
 
@@ -77,8 +77,8 @@ def _program(file: str) -> Program:
     return Program(Scenario(**row))
 
 
-def _packed(answer: Answer) -> dict[str, Any]:
-    return {"observation": answer.observation, "reward": answer.reward, "done": answer.done}
+def _as_dict(result: Result) -> dict[str, Any]:
+    return {"observation": result.observation, "reward": result.reward, "done": result.done}
 
 
 if __name__ == "__main__":

@@ -12,20 +12,26 @@ from backtalk.sandboxes import SandboxChoice, SandboxLimits
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AwmConfig:
-    """How scenarios are played and scored."""
+    """Settings of how scenarios are run and scored."""
 
-    # "code": a function says whether the task is done. "sql": one gathers facts, and a server's language model judges.
     verifier: Literal["code", "sql"] = "code"
-    # Which answer carries the reward: that of ``verify``, or that of ``done`` where a server scores there.
+    """code: a function returns whether the task is complete. sql: one returns facts that a server's LLM judges."""
     reward_at: Literal["verify", "done"] = "verify"
-    show_verdict: bool = True  # as the observation of the last action; what is learned from it is ENV_OUTPUT
-    # Where the programs and verifiers of a folder run; those of the worlds that ship with Backtalk run in this process.
+    """Call whose reward is the rollout's: verify, or done for a server that scores there."""
+    show_verdict: bool = True
+    """Show the verdict as the last observation, with role ENV_OUTPUT."""
     sandbox: SandboxChoice = "auto"
-    limits: SandboxLimits = field(default_factory=SandboxLimits)  # of each such sandbox
-    max_result_chars: int = 8000  # of one call; the middle of a longer result is left out
+    """Sandbox for the programs and verifiers of a folder; scenarios that ship with Backtalk run in this process."""
+    limits: SandboxLimits = field(default_factory=SandboxLimits)
+    """Limits of each such sandbox."""
+    max_result_chars: int = 8000
+    """Longest result of a call that is shown whole; the middle of a longer one is left out."""
     call_timeout_s: float = 30.0
-    reset: Mapping[str, Any] = field(default_factory=dict)  # further arguments of a server's reset, as llm_model
-    headers: Mapping[str, str] = field(default_factory=dict)  # to a server; $NAME is the variable of that name
+    """Time limit of one call."""
+    reset: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of a server's reset, such as llm_model."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """HTTP headers sent to a server; $NAME is replaced by the environment variable NAME."""
 
     def __post_init__(self) -> None:
         if self.max_result_chars < 2 or self.call_timeout_s <= 0:

@@ -1,7 +1,7 @@
-"""An episode of the Agent World Model: tools over a database, and a verifier that looks at it before and after.
+"""One rollout's environment in the Agent World Model: tools over a database, and a verifier of what changed in it.
 
-Who said each stretch is recorded here: what a tool gave, its error and the verdict are ENV_OUTPUT; ``warning`` and what
-we say ourselves are WARNING; scenario and task are the prompt, CONTEXT.
+Token roles: a tool's result or error and the verdict are ENV_OUTPUT; ``warning`` and the harness's own notices are
+WARNING; the scenario's description and the task, which are the prompt, are CONTEXT.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from backtalk.envs.awm.config import AwmConfig
-from backtalk.envs.awm.session import Answer, Session
+from backtalk.envs.awm.session import Result, Session
 from backtalk.envs.base import Step
 from backtalk.errors import InfrastructureError, TaskError, VerifierError
 from backtalk.messages import Message, Part, ToolCall, ToolSpec, truncate_text
@@ -27,16 +27,16 @@ DONE = ToolSpec(
         "required": ["answer"],
     },
 )
-HIDDEN = ("verify", "__list_scenarios__")  # calls of the environment that are not an agent's to make
+HIDDEN_TOOLS = ("verify", "__list_scenarios__")  # calls of the harness, which an agent may not make
 NO_REWARD = ("judge_error", "no_verifier", "server_error", "invalid_args", "episode_already_done")
 
 
 class AwmError(InfrastructureError):
-    """A scenario could not be started, or its world broke."""
+    """A scenario could not be started, or its environment broke."""
 
 
 class AwmEnv:
-    """One episode of one task (an ``Env``). The agent ends it with ``done``, whose answer the verifier gets.
+    """The environment of one rollout (an ``Env``). The agent ends it with ``done``, whose answer the verifier gets.
 
     Raises:
         AwmError: from ``reset``, where the scenario cannot be started.
@@ -46,7 +46,7 @@ class AwmEnv:
     def __init__(self, task: Task, session: Session, config: AwmConfig) -> None:
         self.task, self.config = task, config
         self._session = session
-        self._verdict: Answer | None = None
+        self._verdict: Result | None = None
         self._about: Mapping[str, Any] = {}
         self._steps: list[dict[str, Any]] = []
 
@@ -55,11 +55,12 @@ class AwmEnv:
         return (*self._session.tools, DONE)
 
     async def reset(self) -> tuple[Message, ...]:
-        answer = await self._session.start()
-        self._about = answer.observation
-        if answer.reward_type != "reset_ok":
-            said = answer.observation.get("error") or answer.observation.get("warning") or dict(answer.observation)
-            raise AwmError(f"task {self.task.id!r} cannot be started: {answer.reward_type or 'no reward_type'}: {said}")
+        result = await self._session.start()
+        self._about = result.observation
+        if result.reward_type != "reset_ok":
+            reason = result.observation.get("error") or result.observation.get("warning") or dict(result.observation)
+            kind = result.reward_type or "no reward_type"
+            raise AwmError(f"task {self.task.id!r} cannot be started: {kind}: {reason}")
         if any(tool.name == DONE.name for tool in self._session.tools):
             raise TaskError(f"task {self.task.id!r} is in a world with a tool called done, which ends our episodes")
         system = self.task.metadata.get("description") or "Call tools to do the task, then call done."
@@ -67,21 +68,22 @@ class AwmEnv:
         return tuple(Message(role, (Part(text, TokenRole.CONTEXT),)) for role, text in texts)
 
     async def step(self, call: ToolCall) -> Step:
-        """Carry out one call; an error is an observation."""
         if self._verdict is not None:
             raise RuntimeError(f"task {self.task.id!r} is done; there is no step after that")
         if call.tool == DONE.name:
             return await self._finish(str(call.arguments.get("answer", "")))
-        if call.tool in HIDDEN:
-            return Step((_said(call.tool, (Part(f"[unknown tool {call.tool}]", TokenRole.WARNING),)),))
-        answer = await self._session.call(call.tool, call.arguments)
-        self._record(call.tool, call.arguments, answer)
-        parts, truncated = observed(answer.observation, self.config.max_result_chars)
-        timed_out = answer.reward_type == "timeout"
-        return Step((_said(call.tool, parts),), done=answer.done, timed_out=timed_out, truncated=truncated)
+        if call.tool in HIDDEN_TOOLS:
+            notice = Part(f"[unknown tool {call.tool}]", TokenRole.WARNING)
+            return Step((Message("tool", (notice,), tool=call.tool),))
+        result = await self._session.call(call.tool, call.arguments)
+        self._record(call.tool, call.arguments, result)
+        parts, truncated = observation_parts(result.observation, self.config.max_result_chars)
+        timed_out = result.reward_type == "timeout"
+        message = Message("tool", parts, tool=call.tool)
+        return Step((message,), done=result.done, timed_out=timed_out, truncated=truncated)
 
     async def score(self) -> float | None:
-        """The verifier's reward. None for a task that is ``world_model_only``. Releases the session.
+        """Return the verifier's reward, or None if the task is ``world_model_only``; ends the session's rollout.
 
         Raises:
             VerifierError: the verifier crashed, there is none, or a judge failed: no reward, never a reward of 0.
@@ -89,19 +91,19 @@ class AwmEnv:
         if self.task.world_model_only:
             await self._session.call("done", {})
             return None
-        answer = self._verdict or await self._verify(None)
+        verdict = self._verdict or await self._verify(None)
         ended = await self._session.call("done", {})
-        scored = answer if self.config.reward_at == "verify" else ended
-        if answer.reward_type in NO_REWARD or scored.reward is None:
-            verdict = answer.observation.get("verify_result") or answer.observation.get("error") or ""
+        scored = verdict if self.config.reward_at == "verify" else ended
+        if verdict.reward_type in NO_REWARD or scored.reward is None:
+            reason = verdict.observation.get("verify_result") or verdict.observation.get("error") or ""
             raise VerifierError(
-                f"task {self.task.id!r} has no reward: {self.config.verifier} verifier, {scored.reward_type}: {verdict}"
+                f"task {self.task.id!r} has no reward: {self.config.verifier} verifier, {scored.reward_type}: {reason}"
             )
         return scored.reward
 
     @property
-    def episode(self) -> dict[str, Any]:
-        """What was done and said, as OpenEnv captures episodes of this environment; importers read it."""
+    def captured_episode(self) -> dict[str, Any]:
+        """Return the rollout so far in OpenEnv's format of captured episodes, which ``backtalk import`` reads."""
         return {
             "scenario": self._about.get("scenario"),
             "task": self.task.instruction,
@@ -113,15 +115,16 @@ class AwmEnv:
 
     async def _finish(self, answer: str) -> Step:
         if self.task.world_model_only:
-            self._verdict = Answer({})
+            self._verdict = Result({})
             return Step((), done=True, submitted=True)
         verdict = await self._verify(answer)
-        if verdict.reward_type in NO_REWARD or not self.config.show_verdict:  # score says what is wrong
+        if verdict.reward_type in NO_REWARD or not self.config.show_verdict:  # `score` raises the error
             return Step((), done=True, submitted=True)
-        parts, truncated = observed(verdict.observation, self.config.max_result_chars)
-        return Step((_said(DONE.name, parts),), done=True, submitted=True, truncated=truncated)
+        parts, truncated = observation_parts(verdict.observation, self.config.max_result_chars)
+        message = Message("tool", parts, tool=DONE.name)
+        return Step((message,), done=True, submitted=True, truncated=truncated)
 
-    async def _verify(self, answer: str | None) -> Answer:
+    async def _verify(self, answer: str | None) -> Result:
         arguments = {"verifier_mode": self.config.verifier}
         if answer is not None:
             arguments["final_answer"] = answer
@@ -129,24 +132,20 @@ class AwmEnv:
         self._record("verify", arguments, self._verdict)
         return self._verdict
 
-    def _record(self, tool: str, arguments: Mapping[str, Any], answer: Answer) -> None:
+    def _record(self, tool: str, arguments: Mapping[str, Any], result: Result) -> None:
         action = {"tool_name": tool, "arguments": dict(arguments)}
-        self._steps.append({"action": action, "observation": {"done": answer.done, **answer.observation}})
+        self._steps.append({"action": action, "observation": {"done": result.done, **result.observation}})
 
 
-def observed(observation: Mapping[str, Any], max_chars: int) -> tuple[tuple[Part, ...], bool]:
-    """The parts of an observation, and whether some of it was left out."""
-    said = observation.get("tool_result")
-    if said is None and observation.get("verify_result") is not None:
-        said = {name: observation[name] for name in ("verify_result", "reward_type") if name in observation}
-    elif said is None:
-        said = {"error": observation["error"]} if observation.get("error") is not None else ""
-    text = said if isinstance(said, str) else json.dumps(said, sort_keys=True, ensure_ascii=False)
+def observation_parts(observation: Mapping[str, Any], max_chars: int) -> tuple[tuple[Part, ...], bool]:
+    """Return an observation as parts with roles, and whether its text was cut to ``max_chars``."""
+    result = observation.get("tool_result")
+    if result is None and observation.get("verify_result") is not None:
+        result = {name: observation[name] for name in ("verify_result", "reward_type") if name in observation}
+    elif result is None:
+        result = {"error": observation["error"]} if observation.get("error") is not None else ""
+    text = result if isinstance(result, str) else json.dumps(result, sort_keys=True, ensure_ascii=False)
     warning = observation.get("warning")
     parts = [Part(f"{warning}\n", TokenRole.WARNING)] if warning else []
     parts += truncate_text(text, max_chars, TokenRole.ENV_OUTPUT) or [Part("[no output]", TokenRole.WARNING)]
     return tuple(parts), len(text) > max_chars
-
-
-def _said(tool: str, parts: tuple[Part, ...]) -> Message:
-    return Message("tool", parts, tool=tool)

@@ -1,8 +1,8 @@
-"""The files that Agent World Model scenarios are published in: seven of JSON lines, each row of one scenario.
+"""Reads and writes the file format of Agent World Model scenarios: seven JSONL files, each row about one scenario.
 
-Read against AgentWorldModel-1K (arXiv 2602.10090) and the environment of OpenEnv that serves it. What a scenario is:
-a FastAPI program over SQLite, the schema and the rows that its database begins with, tasks, and for each task code
-that looks at the database before and after.
+Source: AgentWorldModel-1K (arXiv 2602.10090) and the environment of OpenEnv that serves it. A scenario is a FastAPI
+program over SQLite, the schema and first rows of its database, tasks, and for each task verifiers: code that compares
+the database before and after.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ FILES = (SCENARIOS, TASKS, SCHEMAS, SAMPLES, PROGRAMS, SQL_VERIFIERS, CODE_VERIF
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Contents:
-    """What differs from episode to episode of one program: the rows it begins with, the task, its verifiers."""
+class ScenarioTask:
+    """One task in a scenario, with the rows that its database starts with."""
 
-    task: str
+    instruction: str
     task_idx: int
     inserts: tuple[str, ...] = field(repr=False)  # SQL, in order
     verifiers: Mapping[str, str] = field(default_factory=dict, repr=False)  # Python source by mode: code, sql
@@ -33,7 +33,7 @@ class Contents:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scenario:
-    """One world: a program, its database, and tasks in it."""
+    """A program, its database, and tasks in it."""
 
     name: str
     description: str
@@ -43,36 +43,34 @@ class Scenario:
     tasks: tuple[str, ...] = field(repr=False)
     verifiers: Mapping[str, Mapping[int, str]] = field(default_factory=dict, repr=False)  # by mode and task_idx
 
-    def contents(self, task_idx: int) -> Contents:
-        """The rows and one task as the files have them."""
+    def task(self, task_idx: int) -> ScenarioTask:
+        """Return one of the tasks in the files; raises DataError where there is none of that number."""
         if not 0 <= task_idx < len(self.tasks):
             raise DataError(f"{self.name} has tasks 0 to {len(self.tasks) - 1}, got task_idx={task_idx}")
-        found = {mode: codes[task_idx] for mode, codes in self.verifiers.items() if task_idx in codes}
-        return Contents(task=self.tasks[task_idx], task_idx=task_idx, inserts=self.inserts, verifiers=found)
+        verifiers = {mode: codes[task_idx] for mode, codes in self.verifiers.items() if task_idx in codes}
+        instruction = self.tasks[task_idx]
+        return ScenarioTask(instruction=instruction, task_idx=task_idx, inserts=self.inserts, verifiers=verifiers)
 
 
 def scenario_key(name: str) -> str:
-    """How scenarios are looked up: lower case, all but letters and digits as one underscore."""
+    """Return a name as scenarios are looked up: lower case, other characters than letters and digits as one "_"."""
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def read_scenarios(folder: Path) -> dict[str, Scenario]:
-    """Every scenario that has a program, by its key. The description and the verifiers may be missing.
+    """Read every scenario that has a program, by its key. The description and the verifiers may be missing.
 
     Raises:
         DataError: a file is missing or no JSON lines, or a program has no database or no tasks.
     """
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise DataError(f"{folder} is no Agent World Model dataset: it has no {', '.join(missing)}")
-    described = {
+    descriptions = {
         scenario_key(_get(row, "name", at)): row.get("description", "") for at, row in _rows(folder, SCENARIOS)
     }
     tasks = _by_scenario(folder, TASKS, "tasks")
     schemas, samples = _by_scenario(folder, SCHEMAS, "db_schema"), _by_scenario(folder, SAMPLES, "sample_data")
-    verifiers: dict[str, dict[str, dict[int, str]]] = {
-        "code": _verifiers(folder, CODE_VERIFIERS),
-        "sql": _verifiers(folder, SQL_VERIFIERS),
-    }
+    verifiers = {"code": _verifiers(folder, CODE_VERIFIERS), "sql": _verifiers(folder, SQL_VERIFIERS)}
     scenarios = {}
     for key, program in _by_scenario(folder, PROGRAMS, "full_code").items():
         for name, found in ((TASKS, tasks), (SCHEMAS, schemas), (SAMPLES, samples)):
@@ -80,7 +78,7 @@ def read_scenarios(folder: Path) -> dict[str, Scenario]:
                 raise DataError(f"{folder / PROGRAMS} has a program for {key!r}, and {name} says nothing of it")
         scenarios[key] = Scenario(
             name=key,
-            description=described.get(key, ""),
+            description=descriptions.get(key, ""),
             program=program,
             schema=tuple(_schema(schemas[key], f"{key} in {SCHEMAS}")),
             inserts=tuple(_inserts(samples[key], f"{key} in {SAMPLES}")),
@@ -91,7 +89,7 @@ def read_scenarios(folder: Path) -> dict[str, Scenario]:
 
 
 def write_scenario(scenario: Scenario, folder: Path) -> None:
-    """One scenario as the seven files; what ``read_scenarios`` gives back is equal."""
+    """Write one scenario as the seven files; ``read_scenarios`` returns it unchanged."""
     name = {"scenario": scenario.name}
     tables = [{"name": _table(ddl), "ddl": ddl, "indexes": []} for ddl in scenario.schema]
     inserts: dict[str, list[str]] = {}
@@ -117,7 +115,7 @@ def write_scenario(scenario: Scenario, folder: Path) -> None:
 
 
 def _rows(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each row is, and the row."""
+    """Yield the place of each row ("FILE:LINE") and the row."""
     try:
         lines = (folder / name).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -157,13 +155,13 @@ def _verifiers(folder: Path, name: str) -> dict[str, dict[int, str]]:
 def _schema(schema: Any, at: str) -> Iterator[str]:
     for table in _get(schema, "tables", at):
         statements = [table.get("ddl") or "", *(table.get("indexes") or ())]
-        yield from (text for text in map(str.strip, statements) if text)
+        yield from filter(None, map(str.strip, statements))
 
 
 def _inserts(sample: Any, at: str) -> Iterator[str]:
     for item in _get(sample, "tables", at) if isinstance(sample, dict) else sample:
         statements = [item] if isinstance(item, str) else item.get("insert_statements") or ()
-        yield from (text for text in map(str.strip, statements) if text)
+        yield from filter(None, map(str.strip, statements))
 
 
 def _table(statement: str) -> str:

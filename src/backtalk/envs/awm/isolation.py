@@ -1,7 +1,7 @@
-"""Plays scenarios that somebody else wrote: their programs and verifiers run in sandboxes, never in this process.
+"""Plays untrusted scenarios: their programs and verifiers run in sandboxes, never in this process.
 
-Each sandbox holds one Python process (``child``), started in the sandbox's shell and asked by commands in it, so that
-whatever a sandbox backend isolates and limits holds here too. Python and its packages are shown there read-only.
+Each sandbox runs one Python process (``child``), started in the sandbox's shell and asked by shell commands, so that
+whatever a sandbox backend isolates and limits holds here too. Python and its packages are mounted read-only.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 from zlib import crc32
 
-from backtalk.envs.awm.child import ANSWERS_FD
+from backtalk.envs.awm.child import RESPONSES_FD
 from backtalk.envs.awm.config import AwmConfig
 from backtalk.envs.awm.files import Scenario
 from backtalk.envs.awm.program import missing_package
-from backtalk.envs.awm.session import Answer
+from backtalk.envs.awm.session import Result
 from backtalk.errors import ConfigError, InfrastructureError, SandboxError, SandboxUnavailable
 from backtalk.messages import ToolSpec
 from backtalk.sandboxes import Sandbox, SandboxBackend, SandboxFile, local_sandbox
@@ -32,17 +32,17 @@ from backtalk.sandboxes.machine.probe import tried
 
 T = TypeVar("T")
 
-NUM_CHILDREN = 4  # one that hangs or dies costs the rollouts of a quarter of a source's scenarios
-START_TIMEOUT_S = 60.0  # for Python and the packages, which a busy machine reads slowly
-GRACE_S = 5.0  # beyond a call's own time, until a child that does not answer is ended
-ANSWER_BYTES = 2**20  # tools of a large scenario are some 100,000
+NUM_CHILDREN = 4  # one that hangs or dies fails the rollouts of a quarter of a source's scenarios
+START_TIMEOUT_S = 60.0  # to start Python and import the packages, which is slow on a busy machine
+GRACE_S = 5.0  # beyond a call's own time limit, until a child that does not answer is ended
+RESPONSE_BYTES = 2**20  # the tools of a large scenario take some 100,000
 PACKAGES = ("fastapi", "sqlalchemy")
-SHOWN = ("/usr/", "/bin/", "/lib/", "/lib64/")  # programs of this machine, which every sandbox shows
+ALWAYS_READABLE = ("/usr/", "/bin/", "/lib/", "/lib64/")  # in every sandbox
 
-# Kept in CHILD are its process id and pipes, for bash forgets PROCESS when that ends.
+# CHILD keeps the process id and pipes, because bash unsets PROCESS when the process ends.
 _START = """\
 {{ coproc PROCESS {{ exec env PYTHONPATH={paths} PYTHONDONTWRITEBYTECODE=1 {python} -S -s -m backtalk.envs.awm.child
-}} 2>/dev/null; }} {answers}>&1
+}} 2>/dev/null; }} {responses}>&1
 CHILD=("$PROCESS_PID" "${{PROCESS[@]}}")
 """
 _ASK = """\
@@ -51,202 +51,202 @@ printf '%s\\n' {request} >&"${{CHILD[2]}}" && IFS= read -r -u "${{CHILD[1]}}" ||
 """
 
 
-class Isolation:
-    """Children that play the scenarios of one source, each scenario always in the same one.
+class IsolatedScenarios:
+    """The scenarios of one source, played in child processes (``Scenarios``); a scenario always has the same child.
 
     Raises:
         ConfigError: FastAPI or SQLAlchemy is not installed.
         SandboxUnavailable: no sandbox on this machine can run them; the message says what to type.
     """
 
-    def __init__(self, where: str, scenarios: Mapping[str, Scenario], config: AwmConfig) -> None:
+    def __init__(self, location: str, scenarios: Mapping[str, Scenario], config: AwmConfig) -> None:
         self._scenarios, self._config = scenarios, config
         self._children: dict[int, Child] = {}
         self._starting = asyncio.Lock()
         if missing := [name for name in PACKAGES if find_spec(name) is None]:
             raise ConfigError(missing_package(missing[0]))
         try:
-            self._backend = local_sandbox(config.sandbox, readable=readable_folders())
-            tried(self._try_one)
+            self.backend = local_sandbox(config.sandbox, readable=readable_folders())
+            tried(self._start_once)
         except SandboxUnavailable as error:
             raise SandboxUnavailable(
-                f"the programs in {where} are somebody else's and run in a sandbox only, which cannot be had here: "
+                f"the programs in {location} are somebody else's and run in a sandbox only, which cannot be had here: "
                 f"{error}\nA sandbox shows {', '.join(readable_folders()) or sys.base_prefix}, which its user has to "
                 "be able to read. Else play on a server in a container (awm:http://HOST:PORT), or, for programs that "
                 "you would run yourself, set options: {sandbox: unsafe}"
             ) from error
 
-    @property
-    def backend(self) -> SandboxBackend:
-        return self._backend
+    def session(self, scenario: str, *, task_idx: int | None = None, seed: int | None = None) -> IsolatedSession:
+        if task_idx is None:
+            raise InfrastructureError(f"a rollout of {scenario} in a sandbox needs a task_idx, got seed={seed}")
+        return IsolatedSession(self, self._scenarios[scenario], task_idx, self._config.call_timeout_s)
 
-    def session(self, name: str, task_idx: int) -> IsolatedSession:
-        """Return an episode of a task that is not begun yet."""
-        return IsolatedSession(self, self._scenarios[name], task_idx, self._config.call_timeout_s)
-
-    async def child(self, name: str) -> Child:
-        """Return the child that plays a scenario, started anew where it was lost."""
-        number = crc32(name.encode()) % NUM_CHILDREN
+    async def child(self, scenario: str) -> Child:
+        """Return the child that plays a scenario; start it if it does not run."""
+        number = crc32(scenario.encode()) % NUM_CHILDREN
         async with self._starting:
             child = self._children.get(number)
-            if child is None or child.lost:
+            if child is None or child.failure:
                 child = self._children[number] = Child(self._config)
-                await child.start(self._backend)
+                await child.start(self.backend)
             return child
 
     async def close(self) -> None:
         for child in self._children.values():
             await child.close()
 
-    async def _try_one(self) -> None:
+    async def _start_once(self) -> None:
         child = Child(self._config)
         try:
-            await child.start(self._backend)
+            await child.start(self.backend)
         finally:
             await child.close()
 
 
 class Child:
-    """One Python process in a sandbox of its own. Once ``lost`` (that says why), it answers nothing more.
+    """One Python process in a sandbox of its own. ``failure`` says why it ended; it is empty while the process runs.
 
     Raises:
-        InfrastructureError: from any method, where the process is lost or answers what it should not.
+        InfrastructureError: from any method, where the process has ended or gives a malformed response.
     """
 
     def __init__(self, config: AwmConfig) -> None:
-        self._limits = replace(config.limits, output_bytes=ANSWER_BYTES)
+        self._limits = replace(config.limits, output_bytes=RESPONSE_BYTES)
         self._timeout_s = config.call_timeout_s + GRACE_S
         self._stack = AsyncExitStack()
         self._sandbox: Sandbox  # from `start` on
-        self._files: dict[str, str] = {}  # that hold scenarios in the sandbox, by scenario
-        self._asking: set[asyncio.Task[Any]] = set()
-        self._numbers, self.episodes = count(), count()
-        self.lost = ""
+        self._files: dict[str, str] = {}  # in the sandbox, by the scenario that each holds
+        self._pending: set[asyncio.Task[Any]] = set()
+        self._request_numbers, self.session_numbers = count(), count()
+        self.failure = ""
 
     async def start(self, backend: SandboxBackend) -> None:
-        """Open the sandbox and see the process answer."""
+        """Open the sandbox, start the process and wait for its first response."""
         try:
             self._sandbox = await self._stack.enter_async_context(backend.open(self._limits))
             python = getattr(sys, "_base_executable", sys.executable)  # not that of a virtual environment
-            named = {"python": shlex.quote(python), "paths": shlex.quote(":".join(search_path()))}
-            command = _START.format(answers=ANSWERS_FD, **named)
-            await self._sandbox.exec(command, timeout_s=START_TIMEOUT_S)
+            names = {"python": shlex.quote(python), "paths": shlex.quote(":".join(search_path()))}
+            await self._sandbox.exec(_START.format(responses=RESPONSES_FD, **names), timeout_s=START_TIMEOUT_S)
             await self.ask({"do": "hello"})
         except BaseException:
             await self.close()
             raise
 
-    async def give(self, scenario: Scenario) -> str:
-        """Return the file in the sandbox that holds a scenario, written where it is not there yet."""
+    async def put(self, scenario: Scenario) -> str:
+        """Return the path of a scenario's file in the sandbox, which is written at its first use."""
         if scenario.name not in self._files:
-            file = f"scenarios/{len(self._files)}.json"  # in its home, whose path is another in an unsafe sandbox
+            file = f"scenarios/{len(self._files)}.json"  # relative: an unsafe sandbox has its home elsewhere
             self._files[scenario.name] = file
             content = SandboxFile(json.dumps(asdict(scenario)).encode())
-            await asyncio.shield(self._begin(self._sandbox.put({f"/home/agent/{file}": content})))
+            await asyncio.shield(self._spawn(self._sandbox.put({f"/home/agent/{file}": content})))
         return self._files[scenario.name]
 
     async def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Send one request and return its answer."""
-        return await asyncio.shield(self.tell(request))
+        """Send one request and return its response."""
+        return await asyncio.shield(self.send(request))
 
-    def tell(self, request: Mapping[str, Any]) -> asyncio.Task[dict[str, Any]]:
-        """Send one request, whose answer nobody has to wait for."""
-        return self._begin(self._ask(request))
+    def send(self, request: Mapping[str, Any]) -> asyncio.Task[dict[str, Any]]:
+        """Send one request and return the task that waits for its response."""
+        return self._spawn(self._exchange(request))
 
     async def close(self) -> None:
-        self.lost = self.lost or "its process was ended"
+        self.failure = self.failure or "its process was ended"
         await self._stack.aclose()
 
-    def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Begin what goes on where its caller is cancelled: half a command would cost all the others the child."""
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run ``work`` in a task that outlives its caller: half a command would break the child for all rollouts."""
 
-        async def until_lost() -> T:
+        async def run() -> T:
             try:
                 return await work
             except SandboxError as error:
-                raise await self._lose(str(error)) from error
+                raise await self._fail(str(error)) from error
 
-        task = asyncio.ensure_future(until_lost())
-        self._asking.add(task)
-        task.add_done_callback(self._asking.discard)
-        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # its caller may be gone
+        task = asyncio.ensure_future(run())
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be waiting for it
         return task
 
-    async def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        number = next(self._numbers)
+    async def _exchange(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        number = next(self._request_numbers)
         timeout_s = START_TIMEOUT_S if request["do"] == "hello" else self._timeout_s
         command = _ASK.format(request=shlex.quote(json.dumps({"number": number, **request})))
         result = await self._sandbox.exec(command, timeout_s=timeout_s)
         if result.timed_out:
-            raise await self._lose(f"it gave no answer to {request['do']} within {timeout_s:g} s")
+            raise await self._fail(f"it gave no answer to {request['do']} within {timeout_s:g} s")
         if result.exit_code != 0:
-            raise await self._lose(f"it {result.output[-300:].strip() or 'was ended'}")
+            raise await self._fail(f"it {result.output[-300:].strip() or 'was ended'}")
         if result.dropped_bytes:
-            raise InfrastructureError(f"a scenario answered more than {ANSWER_BYTES:,} bytes, the most that is read")
+            raise InfrastructureError(f"a scenario answered more than {RESPONSE_BYTES:,} bytes, the most that is read")
         try:
-            found = json.loads(result.output)
+            response = json.loads(result.output)
         except (ValueError, RecursionError) as error:
-            raise await self._lose(f"it answered what is no JSON: {result.output[:200]!r}") from error
-        if not isinstance(found, dict) or found.get("number") != number:  # what comes next may be anything
-            raise await self._lose(f"it answered something else than was asked: {result.output[:200]!r}")
-        if "failed" in found:
-            raise InfrastructureError(str(found["failed"])[:2000])
-        return found
+            raise await self._fail(f"it answered what is no JSON: {result.output[:200]!r}") from error
+        if not isinstance(response, dict) or response.get("number") != number:  # later responses may be off by one
+            raise await self._fail(f"it answered something else than was asked: {result.output[:200]!r}")
+        if "failed" in response:
+            raise InfrastructureError(str(response["failed"])[:2000])
+        return response
 
-    async def _lose(self, why: str) -> InfrastructureError:
-        self.lost = self.lost or why
+    async def _fail(self, reason: str) -> InfrastructureError:
+        """End the process and return the error to raise."""
+        self.failure = self.failure or reason
         await self.close()
-        return InfrastructureError(f"the process of this scenario is lost, with every rollout in it: {self.lost}")
+        return InfrastructureError(f"the process of this scenario is lost, with every rollout in it: {self.failure}")
 
 
 class IsolatedSession:
-    """An episode in a child (a ``Session``)."""
+    """A rollout in a child process (a ``Session``)."""
 
-    def __init__(self, isolation: Isolation, scenario: Scenario, task_idx: int, call_timeout_s: float) -> None:
-        self._isolation, self._scenario, self._task_idx = isolation, scenario, task_idx
+    def __init__(self, scenarios: IsolatedScenarios, scenario: Scenario, task_idx: int, call_timeout_s: float) -> None:
+        self._scenarios, self._scenario, self._task_idx = scenarios, scenario, task_idx
         self._timeout_s = call_timeout_s
         self._child: Child | None = None
-        self._episode = -1
+        self._number = -1
         self.tools: tuple[ToolSpec, ...] = ()
 
-    async def start(self) -> Answer:
-        self._child = child = await self._isolation.child(self._scenario.name)
-        self._episode = next(child.episodes)
-        given = {"file": await child.give(self._scenario), "task_idx": self._task_idx}
-        found = await self._ask("start", call_timeout_s=self._timeout_s, **given)
-        self.tools = tuple(_tool(tool) for tool in found.get("tools", ()))
-        return _answer(found)
+    async def start(self) -> Result:
+        self._child = child = await self._scenarios.child(self._scenario.name)
+        self._number = next(child.session_numbers)
+        file = await child.put(self._scenario)
+        response = await self._ask("start", file=file, task_idx=self._task_idx, call_timeout_s=self._timeout_s)
+        self.tools = tuple(_tool(tool) for tool in response.get("tools", ()))
+        return read_result(response)
 
-    async def call(self, tool: str, arguments: Mapping[str, Any]) -> Answer:
-        return _answer(await self._ask("call", tool=tool, arguments=dict(arguments)))
+    async def call(self, tool: str, arguments: Mapping[str, Any]) -> Result:
+        return read_result(await self._ask("call", tool=tool, arguments=dict(arguments)))
 
     async def close(self) -> None:
-        if self._child is not None and not self._child.lost:
-            self._child.tell({"do": "release", "episode": self._episode})  # it may be busy until a time limit
+        if self._child is not None and not self._child.failure:
+            self._child.send({"do": "release", "session": self._number})  # not awaited: the child may be busy
 
-    async def _ask(self, do: str, **given: Any) -> dict[str, Any]:
+    async def _ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         if self._child is None:
             raise InfrastructureError("the episode was not begun; call start first")
-        return await self._child.ask({"do": do, "episode": self._episode, **given})
+        return await self._child.ask({"do": do, "session": self._number, **arguments})
 
 
 def search_path() -> list[str]:
     """Return the folders that Backtalk and the packages of scenarios are imported from."""
-    origins = [spec.origin for name in ("backtalk", *PACKAGES) if (spec := find_spec(name)) and spec.origin]
+    names = ("backtalk", "httpx2", *PACKAGES)
+    origins = [spec.origin for name in names if (spec := find_spec(name)) and spec.origin]
     return list(dict.fromkeys(str(Path(origin).parent.parent) for origin in origins))
 
 
 def readable_folders() -> list[str]:
     """Return the folders of Python that a sandbox does not show by itself, none inside another.
 
-    Of Backtalk only the package, and of Python's prefix not all: around them may lie a checkout, or somebody's home.
+    Of Backtalk only the package and of Python's prefix only parts: a checkout or a home may lie around them.
     """
     package = Path(__file__).parents[2]
     python = [Path(sys.base_prefix, name) for name in ("bin", "lib", "lib64")]
     wanted = [*(str(path) for path in python if path.is_dir() and not path.is_symlink()), str(package)]
     wanted += [path for path in search_path() if path != str(package.parent)]
-    seen = (*SHOWN, *(f"{path}/" for path in wanted))
-    return [path for path in dict.fromkeys(wanted) if f"{path}/" not in SHOWN and not path.startswith(seen)]
+    covered = (*ALWAYS_READABLE, *(f"{path}/" for path in wanted))
+    return [
+        path for path in dict.fromkeys(wanted) if f"{path}/" not in ALWAYS_READABLE and not path.startswith(covered)
+    ]
 
 
 def _tool(tool: Any) -> ToolSpec:
@@ -256,12 +256,13 @@ def _tool(tool: Any) -> ToolSpec:
     raise InfrastructureError(f"a scenario has a tool without name, description or parameters: {str(tool)[:200]}")
 
 
-def _answer(found: Mapping[str, Any]) -> Answer:
-    with suppress(OverflowError):  # a whole number that no float can hold
-        match found:
+def read_result(response: Mapping[str, Any]) -> Result:
+    """Return the result in a child's response; raises InfrastructureError where it is malformed."""
+    with suppress(OverflowError):  # an integer too large for a float
+        match response:
             case {"observation": dict(observation), "reward": None, "done": bool(done)}:
-                return Answer(observation, None, done)
+                return Result(observation, None, done)
             case {"observation": dict(observation), "reward": int() | float() as reward, "done": bool(done)}:
                 if math.isfinite(reward):
-                    return Answer(observation, float(reward), done)
-    raise InfrastructureError(f"a scenario answered no observation with a finite reward: {str(found)[:200]}")
+                    return Result(observation, float(reward), done)
+    raise InfrastructureError(f"a scenario answered no observation with a finite reward: {str(response)[:200]}")

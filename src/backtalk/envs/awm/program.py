@@ -1,22 +1,24 @@
-"""A scenario's program, executed once in this process and called without a socket.
+"""A scenario's FastAPI program, executed once in this process and called without a socket.
 
-Each call is bound to the database of its episode, so that one program serves them all. The program has the rights of
-this process: it is code that somebody wrote into a dataset. ``isolation`` runs this module in a sandbox.
+One program serves every rollout: each call is bound to the SQLite database of its rollout. The program has the rights
+of this process, although it is code from a dataset; ``isolation`` therefore runs this module in a sandbox.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
-from collections.abc import Mapping
+import sqlite3
+from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
-from urllib.parse import quote, urlencode
+from urllib.parse import quote
 
-from backtalk.envs.awm.database import EpisodeDatabase, build_image, current_database, new_database
-from backtalk.envs.awm.files import Contents, Scenario
+import httpx2
+
+from backtalk.envs.awm.files import Scenario, ScenarioTask
 from backtalk.envs.tool_schemas import plain_schema
 from backtalk.errors import ConfigError, DataError
 from backtalk.messages import ToolSpec
@@ -24,8 +26,53 @@ from backtalk.messages import ToolSpec
 METHODS = ("get", "post", "put", "delete", "patch")
 
 
+class RolloutDatabase(sqlite3.Connection):
+    """An in-memory database with a single connection, which lives until ``release`` however often it is closed."""
+
+    def close(self) -> None:
+        """Roll back an open transaction: a program's connection pool closes the connection after each call."""
+        if self.in_transaction:
+            self.rollback()
+
+    def release(self) -> None:
+        """Free the database."""
+        super().close()
+
+
+# Database of the rollout whose call is being served. A context variable also holds in the threads in which FastAPI
+# runs plain functions.
+current_database: ContextVar[RolloutDatabase] = ContextVar("current_database")
+
+
+def new_database(image: bytes = b"") -> RolloutDatabase:
+    """Return an empty database, or a copy of a serialized one."""
+    database = sqlite3.connect(":memory:", factory=RolloutDatabase, check_same_thread=False)
+    if image:
+        database.deserialize(image)
+    return database
+
+
+def build_image(schema: Iterable[str], inserts: Iterable[str]) -> bytes:
+    """Run SQL statements in an empty database and return it serialized.
+
+    Raises:
+        DataError: SQLite refuses a statement.
+    """
+    database = new_database()
+    try:
+        for statement in (*schema, *inserts):
+            try:
+                database.execute(statement)
+            except sqlite3.Error as error:
+                raise DataError(f"SQLite refuses {statement[:200]!r}: {error}") from error
+        database.commit()
+        return database.serialize()
+    finally:
+        database.release()
+
+
 class Reply(NamedTuple):
-    """What a program answered: text, and the HTTP status it came with."""
+    """A program's HTTP response: its text and status."""
 
     text: str
     status: int
@@ -33,16 +80,27 @@ class Reply(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """Where the arguments of a tool go."""
+    """The HTTP operation behind a tool, with the names of the arguments that go into the path and the query."""
 
     method: str
     path: str
     in_path: frozenset[str]
     in_query: frozenset[str]
 
+    def request(self, arguments: Mapping[str, Any]) -> httpx2.Request:
+        """Return the request for a call; arguments that are in neither path nor query become the JSON body."""
+        body, path = dict(arguments), self.path
+        for name in self.in_path & body.keys():
+            path = path.replace(f"{{{name}}}", quote(_text(body.pop(name)), safe=""))
+        query = {name: body.pop(name) for name in sorted(self.in_query & body.keys())}
+        params = {name: [_text(item) for item in value] if isinstance(value, list) else _text(value)
+                  for name, value in query.items() if value is not None}  # fmt: skip
+        content, headers = json.dumps(body).encode() if body else b"", {"Content-Type": "application/json"}
+        return httpx2.Request(self.method, f"http://awm{path}", params=params, content=content, headers=headers)
+
 
 class Program:
-    """A scenario's tools.
+    """The tools of a scenario.
 
     Raises:
         ConfigError: FastAPI or SQLAlchemy is not installed.
@@ -51,40 +109,40 @@ class Program:
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
-        self._image = build_image(scenario.schema, scenario.inserts)
-        database = new_database(self._image)
+        database = new_database(build_image(scenario.schema, scenario.inserts))
         bound = current_database.set(database)
         try:
-            self._app = _execute(scenario)  # which may add tables of its own to the database
+            app = _execute(scenario)
             database.commit()
-            self._image = database.serialize()
+            self._image = database.serialize()  # the program may have added tables of its own
         finally:
             current_database.reset(bound)
             database.release()
-        self._operations, self.tools = _read_tools(self._app.openapi())
+        self._transport = httpx2.ASGITransport(app)
+        self._operations, self.tools = _read_tools(app.openapi())
         if not self.tools:
             raise DataError(f"the program of scenario {scenario.name!r} has no operation with an id, so no tool")
 
-    def image(self, contents: Contents) -> bytes:
-        """The database that an episode of these contents begins with."""
-        if contents.inserts == self.scenario.inserts:
+    def initial_image(self, task: ScenarioTask) -> bytes:
+        """Return the serialized database that a rollout of the task starts from."""
+        if task.inserts == self.scenario.inserts:
             return self._image
-        return build_image(self.scenario.schema, contents.inserts)
+        return build_image(self.scenario.schema, task.inserts)
 
-    async def call(self, database: EpisodeDatabase, tool: str, arguments: Mapping[str, Any]) -> Reply | None:
-        """Carry out one call in an episode's database; None where there is no such tool."""
+    async def call(self, database: RolloutDatabase, tool: str, arguments: Mapping[str, Any]) -> Reply | None:
+        """Carry out one call in a rollout's database; return None if there is no such tool."""
         operation = self._operations.get(tool)
         if operation is None:
             return None
         bound = current_database.set(database)
         try:
-            status, content = await _request(self._app, operation, arguments)
-        except Exception:  # what a program does not catch is its answer, as over HTTP
+            response = await self._transport.handle_async_request(operation.request(arguments))
+            return Reply((await response.aread()).decode("utf-8", "replace"), response.status_code)
+        except Exception:  # as a server answers where the program raises
             database.close()
             return Reply("Internal Server Error", 500)
         finally:
             current_database.reset(bound)
-        return Reply(content.decode("utf-8", "replace"), status)
 
 
 def missing_package(name: str | None) -> str:
@@ -96,7 +154,7 @@ def missing_package(name: str | None) -> str:
 
 
 def _execute(scenario: Scenario) -> Any:
-    """Run the program's source and give its app. The line that makes its engine is replaced, as OpenEnv does."""
+    """Execute the program's source and return its app. The line that makes its engine is replaced, as OpenEnv does."""
     try:
         from fastapi import FastAPI
         from sqlalchemy.pool import NullPool
@@ -104,9 +162,9 @@ def _execute(scenario: Scenario) -> Any:
         raise ConfigError(missing_package(error.name)) from error
     module = ModuleType(f"awm_scenario_{scenario.name}")
     vars(module).update(_awm_connect=current_database.get, _awm_pool=NullPool)
-    made = r"\1create_engine('sqlite://', creator=_awm_connect, poolclass=_awm_pool)"
+    engine = r"\1create_engine('sqlite://', creator=_awm_connect, poolclass=_awm_pool)"
     source = re.sub(
-        r"^(?!\s*(?:def|from|import)\b)(.*?)\bcreate_engine\(.*$", made, scenario.program, flags=re.MULTILINE
+        r"^(?!\s*(?:def|from|import)\b)(.*?)\bcreate_engine\(.*$", engine, scenario.program, flags=re.MULTILINE
     )
     try:
         exec(compile(source, f"<scenario {scenario.name}>", "exec"), vars(module))
@@ -121,7 +179,7 @@ def _execute(scenario: Scenario) -> Any:
 
 
 def _read_tools(document: Mapping[str, Any]) -> tuple[dict[str, Operation], tuple[ToolSpec, ...]]:
-    """Tools from an OpenAPI document: one for each operation with an id, all of its arguments side by side."""
+    """Return a tool for each operation with an id in an OpenAPI document, with all of its arguments side by side."""
     operations, tools = {}, []
     for path, item in document.get("paths", {}).items():
         for method, operation in item.items():
@@ -132,7 +190,9 @@ def _read_tools(document: Mapping[str, Any]) -> tuple[dict[str, Operation], tupl
             required: list[str] = []
             places: dict[str, set[str]] = {"path": set(), "query": set()}
             for parameter in operation.get("parameters", ()):
-                properties[parameter["name"]] = _parameter_schema(parameter, document)
+                schema = plain_schema(parameter.get("schema", {}), document)
+                described = {"description": parameter["description"]} if parameter.get("description") else {}
+                properties[parameter["name"]] = schema | described
                 required += [parameter["name"]] if parameter.get("required") else []
                 places.setdefault(parameter["in"], set()).add(parameter["name"])
             body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
@@ -140,59 +200,10 @@ def _read_tools(document: Mapping[str, Any]) -> tuple[dict[str, Operation], tupl
             properties |= body.get("properties", {})
             required += body.get("required", ())
             operations[name] = Operation(method.upper(), path, frozenset(places["path"]), frozenset(places["query"]))
-            said = "\n\n".join(dict.fromkeys(filter(None, (operation.get("summary"), operation.get("description")))))
-            tools.append(ToolSpec(name, said, {"type": "object", "properties": properties, "required": required}))
+            texts = dict.fromkeys(filter(None, (operation.get("summary"), operation.get("description"))))
+            parameters = {"type": "object", "properties": properties, "required": required}
+            tools.append(ToolSpec(name, "\n\n".join(texts), parameters))
     return operations, tuple(tools)
-
-
-def _parameter_schema(parameter: Mapping[str, Any], document: Mapping[str, Any]) -> dict[str, Any]:
-    schema = plain_schema(parameter.get("schema", {}), document)
-    return schema | ({"description": parameter["description"]} if parameter.get("description") else {})
-
-
-async def _request(app: Any, operation: Operation, arguments: Mapping[str, Any]) -> tuple[int, bytes]:
-    """One HTTP request to an ASGI app, straight into it."""
-    given = dict(arguments)
-    path = operation.path
-    for name in operation.in_path & given.keys():
-        path = path.replace(f"{{{name}}}", quote(_text(given.pop(name)), safe=""))
-    query = {name: given.pop(name) for name in sorted(operation.in_query & given.keys())}
-    pairs = {name: [_text(item) for item in value] if isinstance(value, list) else _text(value)
-             for name, value in query.items() if value is not None}  # fmt: skip
-    body = json.dumps(given).encode() if given else b""
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0"},
-        "http_version": "1.1",
-        "method": operation.method,
-        "scheme": "http",
-        "path": path,
-        "raw_path": path.encode(),
-        "query_string": urlencode(pairs, doseq=True).encode(),
-        "headers": [(b"host", b"awm"), (b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))],
-        "client": ("awm", 0),
-        "server": ("awm", 80),
-        "root_path": "",
-    }
-    status, chunks = 500, []
-    asked = False
-
-    async def receive() -> dict[str, Any]:
-        nonlocal asked
-        if asked:
-            await asyncio.Event().wait()  # nobody hangs up
-        asked = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async def send(message: Mapping[str, Any]) -> None:
-        nonlocal status
-        if message["type"] == "http.response.start":
-            status = message["status"]
-        elif message["type"] == "http.response.body":
-            chunks.append(message.get("body", b""))
-
-    await app(scope, receive, send)
-    return status, b"".join(chunks)
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""An episode on a server that speaks OpenEnv: OpenEnv's own Agent World Model environment, or ours."""
+"""Plays rollouts on a server that speaks OpenEnv: OpenEnv's own Agent World Model environment, or Backtalk's."""
 
 from __future__ import annotations
 
@@ -9,25 +9,38 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from backtalk.envs.awm.config import AwmConfig
-from backtalk.envs.awm.session import Answer
-from backtalk.envs.openenv import OpenEnvConfig, OpenEnvSession, OpenEnvWorld, Result, connect
-from backtalk.envs.openenv.actions import mcp_actions
+from backtalk.envs.awm.session import Result
+from backtalk.envs.openenv import OpenEnvConfig, OpenEnvSession, OpenEnvWorld, connect
+from backtalk.envs.openenv.messages import mcp_actions
 from backtalk.errors import InfrastructureError
 from backtalk.messages import ToolSpec
 
 
-def remote_world(url: str, config: AwmConfig) -> OpenEnvWorld:
-    """The server's sessions: who waits for a place, and what is tried twice."""
-    # The server ends a call after its own 30 s; this end waits longer than that for it to say so.
-    timeout_s = 2 * config.call_timeout_s
-    return OpenEnvWorld(url, OpenEnvConfig(actions="tools", step_timeout_s=timeout_s, headers=config.headers))
+class RemoteScenarios:
+    """The scenarios of a server (a ``Scenarios``)."""
+
+    def __init__(self, url: str, config: AwmConfig) -> None:
+        # The server ends a call after its own 30 s; this side waits longer, to receive the observation that says so.
+        timeout_s = 2 * config.call_timeout_s
+        self._reset = config.reset
+        self._world = OpenEnvWorld(
+            url, OpenEnvConfig(actions="tools", step_timeout_s=timeout_s, headers=config.headers)
+        )
+
+    def session(self, scenario: str, *, task_idx: int | None = None, seed: int | None = None) -> RemoteSession:
+        chosen = {"scenario": scenario, "task_idx": task_idx, "seed": seed}
+        arguments = {name: value for name, value in chosen.items() if value is not None}
+        return RemoteSession(self._world, {**self._reset, **arguments})
+
+    async def close(self) -> None:
+        await self._world.close()
 
 
 class RemoteSession:
-    """An episode on a server (a ``Session``). ``arguments`` are those of its reset: scenario, task_idx, seed.
+    """A rollout on a server (a ``Session``). ``arguments`` are those of its reset: scenario, task_idx, seed.
 
     Raises:
-        InfrastructureError: the server died, stalled, or answers something else than this environment.
+        InfrastructureError: the server died, stalled, or is not an Agent World Model environment.
     """
 
     def __init__(self, world: OpenEnvWorld, arguments: Mapping[str, Any]) -> None:
@@ -35,35 +48,36 @@ class RemoteSession:
         self._session: OpenEnvSession | None = None
         self.tools: tuple[ToolSpec, ...] = ()
 
-    async def start(self) -> Answer:
-        self._session, result = await self._world.begin(self._arguments)
-        answer = _answer(result)
-        if answer.reward_type == "reset_ok":
+    async def start(self) -> Result:
+        self._session, answer = await self._world.open_session(self._arguments)
+        result = Result(answer.observation, answer.reward, answer.done)
+        if result.reward_type == "reset_ok":
             self.tools = tuple(action.tool for action in mcp_actions(await self._session.list_tools()))
-        return answer
+        return result
 
-    async def call(self, tool: str, arguments: Mapping[str, Any]) -> Answer:
+    async def call(self, tool: str, arguments: Mapping[str, Any]) -> Result:
         if self._session is None:
             raise InfrastructureError("no episode was begun on the server; call start first")
-        return _answer(await self._session.call_tool(tool, arguments))
+        answer = await self._session.call_tool(tool, arguments)
+        return Result(answer.observation, answer.reward, answer.done)
 
     async def close(self) -> None:
         if self._session is not None:
             session, self._session = self._session, None
-            await self._world.end(session)
+            await self._world.close_session(session)
 
 
-def list_remote(url: str, headers: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The scenarios of a server: name, description, tasks. Blocks, and works inside a running loop too.
+def list_scenarios(url: str, headers: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the scenarios of a server: name, description, tasks. Blocks, and works inside a running event loop too.
 
     Raises:
-        InfrastructureError: nobody answers there, or it is another environment.
+        InfrastructureError: no server answers there, or it serves another environment.
     """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, _list(url, headers)).result()
+        return thread.submit(asyncio.run, _list_scenarios(url, headers)).result()
 
 
-async def _list(url: str, headers: Mapping[str, str]) -> list[dict[str, Any]]:
+async def _list_scenarios(url: str, headers: Mapping[str, str]) -> list[dict[str, Any]]:
     session = await connect(url, headers=headers)
     try:
         answer = await session.call_tool("__list_scenarios__", {})
@@ -71,12 +85,8 @@ async def _list(url: str, headers: Mapping[str, str]) -> list[dict[str, Any]]:
         await session.close()
     scenarios = answer.observation.get("scenarios")
     if not isinstance(scenarios, list):
-        said = json.dumps(answer.observation)[:300]
         raise InfrastructureError(
-            f"the server at {url} lists no scenarios, so it is no Agent World Model environment; it said {said}"
+            f"the server at {url} lists no scenarios, so it is no Agent World Model environment; it said "
+            f"{json.dumps(answer.observation)[:300]}"
         )
     return scenarios
-
-
-def _answer(result: Result) -> Answer:
-    return Answer(result.observation, result.reward, result.done)

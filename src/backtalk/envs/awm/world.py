@@ -4,54 +4,141 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import cache
+from importlib import resources
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from backtalk.envs.awm.config import AwmConfig
 from backtalk.envs.awm.env import AwmEnv
-from backtalk.envs.awm.library import GENERATED, open_library
-from backtalk.envs.awm.session import Session
-from backtalk.envs.awm.shop import SEEDS_FROM, TASK_COUNT, shop_contents
+from backtalk.envs.awm.files import Scenario, read_scenarios
+from backtalk.envs.awm.program import Program
+from backtalk.envs.awm.session import LocalSession, Session
+from backtalk.envs.awm.shop import FIRST_SEED, TASK_COUNT, generate_task
 from backtalk.envs.base import WorldReport
-from backtalk.errors import ConfigError
-from backtalk.messages import ToolSpec
+from backtalk.errors import ConfigError, DataError, TaskError
 from backtalk.tasks.load import draw_tasks
 from backtalk.tasks.task import Split, Task
+
+GENERATED = "shop"  # the scenario whose tasks are also generated from seeds
+SHIPPED = {"shop": "shop", "shop-ten": "shop", "tickets": "tickets"}  # folder in assets/awm by name of the source
+
+
+class Scenarios(Protocol):
+    """The scenarios of one source: in this process, in sandboxes, or on a server."""
+
+    def session(self, scenario: str, *, task_idx: int | None = None, seed: int | None = None) -> Session:
+        """Return a rollout of a task, given by its number or by a seed, that is not started yet."""
+        ...
+
+    async def close(self) -> None:
+        """Stop what was started for them."""
+        ...
+
+
+class LocalScenarios:
+    """Scenarios played in this process (``Scenarios``). A program is executed when it is first needed.
+
+    ``shipped`` marks scenarios that were read from this package's own files: those are trusted to run in the trainer,
+    and "shop" among them can be filled from a seed. No name in a file decides it.
+    """
+
+    def __init__(
+        self, scenarios: Mapping[str, Scenario], *, shipped: bool = False, call_timeout_s: float = 30.0
+    ) -> None:
+        self.scenarios, self.shipped, self._timeout_s = scenarios, shipped, call_timeout_s
+        self._programs: dict[str, Program] = {}
+
+    def program(self, name: str) -> Program:
+        """Return a scenario's program; raises DataError where there is none, and what ``Program`` raises."""
+        if name not in self.scenarios:
+            raise DataError(f"there is no scenario {name!r}; there are {', '.join(list(self.scenarios)[:20])}")
+        if name not in self._programs:
+            self._programs[name] = Program(self.scenarios[name])
+        return self._programs[name]
+
+    def session(self, scenario: str, *, task_idx: int | None = None, seed: int | None = None) -> LocalSession:
+        program = self.program(scenario)
+        if task_idx is not None:
+            task = program.scenario.task(task_idx)
+        elif seed is not None and self.shipped and scenario == GENERATED:
+            task = generate_task(seed)[0]
+            verifiers = {**program.scenario.task(task.task_idx).verifiers, **task.verifiers}
+            task = replace(task, verifiers=verifiers)
+        else:
+            raise DataError(f"an episode of {scenario} needs a task_idx, or for the shop that ships here a seed")
+        return LocalSession(program, task, call_timeout_s=self._timeout_s)
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Return name, description and tasks of each scenario, as the published environment lists them."""
+        return [
+            {"name": name, "description": s.description, "num_tasks": len(s.tasks), "tasks": list(s.tasks)}
+            for name, s in self.scenarios.items()
+        ]
+
+    async def close(self) -> None:
+        """Do nothing: sessions free their own databases."""
+
+
+def open_scenarios(location: str, call_timeout_s: float = 30.0) -> LocalScenarios:
+    """Read the scenarios of a folder, or of a source that ships with the package.
+
+    Raises:
+        ConfigError: there is no such folder.
+        DataError: its files cannot be read.
+        TaskError: it holds no scenario.
+    """
+    if location in SHIPPED:
+        return LocalScenarios(_read_shipped(SHIPPED[location]), shipped=True, call_timeout_s=call_timeout_s)
+    folder = Path(location).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(
+            f"awm:{location} names no scenarios; use {', '.join(f'awm:{name}' for name in SHIPPED)}, the folder of a "
+            "dataset (gen_scenario.jsonl and six more), or the address of a server such as awm:http://127.0.0.1:8000"
+        )
+    if not (found := read_scenarios(folder)):
+        raise TaskError(f"{folder} holds no scenario with a program")
+    return LocalScenarios(found, call_timeout_s=call_timeout_s)
 
 
 def awm_tasks(which: str, headers: Mapping[str, str] = MappingProxyType({})) -> list[Task]:
     """Return every task of "shop", "shop-ten", "tickets", "FOLDER[#SCENARIO]" or "URL[#SCENARIO]".
 
-    A server is asked with ``headers``.
+    ``headers`` are sent to a server.
 
     Raises:
-        ConfigError: there is no such place, or no such scenario in it.
+        ConfigError: there is no such source, or no such scenario in it.
         DataError: the files cannot be read.
         InfrastructureError: the server does not answer.
     """
-    where, scenario = _parts(which)
-    if where == GENERATED:
-        return [_generated(seed) for seed in range(SEEDS_FROM, SEEDS_FROM + TASK_COUNT)]
-    if is_url(where):
-        from backtalk.envs.awm.remote import list_remote
+    location, _, wanted = which.partition("#")
+    if location == GENERATED:
+        return [_generated_task(seed) for seed in range(FIRST_SEED, FIRST_SEED + TASK_COUNT)]
+    if _is_url(location):
+        from backtalk.envs.awm.remote import list_scenarios
 
-        listed = list_remote(where, headers)
+        listed = list_scenarios(location, headers)
     else:
-        listed = open_library(where).listed()
+        listed = open_scenarios(location).listed()
     names = [row["name"] for row in listed]
-    if scenario is not None and scenario not in names:
-        raise ConfigError(f"{where} has no scenario {scenario!r}; it has {', '.join(names[:20])}")
+    if wanted and wanted not in names:
+        raise ConfigError(f"{location} has no scenario {wanted!r}; it has {', '.join(names[:20])}")
     return [
-        _task(f"{row['name']}/{idx}", text, scenario=row["name"], task_idx=idx, description=row["description"])
+        Task(
+            id=f"{row['name']}/{task_idx}",
+            instruction=text,
+            metadata={"scenario": row["name"], "task_idx": task_idx, "description": row["description"]},
+        )
         for row in listed
-        if scenario in (None, row["name"])
-        for idx, text in enumerate(row["tasks"])
+        if wanted in ("", row["name"])
+        for task_idx, text in enumerate(row["tasks"])
     ]
 
 
 class AwmWorld:
-    """Episodes of the scenarios of one source (a ``World``). A program is executed when it is first played.
+    """The environments of one source's tasks (a ``World``). A program is executed when it is first played.
 
     The programs of "awm:shop", "awm:shop-ten" and "awm:tickets" run in this process, a folder's in sandboxes.
 
@@ -62,90 +149,58 @@ class AwmWorld:
 
     def __init__(self, which: str, config: AwmConfig) -> None:
         self._which, self._config = which, config
-        self._where, _ = _parts(which)
-        self._remote = is_url(self._where)
-        self._server: Any = None
-        self._isolation: Any = None
-        if config.verifier == "sql" and not self._remote:
+        location = which.partition("#")[0]
+        self._scenarios: Scenarios
+        if _is_url(location):
+            from backtalk.envs.awm.remote import RemoteScenarios
+
+            self._scenarios = RemoteScenarios(location, config)
+            self.report = WorldReport(f"Agent World Model on {location}")
+            return
+        if config.verifier == "sql":
             raise ConfigError(
                 "verifier=sql leaves the verdict to a language model that a server asks; play on one (awm:http://...), "
                 "or use verifier=code"
             )
-        if self._remote:
-            from backtalk.envs.awm.remote import remote_world
-
-            self._server = remote_world(self._where, config)
-            return
-        self._library = open_library(self._where)
-        if self._library.shipped:
-            self._library.program(next(iter(self._library.scenarios)))  # says at once what is not installed
+        self._scenarios = local = open_scenarios(location, config.call_timeout_s)
+        self.report = WorldReport(f"Agent World Model, {location}")
+        if local.shipped:
+            local.program(next(iter(local.scenarios)))  # fails now if a package is missing, not at the first rollout
         else:
-            from backtalk.envs.awm.isolation import Isolation
+            from backtalk.envs.awm.isolation import IsolatedScenarios
 
-            self._isolation = Isolation(self._where, self._library.scenarios, config)
-
-    @property
-    def report(self) -> WorldReport:
-        if self._remote:
-            return WorldReport(f"Agent World Model on {self._where}")
-        if self._isolation is not None:
-            backend = self._isolation.backend.report
-            return WorldReport(f"Agent World Model, {self._where}, in {backend.name}", backend.warnings)
-        return WorldReport(f"Agent World Model, {self._where}")
-
-    def tools(self, scenario: str) -> tuple[ToolSpec, ...]:
-        """Return what an agent is offered in a scenario that ships with Backtalk, beside ``done``."""
-        return self._library.program(scenario).tools
+            self._scenarios = isolated = IsolatedScenarios(location, local.scenarios, config)
+            sandbox = isolated.backend.report
+            self.report = WorldReport(f"{self.report.name}, in {sandbox.name}", sandbox.warnings)
 
     def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
         return draw_tasks(awm_tasks(self._which, self._config.headers), split, count, seed)
 
     @asynccontextmanager
     async def open(self, task: Task) -> AsyncIterator[AwmEnv]:
-        session = self._session(task)
+        about = task.metadata
+        session = self._scenarios.session(about["scenario"], task_idx=about.get("task_idx"), seed=about.get("seed"))
         try:
             yield AwmEnv(task, session, self._config)
         finally:
             await session.close()
 
     async def close(self) -> None:
-        for held in (self._isolation, self._server):
-            if held is not None:
-                await held.close()
-
-    def _session(self, task: Task) -> Session:
-        chosen = {name: task.metadata[name] for name in ("task_idx", "seed") if name in task.metadata}
-        name, timeout_s = task.metadata["scenario"], self._config.call_timeout_s
-        if self._remote:
-            from backtalk.envs.awm.remote import RemoteSession
-
-            return RemoteSession(self._server, {**self._config.reset, "scenario": name, **chosen})
-        if self._isolation is not None:
-            return self._isolation.session(name, chosen["task_idx"])
-        return self._library.session(name, **chosen, call_timeout_s=timeout_s)
+        await self._scenarios.close()
 
 
-def is_url(where: str) -> bool:
-    return where.startswith(("http://", "https://", "ws://", "wss://"))
+def _is_url(location: str) -> bool:
+    return location.startswith(("http://", "https://", "ws://", "wss://"))
 
 
 @cache
-def _generated(seed: int) -> Task:
-    contents, task = shop_contents(seed)
-    description = _description(GENERATED)
-    about = {"scenario": GENERATED, "seed": seed, "kind": task.kind, "description": description}
-    return _task(f"shop-{seed}", contents.task, **about)
+def _read_shipped(name: str) -> dict[str, Scenario]:
+    return read_scenarios(Path(str(resources.files("backtalk").joinpath("assets/awm", name))))
 
 
 @cache
-def _description(where: str) -> str:
-    return open_library(where).scenarios[where].description
-
-
-def _task(name: str, text: str, **about: object) -> Task:
-    return Task(id=name, instruction=text, metadata=about)
-
-
-def _parts(which: str) -> tuple[str, str | None]:
-    where, _, scenario = which.partition("#")
-    return where, scenario or None
+def _generated_task(seed: int) -> Task:
+    task, plan = generate_task(seed)
+    description = open_scenarios(GENERATED).scenarios[GENERATED].description
+    about = {"scenario": GENERATED, "seed": seed, "kind": plan.kind, "description": description}
+    return Task(id=f"shop-{seed}", instruction=task.instruction, metadata=about)

@@ -1,4 +1,4 @@
-"""An environment over any OpenEnv server: docs/openenv.md."""
+"""An environment on any OpenEnv server; documented in docs/openenv.md."""
 
 from backtalk.envs.openenv.config import OpenEnvConfig
 from backtalk.envs.openenv.env import OpenEnvEnv, OpenEnvWorld

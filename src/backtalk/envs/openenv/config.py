@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from backtalk.errors import ConfigError
+from backtalk.tasks.task import Split
 from backtalk.trajectory import TokenRole
 
 ROLES: dict[str, TokenRole | None] = {
@@ -15,51 +16,59 @@ ROLES: dict[str, TokenRole | None] = {
     "context": TokenRole.CONTEXT,
     "none": None,  # not shown
 }
-# What no rule names is env_output. tool_name and error.error_type are fields of OpenEnv's MCP observations.
+# Fields without a rule are env_output. tool_name and error.error_type belong to OpenEnv's MCP observations.
 DEFAULT_ROLES = {
-    "done": "none",
-    "reward": "none",
-    "metadata": "none",
+    **dict.fromkeys(("done", "reward", "metadata", "tool_name", "error.error_type"), "none"),
     "warning": "warning",
-    "tool_name": "none",
-    "error.error_type": "none",
 }
-FOLDS = ("train", "held_out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpenEnvConfig:
-    """How an OpenEnv environment is started, played, read and scored."""
+    """Settings of how an OpenEnv environment is started, played, read and scored."""
 
-    # What the policy is told before the first observation, beside the tools.
     system_prompt: str = "You act in an environment by calling tools."
+    """System message, beside the tools; empty for none."""
     instruction: str = ""
-    # "tools": MCP tools, listed anew in each episode; "typed": the action schema is one tool; "auto": by the schema.
+    """Text before the first observation, in the user message."""
     actions: Literal["auto", "tools", "typed"] = "auto"
-    tool: str = "act"  # the name of that one tool
-    # Who said an observation's field, by dotted path: env_output, warning, context, or none to leave it out.
-    # Taken on top of DEFAULT_ROLES; a field inside an object takes the object's role unless it has its own.
+    """tools: MCP tools, listed anew in each rollout. typed: the action schema is one tool. auto: by the schema."""
+    tool: str = "act"
+    """Name of that one tool."""
     roles: Mapping[str, str] = field(default_factory=dict)
-    max_observation_chars: int = 8000  # of one field; the middle of a longer one is left out
-    # The reward of an episode from those of its steps. "done": that of the step which ended it.
+    """Role by a field's dotted path, over the defaults: env_output, warning, context, or none to leave it out."""
+    max_observation_chars: int = 8000
+    """Longest field that is shown whole; the middle of a longer one is left out."""
     score: Literal["sum", "last", "max", "done"] = "sum"
-    unfinished: float | None = None  # the reward where that rule finds none; None is no reward, not 0
-    # "fail": an exception in the environment's step costs the rollout. "observe": its message is what the world said.
+    """Rollout's reward from those of its steps; done is the reward of the step that ended it."""
+    unfinished: float | None = None
+    """Reward where no step gave one; null is no reward, not 0."""
     exceptions: Literal["fail", "observe"] = "fail"
-    # Tasks: the rows of a JSONL file {id, instruction, reset, fold}, else one for each seed.
+    """Exception in the environment's step: fail the rollout, or observe its message as the environment's output."""
     tasks: str | None = None
-    reset: Mapping[str, Any] = field(default_factory=dict)  # arguments of every reset
-    folds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # more of them, for train and for held_out
-    seeds: int = 10_000  # seeds are below this
-    seed_argument: str = "seed"  # of reset; "index" where an environment numbers its tasks
-    # The server.
+    """JSONL file of tasks, rows of id, instruction, reset and fold; null makes a task of each seed."""
+    reset: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of every reset."""
+    folds: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Further arguments of a reset, by fold: train and held_out."""
+    seeds: int = 10_000
+    """Seeds are 0 to this less one."""
+    seed_argument: str = "seed"
+    """Argument of reset that takes the seed, such as index."""
     step_timeout_s: float = 60.0
+    """Time limit of the server's answer to a step or reset."""
     start_timeout_s: float = 120.0
-    headers: Mapping[str, str] = field(default_factory=dict)  # for a URL; $NAME is the variable of that name
-    env: Mapping[str, str] = field(default_factory=dict)  # variables of a server that is started here, with values
-    pass_env: tuple[str, ...] = ()  # names of variables of this process that it gets too; their values are not stored
-    provider: str | None = None  # who runs a container: "module:Class" of an OpenEnv provider; None is local Docker
-    provider_options: Mapping[str, Any] = field(default_factory=dict)  # of its constructor
+    """Time limit of a server's start."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """HTTP headers sent to a URL; $NAME is replaced by the environment variable NAME."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables of a server that is started here."""
+    pass_env: tuple[str, ...] = ()
+    """Names of further variables of this process that it gets; their values are not stored."""
+    provider: str | None = None
+    """module:Class of an OpenEnv provider that runs a container; null is local Docker."""
+    provider_options: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the provider's constructor."""
 
     def __post_init__(self) -> None:
         for name in ("max_observation_chars", "seeds", "step_timeout_s", "start_timeout_s"):
@@ -68,7 +77,7 @@ class OpenEnvConfig:
         for path, role in self.roles.items():
             if role not in ROLES:
                 raise ConfigError(f"roles: {path}={role!r} is no role; use one of {', '.join(ROLES)}")
-        if self.folds and (set(self.folds) != set(FOLDS) or self.tasks is not None):
+        if self.folds and (set(self.folds) != set(Split) or self.tasks is not None):
             raise ConfigError(
                 f"folds={dict(self.folds)} has to name reset arguments for train and for held_out, and goes with "
                 "seeds, not with a tasks file, whose rows say their fold themselves"

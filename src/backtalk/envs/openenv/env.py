@@ -1,19 +1,24 @@
-"""An episode in an OpenEnv environment, and the world that such episodes are opened in."""
+"""The environment of one rollout on an OpenEnv server, and the world that opens such environments."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 from backtalk.envs.base import Step, WorldReport
-from backtalk.envs.openenv.actions import Action, is_tool_environment, mcp_actions, typed_actions
 from backtalk.envs.openenv.config import OpenEnvConfig
-from backtalk.envs.openenv.observe import observe
-from backtalk.envs.openenv.server import get_json, server_for
+from backtalk.envs.openenv.messages import (
+    Action,
+    is_tool_environment,
+    mcp_actions,
+    observation_parts,
+    typed_actions,
+)
+from backtalk.envs.openenv.server import find_server, get_json
 from backtalk.envs.openenv.session import PROTOCOL, OpenEnvError, OpenEnvRefusal, OpenEnvSession, Result, connect
 from backtalk.envs.openenv.tasks import openenv_tasks
 from backtalk.messages import Message, Part, ToolCall, ToolSpec
@@ -23,75 +28,74 @@ from backtalk.trajectory import TokenRole
 
 log = logging.getLogger(__name__)
 
-BAD_ARGUMENTS = "VALIDATION_ERROR"
-EXCEPTION = "EXECUTION_ERROR"
-FULL = "CAPACITY_REACHED"
-RETRY_S = 0.2  # between attempts to get a place or a connection
+T = TypeVar("T")
+
+# Codes of OpenEnv's errors.
+BAD_ARGUMENTS, EXCEPTION, SERVER_FULL = "VALIDATION_ERROR", "EXECUTION_ERROR", "CAPACITY_REACHED"
+RETRY_S = 0.2  # before asking again for a session or a connection
 
 
 class OpenEnvEnv:
-    """One episode of one task in one session (an ``Env``)."""
+    """The environment of one rollout, in one session (an ``Env``)."""
 
     def __init__(self, task: Task, world: OpenEnvWorld) -> None:
         self.task, self._world, self._config = task, world, world.config
         self._session: OpenEnvSession | None = None
         self._actions: dict[str, Action] = {}
         self._rewards: list[float] = []  # of the steps that gave one
-        self._final: float | None = None  # of the step that ended the episode
+        self._final: float | None = None  # of the step that ended the rollout
 
     @property
     def tools(self) -> tuple[ToolSpec, ...]:
         return tuple(action.tool for action in self._actions.values())
 
     async def reset(self) -> tuple[Message, ...]:
-        """Begin the episode. What the environment says to that belongs to the prompt, so nothing in it is a target.
+        """Open a session and reset it. The first observation is part of the prompt, so nothing in it is a target.
 
         Raises:
-            OpenEnvError: the server broke, or the episode is over before it began.
+            OpenEnvError: the server broke, or the environment is done before the first step.
         """
         arguments = {**self._config.reset, **self.task.metadata.get("reset", {})}
-        self._session, result = await self._world.begin(arguments)
+        self._session, result = await self._world.open_session(arguments)
         if result.done:
             raise OpenEnvError(f"the server at {self._session.url} says done to reset({arguments}); nothing to play")
-        actions = self._world.actions or mcp_actions(await self._ask(self._session.list_tools()))
+        actions = self._world.actions or mcp_actions(await self._explain(self._session.list_tools()))
         self._actions = {action.tool.name: action for action in actions}
-        parts, _ = observe(result.observation, self._config.roles, self._config.max_observation_chars)
-        said = "".join(part.text for part in parts)
-        texts = [self.task.instruction.strip(), said]
-        user = Message("user", (Part("\n\n".join(text for text in texts if text) or "Begin.", TokenRole.CONTEXT),))
-        if not self._config.system_prompt:
-            return (user,)
-        return (Message("system", (Part(self._config.system_prompt, TokenRole.CONTEXT),)), user)
+        parts, _ = observation_parts(result.observation, self._config.roles, self._config.max_observation_chars)
+        texts = (self.task.instruction.strip(), "".join(part.text for part in parts))
+        prompt = "\n\n".join(text for text in texts if text) or "Begin."
+        roles = (("system", self._config.system_prompt), ("user", prompt))
+        return tuple(Message(role, (Part(text, TokenRole.CONTEXT),)) for role, text in roles if text)
 
     async def step(self, call: ToolCall) -> Step:
-        """Take the action. One that the environment's schema refuses is told so, as a WARNING.
+        """Take the action. If the environment's schema refuses it, the observation says so, as a WARNING.
 
         Raises:
-            OpenEnvError: the server died, stalled or answered nonsense; or the environment raised, see ``exceptions``.
+            OpenEnvError: the server died, stalled or broke the protocol; or the environment raised, see ``exceptions``.
         """
         action = self._actions.get(call.tool)
         if action is None or self._session is None:
-            return _told(call, f"[unknown tool {call.tool}; the tools are {', '.join(self._actions)}]")
+            return _warning_step(call, f"[unknown tool {call.tool}; the tools are {', '.join(self._actions)}]")
         try:
             if action.fixed is None:
-                result = await self._ask(self._session.call_tool(call.tool, call.arguments))
+                result = await self._explain(self._session.call_tool(call.tool, call.arguments))
             else:
-                result = await self._ask(self._session.step({**action.fixed, **call.arguments}))
+                result = await self._explain(self._session.step({**action.fixed, **call.arguments}))
         except OpenEnvRefusal as refusal:
             if refusal.code == BAD_ARGUMENTS:
-                return _told(call, f"[{call.tool} was refused: {_what_is_wrong(refusal.data)}]")
+                return _warning_step(call, f"[{call.tool} was refused: {_validation_errors(refusal.data)}]")
             if refusal.code != EXCEPTION or self._config.exceptions == "fail":
                 raise
             result = Result({"error": refusal.data.get("message", "")}, None, False)
         if result.reward is not None:
             self._rewards.append(result.reward)
         self._final = result.reward if result.done else None
-        parts, truncated = observe(result.observation, self._config.roles, self._config.max_observation_chars)
+        parts, cut = observation_parts(result.observation, self._config.roles, self._config.max_observation_chars)
         parts = parts or (Part("[no output]", TokenRole.WARNING),)
-        return Step((Message("tool", parts, tool=call.tool),), done=result.done, truncated=truncated)
+        return Step((Message("tool", parts, tool=call.tool),), done=result.done, truncated=cut)
 
     async def score(self) -> float | None:
-        """The rewards of the steps by the rule ``score``; where that finds none, ``unfinished``."""
+        """Return the reward by the rule ``score`` from those of the steps; ``unfinished`` where there are none."""
         if self.task.world_model_only:
             return None
         if self._config.score == "done":
@@ -102,116 +106,115 @@ class OpenEnvEnv:
         return rule(self._rewards)
 
     async def close(self) -> None:
+        """Close the session, if one was opened."""
         if self._session is not None:
-            await self._world.end(self._session)
+            await self._world.close_session(self._session)
 
-    async def _ask(self, asking: Any) -> Any:
-        """What the session answers; what breaks it is told with the end of the server's log."""
+    async def _explain(self, answer: Awaitable[T]) -> T:
+        """Await the session's answer; add the end of the server's log to the error of a broken session."""
         try:
-            return await asking
+            return await answer
         except OpenEnvRefusal:
             raise
         except OpenEnvError as error:
-            raise self._world.explained(error) from error
+            raise self._world.with_log_tail(error) from error
 
 
 class OpenEnvWorld:
-    """Sessions at one OpenEnv server, which is started here where that is ours to do (a ``World``).
+    """Sessions on one OpenEnv server, which is started here unless ``location`` is a URL (a ``World``).
 
     Raises:
         ConfigError: there is no such server, or its actions cannot be offered as tools.
         OpenEnvError: it could not be started, or does not answer.
     """
 
-    def __init__(self, where: str, config: OpenEnvConfig) -> None:
-        self.config, self._where, self._server = config, where, server_for(where, config)
+    def __init__(self, location: str, config: OpenEnvConfig) -> None:
+        self.config, self._location, self._server = config, location, find_server(location, config)
         try:
             self._url = self._server.start()
             self.actions = self._find_actions()
         except BaseException:
             self._server.stop()
             raise
-        self._starting, self._places = asyncio.Lock(), asyncio.Condition()
-        self._open, self._most = 0, math.inf  # sessions here and now, and as far as the server has said
+        self._starting, self._slot_freed = asyncio.Lock(), asyncio.Condition()
+        self._num_open, self._max_open = 0, math.inf  # sessions; the server tells its limit when it is reached
 
     @property
     def report(self) -> WorldReport:
-        offered = ", ".join(action.tool.name for action in self.actions or ()) or "its own tools"
-        return WorldReport(f"OpenEnv environment {self._server.name} at {self._url} ({offered})")
+        tools = ", ".join(action.tool.name for action in self.actions or ()) or "its own tools"
+        return WorldReport(f"OpenEnv environment {self._server.name} at {self._url} ({tools})")
 
     def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
-        return openenv_tasks(self._where, self.config, split=split, count=count, seed=seed)
-
-    def open(self, task: Task) -> AbstractAsyncContextManager[OpenEnvEnv]:
-        return self._opened(task)
-
-    async def close(self) -> None:
-        """Stop the server, if it was started here."""
-        await asyncio.to_thread(self._server.stop)
-
-    async def begin(self, arguments: Mapping[str, Any]) -> tuple[OpenEnvSession, Result]:
-        """A session that is reset, as soon as the server has a place for one.
-
-        Raises:
-            OpenEnvError: the server cannot be had, or could not reset.
-        """
-        rollout = arrival.get()
-        try:
-            while True:
-                async with self._places:
-                    if self._open >= self._most:
-                        rollout.wait()
-                    await self._places.wait_for(lambda: self._open < self._most)
-                    self._open += 1
-                session = None
-                try:
-                    session = await self._connect()
-                    return session, await session.reset(**arguments)
-                except BaseException as error:
-                    await self.end(session)
-                    if not isinstance(error, OpenEnvError):
-                        raise
-                    if not isinstance(error, OpenEnvRefusal) or error.code != FULL:
-                        raise self.explained(error) from error
-                    rollout.wait()
-                    self._keep_within(error.data.get("max_sessions"))
-                await asyncio.sleep(RETRY_S)  # the place of a session that was closed is free a moment later
-        finally:
-            rollout.go_on()
-
-    async def end(self, session: OpenEnvSession | None) -> None:
-        """Give a session's place to whoever waits for one."""
-        try:
-            if session is not None:
-                await session.close()
-        finally:
-            async with self._places:
-                self._open -= 1
-                self._places.notify()
-
-    def explained(self, error: OpenEnvError) -> OpenEnvError:
-        return OpenEnvError(f"{error}{self._server.last_words()}")
-
-    def _keep_within(self, most: Any) -> None:
-        """The server has said how many sessions it plays at once: from now on the others wait here."""
-        if self._most == math.inf:
-            log.warning(
-                "%s at %s plays %s sessions at once, so further attempts wait; raise max_concurrent_envs in its "
-                "create_app, or lower rollout.concurrency",
-                *(self._server.name, self._url, most),
-            )
-        self._most = most if isinstance(most, int) and most > 0 else max(1, self._open)
+        return openenv_tasks(self._location, self.config, split=split, count=count, seed=seed)
 
     @asynccontextmanager
-    async def _opened(self, task: Task) -> AsyncIterator[OpenEnvEnv]:
+    async def open(self, task: Task) -> AsyncIterator[OpenEnvEnv]:
         env = OpenEnvEnv(task, self)
         try:
             yield env
         finally:
             await env.close()
 
+    async def close(self) -> None:
+        """Stop the server, if it was started here."""
+        await asyncio.to_thread(self._server.stop)
+
+    async def open_session(self, arguments: Mapping[str, Any]) -> tuple[OpenEnvSession, Result]:
+        """Open a session and reset it, as soon as the server plays fewer than it can.
+
+        Raises:
+            OpenEnvError: the server does not answer, or could not reset.
+        """
+        rollout = arrival.get()
+        try:
+            while True:
+                async with self._slot_freed:
+                    if self._num_open >= self._max_open:
+                        rollout.wait()
+                    await self._slot_freed.wait_for(lambda: self._num_open < self._max_open)
+                    self._num_open += 1
+                session = None
+                try:
+                    session = await self._connect()
+                    return session, await session.reset(**arguments)
+                except BaseException as error:
+                    await self.close_session(session)
+                    if not isinstance(error, OpenEnvError):
+                        raise
+                    if not isinstance(error, OpenEnvRefusal) or error.code != SERVER_FULL:
+                        raise self.with_log_tail(error) from error
+                    rollout.wait()
+                    self._limit_sessions(error.data.get("max_sessions"))
+                await asyncio.sleep(RETRY_S)  # the server frees a closed session's place a moment later
+        finally:
+            rollout.go_on()
+
+    async def close_session(self, session: OpenEnvSession | None) -> None:
+        """Close a session, or one that failed to open, and let the next rollout have its place."""
+        try:
+            if session is not None:
+                await session.close()
+        finally:
+            async with self._slot_freed:
+                self._num_open -= 1
+                self._slot_freed.notify()
+
+    def with_log_tail(self, error: OpenEnvError) -> OpenEnvError:
+        """Return an error with the end of the server's log after its message."""
+        return OpenEnvError(f"{error}{self._server.log_tail()}")
+
+    def _limit_sessions(self, limit: Any) -> None:
+        """Open no more sessions than the server has said it plays at the same time; further rollouts wait here."""
+        if self._max_open == math.inf:
+            log.warning(
+                "%s at %s plays %s sessions at once, so further rollouts wait; raise max_concurrent_envs in its "
+                "create_app, or lower rollout.concurrency",
+                *(self._server.name, self._url, limit),
+            )
+        self._max_open = limit if isinstance(limit, int) and limit > 0 else max(1, self._num_open)
+
     async def _connect(self) -> OpenEnvSession:
-        """A connection; a server that died meanwhile is started again, and one that hesitates is asked twice."""
+        """Open a connection. A server that has died is started again; a failure to connect is retried once."""
         try:
             return await self._connect_once()
         except OpenEnvError as error:
@@ -225,7 +228,7 @@ class OpenEnvWorld:
         return await connect(self._url, step_timeout_s=self.config.step_timeout_s, headers=self.config.headers)
 
     def _find_actions(self) -> tuple[Action, ...] | None:
-        """The typed actions, or None where tools are listed in each episode."""
+        """Return the typed actions, or None where tools are listed in each rollout."""
         if self.config.actions == "tools":
             return None
         timeout_s = self.config.step_timeout_s
@@ -238,12 +241,12 @@ class OpenEnvWorld:
         return typed_actions(action, self.config.tool)
 
 
-def _told(call: ToolCall, text: str) -> Step:
+def _warning_step(call: ToolCall, text: str) -> Step:
     return Step((Message("tool", (Part(text, TokenRole.WARNING),), tool=call.tool),))
 
 
-def _what_is_wrong(data: Mapping[str, Any]) -> str:
-    """The faults that the server found in an action, by field."""
+def _validation_errors(data: Mapping[str, Any]) -> str:
+    """Return the first three faults that the server found in an action, by field."""
     errors = data.get("errors")
     found = [error for error in errors if isinstance(error, Mapping)] if isinstance(errors, list) else []
     faults = [f"{'.'.join(map(str, e.get('loc', ())))}: {e.get('msg', 'not valid')}" for e in found[:3]]

@@ -1,6 +1,6 @@
-"""Runs a server's app on a socket that was handed over, and ends, with all it started, when its parent does.
+"""Runs a server's app on a socket passed by the parent, and kills its process group when the parent ends.
 
-Run as a script, by path: the parent's own modules are not on its way, only the app's folder is.
+Run by path, as a script, so that the app's folder is on the import path and the parent's modules are not.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ import sys
 import threading
 
 
-def _end_with(pipe: int) -> None:
-    """The parent holds the other end of this pipe and never writes: it ends when the parent does, however that is."""
+def _end_with_parent(pipe: int) -> None:
+    """Wait until the parent's end of the pipe closes, which it does however the parent ends; then kill the group."""
     os.read(pipe, 1)
     os.killpg(0, signal.SIGKILL)  # this process leads its group
 
 
 def main(folder: str, app: str, listening: int) -> None:
+    """Serve ``app`` ("module:app") from ``folder`` on the inherited socket with file descriptor ``listening``."""
     pipe = os.dup(0)
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
-    threading.Thread(target=_end_with, args=(pipe,), daemon=True).start()
+    with open(os.devnull) as null:
+        os.dup2(null.fileno(), 0)
+    threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
     sys.path.insert(0, folder)
     import uvicorn
 
-    # No pings from here: a trainer that is busy for long is no reason to end its episodes.
+    # No pings: a trainer that does not answer them for long is busy, not gone.
     config = uvicorn.Config(app, ws_ping_interval=None, log_level="warning", access_log=False)
     uvicorn.Server(config).run(sockets=[socket.socket(fileno=listening)])
 

@@ -1,7 +1,7 @@
-"""One session at an OpenEnv server: one WebSocket, which is one environment of its own there.
+"""One session at an OpenEnv server: a WebSocket with an environment of its own on the server.
 
-OpenEnv's own client opens a new socket where the old one has died, and the next step then lands in a fresh
-environment that nobody has reset. Here a session that has died stays dead, and says where it died.
+OpenEnv's own client opens a new socket where the old one has died, and the next step is then taken in a fresh
+environment that was never reset. Here a session that has died stays dead, and says why.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ STEP_TIMEOUT_S = 60.0
 
 
 class OpenEnvError(InfrastructureError):
-    """An OpenEnv server died, stalled, or answered what the protocol does not know."""
+    """An OpenEnv server died, stalled, or gave an answer that is not of its protocol."""
 
 
 class OpenEnvRefusal(OpenEnvError):
-    """The server answered with an error of the protocol and lives on. ``code`` is one of OpenEnv's WSErrorCode."""
+    """The server answered with an error of the protocol and goes on. ``code`` is one of OpenEnv's WSErrorCode."""
 
     def __init__(self, message: str, code: str, data: Mapping[str, Any]) -> None:
         super().__init__(message)
@@ -40,7 +40,7 @@ class OpenEnvRefusal(OpenEnvError):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a reset or a step gave. ``reward`` is None where the environment gave none."""
+    """The answer to a reset or a step. ``reward`` is None where the environment gave none."""
 
     observation: Mapping[str, Any]
     reward: float | None
@@ -48,20 +48,20 @@ class Result:
 
 
 class OpenEnvSession:
-    """An environment at a server, from reset to close; made by :func:`connect`, for one task at a time.
+    """An environment on a server, from reset to close; made by :func:`connect`, for one task at a time.
 
     Raises:
         OpenEnvRefusal: from any method, when the server answers with an error. The session can go on.
-        OpenEnvError: from any method, when the server died, gave no answer in time, or answered nonsense. The session
-            is over: every later call raises too, as a late answer would be taken for that of another call.
+        OpenEnvError: from any method, when the server died, gave no answer in time, or broke the protocol. The session
+            is over: every later call raises too, because a late answer could be taken for that of another call.
     """
 
     def __init__(self, socket: Any, url: str, step_timeout_s: float) -> None:
         self._socket, self.url, self._timeout_s = socket, url, step_timeout_s
-        self._over: str | None = None
+        self._over: str | None = None  # the reason why the session is over
 
     async def reset(self, **arguments: Any) -> Result:
-        """Begin an episode; ``arguments`` are what the environment's reset takes, ``seed`` for example."""
+        """Reset the environment; ``arguments`` are those of its reset, ``seed`` for example."""
         return self._result(await self._ask("reset", arguments))
 
     async def step(self, action: Mapping[str, Any]) -> Result:
@@ -69,19 +69,19 @@ class OpenEnvSession:
         return self._result(await self._ask("step", action))
 
     async def call_tool(self, name: str, arguments: Mapping[str, Any]) -> Result:
-        """A step that calls a tool of an MCP environment; the observation is as the server has it."""
+        """Call a tool of an MCP environment, which is a step."""
         return await self.step({"type": "call_tool", "tool_name": name, "arguments": dict(arguments)})
 
     async def list_tools(self) -> list[dict[str, Any]]:
-        """The tools of an MCP environment: name, description, input_schema."""
+        """Return the tools of an MCP environment: name, description, input_schema."""
         observation = (await self.step({"type": "list_tools"})).observation
         tools = observation.get("tools")
         if not isinstance(tools, list) or not all(isinstance(tool, dict) and "name" in tool for tool in tools):
-            raise self._nonsense(f"to list_tools {_excerpt(observation)}, which holds no list of tools with names")
+            raise self._malformed(f"to list_tools {_excerpt(observation)}, which holds no list of tools with names")
         return tools
 
     async def state(self) -> dict[str, Any]:
-        """The environment's own state: episode_id, step_count and whatever it adds."""
+        """Return the environment's own state: episode_id, step_count and its further fields."""
         return await self._ask("state", None)
 
     async def close(self) -> None:
@@ -89,71 +89,66 @@ class OpenEnvSession:
         alive, self._over = self._over is None, self._over or "it was closed"
         try:
             if alive:
-                with suppress(_closed(), OSError):
+                with suppress(_connection_closed(), OSError):
                     await self._socket.send('{"type": "close"}')
                     await self._socket.close()
         finally:
             self._socket.transport.abort()
 
     async def _ask(self, kind: str, data: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Send one message and read its answer's data."""
+        """Send one message and return its answer's data."""
         if self._over is not None:
             raise OpenEnvError(f"the session at {self.url} is over: {self._over}; open another one")
         message = json.dumps({"type": kind} if data is None else {"type": kind, "data": data})
-        self._over = f"its {kind} was broken off"  # holds if this is cancelled: the answer may come yet
+        self._over = f"its {kind} was broken off"  # stays if this is cancelled: the answer may still come
         try:
             async with asyncio.timeout(self._timeout_s):
-                with suppress(_closed()):  # a server that refuses a session says why, and closes
+                with suppress(_connection_closed()):  # a server that refuses a session sends why, and closes
                     await self._socket.send(message)
                 raw = await self._socket.recv()
         except TimeoutError:
-            raise self._fail(
+            raise self._end(
                 f"gave no answer to a {kind} within {self._timeout_s:g} s; give it more (step_timeout_s) or see its log"
             ) from None
-        except (_closed(), OSError) as error:
-            raise self._fail(f"closed the connection during a {kind} ({error}); its own log says why") from error
+        except (_connection_closed(), OSError) as error:
+            raise self._end(f"closed the connection during a {kind} ({error}); its own log says why") from error
         answer = self._read(raw, kind)
         self._over = None
         if answer["type"] == "error":
-            raise self._refusal(kind, answer["data"])
+            error = answer["data"]
+            code, reason = str(error.get("code", "UNKNOWN")), error.get("message", "no message")
+            text = f"the server at {self.url} answered a {kind} with the error {code}: {reason}"
+            raise OpenEnvRefusal(text, code, error)
         return answer["data"]
 
     def _read(self, raw: str | bytes, kind: str) -> dict[str, Any]:
         try:
             answer = json.loads(raw)
         except (ValueError, RecursionError) as error:
-            raise self._nonsense(f"to a {kind} what is not JSON ({error}): {_excerpt(raw)}") from error
+            raise self._malformed(f"to a {kind} what is not JSON ({error}): {_excerpt(raw)}") from error
         expected = "state" if kind == "state" else "observation"
-        if (
-            not isinstance(answer, dict)
-            or answer.get("type") not in (expected, "error")
-            or not isinstance(answer.get("data"), dict)
-        ):
-            raise self._nonsense(f"to a {kind} {_excerpt(answer)}, where type {expected!r} and an object data belong")
-        return answer
+        match answer:
+            case {"type": str(found), "data": dict()} if found in (expected, "error"):
+                return answer
+        raise self._malformed(f"to a {kind} {_excerpt(answer)}, where type {expected!r} and an object data belong")
 
     def _result(self, data: Mapping[str, Any]) -> Result:
         observation, reward, done = data.get("observation"), data.get("reward"), data.get("done", False)
         if not isinstance(observation, dict):
-            raise self._nonsense(f"{_excerpt(data)}, which has no observation")
+            raise self._malformed(f"{_excerpt(data)}, which has no observation")
         if reward is not None and not _is_finite(reward):
-            raise self._nonsense(f"reward={_excerpt(reward)}, which is no finite number; null says that there is none")
+            raise self._malformed(f"reward={_excerpt(reward)}, which is no finite number; null says that there is none")
         if not isinstance(done, bool):
-            raise self._nonsense(f"done={_excerpt(done)}, which is neither true nor false")
+            raise self._malformed(f"done={_excerpt(done)}, which is neither true nor false")
         return Result(observation, None if reward is None else float(reward), done)
 
-    def _refusal(self, kind: str, data: Mapping[str, Any]) -> OpenEnvRefusal:
-        code, message = str(data.get("code", "UNKNOWN")), data.get("message", "no message")
-        return OpenEnvRefusal(
-            f"the server at {self.url} answered a {kind} with the error {code}: {message}", code, data
-        )
+    def _malformed(self, answer: str) -> OpenEnvError:
+        return self._end(f"answered {answer}; spoken here is {PROTOCOL}")
 
-    def _nonsense(self, what: str) -> OpenEnvError:
-        return self._fail(f"answered {what}; spoken here is {PROTOCOL}")
-
-    def _fail(self, what: str) -> OpenEnvError:
-        self._over = what
-        return OpenEnvError(f"the server at {self.url} {what}")
+    def _end(self, reason: str) -> OpenEnvError:
+        """Mark the session as over and return the error to raise."""
+        self._over = reason
+        return OpenEnvError(f"the server at {self.url} {reason}")
 
 
 async def connect(
@@ -163,17 +158,17 @@ async def connect(
     connect_timeout_s: float = CONNECT_TIMEOUT_S,
     headers: Mapping[str, str] | None = None,
 ) -> OpenEnvSession:
-    """A session at the server at ``url`` (http, https, ws or wss). ``$NAME`` in a header is the variable of that name.
+    """Open a session at ``url`` (http, https, ws or wss). ``$NAME`` in a header is that environment variable.
 
     Raises:
-        OpenEnvError: nobody answers there, or somebody who does not speak this protocol.
-        ConfigError: the package that it takes is not there, or the address is none.
+        OpenEnvError: no server answers there, or it does not speak this protocol.
+        ConfigError: websockets is not installed, or the URL is malformed.
     """
     try:
         from websockets.asyncio.client import connect as open_socket
         from websockets.exceptions import InvalidHandshake, InvalidStatus
     except ImportError as error:
-        raise ConfigError(missing("websockets")) from error
+        raise ConfigError(missing_package("websockets")) from error
     local = is_loopback(url)
     try:
         socket = await open_socket(
@@ -183,8 +178,8 @@ async def connect(
             max_size=MAX_MESSAGE_BYTES,
             compression=None if local else "deflate",
             proxy=None if local else True,
-            ping_timeout=None,  # pings keep a line open; how long an answer may take is step_timeout_s
-            additional_headers={name: os.path.expandvars(value) for name, value in (headers or {}).items()},
+            ping_timeout=None,  # pings keep the connection open; step_timeout_s limits the time of an answer
+            additional_headers=expand_headers(headers),
         )
     except InvalidStatus as error:
         raise OpenEnvError(
@@ -197,7 +192,7 @@ async def connect(
 
 
 def websocket_url(url: str) -> str:
-    """ws for http and wss for https, without a slash at the end."""
+    """Return the URL with ws for http and wss for https, without a slash at the end."""
     scheme, _, rest = url.partition("://")
     known = {"http": "ws", "https": "wss", "ws": "ws", "wss": "wss"}
     if scheme not in known or not rest:
@@ -205,7 +200,13 @@ def websocket_url(url: str) -> str:
     return f"{known[scheme]}://{rest.rstrip('/')}"
 
 
+def expand_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """Return headers with ``$NAME`` replaced by the environment variable NAME."""
+    return {name: os.path.expandvars(value) for name, value in (headers or {}).items()}
+
+
 def is_loopback(url: str) -> bool:
+    """Tell whether a URL is one of this machine's own addresses."""
     host = urlsplit(url).hostname or ""
     try:
         return host == "localhost" or ip_address(host).is_loopback
@@ -213,13 +214,14 @@ def is_loopback(url: str) -> bool:
         return False
 
 
-def missing(package: str) -> str:
+def missing_package(package: str) -> str:
+    """Return the error message for a package that is not installed."""
     return f"OpenEnv environments need the package {package}, which is not installed; pip install 'backtalk[openenv]'"
 
 
 @cache
-def _closed() -> type[Exception]:
-    """What a socket raises that was closed; websockets is imported where a session is made, not before."""
+def _connection_closed() -> type[Exception]:
+    """Return the exception of a closed socket; websockets is imported when a session is made, not before."""
     from websockets.exceptions import ConnectionClosed
 
     return ConnectionClosed
@@ -228,7 +230,7 @@ def _closed() -> type[Exception]:
 def _is_finite(value: Any) -> bool:
     try:
         return isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # a whole number that no float can hold
+    except OverflowError:  # an integer too large for a float
         return False
 
 

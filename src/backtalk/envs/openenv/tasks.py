@@ -1,4 +1,4 @@
-"""Tasks of an OpenEnv environment: the rows of a file, or one for each seed."""
+"""Makes the tasks of an OpenEnv environment: from the rows of a file, or one for each seed."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from backtalk.errors import TaskError
 from backtalk.tasks.task import Split, Task
 
 
-def openenv_tasks(where: str, config: OpenEnvConfig, *, split: Split, count: int, seed: int = 0) -> list[Task]:
-    """Return at most ``count`` tasks of one split, drawn by ``seed``, of the environment at ``where``.
+def openenv_tasks(location: str, config: OpenEnvConfig, *, split: Split, count: int, seed: int = 0) -> list[Task]:
+    """Draw at most ``count`` tasks of one split by ``seed``, of the environment at ``location``.
 
     A task is the arguments of a reset. Without a ``tasks`` file there is one for each number below ``seeds``: with
-    ``folds`` each fold's own, else the hash of their ids keeps the splits apart.
+    ``folds`` in each fold, else the hash of the id decides the split.
 
     Raises:
-        TaskError: the tasks file cannot be read; every row that is wrong is named.
+        TaskError: the tasks file cannot be read; the message names every bad row.
     """
     if config.tasks is not None:
-        tasks = [task for task in read_rows(Path(config.tasks), config) if task.split is split]
+        tasks = [task for task in _read_rows(Path(config.tasks), config) if task.split is split]
         return tasks if len(tasks) <= count else Random(f"tasks/{seed}").sample(tasks, count)
     numbers = list(range(config.seeds))
     Random(f"openenv/{seed}").shuffle(numbers)
-    made = (_numbered(where, config, split, number) for number in numbers)
-    return list(islice((task for task in made if task.split is split), count))
+    tasks = (_seed_task(location, config, split, number) for number in numbers)
+    return list(islice((task for task in tasks if task.split is split), count))
 
 
-def read_rows(path: Path, config: OpenEnvConfig) -> list[Task]:
-    """The tasks of a JSONL file, a row each: ``id``, and ``instruction``, ``reset`` and ``fold`` where it has them."""
+def _read_rows(path: Path, config: OpenEnvConfig) -> list[Task]:
+    """Read tasks from a JSONL file with ``id`` and optional ``instruction``, ``reset`` and ``fold`` in each row."""
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -41,7 +41,7 @@ def read_rows(path: Path, config: OpenEnvConfig) -> list[Task]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                tasks.append(_task(json.loads(line), config))
+                tasks.append(_row_task(json.loads(line), config))
             except (ValueError, RecursionError) as error:
                 wrong.append(f"line {number}: {error}")
     if wrong or not tasks:
@@ -49,26 +49,25 @@ def read_rows(path: Path, config: OpenEnvConfig) -> list[Task]:
     return tasks
 
 
-def _numbered(where: str, config: OpenEnvConfig, split: Split, number: int) -> Task:
-    name = where.rstrip("/").rpartition("/")[2]
-    fold = split if config.folds else None
-    inside = f"{split.value}/" if config.folds else ""
+def _seed_task(location: str, config: OpenEnvConfig, split: Split, number: int) -> Task:
+    name = location.rstrip("/").rpartition("/")[2]
+    fold = f"{split.value}/" if config.folds else ""
     return Task(
-        id=f"{name}/{inside}{config.seed_argument}-{number}",
+        id=f"{name}/{fold}{config.seed_argument}-{number}",
         instruction=config.instruction,
-        fold=fold,
+        fold=split if config.folds else None,
         metadata={"reset": {**config.folds.get(split.value, {}), config.seed_argument: number}},
     )
 
 
-def _task(row: Any, config: OpenEnvConfig) -> Task:
+def _row_task(row: Any, config: OpenEnvConfig) -> Task:
     if not isinstance(row, dict) or not isinstance(row.get("id"), str) or not row["id"]:
         raise ValueError("a row is an object with an id, a text")
     for name, kind in (("instruction", str), ("reset", dict)):
         if not isinstance(row.get(name, kind()), kind):
             raise ValueError(f"{name}={row[name]!r} is no {'text' if kind is str else 'object'}")
     fold = row.get("fold")
-    if fold not in (None, *(each.value for each in Split)):
+    if fold not in (None, *Split):
         raise ValueError(f"fold={fold!r} is no fold; use train or held_out")
     return Task(
         id=row["id"],
