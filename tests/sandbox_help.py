@@ -18,7 +18,7 @@ from backtalk.sandboxes.bubblewrap.backend import BubblewrapBackend
 
 
 def backend_or_skip(*, use_cgroups: bool = True) -> BubblewrapBackend:
-    """The bubblewrap backend, or a skipped test with what to install."""
+    """Return the bubblewrap backend, or skip the test with what to install."""
     try:
         return BubblewrapBackend(use_cgroups=use_cgroups)
     except SandboxUnavailable as error:
@@ -26,20 +26,13 @@ def backend_or_skip(*, use_cgroups: bool = True) -> BubblewrapBackend:
 
 
 def children() -> list[int]:
-    """Processes this one has started, zombies too."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == os.getpid():
-            found.append(int(stat.parent.name))
-    return found
+    """Return the processes that this one has started, zombies too."""
+    own = str(os.getpid())
+    return _processes(lambda folder: (folder / "stat").read_text().rpartition(")")[2].split()[1] == own)
 
 
 def groups(process: int | None = None) -> list[Path]:
-    """Control groups a trainer has made, by default this process."""
+    """Return the control groups that a trainer has made, by default this process."""
     found = []
     for folder, names, _ in os.walk("/sys/fs/cgroup"):  # skips what vanishes meanwhile
         found += [Path(folder, name) for name in names if name.startswith(f"backtalk-{process or os.getpid()}-")]
@@ -47,40 +40,36 @@ def groups(process: int | None = None) -> list[Path]:
 
 
 def open_files() -> int:
-    """How many files this process has open."""
+    """Return how many files this process has open."""
     return len(os.listdir("/proc/self/fd"))
 
 
 def with_argument(argument: str) -> list[int]:
-    """Processes on the whole machine that carry `argument` in their command line."""
+    """Return the processes on the whole machine that carry `argument` in their command line."""
+    return _processes(lambda folder: argument.encode() in (folder / "cmdline").read_bytes().split(b"\0"))
+
+
+def with_in_environment(mark: str) -> list[int]:
+    """Return the processes on the whole machine that were started with `mark` in a variable."""
+    return _processes(lambda folder: mark.encode() in (folder / "environ").read_bytes())
+
+
+def _processes(matches: Callable[[Path], bool]) -> list[int]:
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if argument.encode() in path.read_bytes().split(b"\0"):
-                found.append(int(path.parent.name))
+            if matches(folder):
+                found.append(int(folder.name))
         except OSError:
             continue
     return found
 
 
 def started(argument: str) -> list[int]:
-    """As `with_argument`, for a job just sent to the background: waits until it is there."""
+    """Wait for a job that was just sent to the background, and return its processes as `with_argument` does."""
     until_s = time.monotonic() + 20  # a loaded machine takes its time
     while not (found := with_argument(argument)) and time.monotonic() < until_s:
         time.sleep(0.01)
-    return found
-
-
-def bubblewraps() -> set[int]:
-    """Bubblewraps of ours on the whole machine, whoever started them and however far they came."""
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if (folder / "comm").read_text() == "bwrap\n":
-                links = [os.readlink(link) for link in (folder / "fd").iterdir()]
-                found |= {int(folder.name)} if any("memfd:backtalk" in link for link in links) else set()
-        except OSError:
-            continue
     return found
 
 
