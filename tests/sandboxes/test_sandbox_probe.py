@@ -1,4 +1,4 @@
-"""Where control groups are looked for, and what is advised where there is no safe sandbox."""
+"""Tests of where control groups are made, of the filter, and of advice where there is no safe sandbox."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_groups_are_made_below_our_own_or_above_it() -> None:
 
 def test_advice_names_what_is_missing() -> None:
     machine = dataclasses.replace(probe(use_cgroups=False), blocked_by=None, bash="/bin/bash", uid=1000)
-    assert "apt install bubblewrap" in advice(dataclasses.replace(machine, bwrap=None))
+    assert "apt install bubblewrap" in advice(dataclasses.replace(machine, bwrap=""))
     machine = dataclasses.replace(machine, bwrap="/usr/bin/bwrap")
     assert "bash" in advice(dataclasses.replace(machine, bash=None))
     assert "util-linux" in advice(dataclasses.replace(machine, uid=0, setpriv=None))
@@ -68,7 +68,7 @@ def test_an_older_bubblewrap_gets_only_options_it_knows() -> None:
 
 
 def verdict(program: bytes, number: int, *, argument: int = 0, architecture: int = 0xC000003E) -> int:
-    """What the kernel would answer: the filter's instructions one by one, as linux/bpf_common.h has them."""
+    """Return the kernel's answer: run the filter's instructions as linux/bpf_common.h defines them."""
     data = struct.pack("=IIQQQ", number, architecture, 0, 0, argument)  # the call, and its first two arguments
     rules = list(struct.iter_unpack("=HBBI", program))
     at, value = 0, 0

@@ -1,4 +1,4 @@
-"""What a killed trainer leaves is ended at the next start, and nothing else is."""
+"""Tests that the processes a killed trainer leaves are ended at the next start, and no others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The soak in small: hostile commands, a trainer killed in the middle, and nothing left, lost or wrongly rewarded."""
+"""A small soak: hostile commands, a trainer killed on the way, and nothing left, lost or wrongly rewarded."""
 
 from __future__ import annotations
 

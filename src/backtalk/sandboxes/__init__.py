@@ -1,4 +1,4 @@
-"""Isolated places where commands of a stranger run."""
+"""Sandboxes: isolated places, looking like a machine, in which the commands of a model run."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ def local_sandbox(
     """Return the sandbox backend for this machine, after a trial start.
 
     ``auto`` takes the first that works of bubblewrap (as root with a uid for each sandbox, else under the user's own)
-    and sandlock (Landlock and seccomp, where namespaces are blocked), and refuses where neither does. Both deny the
-    network, the machine's files and a way to the verifier; sandlock isolates less, and its report says so first.
-    Never ``unsafe``, which has to be asked for. Containers are `backtalk.sandboxes.harbor.backend.HarborBackend`.
+    and sandlock (Landlock and seccomp, where namespaces are blocked), and refuses where neither does. Both keep
+    commands from the network, from this machine's files and from the verifier; sandlock isolates less, which its report
+    says first. ``auto`` never takes ``unsafe``. For containers see `backtalk.sandboxes.harbor.backend.HarborBackend`.
 
-    ``root`` is a file system to start from in place of this machine's programs; bubblewrap alone can.
+    ``root`` is a file system to start from in place of this machine's programs; only bubblewrap takes one.
     ``readable`` are folders of this machine that are shown read-only at their own paths, beside its programs.
 
     Raises:
-        SandboxUnavailable: there is no safe one; the message says what was tried, and what to install or to allow.
+        SandboxUnavailable: no safe backend works; the message says what was tried, and what to install or to allow.
         ConfigError: an unknown choice, or a ``root`` for a backend that takes none.
     """
     if root is not None and choice not in ("auto", "bubblewrap"):
         raise ConfigError(f"sandbox {choice!r} cannot start from a file system of its own; use bubblewrap, or no root")
     match choice:
         case "auto":
-            return _first_that_works(root, readable)
+            return _open_first_that_works(root, readable)
         case "bubblewrap":
-            return _bubblewrap(root, readable)
+            return _open_bubblewrap(root, readable)
         case "sandlock":
-            return _sandlock(readable)
+            return _open_sandlock(readable)
         case "unsafe":
             from backtalk.sandboxes.unsafe import UnsafeBackend
 
@@ -60,16 +60,16 @@ def local_sandbox(
             )
 
 
-def _first_that_works(root: str | Path | None, readable: Sequence[str]) -> SandboxBackend:
+def _open_first_that_works(root: str | Path | None, readable: Sequence[str]) -> SandboxBackend:
     try:
-        return _bubblewrap(root, readable)
+        return _open_bubblewrap(root, readable)
     except SandboxUnavailable as error:
         first = str(error)
     second = "it cannot start from a file system of its own"
     if root is None:
         try:
             reason = f"sandlock is in force because bubblewrap, tried first, is not available: {first}"
-            return _sandlock(readable, reason)
+            return _open_sandlock(readable, reason)
         except SandboxUnavailable as error:
             second = str(error)
     raise SandboxUnavailable(
@@ -82,7 +82,7 @@ def _first_that_works(root: str | Path | None, readable: Sequence[str]) -> Sandb
     )
 
 
-def _bubblewrap(root: str | Path | None, readable: Sequence[str]) -> SandboxBackend:
+def _open_bubblewrap(root: str | Path | None, readable: Sequence[str]) -> SandboxBackend:
     from backtalk.sandboxes.bubblewrap.backend import BubblewrapBackend
     from backtalk.sandboxes.images.open import open_root
     from backtalk.sandboxes.machine.sweep import sweep
@@ -91,7 +91,7 @@ def _bubblewrap(root: str | Path | None, readable: Sequence[str]) -> SandboxBack
     return BubblewrapBackend(root=open_root(None if root is None else str(root)), readable=readable)
 
 
-def _sandlock(readable: Sequence[str], fallback_reason: str = "") -> SandboxBackend:
+def _open_sandlock(readable: Sequence[str], fallback_reason: str = "") -> SandboxBackend:
     from backtalk.sandboxes.sandlock.backend import SandlockBackend
 
     return SandlockBackend(fallback_reason=fallback_reason, readable=readable)

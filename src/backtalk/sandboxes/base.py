@@ -1,4 +1,4 @@
-"""What any sandbox offers: a place that looks like a machine, where commands of a stranger run."""
+"""Protocols and data of sandboxes: what any backend offers to an environment, and the limits it keeps."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
-HOME = "/home/agent"  # where a session starts, and what tasks name
+HOME = "/home/agent"  # the folder in which a session starts, and which tasks name
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SandboxLimits:
-    """What one sandbox may use at most."""
+    """The most that one sandbox may use."""
 
     memory_mb: int = 512
     """Megabytes of memory."""
@@ -22,14 +22,14 @@ class SandboxLimits:
     disk_mb: int = 64
     """Megabytes of files it may write."""
     output_bytes: int = 65_536
-    """Bytes kept of one command's output; the rest is read, counted and dropped."""
+    """Bytes kept of the output of one command; the rest is read, counted and dropped."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExecResult:
-    """What one command left behind. A non-zero exit or a time-out is a result, not an exception."""
+    """The result of one command. A non-zero exit or a time-out is a result, not an exception."""
 
-    output: str  # stdout and stderr as they were interleaved, decoded as UTF-8 with replacement characters
+    output: str  # stdout and stderr, interleaved as written; UTF-8 with replacement characters
     exit_code: int  # 128 + signal where a signal ended it; -1 where it timed out
     timed_out: bool = False
     dropped_bytes: int = 0  # output beyond the limit
@@ -46,10 +46,10 @@ class SandboxFile:
 
 
 class Sandbox(Protocol):
-    """One isolated machine-like place, alive for one rollout.
+    """An isolated place that looks like a machine, and lives for one rollout.
 
     Raises:
-        SandboxError: from any method, when the sandbox is broken. It costs this rollout, never the step.
+        SandboxError: from any method, when the sandbox is broken. The rollout fails; the training step goes on.
     """
 
     async def exec(
@@ -63,7 +63,7 @@ class Sandbox(Protocol):
         ...
 
     async def get(self, path: str, *, max_bytes: int = 1 << 20) -> bytes | None:
-        """A regular file's content, or None where there is none. Never follows the guest's links out."""
+        """Return the content of a regular file, or None where there is none. Links never lead out of the sandbox."""
         ...
 
     async def restart(self) -> None:
@@ -73,7 +73,7 @@ class Sandbox(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class BackendReport:
-    """Which backend is in force, and what it really limits on this machine."""
+    """The backend that is in use, and what it isolates and limits on this machine."""
 
     name: str
     isolation: Mapping[str, str] = field(default_factory=dict)  # "network" -> "none", "user" -> "uid 100000 outside"
@@ -83,11 +83,13 @@ class BackendReport:
 
 
 class SandboxBackend(Protocol):
-    """Makes sandboxes on this machine."""
+    """A maker of sandboxes."""
 
     @property
-    def report(self) -> BackendReport: ...
+    def report(self) -> BackendReport:
+        """Return what the backend isolates and limits."""
+        ...
 
     def open(self, limits: SandboxLimits) -> AbstractAsyncContextManager[Sandbox]:
-        """A fresh sandbox, closed with everything in it on exit."""
+        """Start a fresh sandbox, which is closed with everything in it on exit."""
         ...

@@ -1,4 +1,4 @@
-"""Handle files of sandboxes, whichever backend holds them: check paths, pack archives, read and remove safely."""
+"""Check paths of files in sandboxes, pack files for the way in, read regular files only, and remove folders."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from backtalk.sandboxes.base import SandboxFile
 
 
 def clean_path(path: str, *, relative: bool = False) -> str:
-    """Return the path of a file in a sandbox without detours: "/a//./b" is "/a/b".
+    """Return the normal form of the path of a file in a sandbox: "/a/b" for "/a//./b".
 
-    The one check for files of tasks, members of archives, and what is put and got. A ``relative`` path lies below a
-    folder that its caller has in mind.
+    Files of tasks, members of archives, and files that are put or got are all checked here. A ``relative`` path is
+    taken from a folder that the caller knows.
 
     Raises:
-        ConfigError: it is a folder's path, leads out of where it begins, or is not absolute where it has to be.
+        ConfigError: the path is a folder's, has "..", or is absolute where it must be relative, or the reverse.
     """
     clean = posixpath.normpath("/" + path.lstrip("/"))
     if "\0" in path or ".." in path.split("/") or path.endswith("/") or clean == "/":
@@ -47,10 +47,10 @@ def pack_files(files: Mapping[str, SandboxFile]) -> bytes:
 
 
 def read_regular(descriptor: int, path: str, max_bytes: int) -> bytes | None:
-    """Read an open file and close it; None where it is no regular one. `path` is its name in messages.
+    """Read an open file and close it; return None where it is not a regular file. `path` is its name in messages.
 
     Raises:
-        SandboxError: it is larger.
+        SandboxError: the file is larger than `max_bytes`.
     """
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Lets an environment say that it waits for a place which other rollouts hold, so that they do not wait for it."""
+"""Tell the scheduler of rollouts that one waits for a sandbox or a server slot which other rollouts hold."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from contextvars import ContextVar
 
 
 class Arrival:
-    """A rollout whose environment is being opened. This one belongs to no rollout, and is told in vain."""
+    """A rollout whose environment is being opened. This base class does nothing; it stands for no rollout."""
 
     def wait(self) -> None:
-        """Note that the environment is opened only when another rollout gives something back."""
+        """Note that the environment can open only after another rollout ends, so that others do not wait for it."""
 
     def go_on(self) -> None:
-        """Note that the environment has its place."""
+        """Note that the environment waits no longer."""
 
 
 arrival: ContextVar[Arrival] = ContextVar("arrival", default=Arrival())  # noqa: B039 (it has no state)

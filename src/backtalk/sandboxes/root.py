@@ -1,6 +1,6 @@
-"""What a chosen root is to a sandbox: a folder nobody writes to, whose programs no agent can replace; and the cache.
+"""Root file systems of sandboxes, chosen by the user in place of this machine's programs, and the cache of them.
 
-`layers` shows it in a sandbox; `rootfs` makes one of what the user named.
+`images.open` makes one from a folder, a tar file or a Dockerfile; `bubblewrap.layers` mounts it in a sandbox.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ from backtalk.sandboxes.base import DEFAULT_PATH
 from backtalk.sandboxes.files import remove_tree
 from backtalk.sandboxes.machine.probe import Machine, require_bubblewrap
 
-# What the holder and the sessions run, all from the chosen root.
-_NEEDED = ("bash", "tar", "head", "mkdir", "rm", "chmod", "env")
+_REQUIRED_PROGRAMS = ("bash", "tar", "head", "mkdir", "rm", "chmod", "env")  # run by the holder and by sessions
 PROGRAM_FOLDERS = ("usr", "bin", "sbin", "lib", "lib32", "lib64", "libx32")
 # Folders and files of /etc in which programs look for code. An agent's own must not take their place.
 ETC_WITH_CODE = ("alternatives", "ld.so.cache", "ld-musl-*.path", "perl", "python3*", "java*")
-_MUSL_PATH = "/lib:/usr/local/lib:/usr/lib\n"  # what its loader takes where it is told nothing
+_MUSL_PATH = "/lib:/usr/local/lib:/usr/lib\n"  # the default of musl's loader
 _MAX_LINKS = 40
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Root:
-    """A folder that a sandbox shows as its root, and how. Nothing ever writes to it."""
+    """A folder that a sandbox shows as its root, and the way it is mounted. Nothing ever writes to it."""
 
-    name: str  # for people
+    name: str  # in messages and reports
     folder: Path
-    # Folders inside that hold programs, as (where they are in `folder`, where a sandbox has them). Empty: the host's.
+    # Folders of programs, as (path in `folder`, path in a sandbox). Empty: the programs are this machine's.
     programs: tuple[tuple[str, str], ...] = ()
     etc: tuple[str, ...] = ()  # paths in /etc that hold code
     tools: Path | None = None  # bubblewrap with its libraries, where the programs are not the host's
@@ -48,10 +47,10 @@ class Root:
 
 
 def of_folder(folder: Path, machine: Machine, name: str) -> Root:
-    """A root whose programs are its own.
+    """Return the root whose files and programs are those of `folder`.
 
     Raises:
-        ConfigError: it lacks what the sandbox needs, or an agent could put other programs in the place of its own.
+        ConfigError: the folder lacks a program that sandboxes need, or an agent could replace its programs.
     """
     programs = []
     for top in PROGRAM_FOLDERS:
@@ -62,14 +61,13 @@ def of_folder(folder: Path, machine: Machine, name: str) -> Root:
                     f"root {name}: /{top} leads to /{found}, where an agent could write; copy it to /{top}"
                 )
             programs.append((found, f"/{top}"))
-    missing = [need for need in _NEEDED if not _has(folder, need)]
+    missing = [need for need in _REQUIRED_PROGRAMS if not _has(folder, need)]
     if missing:
         raise ConfigError(
             f"root {name} has no {', '.join(missing)} in {DEFAULT_PATH}, and every command of a task runs in bash; "
             "install them in the image (apk add bash coreutils tar), or choose another root"
         )
     require_bubblewrap(machine)
-    assert machine.bwrap is not None
     etc = [p for pattern in ETC_WITH_CODE for p in sorted((folder / "etc").glob(pattern)) if not p.is_symlink()]
     return Root(
         name=name,
@@ -81,7 +79,7 @@ def of_folder(folder: Path, machine: Machine, name: str) -> Root:
 
 
 def inside(folder: Path, path: str) -> str | None:
-    """Where `path` leads when `folder` is the root, links followed as a process inside would; None: nowhere."""
+    """Resolve `path` and its links as a process would whose root is `folder`; return None where it leads nowhere."""
     todo, done, links = path.strip("/").split("/"), "", 0
     while todo:
         name = todo.pop(0)
@@ -112,13 +110,13 @@ def _has(folder: Path, program: str) -> bool:
 
 
 def digest_of_file(path: Path) -> str:
-    """SHA-256 of its content, shortened."""
+    """Return the SHA-256 of a file's content, shortened to 32 digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def cache_folder() -> Path:
-    """Where roots are kept. Anything in it may be removed while nothing runs."""
+    """Return the folder in which roots are cached. Its content may be removed while no training runs."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = Path(base).expanduser() / "backtalk" / "roots"
     folder.mkdir(parents=True, exist_ok=True)
@@ -126,9 +124,9 @@ def cache_folder() -> Path:
 
 
 def cached(key: str, make: Callable[[Path], None]) -> Path:
-    """The folder kept under `key`; else what `make` puts into a new one. All of it or nothing, and only once.
+    """Return the folder that is cached under `key`, which `make` fills where there is none.
 
-    Two that want the same wait for each other. What `make` leaves when it fails, or is killed, is never taken.
+    Processes that want the same folder wait for each other. A folder that `make` filled in part is never returned.
     """
     place = cache_folder() / key
     if place.exists():
@@ -155,10 +153,9 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _tools(bwrap: str) -> Path:
-    """bubblewrap with the libraries it was linked to: a session begins inside a root that need not have it."""
-    said = subprocess.run(["ldd", bwrap], capture_output=True, text=True, check=False)
-    words = [line.split() for line in said.stdout.splitlines()]
-    paths = sorted({word for line in words for word in line if word.startswith("/")})  # name => PATH (address)
+    """Return a folder with bubblewrap and its libraries, since a session begins in a root that may have neither."""
+    listed = subprocess.run(["ldd", bwrap], capture_output=True, text=True, check=False).stdout
+    paths = sorted({word for word in listed.split() if word.startswith("/")})  # of lines "name => PATH (address)"
     loader = next((path for path in paths if Path(path).name.startswith("ld")), None)
 
     def make(folder: Path) -> None:
@@ -167,7 +164,7 @@ def _tools(bwrap: str) -> Path:
             shutil.copy(path, folder / Path(path).name)
         if loader is not None:
             shutil.copy(loader, folder / "loader")
-        (folder / "ld.so.cache").write_bytes(b"")  # in place of a missing one: the loader goes on without
+        (folder / "ld.so.cache").write_bytes(b"")  # empty: the loader goes on without one
         for machine in ("x86_64", "aarch64"):
             (folder / f"ld-musl-{machine}.path").write_text(_MUSL_PATH)
         folder.chmod(0o755)

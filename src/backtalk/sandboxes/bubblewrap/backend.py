@@ -1,15 +1,15 @@
-"""The local sandbox: Linux namespaces by bubblewrap, without a daemon, an image or root.
+"""Sandboxes of Linux namespaces, made by bubblewrap without a daemon, an image or root.
 
-Two layers, both made by ``bwrap``. The outer one owns what must outlive a restart: a size-limited tree in memory,
-the host's ``/usr`` read-only, no network but its own loopback, a host name. Its only process is the trusted holder
-(see `exec_server`). The inner one is a session: a process namespace of its own over the same files, in which the
-agent cannot see the holder. `restart` ends one session and begins the next.
+A sandbox has two layers, both made by ``bwrap``. The outer one owns what outlives a restart: a tree in memory of
+limited size, the host's ``/usr`` read-only, a loopback network and a host name. Its only process is the trusted holder
+(see `exec_server`). The inner one is a session: a process namespace of its own over the same files, in which the agent
+cannot see the holder. `restart` ends one session and begins the next.
 
-What a later process would trust without asking (``/usr``, ``/bin``, ``/lib*``, the loader's and the user tables in
-``/etc``) is mounted in the session, so that no agent can rename it away and put its own in its place.
+Files that later processes trust (``/usr``, ``/bin``, ``/lib*``, tables of the loader and of users in ``/etc``) are
+mounts in the session, so that no agent can rename them and put its own in their place.
 
-As root, every sandbox runs under a host uid of its own and never under uid 0: to user namespaces without that,
-much of ``/proc/sys`` is still root's to write. Dropped by ``setpriv``, not by ``preexec_fn`` or ``Popen(user=)``:
+Started by root, each sandbox runs under a host uid of its own and never under uid 0, which may write much of
+``/proc/sys`` also from a user namespace. ``setpriv`` changes the uid, and not ``preexec_fn`` or ``Popen(user=)``, since
 these fork the trainer, which may hold many gigabytes.
 """
 
@@ -20,7 +20,7 @@ import itertools
 import os
 import shlex
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -46,7 +46,7 @@ _CANNOT_WITHOUT_CGROUPS = {
 
 
 class BubblewrapSandbox:
-    """One sandbox. Made by `BubblewrapBackend.open`.
+    """A sandbox of bubblewrap. Made by `BubblewrapBackend.open`.
 
     Raises:
         SandboxError: from any method, when it is broken.
@@ -61,7 +61,7 @@ class BubblewrapSandbox:
         self._lock = asyncio.Lock()
 
     async def start(self) -> None:
-        """Start the first session. Called once, by the backend."""
+        """Start the first session. The backend calls this once."""
         try:
             await self._holder.ready()
         except SandboxError as error:
@@ -75,27 +75,27 @@ class BubblewrapSandbox:
     ) -> ExecResult:
         """Run a bash command in the one long-lived shell. `env` is for this command; `cwd` moves the shell there.
 
-        Folder, variables, functions and background jobs stay for the next command; what a background job prints
-        later is part of a later command's output. Standard input is empty.
+        Folder, variables, functions and background jobs stay for the next command. What a background job prints later
+        is part of the output of a later command. Standard input is empty.
 
-        A command that runs longer than `timeout_s` is killed with all it started, and the shell with it. A new
-        shell goes on in the folder and with the exported variables of before that command; functions and other
-        variables are lost, older background jobs run on. The same after a command that ends the shell (`exit 3`).
+        A command that runs longer than `timeout_s` is killed with all it started, and the shell with it. A new shell
+        takes the folder and the exported variables from before that command. Functions and other variables are lost;
+        older background jobs go on. The same holds after a command that ends the shell (`exit 3`).
         """
         async with self._lock:
             return await self._session.exec(command, timeout_s, env, cwd)
 
     async def put(self, files: Mapping[str, SandboxFile]) -> None:
-        """Write files by absolute path inside, making parent folders, over whatever is in the way."""
+        """Write files by absolute path inside, making parent folders and replacing what is in the way."""
         if files:
             async with self._lock:
                 await self._holder.put({clean_path(path): file for path, file in files.items()})
 
     async def get(self, path: str, *, max_bytes: int = 1 << 20) -> bytes | None:
-        """A regular file's content; None where there is none that can be read. Links lead nowhere but inside.
+        """Return the content of a regular file, or None where there is none that can be read. Links stay inside.
 
         Raises:
-            SandboxError: the file is larger than `max_bytes`; or the sandbox is broken.
+            SandboxError: the file is larger than `max_bytes`, or the sandbox is broken.
         """
         async with self._lock:
             return await self._holder.get(clean_path(path), max_bytes)
@@ -103,7 +103,7 @@ class BubblewrapSandbox:
     async def restart(self) -> None:
         """End every process and begin a fresh process namespace, shell and environment over the same files.
 
-        The environment is the sandbox's own: what a chosen root's Dockerfile says of it holds until the first restart.
+        The environment is the sandbox's own: variables of a chosen root's Dockerfile hold until the first restart.
         """
         async with self._lock:
             await self._session.end()
@@ -111,10 +111,10 @@ class BubblewrapSandbox:
             await self._session.begin()
 
     async def _enter(self, root: Root) -> None:
-        """Set the variables and go to the folder that a Dockerfile named.
+        """Set the variables and the folder that a Dockerfile names.
 
-        Only now that the shell runs, and not again after a restart: what its PATH names may be the agent's by then,
-        and must not be where the next session, or a verifier, finds its programs.
+        Not repeated after a restart: by then its PATH may lead to files of the agent, in which the next session or a
+        verifier must not look for programs.
         """
         exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in root.env.items())
         result = await self._session.exec(exports + "true", _ENTER_TIMEOUT_S, {}, root.workdir)
@@ -122,7 +122,7 @@ class BubblewrapSandbox:
             raise SandboxError(f"{root.name}: its folder or variables cannot be set: {result.output.strip()}")
 
     async def close(self) -> None:
-        """End it and everything in it."""
+        """End the sandbox and everything in it."""
         try:
             await self._holder.close()
         finally:
@@ -136,13 +136,7 @@ class BubblewrapBackend:
         SandboxUnavailable: a trial start failed; the message says what to install or to allow.
     """
 
-    def __init__(
-        self,
-        *,
-        use_cgroups: bool = True,
-        root: Root | None = None,
-        readable: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, *, use_cgroups: bool = True, root: Root | None = None, readable: Sequence[str] = ()) -> None:
         """Look at the machine and start one sandbox for trial. `use_cgroups` False limits by rlimits alone.
 
         `root` is the root file system that sandboxes start from (see `backtalk.sandboxes.images.open.open_root`); None
@@ -159,19 +153,16 @@ class BubblewrapBackend:
 
     @property
     def report(self) -> BackendReport:
-        """What is in force."""
+        """Return what is isolated and limited here."""
         return self._report
 
-    def open(self, limits: SandboxLimits) -> AbstractAsyncContextManager[BubblewrapSandbox]:
-        """A fresh sandbox, closed with everything in it on exit.
+    @asynccontextmanager
+    async def open(self, limits: SandboxLimits) -> AsyncGenerator[BubblewrapSandbox]:
+        """Start a fresh sandbox, which is closed with everything in it on exit.
 
         Raises:
             SandboxError: on entry, when it could not start.
         """
-        return self._open(limits)
-
-    @asynccontextmanager
-    async def _open(self, limits: SandboxLimits) -> AsyncGenerator[BubblewrapSandbox]:
         uids = self._machine.uid_range[:-1] or self._machine.uid_range  # the last one is for building roots
         uid = uids[next(self._count) % len(uids)] if uids else None
         holder = Holder(self._machine, limits, uid, self._root, self._readable)
@@ -183,7 +174,7 @@ class BubblewrapBackend:
             await sandbox.close()
 
     def _choose_how(self) -> str | None:
-        """Try the chosen root as an overlay, else as a copy. Returns why it had to be one."""
+        """Try the chosen root as an overlay, else as a copy; return why it had to be a copy, or None."""
         try:
             self._trial()
             return None
@@ -198,7 +189,11 @@ class BubblewrapBackend:
             return str(error.__cause__)
 
     def _trial(self) -> None:
-        """Start one for real."""
+        """Start a sandbox and run a command in it.
+
+        Raises:
+            SandboxUnavailable: it failed; the message says what to do.
+        """
         try:
             tried(self._try_one)
         except SandboxUnavailable as error:
@@ -224,7 +219,7 @@ def _files(root: Root | None) -> str:
 
 
 def _report(machine: Machine, root: Root | None, readable: Sequence[str], why_copied: str | None) -> BackendReport:
-    """What this backend isolates and limits here, in words."""
+    """Describe what this backend isolates and limits on this machine."""
     by_group = f"cgroup v{machine.cgroups.version}"
     warnings = []
     if machine.cgroups.memory is None:

@@ -1,4 +1,4 @@
-"""The trainer's side of the holder: starts it, asks it to begin and end sessions and to move files, and ends it."""
+"""The trainer's side of the holder: start it, ask it to begin and end sessions and to move files, and end it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _CLOSE_TIMEOUT_S = 2.0
 
 @dataclass(frozen=True, slots=True)
 class _Pipes:
-    """All pipes of one sandbox, and the file in memory through which its files come and go."""
+    """All pipes of one sandbox, and the file in memory through which content of files is passed."""
 
     requests: PipePair
     answers: PipePair
@@ -76,24 +76,17 @@ class _Pipes:
 
 
 class Holder:
-    """The outer sandbox with its one trusted process. A `Keeper` of sessions."""
+    """The outer layer of a sandbox, with its one trusted process. A `Keeper` of sessions."""
 
     def __init__(
-        self,
-        machine: Machine,
-        limits: SandboxLimits,
-        uid: int | None,
-        root: Root | None = None,
-        readable: Sequence[str] = (),
+        self, machine: Machine, limits: SandboxLimits, uid: int | None, root: Root | None, readable: Sequence[str]
     ) -> None:
         """Start it. `uid` is the host uid to run under, or None for our own; `root` None is the host's programs.
 
         Raises:
-            SandboxError: the kernel refuses pipes, a process or a control group.
+            SandboxError: the kernel refuses pipes. What else it refuses is raised by `ready`.
         """
-        self._machine = machine
-        self._limits = limits
-        self._uid = uid
+        self._machine, self._limits, self._uid = machine, limits, uid
         self._broken = ""
         self._child_id = 0
         self._cgroup: Cgroup | None = None
@@ -105,7 +98,7 @@ class Holder:
         try:
             if uid is not None:
                 os.fchown(pipes.output.theirs, uid, uid)  # or opening /dev/stderr inside is refused
-            self._process = _spawn(machine, limits, uid, root, readable, pipes)
+            self._process = self._spawn(root, readable, pipes)
             if machine.cgroups.version:
                 self._cgroup = Cgroup(machine.cgroups, limits)
         except OSError as error:
@@ -115,11 +108,56 @@ class Holder:
         self._answers = FrameReader(pipes.answers.ours)
         self._info = FrameReader(pipes.info.ours, end=b"\n")
 
+    def _spawn(self, root: Root | None, readable: Sequence[str], pipes: _Pipes) -> subprocess.Popen[bytes]:
+        rlimits = Rlimits(
+            processes=self._limits.processes,
+            file_kib=self._limits.disk_mb << 10,
+            memory_kib=0 if self._machine.cgroups.memory else self._limits.memory_mb << 10,
+        )
+        program = holder_program(
+            FIXED_FILES, folders=SESSION_FOLDERS, reserve_file=RESERVE_FILE, reserve_bytes=RESERVE_BYTES
+        )
+        rules = seccomp_program()
+        with contextlib.ExitStack() as stack:
+
+            def passed(descriptor: int) -> int:
+                stack.callback(os.close, descriptor)
+                return descriptor
+
+            inner_info = passed(moved_up(os.dup(pipes.info.theirs)))  # each bwrap closes its own in its child
+            # Held open by bubblewrap itself, or it dies of a broken pipe if the trainer dies during its start.
+            info_reader = passed(moved_up(os.dup(pipes.info.ours)))
+            supervisor = passed(sealed_file(supervisor_program(rlimits).encode()))
+            shell = passed(sealed_file(SHELL_PROGRAM.encode()))
+            filter_fd = None if rules is None else passed(sealed_file(rules))
+            outer = outer_argv(
+                *(self._machine, self._limits, self._uid),
+                info_fd=pipes.info.theirs,
+                filter_fd=filter_fd,
+                root=root,
+                readable=readable,
+            )
+            numbers = (pipes.commands.theirs, pipes.reports.theirs, supervisor, shell, info_reader, pipes.shared.theirs)
+            return subprocess.Popen(
+                [
+                    *outer,
+                    *("bash", "--norc", "--noprofile", "-c", program, "holder", *map(str, numbers)),
+                    *inner_argv(self._machine, info_fd=inner_info, root=root),
+                ],
+                stdin=pipes.requests.theirs,
+                stdout=pipes.answers.theirs,
+                stderr=pipes.output.theirs,
+                pass_fds=[*numbers, pipes.info.theirs, inner_info, *([] if filter_fd is None else [filter_fd])],
+                env={"PATH": os.environ.get("PATH", "")},
+                cwd="/",
+                start_new_session=True,
+            )
+
     async def ready(self) -> None:
-        """Wait until it runs, and put it under its control group before it starts anything.
+        """Wait until it runs, and put it into its control group before it starts anything.
 
         Raises:
-            SandboxError: it does not run; the message holds what bubblewrap said.
+            SandboxError: it does not run, or the kernel refused a process or a control group.
         """
         self._check()
         try:
@@ -138,7 +176,7 @@ class Holder:
 
     async def end(self) -> None:
         answer = await self._ask(frames("end"), END_TIMEOUT_S + STOP_TIMEOUT_S)
-        if answer == b"shut":  # nobody is left who could shut it again
+        if answer == b"shut":  # no process is left that could shut it again
             await self._open_root()
             answer = await self._ask(frames("end"), STOP_TIMEOUT_S)
         if answer != b"ok":
@@ -146,13 +184,13 @@ class Holder:
             raise SandboxError(self._broken)
 
     async def _open_root(self) -> None:
-        """Give the root folder its rights back, which the agent took: from outside, for inside no program starts."""
+        """Give the root folder back its permissions, which the agent took; inside, no program could start now."""
         command = [*drop_argv(self._machine, self._uid), "chmod", "755", f"/proc/{self._child_id}/root"]
         process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)
         await process.wait()
 
     def add_memory(self) -> None:
-        """Give the next session its full memory beside the files that are left, which count too."""
+        """Give the next session its full memory beside the files that are left, which count as memory."""
         if self._cgroup is not None:
             self._cgroup.add_memory()
 
@@ -166,7 +204,7 @@ class Holder:
                 return int(note["exit-code"])
 
     async def put(self, files: Mapping[str, SandboxFile]) -> None:
-        """Write files, over whatever is in the way. See `Sandbox.put`."""
+        """Write files, replacing what is in the way. See `Sandbox.put`."""
         archive = pack_files(files)
         if len(archive) > (self._limits.disk_mb + 1) << 20:
             raise SandboxError(f"files of {len(archive)} bytes do not fit a disk of {self._limits.disk_mb} MiB")
@@ -205,7 +243,7 @@ class Holder:
             raise SandboxError(f"the sandbox is not usable: {self._broken}")
 
     async def close(self) -> None:
-        """End every process in it and leave nothing behind. May be called twice."""
+        """End every process in it and leave nothing behind. A second call does nothing."""
         if self._requests >= 0:
             self._answers.close()
             self._info.close()
@@ -221,9 +259,9 @@ class Holder:
             self._kill()
 
     def _kill(self) -> None:
-        """What `close` does when there is no time left. Does not wait on the event loop."""
+        """Kill what is left. Does not wait on the event loop, so that a cancellation cannot cut it short."""
         if self._process is not None and self._process.poll() is None:
-            # Its process 1 first: ending bubblewrap's outer process before would leave it to somebody else.
+            # Its process 1 first: if bubblewrap's outer process ended before, init would inherit it.
             for process_id in [self._child_id] if self._child_id else _stopped(self._process.pid):
                 with contextlib.suppress(OSError):
                     os.kill(process_id, signal.SIGKILL)
@@ -238,7 +276,7 @@ class Holder:
 
 
 def _stopped(process_id: int) -> list[int]:
-    """Stop a process, so that it starts no other, and name its children and then itself."""
+    """Stop a process, so that it starts no other, and return the ids of its children and its own."""
     try:
         os.kill(process_id, signal.SIGSTOP)
         children = Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()
@@ -247,58 +285,9 @@ def _stopped(process_id: int) -> list[int]:
     return [*map(int, children), process_id]
 
 
-def _spawn(
-    machine: Machine,
-    limits: SandboxLimits,
-    uid: int | None,
-    root: Root | None,
-    readable: Sequence[str],
-    pipes: _Pipes,
-) -> subprocess.Popen[bytes]:
-    rlimits = Rlimits(
-        processes=limits.processes,
-        file_kib=limits.disk_mb << 10,
-        memory_kib=0 if machine.cgroups.memory else limits.memory_mb << 10,
-    )
-    program = holder_program(
-        FIXED_FILES, folders=SESSION_FOLDERS, reserve_file=RESERVE_FILE, reserve_bytes=RESERVE_BYTES
-    )
-    rules = seccomp_program()
-    with contextlib.ExitStack() as stack:
-
-        def passed(descriptor: int) -> int:
-            stack.callback(os.close, descriptor)
-            return descriptor
-
-        inner_info = passed(moved_up(os.dup(pipes.info.theirs)))  # each bwrap closes its own for its child
-        # Held open by bubblewrap itself, or it dies of a broken pipe in the middle of its start when the trainer does.
-        info_reader = passed(moved_up(os.dup(pipes.info.ours)))
-        supervisor = passed(sealed_file(supervisor_program(rlimits).encode()))
-        shell = passed(sealed_file(SHELL_PROGRAM.encode()))
-        filter_fd = None if rules is None else passed(sealed_file(rules))
-        outer = outer_argv(
-            *(machine, limits, uid), info_fd=pipes.info.theirs, filter_fd=filter_fd, root=root, readable=readable
-        )
-        numbers = (pipes.commands.theirs, pipes.reports.theirs, supervisor, shell, info_reader, pipes.shared.theirs)
-        return subprocess.Popen(
-            [
-                *outer,
-                *("bash", "--norc", "--noprofile", "-c", program, "holder", *map(str, numbers)),
-                *inner_argv(machine, info_fd=inner_info, root=root),
-            ],
-            stdin=pipes.requests.theirs,
-            stdout=pipes.answers.theirs,
-            stderr=pipes.output.theirs,
-            pass_fds=[*numbers, pipes.info.theirs, inner_info, *([] if filter_fd is None else [filter_fd])],
-            env={"PATH": os.environ.get("PATH", "")},
-            cwd="/",
-            start_new_session=True,
-        )
-
-
 @contextlib.contextmanager
 def _emptied(shared: int) -> Iterator[None]:
-    """Give the memory of a shared file back at the end."""
+    """Empty a shared file on exit, which gives its memory back."""
     try:
         yield
     finally:

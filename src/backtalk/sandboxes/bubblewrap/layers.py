@@ -1,4 +1,4 @@
-"""The command lines of the two bubblewrap layers: what the sandbox's machine looks like."""
+"""Write the command lines of the two layers of bubblewrap: files, users and variables that a sandbox shows."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ ENVIRONMENT = {
 RESERVE_FILE = "/run/reserve"
 RESERVE_BYTES = 1 << 20
 _PROGRAMS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")  # on most systems links into /usr
-# bubblewrap where the programs are not this machine's. In "/" itself: no folder above it can be moved away.
+# bubblewrap in a chosen root. It lies in "/" itself, so that an agent can rename no folder above it.
 _TOOLS = "/.bwrap"
 _FOLDERS = (HOME, "/app", "/logs", "/opt", "/root", "/run", "/srv", "/tests", "/var/cache", "/var/lib", "/var/log")
 LINKS_OF_HOST = {"/etc/localtime": "/usr/share/zoneinfo/UTC", "/etc/os-release": "../usr/lib/os-release"}
 _SHARED_FOLDERS = ("/run/shm", "/tmp", "/var/tmp")
-# Made by the holder; the session mounts them over themselves, read-only.
+# Written by the holder; the session mounts them read-only.
 FIXED_FILES = {
     "/etc/passwd": "root:x:0:0:root:/root:/bin/bash\nagent:x:1000:1000:agent:/home/agent:/bin/bash\n"
     "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n",
@@ -56,11 +56,10 @@ def outer_argv(
     root: Root | None = None,
     readable: Sequence[str] = (),
 ) -> list[str]:
-    """What starts the holder: files, network, host name. `uid` None keeps the trainer's own.
+    """Return the command that starts the holder in its files, network and host name.
 
-    `readable` are folders of this machine that are shown read-only at their own paths.
+    `uid` None keeps the trainer's own. `readable` are folders of this machine, shown read-only at their own paths.
     """
-    assert machine.bwrap is not None
     argv, shown = [], {path: path for path in readable}
     if root is not None:
         argv = _mount_argv(root, limits, uid)
@@ -69,8 +68,8 @@ def outer_argv(
         trees = {place: path for path, place in shown.items()}
         argv = mount_argv({"how": "show", "lower": None, "trees": trees, "uid": uid, "bytes": RESERVE_BYTES})
     argv += drop_argv(machine, uid)
-    # Not --die-with-parent: a trainer killed during a start would take bubblewrap's outer process with it before that
-    # lets its child go on, which would then wait for ever. The holder ends when its requests do, and all with it.
+    # Not --die-with-parent: bubblewrap's outer process would die with a trainer killed during a start, and leave
+    # its child waiting for ever. The holder ends when its pipe of requests does, and everything with it.
     argv += [machine.bwrap, "--unshare-all", "--new-session", "--as-pid-1", "--cap-drop", "ALL"]
     argv += ["--uid", AGENT_ID, "--gid", AGENT_ID, "--hostname", "box", "--json-status-fd", str(info_fd)]
     argv += ["--seccomp", str(filter_fd)] if filter_fd is not None else []
@@ -93,8 +92,7 @@ def outer_argv(
 
 
 def programs_of_host(machine: Machine) -> list[str]:
-    """This machine's programs, read-only, and the kernel's own folders."""
-    assert machine.bwrap is not None
+    """Return options that show this machine's programs, read-only, and the folders of the kernel."""
     argv = ["--ro-bind", "/usr", "/usr"]
     for path in _PROGRAMS:
         argv += ["--ro-bind", path, path] if os.path.exists(path) else []
@@ -107,7 +105,7 @@ def programs_of_host(machine: Machine) -> list[str]:
 
 
 def _programs_of_root(root: Root) -> list[str]:
-    """The chosen root's programs, read-only, and nothing an agent could put where it has none."""
+    """Return options that show the programs of a chosen root, read-only, and empty folders where it has none."""
     argv, known = [], {place: f"{mount.LOWER}/{source}" for source, place in root.programs}
     for name in PROGRAM_FOLDERS:
         argv += ["--ro-bind", known.get(f"/{name}", mount.EMPTY), f"/{name}"]
@@ -120,14 +118,14 @@ def _programs_of_root(root: Root) -> list[str]:
 
 
 def _missing_etc(root: Root) -> list[str]:
-    """Files a loader would read code's places from, if an agent made them."""
+    """Return files of the loader that the root lacks; an agent could make them and so choose libraries."""
     loaders = [path for top in ("lib", "usr/lib") for path in root.folder.glob(f"{top}/ld-musl-*.so.1")]
     names = {f"/etc/{path.name.removesuffix('.so.1')}.path" for path in loaders} | {"/etc/ld.so.cache"}
     return sorted(names - set(root.etc))
 
 
 def _mount_argv(root: Root, limits: SandboxLimits, uid: int | None) -> list[str]:
-    """What puts the chosen root together and then runs the rest of the command line."""
+    """Return the command that mounts the chosen root and then runs the rest of the command line."""
     folders: dict[str, int | None] = dict.fromkeys((*_FOLDERS, "/etc", "/proc", "/dev"))
     if root.programs:
         folders |= dict.fromkeys((*(f"/{name}" for name in PROGRAM_FOLDERS), _TOOLS))
@@ -145,12 +143,12 @@ def _mount_argv(root: Root, limits: SandboxLimits, uid: int | None) -> list[str]
 
 
 def mount_argv(plan: dict[str, object]) -> list[str]:
-    """What runs `rootfs_mount`; a command follows."""
+    """Return the command that runs `mount`; the command to run after it follows."""
     return [sys.executable, "-I", "-S", mount.__file__, json.dumps(plan)]
 
 
 def drop_argv(machine: Machine, uid: int | None) -> list[str]:
-    """What runs a command as `uid` without root's rights; nothing where that is None."""
+    """Return the command that runs another one as `uid` without the rights of root; empty where `uid` is None."""
     if uid is None:
         return []
     assert machine.setpriv is not None
@@ -158,7 +156,7 @@ def drop_argv(machine: Machine, uid: int | None) -> list[str]:
 
 
 def inner_argv(machine: Machine, *, info_fd: int, root: Root | None = None) -> list[str]:
-    """What the holder starts a session with: processes, devices, environment, over the holder's files."""
+    """Return the command by which the holder starts a session: processes, devices and variables of its own."""
     argv = _tools_of(root) if root is not None and root.programs else [_inner_bwrap(machine)]
     argv += ["--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-cgroup-try"]
     argv += ["--disable-userns"] if has_disable_userns(machine) else []
@@ -175,24 +173,21 @@ def inner_argv(machine: Machine, *, info_fd: int, root: Root | None = None) -> l
 
 
 def has_size(machine: Machine) -> bool:
-    """Whether this bubblewrap can limit the tree's size."""
+    """Return whether this bubblewrap can limit the size of the tree."""
     return machine.bwrap_version >= (0, 7)
 
 
 def has_disable_userns(machine: Machine) -> bool:
-    """Whether this bubblewrap can forbid further user namespaces inside."""
+    """Return whether this bubblewrap can forbid user namespaces inside."""
     return machine.bwrap_version >= (0, 8)
 
 
 def _inner_bwrap(machine: Machine) -> str:
-    assert machine.bwrap is not None
-    if machine.bwrap.startswith(("/usr/", "/bin/")):
-        return machine.bwrap
-    return "/.bwrap"  # a mount directly under /: there is no folder above it that could be moved away
+    return machine.bwrap if machine.bwrap.startswith(("/usr/", "/bin/")) else _TOOLS
 
 
 def _tools_of(root: Root) -> list[str]:
-    """bubblewrap by its own loader and libraries: the root's may be another system's."""
+    """Return the command of bubblewrap with its own loader and libraries; those of the root may be another system's."""
     assert root.tools is not None
     if not (root.tools / "loader").exists():  # linked statically
         return [f"{_TOOLS}/bwrap"]

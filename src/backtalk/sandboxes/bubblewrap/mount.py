@@ -1,13 +1,13 @@
-"""A program of its own: puts a chosen root together in a mount namespace of its own, then runs a command there.
+"""A program that mounts a chosen root in a mount namespace of its own, and then runs a command there.
 
-    python -I -S rootfs_mount.py PLAN COMMAND...
+    python -I -S mount.py PLAN COMMAND...
 
-PLAN is JSON, written by `layers`. The command, bubblewrap, finds in memory under ``/tmp``, where nobody else sees it:
+PLAN is JSON, written by `layers`. The command, bubblewrap, finds under ``/tmp``, in memory and unseen by others:
 ``lower``, the chosen root; ``root``, the tree that the sandbox writes to; ``empty``, and what PLAN names.
 
-It imports nothing of Backtalk and starts fast. Not part of the trainer, which has threads and must neither fork nor
-change its own namespaces. Started by root it keeps root's rights: the command gives them up. Started by a user it is
-root of a user namespace of its own.
+It is no part of the trainer, which has threads and must neither fork nor change its own namespaces. It imports nothing
+of Backtalk, so it starts fast. Started by root it keeps root's rights, which the command gives up. Started by a user it
+is root of a user namespace of its own.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main(plan: dict, command: list[str]) -> None:
+    """Mount what the plan says and replace this process by the command."""
     by_root, owner, how = os.getuid() == 0, plan["uid"], plan["how"]
     _new_namespaces(by_root)
-    # Opened before anything is mounted, for they may lie in /tmp. A user must take along what is mounted below.
+    # Opened before anything is mounted, since they may lie in /tmp. A user must take along the mounts below them.
     flags = _CLONE if by_root else _CLONE | _RECURSIVE
     paths = ({LOWER: plan["lower"]} if plan["lower"] else {}) | plan["trees"]
     trees = {place: _call("open_tree", _OPEN_TREE, _HERE, path.encode(), flags) for place, path in paths.items()}
@@ -75,11 +76,11 @@ def _new_namespaces(by_root: bool) -> None:
 
 
 def _show_as(tree: int, below: os.stat_result, owner: int) -> None:
-    """Show the files of the chosen root's owner as `owner`'s, in this mount alone (an idmapped mount)."""
+    """Show files of the chosen root's owner as files of `owner`, in this mount alone (an idmapped mount)."""
     ready, stay = os.pipe(), os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(stay[1])  # so that the end comes when our parent's does
+        os.close(stay[1])  # so that the read below ends when the parent does
         os.write(ready[1], b"x" if _libc.unshare(_NEW_USER) == 0 else b"-")
         os.read(stay[0], 1)
         os._exit(0)
@@ -99,21 +100,21 @@ def _show_as(tree: int, below: os.stat_result, owner: int) -> None:
 
 
 def _overlay() -> None:
-    """Mount the tree: what is below shows through, what is written stays in memory."""
+    """Mount the chosen root as an overlay, of which what is written stays in memory."""
     os.mkdir(f"{PLACE}/work")
     options = f"lowerdir={LOWER},upperdir={UPPER},workdir={PLACE}/work"
     try:
         os.setxattr(UPPER, "trusted.backtalk", b"")
     except OSError:
-        # In a user namespace overlayfs must keep its notes in attributes that a user may write. Before Linux 6.6 files
-        # in memory have none: it would mount, but no folder could take the place of one that was removed.
+        # In a user namespace overlayfs must use attributes that a user may write. Before Linux 6.6 files in memory have
+        # none: it would mount, but no folder could replace one that was removed. This line fails then.
         os.setxattr(UPPER, "user.backtalk", b"")
         options += ",userxattr"
     _mount("overlay", ROOT, options)
 
 
 def _furnish(tree: str, plan: dict) -> None:
-    """Make what must be there for the sandbox to work, over whatever the chosen root has in its place."""
+    """Make the folders and files that a sandbox needs, replacing what the chosen root has in their place."""
     for path, mode in plan["folders"].items():
         below, made = LOWER, tree
         for name in ("", *path.strip("/").split("/")):
@@ -145,7 +146,7 @@ def _give(tree: str, owner: int | None) -> None:
 
 
 def _copy(source: str, target: str, without: list[str]) -> None:
-    """Copy all but programs, which are not written to. Pipes, sockets and devices are left out."""
+    """Copy a folder except for the entries named in `without`, and for pipes, sockets and devices."""
     import shutil  # slow to load, and seldom wanted
 
     for entry in os.scandir(source):

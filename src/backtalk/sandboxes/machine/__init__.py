@@ -1,1 +1,1 @@
-"""Find out what this machine offers to sandboxes: programs, namespaces, control groups, memory."""
+"""Measure what this machine offers to sandboxes: programs, namespaces, control groups, memory."""

@@ -1,13 +1,13 @@
 """Measure how many sandboxes this machine can hold at once, from what it has left.
 
-A sandbox that waits for the policy to say something costs about 3.5 MiB, 5 processes and 7 open files of the trainer
-(docs/sandbox_speed.md has the measurement). What it may use at most is far more: 256 of them with the usual limits
-could ask for 128 GiB. To hold room for that would leave most of every machine idle, and to hold none would let a few
-greedy commands end the trainer. So room is held for one in eight at its limits, and a pool starts no more while
-memory is short (`memory_is_short`).
+A sandbox that waits for the policy costs about 3.5 MiB, 5 processes and 7 open files of the trainer (measured in
+docs/sandbox_speed.md). Its limits allow far more: 256 sandboxes with the usual limits could ask for 128 GiB. Memory for
+all of them would leave most of a machine idle; none at all would let a few greedy commands end the trainer. So memory
+and processes are counted for one in eight at its limits, and a pool starts no sandbox while memory is short
+(`memory_is_short`).
 
-Trainings that are started together share the machine: whoever starts them says by `SHARED_BY` how many there are, and
-each takes its part. Open files are counted for each process, so they are not shared.
+Trainings that are started together share the machine: the variable `SHARED_BY` says how many they are, and each takes
+its part. Open files are counted for each process, so they are not shared.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from backtalk.sandboxes.base import SandboxLimits
 from backtalk.sandboxes.machine.cgroup import own_groups
 
 SHARED_BY = "BACKTALK_SHARED_BY"  # environment variable: trainings that were started together
-PER_CORE = 128  # that wait most of the time; beyond it a command waits for its turn longer than it runs
-STARTS_PER_CORE = 4  # at once: the kernel makes some of it wait, and with more each only takes longer
-_MEMORY_MB, _PROCESSES, _OPEN_FILES = 4, 8, 8  # of one that does nothing, helpers of a start included
-_AT_LIMITS = 8  # one in so many is at its limits
-_KEPT_FILES = 64  # for the trainer: a model's files, a tracker, pipes of starts
-_KEPT_PROCESSES = 256  # the same: threads of torch, above all
+PER_CORE = 128  # sandboxes; with more, a command waits for its turn longer than it runs
+STARTS_PER_CORE = 4  # at once; with more, each start only takes longer
+_MEMORY_MB, _PROCESSES, _OPEN_FILES = 4, 8, 8  # of an idle sandbox, helpers of its start included
+_AT_LIMITS = 8  # one sandbox in so many is at its limits
+_KEPT_FILES = 64  # for the trainer: files of a model, a tracker, pipes of starts
+_KEPT_PROCESSES = 256  # for the trainer: mostly threads of torch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Room:
-    """Resources that are left for this process and those below it."""
+    """Resources that are left for this process and its children."""
 
     cores: float
     memory_mb: float
@@ -43,7 +43,7 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Number of sandboxes that can be alive at once, and what bounds it, for people to read."""
+    """The number of sandboxes that can be alive at once, and in words the resource that bounds it."""
 
     sandboxes: int
     bound: str
@@ -60,7 +60,7 @@ def fitting(limits: SandboxLimits, left: Room) -> Capacity:
     each_processes = _PROCESSES + limits.processes / _AT_LIMITS
     bounds = (
         (int(left.cores * PER_CORE), f"{left.cores:g} processor cores"),
-        # An eighth is for the trainer to grow.
+        # An eighth is left for the trainer to grow.
         (int(left.memory_mb * (1 - 1 / _AT_LIMITS) / each_mb), f"{left.memory_mb:.0f} MiB of memory left"),
         (int((left.processes - _KEPT_PROCESSES) / each_processes), f"{left.processes} processes left"),
         ((left.open_files - _KEPT_FILES) // _OPEN_FILES, f"{left.open_files} open files left (ulimit -n)"),
@@ -70,12 +70,12 @@ def fitting(limits: SandboxLimits, left: Room) -> Capacity:
 
 
 def memory_is_short(limits: SandboxLimits) -> bool:
-    """Whether one more sandbox could not be filled up to its limits now without taking from what is there."""
+    """Return whether too little memory is left for one more sandbox at its limits."""
     return available_mb() < limits.memory_mb + _MEMORY_MB
 
 
 def room() -> Room:
-    """Look at the machine, and at every control group above this process; of what is shared, take our part."""
+    """Measure what the machine, and every control group above this process, has left for this training."""
     shared_by = max(1, int(os.environ.get(SHARED_BY, 1)))
     return Room(
         cores=cores() / shared_by,
@@ -86,7 +86,7 @@ def room() -> Room:
 
 
 def cores() -> float:
-    """Processors this process may run on, less where a control group gives it a share of their time only."""
+    """Return how many processors this process may use; a fraction where a control group limits their time."""
     shares = [float(len(os.sched_getaffinity(0)))]
     for folder in own_groups("cpu"):
         with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
@@ -100,12 +100,12 @@ def cores() -> float:
 
 
 def available_mb() -> float:
-    """Return the memory that can be had without taking any from what runs, in MiB."""
+    """Return the memory in MiB that is free, or can be freed without taking any from running processes."""
     found = [_field(Path("/proc/meminfo"), "MemAvailable:") / 1024]
     for folder, limit in _limited_groups():
         used = _number(folder, "memory.current", "memory.usage_in_bytes")
         if used is not None:
-            # Files read once and not since are counted, and given up when something needs the room.
+            # The kernel counts cached files as used, and gives them up when memory is needed.
             idle = max(_field(folder / "memory.stat", name) for name in ("inactive_file", "total_inactive_file"))
             found.append((limit - used + idle) / (1 << 20))
     return max(0.0, min(found))
@@ -137,7 +137,7 @@ def _processes_left() -> int:
 
 
 def _own_threads() -> int:
-    """Threads of this user's processes."""
+    """Count the threads of this user's processes."""
     count = 0
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -152,7 +152,7 @@ def _soft_limit(kind: int) -> int:
 
 
 def _number(folder: Path, *names: str) -> int | None:
-    """What the first of these files holds; None where none is there or it says "max"."""
+    """Return the number in the first of these files that has one; None where there is none, or it says "max"."""
     for name in names:
         with contextlib.suppress(OSError, ValueError):
             return int((folder / name).read_text())
@@ -160,11 +160,10 @@ def _number(folder: Path, *names: str) -> int | None:
 
 
 def _field(path: Path, name: str) -> int:
-    def found() -> Iterator[int]:
-        with contextlib.suppress(OSError):
-            for line in path.read_text().splitlines():
-                words = line.split()
-                if words and words[0] == name:
-                    yield int(words[1])
-
-    return next(found(), 0)
+    """Return the number after `name` in a file with a field a line; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        for line in path.read_text().splitlines():
+            words = line.split()
+            if words and words[0] == name:
+                return int(words[1])
+    return 0

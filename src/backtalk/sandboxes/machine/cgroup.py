@@ -1,4 +1,4 @@
-"""Control groups for sandboxes: one for memory and processes each, where this machine lets us make them."""
+"""Make control groups that limit memory and processes of sandboxes, where this machine allows it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from backtalk.sandboxes.base import SandboxLimits
 
 _NAME = "backtalk"
-_SPARE_PROCESSES = 32  # for the holder and its helpers: the agent runs into its own limit before
+_SPARE_PROCESSES = 32  # for the holder and its helpers; the agent reaches its own limit first
 _TOKEN = secrets.token_hex(4)  # trainers in different containers may have the same process id
 _REMOVE_TIMEOUT_S = 2.0
 _WATCHER = """read -r; for try in {1..200}; do left=; for prefix; do for group in "$prefix"*; do
@@ -26,7 +26,7 @@ _counter = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class CgroupParents:
-    """Folders under which we can make groups. Version 2 has one for everything, version 1 one per controller."""
+    """Folders in which groups can be made: one for everything in version 2, one for each controller in version 1."""
 
     version: int  # 0: there are none
     memory: Path | None = None
@@ -34,7 +34,7 @@ class CgroupParents:
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """The different ones."""
+        """Return the distinct folders."""
         return tuple(dict.fromkeys(folder for folder in (self.memory, self.pids) if folder is not None))
 
 
@@ -64,7 +64,7 @@ class Cgroup:
             raise
 
     def _limit_memory(self, size_bytes: int) -> None:
-        """No swap on top, where swap is counted. Under version 1 neither limit may pass the other on its way up."""
+        """Limit memory and swap together. In version 1 the limit of memory may at no moment exceed that of both."""
         if self._memory is None:
             return
         if self._version == 2:
@@ -77,24 +77,24 @@ class Cgroup:
                 (self._memory / name).write_text(str(size_bytes))
 
     def add_memory(self) -> None:
-        """Let as much be used as at first, on top of what is used now: by the files of processes that are gone."""
+        """Raise the limit by what is in use now, which is files that ended processes left in memory."""
         if self._memory is not None:
             name = "memory.current" if self._version == 2 else "memory.usage_in_bytes"
             with contextlib.suppress(OSError):
                 self._limit_memory(self._memory_bytes + int((self._memory / name).read_text()))
 
     def add(self, process_id: int) -> None:
-        """Move a process in; what it starts from now on is in too."""
+        """Move a process into the groups, and with it all that it starts from now on."""
         for folder in self._folders:
             (folder / "cgroup.procs").write_text(str(process_id))
 
     def remove(self) -> bool:
-        """Remove the groups, which must be empty; false where one is not yet."""
+        """Remove the groups; return False where a process is still in one."""
         self._folders = [folder for folder in self._folders if not _remove(folder)]
         return not self._folders
 
     def remove_soon(self) -> None:
-        """Remove the groups once the kernel has seen the last process leave, which takes a few milliseconds."""
+        """Remove the groups as soon as they are empty: the kernel takes some milliseconds to see a process leave."""
         until_s = time.monotonic() + _REMOVE_TIMEOUT_S
         while not self.remove() and time.monotonic() < until_s:
             time.sleep(0.002)
@@ -111,47 +111,41 @@ def _remove(folder: Path) -> bool:
 
 
 def find_parents() -> CgroupParents:
-    """Where groups can be made. Each place is tried with a real process, for a writable folder promises little."""
-    own = _own_paths()
-    mounts = _mounts()
-    if "" in own and "" in mounts:
-        mount, root = mounts[""]
-        for folder in _upwards(mount, root, own[""]):
-            parents = CgroupParents(2, memory=folder, pids=folder)
-            if _works(parents):
-                return parents
+    """Find where groups can be made. Each folder is tried with a process: a writable one may still refuse it."""
+    for folder in _groups_of(""):
+        if _works(parents := CgroupParents(2, memory=folder, pids=folder)):
+            return parents
     found: dict[str, Path] = {}
     for controller in ("memory", "pids"):
-        if controller in own and controller in mounts:
-            mount, root = mounts[controller]
-            for folder in _upwards(mount, root, own[controller]):
-                if _works(CgroupParents(1, **{controller: folder})):
-                    found[controller] = folder
-                    break
+        for folder in _groups_of(controller):
+            if _works(CgroupParents(1, **{controller: folder})):
+                found[controller] = folder
+                break
     return CgroupParents(1, **found) if found else CgroupParents(0)
 
 
 @cache
 def own_groups(controller: str) -> tuple[Path, ...]:
-    """The groups this process began in, as far as they can be seen: its own first, then those above it."""
+    """Return the visible groups that this process began in: its own first, then those above it."""
+    return tuple(_groups_of(controller) or _groups_of(""))
+
+
+def _groups_of(controller: str) -> list[Path]:
     own, mounts = _own_paths(), _mounts()
-    key = controller if controller in own and controller in mounts else ""
-    if key not in own or key not in mounts:
-        return ()
-    return tuple(_upwards(*mounts[key], own[key]))
+    return _upwards(*mounts[controller], own[controller]) if controller in own and controller in mounts else []
 
 
 def watch(parents: CgroupParents) -> None:
-    """See to it that our groups go when we do, however we end: a kernel keeps an empty group for ever.
+    """Have our groups removed when this process ends, however it ends: the kernel keeps an empty group for ever.
 
-    One small process of its own session waits for the end of a pipe only this process holds.
+    A small process in a session of its own waits for the end of a pipe that only this process holds open.
     """
     if not parents.folders or _watched.get(os.getpid()) == parents:
         return
     _watched[os.getpid()] = parents
     prefixes = [str(folder / f"{_NAME}-{os.getpid()}-{_TOKEN}-") for folder in parents.folders]
     reading, _kept_open = os.pipe()
-    try:  # bash ends at once and leaves the watcher to init, so that it is nobody's child to wait for
+    try:  # bash ends at once and leaves the watcher to init, so that we have no child to wait for
         command = ["bash", "-c", f"( {_WATCHER} ) <&0 &", "backtalk-watcher", *prefixes]
         subprocess.run(command, stdin=reading, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/",
                        start_new_session=True, check=False)  # fmt: skip
@@ -160,7 +154,7 @@ def watch(parents: CgroupParents) -> None:
 
 
 def _upwards(mount: Path, root: str, own: str) -> list[Path]:
-    """Our own group first, then those above it: under version 2 a group with processes can have no children."""
+    """Return our own group, then those above it: in version 2 a group that has processes can have no children."""
     relative = os.path.relpath(own, root) if own.startswith(root) else "."
     folder = (mount / relative).resolve()
     if not folder.is_relative_to(mount):
@@ -188,7 +182,7 @@ def _works(parents: CgroupParents) -> bool:
 
 
 def _own_paths() -> dict[str, str]:
-    """Controller name ("" for version 2) -> our group's path."""
+    """Return the path of our group by the name of its controller, which is "" for version 2."""
     paths = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -198,7 +192,7 @@ def _own_paths() -> dict[str, str]:
 
 
 def _mounts() -> dict[str, tuple[Path, str]]:
-    """Controller name ("" for version 2) -> (mount point, path of the group that is mounted there)."""
+    """Return the mount point and the path of the group mounted there, by controller ("" for version 2)."""
     mounts: dict[str, tuple[Path, str]] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():

@@ -1,4 +1,4 @@
-"""What this machine offers for isolating commands, and what to install where it does not."""
+"""Look for what this machine has to isolate commands with, and say what to install where it lacks something."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ _MIN_BUBBLEWRAP = (0, 5)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """What the sandbox needs to know of the machine it is on."""
+    """The properties of this machine that sandboxes depend on."""
 
-    bwrap: str | None
+    bwrap: str  # its path; "" where it is not installed
     bwrap_version: tuple[int, ...] = ()
     setpriv: str | None
     bash: str | None
     uid: int
-    uid_range: range  # host uids a sandbox may be given; empty: our own is kept
+    uid_range: range  # host uids for sandboxes; empty: they keep our own
     cgroups: CgroupParents
-    blocked_by: str | None = None  # a setting that is known to forbid what bubblewrap needs
+    blocked_by: str | None = None  # what to change, where a setting forbids what bubblewrap needs
 
 
 def probe(*, use_cgroups: bool = True) -> Machine:
-    """Look around. Starts two short processes; changes nothing."""
-    bwrap = shutil.which("bwrap")
+    """Look at this machine. Starts two short processes and changes nothing."""
+    bwrap = shutil.which("bwrap") or ""
     return Machine(
         bwrap=bwrap,
         bwrap_version=_version(bwrap) if bwrap else (),
@@ -52,12 +52,12 @@ def probe(*, use_cgroups: bool = True) -> Machine:
 
 
 def require_bubblewrap(machine: Machine) -> None:
-    """Check that bubblewrap, and what we start it with, is installed.
+    """Check that bubblewrap and the programs that start it are installed.
 
     Raises:
-        SandboxUnavailable: it is not, or too old; the message says what to install.
+        SandboxUnavailable: one is missing or too old; the message says what to install.
     """
-    if machine.bwrap is None or machine.bash is None or (machine.uid_range and machine.setpriv is None):
+    if not machine.bwrap or machine.bash is None or (machine.uid_range and machine.setpriv is None):
         raise SandboxUnavailable(f"no safe sandbox on this machine: {advice(machine)}")
     if machine.bwrap_version < _MIN_BUBBLEWRAP:
         version = ".".join(map(str, machine.bwrap_version))
@@ -67,10 +67,10 @@ def require_bubblewrap(machine: Machine) -> None:
 
 
 def tried(start: Callable[[], Coroutine[None, None, None]]) -> None:
-    """Run a trial start. In a thread, for the caller may be inside an event loop.
+    """Run a trial start, in a thread since the caller may be inside an event loop.
 
     Raises:
-        SandboxUnavailable: it failed; the message is what went wrong.
+        SandboxUnavailable: it failed; the message says why.
     """
 
     async def within_time() -> None:
@@ -85,8 +85,8 @@ def tried(start: Callable[[], Coroutine[None, None, None]]) -> None:
 
 
 def advice(machine: Machine) -> str:
-    """What to do so that bubblewrap works here."""
-    if machine.bwrap is None:
+    """Return what to do so that bubblewrap works here."""
+    if not machine.bwrap:
         return "install bubblewrap (apt install bubblewrap, dnf install bubblewrap, or apk add bubblewrap)"
     if machine.bash is None:
         return "install bash: every command of a task runs in it"
@@ -101,13 +101,13 @@ def advice(machine: Machine) -> str:
 
 
 def _version(bwrap: str) -> tuple[int, ...]:
-    said = subprocess.run([bwrap, "--version"], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"(\d+)\.(\d+)", said)
+    output = subprocess.run([bwrap, "--version"], capture_output=True, text=True, check=False).stdout
+    found = re.search(r"(\d+)\.(\d+)", output)
     return tuple(int(part) for part in found.groups()) if found else ()
 
 
 def _uid_range() -> range:
-    """Uids root can hand out here. Inside a container's own user namespace there may be few, or none."""
+    """Return the uids that root can give to sandboxes; in the user namespace of a container there may be none."""
     best = range(0)
     for line in Path("/proc/self/uid_map").read_text().splitlines():
         first, _, count = (int(word) for word in line.split())

@@ -1,4 +1,4 @@
-"""A filter for system calls no task needs, which reach far into the kernel or into what belongs to the user."""
+"""Build the seccomp filter of sandboxes: it refuses system calls that no task needs and that endanger the host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class _Numbers:
-    """Of one processor: the audit architecture, the refused calls, and those that make sockets."""
+    """Numbers of one processor: its audit architecture, the refused calls, and those that make sockets."""
 
     architecture: int
     refused: tuple[int, ...]
@@ -42,10 +42,10 @@ _STREAM, _SEQPACKET = 1, 5
 
 
 def seccomp_program(*, sockets: bool = True) -> bytes | None:
-    """The filter as bwrap wants it (an array of struct sock_filter), or None on a machine it is not written for.
+    """Return the filter as an array of struct sock_filter, or None for a processor whose numbers are not listed here.
 
-    ``sockets`` False refuses sockets too, for where no network namespace keeps them in: the network, and every service
-    of the machine that listens on a file. Connected pairs of streams are left, which lead nowhere else.
+    ``sockets`` False refuses sockets too, for backends without a network namespace: sockets would reach the network and
+    services of this machine that listen on a file. Connected pairs of stream sockets stay allowed.
     """
     if platform.machine() not in _NUMBERS:
         return None
@@ -63,7 +63,7 @@ def seccomp_program(*, sockets: bool = True) -> bytes | None:
 
 
 def _pairs_of_streams(socketpair: int) -> list[tuple[int, int, int, int]]:
-    """Refuse pairs of any other kind: a datagram socket, connected or not, can write to any socket file."""
+    """Return the rules for pairs: no datagrams, since such a socket can write to any socket file."""
     return [
         (_IF_EQUAL, 0, 4, socketpair),  # else allow
         (_LOAD, 0, 0, _SECOND_ARGUMENT_AT),

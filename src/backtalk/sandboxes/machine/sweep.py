@@ -1,4 +1,4 @@
-"""Ends what a killed trainer left behind: bubblewraps that wait for ever for one that is gone."""
+"""End bubblewrap processes that a killed trainer left behind, waiting for ever."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import os
 import signal
 from pathlib import Path
 
-_MARK = "memfd:backtalk"  # every sandbox of ours holds such a file open
+_MARK = "memfd:backtalk"  # a file that each of our sandboxes holds open
 
 
 def sweep() -> int:
-    """Kill the orphans among our bubblewraps; how many there were.
+    """Kill the orphans among our bubblewrap processes, and return how many there were.
 
-    bubblewrap asks the kernel to end its child with it, but its child waits to be told its user before it asks
-    in turn. A trainer that is killed in between leaves that child for init to keep. One that belongs to a living
-    trainer has a living parent, so nobody else's sandbox is touched.
+    The child of bubblewrap first waits to be told its user, and only then asks the kernel to end with its parent. If
+    the trainer is killed before, init inherits the child. Sandboxes of living trainers have living parents, so none of
+    theirs is touched.
     """
     if os.getpid() == 1:  # then init's children are our own
         return 0

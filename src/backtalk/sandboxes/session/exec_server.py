@@ -1,21 +1,20 @@
-r"""The three bash programs that run a sandbox, and the frames they speak.
+r"""The bash programs that run commands in a sandbox, and the frames in which the trainer talks to them.
 
-Bash and not Python, because a sandbox sees the host's ``/usr`` and nothing else: the interpreter that runs the
-trainer may live in a home folder no other uid can enter, and there may be no other. Bash is there, since every
-task needs it. It also starts in 1 ms and holds 2 MB, where Python takes 15 ms and 9 MB.
+They are bash and not Python, because a sandbox sees only the host's ``/usr``: the interpreter of the trainer may lie in
+a home folder that no other uid can enter, and there may be no other. Bash is there, since every task needs it. It
+starts in 1 ms and takes 2 MB, where Python takes 15 ms and 9 MB.
 
-Who is who, from the outside in:
+From the outside in:
 
-- the **holder** is trusted. It is process 1 of the outer sandbox, which owns the files and the network. It begins
-  and ends sessions, stops a command that ran too long, and moves files. The agent cannot see it: a session lives
-  in a process namespace of its own, inside.
-- the **supervisor** is process 1 of a session. It starts a shell, and another one when that one ends.
-- the **shell** runs the commands, one after the other, in itself: so folder, variables, functions and jobs stay.
+- The **holder** is trusted. It is process 1 of the outer sandbox, which owns the files and the network. It begins and
+  ends sessions, stops a command that ran too long, and moves files. The agent cannot see it: a session has a process
+  namespace of its own inside.
+- The **supervisor** is process 1 of a session. It starts a shell, and another one when that one ends.
+- The **shell** runs the commands in itself, one after the other, so that folder, variables, functions and jobs stay.
 
-Frames end with a NUL byte, which no command, path or variable can contain. The shell reports on a pipe that is
-closed for the commands it runs, under a number drawn anew for each command. A command that goes out of its way to
-forge a report can only cheat itself: nothing the session says is believed about anything but the session, and
-`Sandbox.restart` ends it.
+Frames end with a NUL byte, which no command, path or variable can contain. The shell reports the end of a command on a
+pipe that is closed for the command, under a random number. A command that forges a report harms only its own session:
+reports are believed about nothing else, and `Sandbox.restart` ends the session.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from dataclasses import dataclass
 
 from backtalk.errors import ConfigError
 
-END_TIMEOUT_S = 50  # of a session; the kernel needs this long only where hundreds of processes share a core
+END_TIMEOUT_S = 50  # for a session; needed only where hundreds of processes share a core
 
-# fd 0 commands from the trainer, 1 answers, 2 the agent's output pipe, $1 the shell's commands, $2 its reports,
-# $3 and $4 the supervisor's and the shell's text, in sealed files: the agent can open what its own processes have open,
-# and must not change what the next session runs. $5 is bubblewrap's own and closed. After $6 comes the program that
-# begins a session. $6 is a file in memory, shared with the trainer alone, through which files come and go: one
-# program for each way, and no pipe in which somebody's bytes could be taken for an answer.
+# Descriptors: 0 requests of the trainer, 1 answers, 2 the agent's output pipe, $1 the shell's commands, $2 its reports.
+# $3 and $4 are the texts of the supervisor and the shell, in sealed files, because the agent can open what its own
+# processes have open and must not change what the next session runs. $5 is bubblewrap's own and is closed. $6 is a file
+# in memory that only the trainer shares, for the content of files: in a pipe it could be taken for an answer. The
+# arguments after $6 are the program that begins a session.
 _HOLDER = r"""
 # SAFETY: it signals every process it can see, so it must be process 1 of a namespace of its own.
 (( $$ == 1 )) || { echo "the holder is process $$ and not process 1 of a namespace; it refuses to run" >&2; exit 70; }
@@ -146,10 +145,10 @@ kill -KILL -- -1 2>&5
 exit 0
 """
 
-# Each command opens the output pipe anew: a program that makes its own output non-blocking (node does) must not do
-# so to all that follow. All on one line, so that bash says "line 1" in every error message whatever ran before.
-# The report opens nothing that it cannot do without: an agent may have shut even the root folder.
-# `break`, `continue`, `return` and `exit` in a command find no way around the report, which is in the loop's head.
+# Each command opens the output pipe anew, since a program may make its output non-blocking (node does). All is on one
+# line, so that bash says "line 1" in every error message. The report works without opening any path, since an agent may
+# have shut even the root folder. It is in the head of the loop, so that no `break`, `continue`, `return` or `exit` in a
+# command skips it.
 SHELL_PROGRAM = (
     r"__id= __line=; \builtin printf 'ready %s\0' $$ >&4; "
     r"while \builtin :; do while "
@@ -178,26 +177,26 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rlimits:
-    """Limits the session takes on itself; 0 leaves one as it is."""
+    """Limits that the supervisor sets for itself and all it starts; 0 leaves a limit as it is."""
 
     processes: int = 0
-    file_kib: int = 0  # of one file, memory files included
+    file_kib: int = 0  # of one file, also of one in memory
     memory_kib: int = 0  # of one process
 
 
 def supervisor_program(limits: Rlimits) -> str:
-    """The supervisor's text, with the limits it sets for itself and all it starts."""
+    """Return the text of the supervisor, with the limits that it sets."""
     wanted = [("-c", 0), ("-n", 4096)]
-    wanted += [("-u", limits.processes + 2)] if limits.processes else []  # itself and the shell
+    wanted += [("-u", limits.processes + 2)] if limits.processes else []  # supervisor and shell
     wanted += [("-f", limits.file_kib)] if limits.file_kib else []
-    # -d counts what a process can write to in private; -v also the address space others merely reserve.
+    # -d counts memory that a process can write to alone; -v also address space that is only reserved.
     wanted += [("-d", limits.memory_kib), ("-v", 4 * limits.memory_kib)] if limits.memory_kib else []
     lines = [f"ulimit {flag} {value} 2>/dev/null" for flag, value in wanted]
     return "\n".join(lines) + _SUPERVISOR
 
 
 def holder_program(files: Mapping[str, str], *, folders: Sequence[str], reserve_file: str, reserve_bytes: int) -> str:
-    """The holder's text: it writes `files` first, and makes `folders` usable again before each session."""
+    """Return the text of the holder: it first writes `files`, and makes `folders` usable before each session."""
     writes = [f"printf %s {shlex.quote(text)} >{shlex.quote(path)}" for path, text in files.items()]
     holder = _HOLDER.replace("{home}", shlex.join(folders)).replace("{end_s}", str(END_TIMEOUT_S))
     holder = holder.replace("{reserve_file}", shlex.quote(reserve_file)).replace("{reserve}", str(reserve_bytes))
@@ -205,10 +204,10 @@ def holder_program(files: Mapping[str, str], *, folders: Sequence[str], reserve_
 
 
 def command_text(command: str, env: Mapping[str, str], cwd: str | None) -> str:
-    """The bash text that runs `command`: `env` holds for it alone, `cwd` moves the session there first.
+    """Return the bash text that runs `command` with `env` for it alone, after moving the session to `cwd`.
 
     Raises:
-        ConfigError: a name in `env` that is no variable name.
+        ConfigError: a name in `env` is not a name of a variable.
     """
     for name in env:
         if not _NAME.match(name):
@@ -221,17 +220,17 @@ def command_text(command: str, env: Mapping[str, str], cwd: str | None) -> str:
 
 
 def restore_text(exports: str, cwd: str) -> str:
-    """The bash text that gives a new shell the exported variables and the folder of an earlier one."""
+    """Return the bash text that gives a new shell the exported variables and the folder of an earlier one."""
     return f"{{ {exports}\n\\builtin cd -- {shlex.quote(cwd)}; }} 2>/dev/null"
 
 
 def frames(*parts: str) -> bytes:
-    """NUL-terminated frames. NUL bytes inside are left out, as bash does with those in a script."""
-    return b"".join(_encoded(part.replace("\0", "")) + b"\0" for part in parts)
+    """Return the parts as frames, each ended by NUL. NUL bytes inside are left out, as bash does in a script."""
+    return b"".join(_encode(part.replace("\0", "")) + b"\0" for part in parts)
 
 
-def _encoded(text: str) -> bytes:
+def _encode(text: str) -> bytes:
     try:
-        return text.encode("utf-8", "surrogateescape")  # bytes that were no UTF-8 come back as they were
+        return text.encode("utf-8", "surrogateescape")  # gives back bytes that were no UTF-8
     except UnicodeEncodeError:
         return text.encode("utf-8", "replace")

@@ -1,9 +1,10 @@
-"""Pipes read and written without blocking the event loop: frames in, bytes out, output with a cap."""
+"""Read and write pipes without blocking the event loop: frames, bytes, and output of which a part is kept."""
 
 from __future__ import annotations
 
 import array
 import asyncio
+import codecs
 import contextlib
 import fcntl
 import os
@@ -13,55 +14,56 @@ from dataclasses import dataclass
 from backtalk.errors import SandboxError
 
 _READ_BYTES = 65_536
-_DROP_PAUSE_S = 0.001  # between reads of output nobody keeps: endless output costs 64 MB/s, not a core
-_FRAME_BYTES = 4 << 20  # a longer frame, and more frames waiting than this, are nobody's honest reports
+_DROP_PAUSE_S = 0.001  # between reads of output that is dropped: endless output costs 64 MB/s, not a core
+_FRAME_BYTES = 4 << 20  # no honest report has a longer frame, or more of them waiting
 _WAITING_FRAMES = 256
-_FIRST_GIVEN = 10  # bash programs move what they are given to 3..9; one of these would be overwritten before it is read
+_FIRST_PASSED = 10  # the bash programs move what is passed to them to 3..9, and would overwrite one of these
 
 
 class FloodedError(Exception):
-    """The other side says far more than was asked for. Nothing more is read from it until `FrameReader.clear`."""
+    """The other side sent too much. Nothing more is read from it until `FrameReader.clear`."""
 
 
 @dataclass(frozen=True, slots=True)
 class PipePair:
-    """Both ends of a pipe; ours does not block."""
+    """Both ends of a pipe: ours, which does not block, and the child's."""
 
     ours: int
     theirs: int
 
     @classmethod
     def to_read(cls) -> PipePair:
-        """We read, they write."""
-        ours, theirs = os.pipe()
-        os.set_blocking(ours, False)
-        return cls(ours, moved_up(theirs))
+        """Make a pipe that we read."""
+        return cls._make(*os.pipe())
 
     @classmethod
     def to_write(cls) -> PipePair:
-        """We write, they read."""
-        theirs, ours = os.pipe()
+        """Make a pipe that we write."""
+        return cls._make(*reversed(os.pipe()))
+
+    @classmethod
+    def _make(cls, ours: int, theirs: int) -> PipePair:
         os.set_blocking(ours, False)
         return cls(ours, moved_up(theirs))
 
     @classmethod
     def shared_file(cls) -> PipePair:
-        """A file in memory without a name, open on both sides. Nothing is ever sent through; it just lies there."""
+        """Make a file in memory without a name, open on both sides."""
         ours = os.memfd_create("backtalk-files", os.MFD_CLOEXEC)
         return cls(ours, moved_up(os.dup(ours)))
 
 
 def moved_up(descriptor: int) -> int:
-    """The same open file under a number that a child can be given."""
-    if descriptor >= _FIRST_GIVEN:
+    """Return the same open file under a number that can be passed to a bash program."""
+    if descriptor >= _FIRST_PASSED:
         return descriptor
-    moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _FIRST_GIVEN)
+    moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, _FIRST_PASSED)
     os.close(descriptor)
     return moved
 
 
 def sealed_file(content: bytes) -> int:
-    """A file in memory nobody can change any more, open at its beginning. It has no name.
+    """Return a file in memory without a name, which cannot be changed any more, open at its beginning.
 
     Raises:
         OSError: the kernel refuses.
@@ -75,7 +77,7 @@ def sealed_file(content: bytes) -> int:
 
 
 class FrameReader:
-    """Frames from a pipe, in order: bytes ended by `end`."""
+    """A reader of frames from a pipe, in order. A frame is bytes ended by `end`."""
 
     def __init__(self, fd: int, *, end: bytes = b"\0", max_bytes: int = _FRAME_BYTES) -> None:
         self._fd = fd
@@ -110,11 +112,11 @@ class FrameReader:
         self._news.set()
 
     async def next(self) -> bytes:
-        """The next frame without its end.
+        """Wait for the next frame and return it without its end.
 
         Raises:
             SandboxError: the other side closed the pipe.
-            FloodedError: it said too much.
+            FloodedError: the other side sent too much.
         """
         while not self._frames:
             if self._flooded:
@@ -126,7 +128,7 @@ class FrameReader:
         return self._frames.pop(0)
 
     def clear(self) -> None:
-        """Forget everything said so far."""
+        """Drop everything that was sent so far."""
         with contextlib.suppress(BlockingIOError):
             while not self.closed and os.read(self._fd, _READ_BYTES):
                 pass
@@ -137,6 +139,7 @@ class FrameReader:
             self._loop.add_reader(self._fd, self._read)
 
     def close(self) -> None:
+        """Close the pipe."""
         if not self.closed:
             self._loop.remove_reader(self._fd)
         self.closed = True
@@ -145,7 +148,7 @@ class FrameReader:
 
 
 class OutputReader:
-    """What commands print. Always read, so that a background server never stands still on a full pipe."""
+    """A reader of what commands print. It reads all the time, so that no background server blocks on a full pipe."""
 
     def __init__(self, fd: int, max_bytes: int) -> None:
         self._fd = fd
@@ -177,42 +180,31 @@ class OutputReader:
         self._loop.add_reader(self._fd, self._read)
 
     def take(self) -> tuple[str, int]:
-        """What was printed by now, and how many bytes more there were. Then start afresh."""
+        """Return what was printed since the last call, and the number of bytes that were dropped."""
         waiting = array.array("i", [0])
         fcntl.ioctl(self._fd, termios.FIONREAD, waiting)
         left = waiting[0]  # no more than this: a background job may print without end
         while left > 0 and (got := self._read(min(left, _READ_BYTES))):
             left -= got
-        kept = self._kept
-        if self._dropped:  # do not cut a character in two
-            kept = kept[: len(kept) - _partial_character(kept)]
-            self._dropped += len(self._kept) - len(kept)
-        taken = kept.decode("utf-8", "replace"), self._dropped
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(self._kept, final=not self._dropped)  # without a character that was cut in two
+        dropped = self._dropped + len(decoder.getstate()[0])
         self._kept, self._dropped = bytearray(), 0
-        return taken
+        return text, dropped
 
     def close(self) -> None:
+        """Close the pipe."""
         if self._pause is not None:
             self._pause.cancel()
         self._loop.remove_reader(self._fd)
         os.close(self._fd)
 
 
-def _partial_character(data: bytearray) -> int:
-    """How many bytes at the end begin a UTF-8 character that is not complete."""
-    for back in range(1, min(4, len(data)) + 1):
-        byte = data[-back]
-        if byte & 0xC0 != 0x80:
-            length = 1 if byte < 0xC0 else 2 if byte < 0xE0 else 3 if byte < 0xF0 else 4
-            return back if length > back else 0
-    return 0
-
-
 async def write_all(fd: int, data: bytes) -> None:
-    """Write everything, waiting where the pipe is full.
+    """Write all of `data`, waiting while the pipe is full.
 
     Raises:
-        SandboxError: nobody reads it any more.
+        SandboxError: the other side closed the pipe.
     """
     loop = asyncio.get_running_loop()
     view = memoryview(data)

@@ -1,4 +1,4 @@
-"""The trainer's side of a session: sends commands to the shell, and decides what became of each."""
+"""The trainer's side of a session: send commands to the shell, and find the outcome of each."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class Keeper(Protocol):
-    """Who begins and ends the session's processes, from outside of it."""
+    """The part of a backend that starts and ends the processes of a session, from outside of it."""
 
     async def begin(self, name: str) -> None:
-        """Start a supervisor; it starts a shell when told to, under the session's name."""
+        """Start a supervisor, which starts a shell when it is asked to under the session's name."""
         ...
 
     async def end(self) -> None:
-        """End every process of the session; returns when all are gone."""
+        """End every process of the session, and return when all are gone."""
         ...
 
     async def stop(self, tick: int, last_id: int, shell_id: int) -> bool:
-        """Kill the shell and what began after clock tick `tick` (in it: with an id over `last_id`). All gone?"""
+        """Kill the shell and what began after clock tick `tick`, or in it with an id above `last_id`. All gone?"""
         ...
 
     async def lost(self) -> int:
-        """Return, with an exit code, only when the session ended though nobody asked it to."""
+        """Wait until the session ends without being asked to, and return its exit code."""
         ...
 
 
 @dataclass(slots=True)
 class _Shell:
-    """The shell that is running now, as far as it told us."""
+    """The shell that is running now, as far as its reports are known."""
 
     started: str = ""  # the number under which it was started
     id: int = 0  # its process id inside
@@ -53,7 +53,7 @@ class _Shell:
 
 
 class Session:
-    """One supervisor and its shells, over one set of pipes that lives as long as the sandbox."""
+    """A supervisor and its shells, over pipes that live as long as the sandbox."""
 
     def __init__(self, keeper: Keeper, *, commands: int, reports: int, output: int, limits: SandboxLimits) -> None:
         self._keeper = keeper
@@ -63,11 +63,11 @@ class Session:
         self._name = ""
         self._shell = _Shell()
         self._exports, self._cwd = "", ""
-        self._running_since: int | None = None  # clock tick at which a command was sent whose end was not seen
+        self._running_since: int | None = None  # clock tick of a command whose end was not seen
         self._closed = False
 
     async def begin(self) -> None:
-        """Start supervisor and shell over clean pipes, with a fresh environment.
+        """Start a supervisor and a shell over clean pipes, with a fresh environment.
 
         Raises:
             SandboxError: the shell does not answer.
@@ -94,19 +94,19 @@ class Session:
             self._note(await self._reports.next())
 
     async def end(self) -> None:
-        """End every process, and forget what they printed."""
+        """End every process, and drop what they printed."""
         self._check()
         await self._keeper.end()
         self._output.take()
 
     def said(self) -> str:
-        """What was printed outside of any command: bubblewrap's own complaints."""
+        """Return what was printed outside of any command: errors of bubblewrap itself."""
         return self._output.take()[0].strip()
 
     async def _start_shell(self) -> None:
-        """Ask the supervisor for a shell with the last known variables and folder. Its answer is not waited for."""
+        """Ask the supervisor for a shell with the last known variables and folder, without waiting for an answer."""
         self._shell = _Shell(started=secrets.token_hex(8))
-        # The empty frame ends what a stopped shell may have left half read.
+        # The empty frame ends one that a stopped shell may have read in part.
         text = frames("", f"start:{self._name}:{self._shell.started}")
         if self._exports:
             text += frames(secrets.token_hex(8), restore_text(self._exports, self._cwd))
@@ -116,7 +116,7 @@ class Session:
         """Run one command. See `Sandbox.exec`."""
         text = command_text(command, env, cwd)
         self._check()
-        if self._running_since is not None:  # an earlier call was cancelled half way
+        if self._running_since is not None:  # an earlier call was cancelled
             await self._stop(self._running_since)
         number = secrets.token_hex(8)
         tick = int(time.clock_gettime(_CLOCK) * _TICKS_PER_S)
@@ -135,7 +135,7 @@ class Session:
         return ExecResult(output, exit_code, timed_out, dropped, time.perf_counter() - began)
 
     async def _outcome(self, number: str) -> int:
-        """The exit code, from whichever comes first: the shell's report, the shell's end, the session's end."""
+        """Return the exit code from what comes first: the report or the end of the shell, or the end of the session."""
         reported: list[int] = []
 
         async def report() -> None:
@@ -152,7 +152,7 @@ class Session:
         return exit_code
 
     async def _unless_lost(self, wanted: Coroutine[None, None, None]) -> int | None:
-        """Wait for `wanted`; if the session ends before, its exit code."""
+        """Wait for `wanted`; return the exit code of the session if it ends before."""
         lost = asyncio.ensure_future(self._keeper.lost())
         task = asyncio.ensure_future(wanted)
         try:
@@ -179,14 +179,14 @@ class Session:
                 return int(fields[1])
 
     def _note(self, frame: bytes) -> list[str]:
-        """Split a report; remember the shell's id where it tells it."""
+        """Split a report into words, and keep the shell's id where it has one."""
         words = frame.decode("utf-8", "replace").split(" ")
         if words[0] == "ready" and len(words) == 2 and words[1].isdigit() and not self._shell.id:
             self._shell.id = int(words[1])
         return words
 
     async def _stop(self, tick: int) -> None:
-        """Kill the running command and the shell, then start a shell where it was. Else: end all, begin afresh."""
+        """Kill the command and the shell and start another shell; where that fails, begin the session anew."""
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 await self._hello()  # a shell that is only starting: its id is not known before
@@ -201,7 +201,7 @@ class Session:
         await self._begin()
 
     def _check(self) -> None:
-        if self._closed:  # its numbers may be another pipe's by now
+        if self._closed:  # its descriptors may belong to another pipe by now
             raise SandboxError("the sandbox is closed")
 
     def close(self) -> None:
