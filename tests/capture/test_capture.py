@@ -20,8 +20,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from backtalk.capture import Author, Left, Reply, Script, Seen, capture_episode, read_action, read_script
+from backtalk.capture.author import Author, Left, Reply, Seen
 from backtalk.capture.endpoint import Endpoint, EndpointConfig
+from backtalk.capture.lines import read_action
+from backtalk.capture.people import Script, read_script
+from backtalk.capture.rollout import capture_episode
 from backtalk.cli import app
 from backtalk.envs.base import Step
 from backtalk.envs.terminal import BASH, SUBMIT

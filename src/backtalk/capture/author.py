@@ -1,8 +1,7 @@
-"""Who decides what an agent does in a captured episode."""
+"""Define what plays a captured rollout: an ``Author`` is shown observations and replies with actions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,12 +11,12 @@ from backtalk.rollout.sampler import Completion
 
 
 class Left(SamplerError):
-    """The author went away in the middle: the episode ends there, without a reward."""
+    """The author left before the end: the rollout ends there, without a reward."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """What an author is shown before a reply: the tools, what was said since the last one, and the whole as tokens."""
+    """Input of an author: the tools, the messages since its last reply, and the whole conversation as token ids."""
 
     tools: tuple[ToolSpec, ...]
     messages: tuple[Message, ...]
@@ -28,8 +27,10 @@ class Seen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """One action: text, and a call after it. ``sampled`` holds the ids instead, where a model sampled them from just
-    the tokens it was shown and its logprobs are known; only such an action can be trained as one.
+    """One action: text, and a call after it.
+
+    ``sampled`` holds token ids instead, where a model sampled them from exactly the tokens it was shown and their
+    logprobs are known; only such an action can be trained by the policy term.
     """
 
     text: str = ""
@@ -39,18 +40,13 @@ class Reply:
 
 
 class Author(Protocol):
-    """Plays one episode; a new one needs a new author."""
+    """Player of one rollout; each rollout needs a new one."""
 
     async def reply(self, seen: Seen) -> Reply:
-        """The next action.
+        """Return the next action.
 
         Raises:
             Left: there is none, because the author has gone.
-            SamplerError: the author cannot be reached. It costs the episode.
+            SamplerError: the author cannot be reached, and the rollout fails.
         """
         ...
-
-
-def text_of(messages: Sequence[Message]) -> str:
-    """What several messages say."""
-    return "\n".join(message.text for message in messages)

@@ -1,11 +1,11 @@
-"""A model behind an OpenAI-compatible API as an author.
+"""Ask a model behind an OpenAI-compatible API for actions.
 
-Two ways to ask. With messages (``/chat/completions``) the server renders the conversation itself, so what comes back
-was sampled from its tokens, not ours: the text is tokenised anew and is not an action that can be trained, unless the
+There are two ways to ask. With messages (``/chat/completions``) the server renders the conversation itself, so the
+reply was sampled from its tokens, not ours: its text is tokenised anew and cannot be trained as an action, unless the
 server says which ids it was given and which it sampled, and they are ours. With tokens (``/completions``, as vLLM
 serves it) our ids go in and sampled ids come out.
 
-A logprob counts only at temperature 1: servers differ on whether theirs are of before or after the temperature.
+Logprobs are used only at temperature 1: servers differ on whether theirs are of before or after the temperature.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 
 import httpx2
 
-from backtalk.capture.author import Reply, Seen, text_of
+from backtalk.capture.author import Reply, Seen
 from backtalk.errors import ConfigError, DataError, SamplerError
-from backtalk.language.openai_chat import content_text, raw_call_text, read_call
+from backtalk.language.openai_chat import AssistantMessage, read_assistant, write_call
 from backtalk.language.tool_formats import tool_schemas
-from backtalk.messages import Message, ToolCall, clean_text
+from backtalk.messages import Message, clean_text
 from backtalk.rollout.sampler import Completion
 
 SHOWN = 300  # characters of a server's refusal
@@ -32,7 +32,7 @@ SHOWN = 300  # characters of a server's refusal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointConfig:
-    """Where a model answers and how it is asked."""
+    """Address of a model, and how it is asked."""
 
     url: str  # up to and with the version, http://127.0.0.1:8000/v1
     model: str
@@ -78,8 +78,6 @@ class Endpoint:
     async def reply(self, seen: Seen) -> Reply:
         return await self._by_tokens(seen) if self.config.tokens else await self._by_messages(seen)
 
-    # --- messages ---
-
     async def _by_messages(self, seen: Seen) -> Reply:
         self.messages += _openai(seen.messages, self.call_id)
         asked: dict[str, Any] = {"model": self.config.model, "messages": self.messages}
@@ -94,18 +92,29 @@ class Endpoint:
                 raise _refused(self.config, status, answer)
             self.accepted += 1
         choice = _choice(answer, self.config)
-        text, call, identifier = _read_message(choice.get("message"), self.config)
-        kept: dict[str, Any] = {"role": "assistant", "content": text}
-        self.call_id = None
+        reply = self._read(choice.get("message"))
+        kept: dict[str, Any] = {"role": "assistant", "content": reply.text}
+        call, self.call_id = next(iter(reply.calls), None), None
         if call is not None:
-            self.call_id = identifier or f"call_{len(self.messages)}"
-            function = {"name": call.tool, "arguments": json.dumps(call.arguments)}
-            kept["tool_calls"] = [{"id": self.call_id, "type": "function", "function": function}]
+            self.call_id = reply.call_ids[0] or f"call_{len(self.messages)}"
+            kept["tool_calls"] = [write_call(call, self.call_id)]
         self.messages.append(kept)
         sampled = _sampled(answer, choice, seen) if self.config.temperature == 1 else None
-        return Reply(text=text, call=call, sampled=sampled, cut=choice.get("finish_reason") == "length")
+        return Reply(text=reply.text, call=call, sampled=sampled, cut=choice.get("finish_reason") == "length")
 
-    # --- tokens ---
+    def _read(self, message: Any) -> AssistantMessage:
+        """Return a reply with its first call; one that cannot be read is text, so that the model is told about it.
+
+        Raises:
+            SamplerError: the reply holds something other than text, such as an image.
+        """
+        fields: dict[str, Any] = dict(message) if isinstance(message, Mapping) else {}
+        if isinstance(fields.get("tool_calls"), list):
+            fields["tool_calls"] = fields["tool_calls"][:1]
+        try:
+            return read_assistant(fields)
+        except DataError as error:
+            raise SamplerError(f"{self.config.url} answered with what no policy of ours can say: {error}") from error
 
     async def _by_tokens(self, seen: Seen) -> Reply:
         asked = {
@@ -131,10 +140,8 @@ class Endpoint:
             )
         return Reply(sampled=sampled)
 
-    # --- the wire ---
-
     async def _post(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
-        """Status and answer, after as many attempts as it takes or is allowed.
+        """Return status and answer, after as many requests as it takes or is allowed.
 
         Raises:
             SamplerError: the server cannot be reached, or stays busy or broken.
@@ -163,52 +170,29 @@ class Endpoint:
 
 
 def _openai(messages: Sequence[Message], call_id: str | None) -> list[dict[str, Any]]:
-    """In OpenAI's format. What answers a call is one message; what answers no call, as a parse error, is the user's."""
+    """Return messages in OpenAI's format: what answers a call as one message, what answers no call as the user's."""
     if any(message.role != "tool" for message in messages):
         return [{"role": m.role if m.role != "tool" else "user", "content": clean_text(m.text)} for m in messages]
     answered = {"role": "tool", "tool_call_id": call_id} if call_id else {"role": "user"}
-    return [{**answered, "content": clean_text(text_of(messages))}]
-
-
-def _read_message(message: Any, config: EndpointConfig) -> tuple[str, ToolCall | None, str | None]:
-    """Text, call and its id of a reply; a call that cannot be read as text, so that the policy is told what is wrong.
-
-    Raises:
-        SamplerError: the reply holds what is no text, an image say.
-    """
-    said: Mapping[str, Any] = message if isinstance(message, Mapping) else {}
-    try:
-        text = clean_text(content_text(said.get("content")) or content_text(said.get("refusal")))
-    except DataError as error:
-        raise SamplerError(f"{config.url} answered with what no policy of ours can say: {error}") from error
-    calls = said.get("tool_calls")
-    first = next(iter(calls), None) if isinstance(calls, list) else calls
-    if not first:
-        return text, None, None
-    try:
-        return text, *read_call(first)
-    except DataError:
-        return f"{text}\n{raw_call_text(first)}".strip(), None, None
+    return [{**answered, "content": clean_text("\n".join(message.text for message in messages))}]
 
 
 def _sampled(answer: Any, choice: Any, seen: Seen, *, own_prompt: bool = False) -> Completion | None:
-    """The sampled ids with their logprobs, where the server says them and they continue just our tokens."""
+    """Return the sampled ids with their logprobs, where the server says them and they continue just our tokens."""
     prompt = answer.get("prompt_token_ids") or choice.get("prompt_token_ids")
     ids, logprobs = choice.get("token_ids"), _logprobs(choice.get("logprobs"))
-    if (prompt is None and not own_prompt) or (prompt is not None and prompt != list(seen.token_ids)):
+    if prompt != list(seen.token_ids) and not (prompt is None and own_prompt):
         return None
     if not isinstance(ids, list) or not ids or not all(type(token) is int and token >= 0 for token in ids):
-        return None
-    if logprobs is None or len(ids) != len(logprobs):
         return None
     stopped = choice.get("finish_reason") != "length"
     if stopped and ids[-1] not in seen.stop_token_ids:  # it ended in some way that our tokens do not show
         return None
-    return Completion(tuple(ids), logprobs, stopped)
+    return None if logprobs is None or len(ids) != len(logprobs) else Completion(tuple(ids), logprobs, stopped)
 
 
 def _logprobs(found: Any) -> tuple[float, ...] | None:
-    """Of the sampled tokens, as /chat/completions (``content``) and /completions (``token_logprobs``) give them."""
+    """Return those of the sampled tokens, from /chat/completions (``content``) or /completions (``token_logprobs``)."""
     if not isinstance(found, Mapping):
         return None
     values: Any = found.get("token_logprobs")
@@ -242,7 +226,7 @@ def _body(text: str) -> Any:
 
 
 def _seconds(text: str | None) -> float:
-    """Retry-After, where it is a number of seconds; a minute at most."""
+    """Return Retry-After, where it is a number of seconds; a minute at most."""
     try:
         return min(max(float(text or 0), 0.0), 60.0)
     except ValueError:

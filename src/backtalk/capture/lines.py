@@ -1,4 +1,4 @@
-"""Actions as people and scripts write them, a line each."""
+"""Read actions as people and scripts write them, one a line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from backtalk.messages import ToolCall, ToolSpec
 
 
 def read_action(line: str, tools: Sequence[ToolSpec]) -> Reply:
-    """One line as an action.
+    """Return a line as an action.
 
     - ``{"tool": "bash", "arguments": {"command": "ls"}}``: a call; with ``"text"`` before it, or text alone
     - ``/submit 42``: a call of the tool of that name, with its one argument, or with ``/tool {"a": 1}`` all of them
@@ -58,7 +58,7 @@ def _call(tool: ToolSpec, rest: str, line: str) -> ToolCall:
 
 
 def _only_text(tool: ToolSpec) -> str | None:
-    """The name of a tool's argument, where there is one and it is text."""
+    """Return the name of a tool's argument, where there is only one and it is text; else None."""
     properties = tool.parameters.get("properties", {})
     name = next(iter(properties), None)
     return name if len(properties) == 1 and properties[name].get("type") == "string" else None

@@ -1,4 +1,4 @@
-"""Authors without a model: a script, and a person at the prompt."""
+"""Play rollouts without a model: from a script, or by a person at the prompt."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from backtalk.messages import Message
 
 
 class Script:
-    """Says its lines one after the other, and leaves after the last."""
+    """An author that replies with its lines one after the other, and leaves after the last."""
 
     def __init__(self, lines: Sequence[str]) -> None:
         self._lines = iter(lines)
@@ -28,7 +28,7 @@ class Script:
 
 
 def read_script(path: Path) -> list[str]:
-    """The lines of a script that are actions: all but empty ones and those that begin with #.
+    """Return the lines of a script that are actions: all but empty ones and those that begin with #.
 
     Raises:
         DataError: it cannot be read, or has none.
@@ -44,14 +44,14 @@ def read_script(path: Path) -> list[str]:
 
 
 class Person:
-    """Somebody who is shown what the world says and asked for a line. Ctrl-D leaves.
+    """A person who is shown the environment's messages and asked for a line. Ctrl-D leaves.
 
-    ``ask`` may block; it runs in a thread of its own, so that the world's connections live on meanwhile. A line that
-    is no action is told so with ``show``, and asked for again.
+    ``ask`` may block; it runs in a thread of its own, so that the environment's connections stay alive. A line that is
+    no action is refused with ``warn``, and asked for again.
     """
 
-    def __init__(self, ask: Callable[[], str], show: Callable[[Message], None], tell: Callable[[str], None]) -> None:
-        self._ask, self._show, self._tell = ask, show, tell
+    def __init__(self, ask: Callable[[], str], show: Callable[[Message], None], warn: Callable[[str], None]) -> None:
+        self._ask, self._show, self._warn = ask, show, warn
 
     async def reply(self, seen: Seen) -> Reply:
         for message in seen.messages:
@@ -66,20 +66,20 @@ class Person:
             try:
                 return read_action(line, seen.tools)
             except ConfigError as error:
-                self._tell(str(error))
+                self._warn(str(error))
 
 
 async def _in_thread(ask: Callable[[], str]) -> str:
-    """In a daemon thread: one of a pool would keep the process from ending while it waits for a line."""
+    """Ask in a daemon thread: one of a pool would keep the process from ending while it waits for a line."""
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[str] = loop.create_future()
 
-    def settle(line: str | None, error: Exception | None) -> None:
+    def settle(line: str, error: Exception | None) -> None:
         if not answer.done():
-            answer.set_exception(error) if error is not None else answer.set_result(line or "")
+            answer.set_exception(error) if error is not None else answer.set_result(line)
 
     def work() -> None:
-        line, failure = None, None
+        line, failure = "", None
         try:
             line = ask()
         except Exception as error:

@@ -1,4 +1,4 @@
-"""An author as a sampler, so that the rollout of training records what it does."""
+"""Use an author as a sampler, so that ``run_rollout`` records what it does."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ async def capture_episode(
     *,
     sample_index: int = 0,
 ) -> Trajectory:
-    """One episode, as ``run_rollout`` records it.
+    """Play one rollout, recorded by ``run_rollout``.
 
     An action that was not sampled as the ids it has here (a script's, a person's, a text tokenised anew) has no
-    logprobs, as in imported trajectories, so that nobody trains the policy term on it. Where the author left, the
-    episode ends as ``max_turns`` and has no reward. Nothing is tried again: an author has heard the beginning.
+    logprobs, as in imported trajectories, so that the policy term never trains it. Where the author left, the rollout
+    ends as ``max_turns`` and has no reward. Nothing is retried, as an author has seen the beginning already.
     """
     limits = replace(limits, max_retries=0)
     stage = _Stage(author, renderer, limits.max_tokens_per_turn)
@@ -52,13 +52,13 @@ async def capture_episode(
 
 @dataclass(slots=True)
 class _Stage:
-    """A ``Sampler`` and its one session, which hears what the world says from the environment that it watches."""
+    """A ``Sampler`` and its only session; it gets the environment's messages from the environment that it wraps."""
 
     author: Author
     renderer: Renderer
     max_tokens: int
     tools: tuple[ToolSpec, ...] = ()
-    said: list[Message] = field(default_factory=list)  # since the last reply
+    unseen: list[Message] = field(default_factory=list)  # since the last reply
     author_left: bool = False
     policy_version: int = 0
 
@@ -77,14 +77,14 @@ class _Stage:
     async def sample(self, token_ids: Sequence[int], max_tokens: int | None = None) -> Completion:
         room = self.max_tokens if max_tokens is None else max_tokens
         renderer = self.renderer.for_tools(self.tools)
-        messages, self.said = tuple(self.said), []
         seen = Seen(
             tools=self.tools,
-            messages=messages,
+            messages=tuple(self.unseen),
             token_ids=tuple(token_ids),
             stop_token_ids=renderer.stop_token_ids,
             max_tokens=room,
         )
+        self.unseen = []
         try:
             reply = await self.author.reply(seen)
         except Left:
@@ -95,26 +95,25 @@ class _Stage:
         told = action.error or action.notice  # what the rollout answers itself; the environment never hears of it
         if action.error and reply.call is not None and (wrong := call_problem(reply.call, self.tools)):
             told = told if wrong in told else f"[{wrong}]\n{told}"  # it called a tool, and knows nothing of our format
-        self.said += [Message("tool", (Part(told, TokenRole.WARNING),))] if told else []
+        self.unseen += [Message("tool", (Part(told, TokenRole.WARNING),))] if told else []
         return completion
 
 
 def _written(reply: Reply, renderer: Renderer, room: int) -> Completion:
-    """A reply in the renderer's own tokens, which nobody sampled.
+    """Return a reply in the renderer's own tokens, which nobody sampled.
 
-    A call that the format cannot hold, as a number where its tags hold text, is spelled out, which is no call.
+    A call that the format cannot hold, such as a number in tags that hold text, is written as text, which is no call.
     """
     try:
-        call = None if reply.call is None else renderer.encode_action(reply.call, reply.text)
+        ids = renderer.encode_action(reply.call, reply.text) if reply.call else renderer.encode_message(reply.text)
     except RenderError:
-        call = renderer.encode_message(reply.text, (reply.call,) if reply.call else ())
-    ids = renderer.encode_message(reply.text) if call is None else call
+        ids = renderer.encode_message(reply.text, (reply.call,) if reply.call else ())
     kept = ids[:-1][:room] if reply.cut else ids[:room]
     return Completion(kept, None, stopped=not reply.cut and len(kept) == len(ids))
 
 
 class _Watched:
-    """An environment whose words the stage hears."""
+    """An environment whose messages the stage collects."""
 
     def __init__(self, env: Env, stage: _Stage) -> None:
         self._env, self._stage = env, stage
@@ -125,12 +124,12 @@ class _Watched:
 
     async def reset(self) -> tuple[Message, ...]:
         messages = await self._env.reset()
-        self._stage.tools, self._stage.said = self._env.tools, list(messages)
+        self._stage.tools, self._stage.unseen = self._env.tools, list(messages)
         return messages
 
     async def step(self, call: ToolCall) -> Step:
         step = await self._env.step(call)
-        self._stage.said += step.messages
+        self._stage.unseen += step.messages
         return step
 
     async def score(self) -> float | None:

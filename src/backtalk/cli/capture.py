@@ -1,4 +1,4 @@
-"""`backtalk capture`: record episodes of a script, a person, or a model behind an API."""
+"""Run `backtalk capture`: record rollouts of a script, a person, or a model behind an API."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from backtalk.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from backtalk.capture import Author
+    from backtalk.capture.author import Author
     from backtalk.messages import Message
     from backtalk.run.config import TrainConfig
     from backtalk.run.worlds import Worlds
@@ -71,13 +71,14 @@ def capture(
     """
     from rich.console import Console
 
+    from backtalk.capture.people import read_script
     from backtalk.run.log import lock_file
 
     if sum((script is not None, human, endpoint is not None)) != 1:
         raise ConfigError("nothing says who plays; give one of --script FILE, --human and --endpoint URL")
     _refuse_unless_new(out)
     console = Console()
-    lines = _lines(script)
+    lines = [] if script is None else read_script(script)
     authors = _authors(lines, endpoint, model, tokens, temperature, console)
     config = _config(world, _source(world, task), list(settings or []), max_turns, len(lines), human)
     play = partial(_play, world, task, seed, authors, config, tokenizer, episodes)
@@ -107,8 +108,8 @@ def _record(out: Path, episodes: int, console: Console, play: Callable[[Keep], C
     return any(failed)
 
 
-def _say(console: Console, line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+def _say(console: Console, line: str, style: str | None = None) -> None:
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def _refuse_unless_new(out: Path) -> None:
@@ -121,12 +122,6 @@ def _refuse_unless_new(out: Path) -> None:
         raise ConfigError(f"--out {out} cannot be written: {folder} is no folder that you may write to")
 
 
-def _lines(script: Path | None) -> list[str]:
-    from backtalk.capture import read_script
-
-    return [] if script is None else read_script(script)
-
-
 def _authors(
     lines: Sequence[str],
     endpoint: str | None,
@@ -135,49 +130,32 @@ def _authors(
     temperature: float,
     console: Console,
 ) -> Callable[[], Author]:
-    """A new author for each episode."""
+    """Return a function that makes an author for each rollout."""
+    from backtalk.capture.endpoint import Endpoint, EndpointConfig
+    from backtalk.capture.people import Person, Script
+
     if endpoint is None:
         if model is not None or tokens:
             raise ConfigError("--model and --tokens say how an endpoint is asked; give --endpoint URL with them")
-        from backtalk.capture import Person, Script
-
-        if lines:
-            return lambda: Script(lines)
-        show, tell = _shown(console), _told(console)
-        return lambda: Person(_ask, show, tell)
+        warn = partial(_say, console, style="red")
+        return lambda: Script(lines) if lines else Person(lambda: input("> "), partial(_show, console), warn)
     if model is None:
         raise ConfigError(f"--endpoint {endpoint} needs the name of a model there; give --model NAME")
-    from backtalk.capture.endpoint import Endpoint, EndpointConfig
-
     config = EndpointConfig(url=endpoint, model=model, tokens=tokens, temperature=temperature)
     return lambda: Endpoint(config)
 
 
-def _ask() -> str:
-    return input("> ")
-
-
-def _shown(console: Console) -> Callable[[Message], None]:
-    """Prints what was said, what the harness said in yellow; nothing in it can steer the terminal."""
+def _show(console: Console, message: Message) -> None:
+    """Print a message, the harness's part of it in yellow; nothing in it can steer the terminal."""
     from rich.text import Text
 
     from backtalk.trajectory import TokenRole
     from backtalk.viewer.data import visible
 
-    def show(message: Message) -> None:
-        text = Text(overflow="fold")
-        for part in message.parts:
-            text.append(visible(part.text), style="yellow" if part.role is TokenRole.WARNING else "")
-        console.print(text, highlight=False)
-
-    return show
-
-
-def _told(console: Console) -> Callable[[str], None]:
-    return lambda text: console.print(text, style="red", markup=False, highlight=False)
-
-
-# ---------------------------------------------------------------- what is played
+    text = Text(overflow="fold")
+    for part in message.parts:
+        text.append(visible(part.text), style="yellow" if part.role is TokenRole.WARNING else "")
+    console.print(text, highlight=False)
 
 
 def _config(
@@ -256,7 +234,7 @@ async def _play(
     keep: Keep,
 ) -> None:
     """Play one rollout after the other, each handed to ``keep`` as it ends."""
-    from backtalk.capture import capture_episode
+    from backtalk.capture.rollout import capture_episode
     from backtalk.language.renderer import Renderer
     from backtalk.language.tokenizer import load_tokenizer, model_location
     from backtalk.run.worlds import open_worlds
@@ -271,13 +249,13 @@ async def _play(
 
 
 def _summary(trajectory: Trajectory) -> str:
+    """Return a line about a rollout: turns, reward, ending and tokens."""
     from backtalk.trajectory import TokenRole
 
-    turns, unsampled = trajectory.num_turns, trajectory.num_unsampled_turns
-    failure = trajectory.failure
-    ending = (
-        f"failed at {failure.phase}: {failure.error}: {failure.message}" if failure else trajectory.stop_reason.value
-    )
+    turns, unsampled, failure = trajectory.num_turns, trajectory.num_unsampled_turns, trajectory.failure
+    ending = trajectory.stop_reason.value
+    if failure is not None:
+        ending = f"failed at {failure.phase}: {failure.error}: {failure.message}"
     reward = "no reward" if trajectory.reward is None else f"reward {trajectory.reward:g}"
     sampled = "none sampled" if unsampled == turns else "all sampled" if not unsampled else f"{unsampled} not sampled"
     unclean = int(trajectory.stats.get("unclean_turns", 0))

@@ -6,7 +6,9 @@ fields may be null or missing. What cannot be read is a DataError, so that each 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from backtalk.errors import DataError
@@ -80,9 +82,45 @@ def read_call(call: Any, what: str = "a tool call") -> tuple[ToolCall, str | Non
     return ToolCall(clean_text(name), arguments), None if identifier is None else clean_text(str(identifier))
 
 
-def raw_call_text(call: Any) -> str:
-    """Return a call that cannot be read as text."""
+def _raw_call_text(call: Any) -> str:
+    """Return as text a call that read_call refuses."""
     function = call.get("function") or call if isinstance(call, Mapping) else call
     if not isinstance(function, Mapping):
         return clean_text(str(function))
     return call_text(function.get("name") or "", function.get("arguments") or "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssistantMessage:
+    """An assistant's message: its text, its calls with their ids, and its reasoning."""
+
+    text: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    call_ids: tuple[str | None, ...] = ()
+    reasoning: str = ""
+
+
+def read_assistant(message: Mapping[str, Any]) -> AssistantMessage:
+    """Return an assistant's message, in which a call that cannot be read is appended to the text.
+
+    Raises:
+        DataError: content that is not text.
+    """
+    text = clean_text(content_text(message.get("content")) or content_text(message.get("refusal")))
+    calls, call_ids = list[ToolCall](), list[str | None]()
+    written = message.get("tool_calls") or message.get("function_call")
+    for raw in filter(None, written if isinstance(written, list) else [written]):
+        try:
+            call, call_id = read_call(raw)
+        except DataError:
+            text = f"{text}\n{_raw_call_text(raw)}".strip()
+        else:
+            calls.append(call)
+            call_ids.append(call_id)
+    return AssistantMessage(text=text, calls=tuple(calls), call_ids=tuple(call_ids), reasoning=reasoning_text(message))
+
+
+def write_call(call: ToolCall, call_id: str) -> dict[str, Any]:
+    """Return a tool call as a message holds it, its arguments as a JSON text."""
+    function = {"name": call.tool, "arguments": json.dumps(dict(call.arguments))}
+    return {"id": call_id, "type": "function", "function": function}

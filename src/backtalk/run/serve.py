@@ -21,11 +21,11 @@ from itertools import count
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
-from backtalk.errors import BacktalkError, ConfigError, DataError
+from backtalk.errors import BacktalkError, ConfigError
 from backtalk.language.history import History
-from backtalk.language.openai_chat import content_text, raw_call_text, read_call, reasoning_text
+from backtalk.language.openai_chat import AssistantMessage, content_text, read_assistant, write_call
 from backtalk.language.renderer import Renderer
-from backtalk.messages import Message, ParsedAction, Part, ToolCall, ToolSpec, clean_text
+from backtalk.messages import Message, ParsedAction, Part, ToolSpec, clean_text
 from backtalk.rollout.sampler import Completion, Sampler, SamplingParams
 from backtalk.trajectory import TokenRole
 
@@ -131,7 +131,7 @@ class Endpoint:
             if said.prompt:
                 history.begin(said.prompt, renderer)
         for turn in said.turns[start:]:
-            history.act(renderer.encode_message(turn.text, turn.calls, turn.reasoning))
+            history.act(renderer.encode_message(turn.reply.text, turn.reply.calls, turn.reply.reasoning))
             history.observe(turn.answers, renderer)
         return history
 
@@ -248,13 +248,10 @@ def _tool(tool: Mapping[str, Any]) -> ToolSpec:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A reply as a history tells it, what has been said since, and the ids that its calls have there."""
+    """A reply, and the messages that answer it."""
 
-    text: str
-    calls: tuple[ToolCall, ...]
-    reasoning: str
-    ids: tuple[str | None, ...]
-    answers: tuple[Message, ...]
+    reply: AssistantMessage
+    answers: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,10 +274,10 @@ class Conversation:
         turns: list[Turn] = []
         for message in request.messages:
             if message.get("role") == "assistant":
-                turn = _turn(message)
+                reply = read_assistant(message)
                 if turns and not turns[-1].answers:  # some agents send text and calls of a reply one after the other
-                    turn = _joined(turns.pop(), turn)
-                turns.append(turn)
+                    reply = _joined(turns.pop().reply, reply)
+                turns.append(Turn(reply))
             elif turns:
                 turns[-1] = replace(turns[-1], answers=(*turns[-1].answers, _said(message)))
             else:
@@ -288,13 +285,13 @@ class Conversation:
         tools = [[tool.name, tool.description, tool.parameters] for tool in request.tools]
         end, keys = _after(("", ""), [tools, _meaning(prompt)]), []
         for turn in turns:
-            keys.append(end := _after(end, *_reply_meaning(turn)))
+            keys.append(end := _after(end, *_reply_meaning(turn.reply)))
             end = _after(end, _meaning(turn.answers))
         return cls(tuple(prompt), tuple(turns), tuple(keys), end)
 
     def keys_with(self, reply: Mapping[str, Any]) -> tuple[str, str]:
         """What this conversation with a reply after it is known by."""
-        return _after(self.end, *_reply_meaning(_turn(reply)))
+        return _after(self.end, *_reply_meaning(read_assistant(reply)))
 
 
 def _after(keys: tuple[str, str], meaning: Any, ids: Any = None) -> tuple[str, str]:
@@ -310,10 +307,10 @@ def _meaning(messages: Sequence[Message]) -> list[list[str]]:
     return [[message.role, message.text] for message in messages]
 
 
-def _reply_meaning(turn: Turn) -> tuple[Any, Any]:
+def _reply_meaning(reply: AssistantMessage) -> tuple[Any, Any]:
     """Return what a reply says, whichever way it is written, and the ids of its calls."""
-    calls = [[call.tool, _same_numbers(call.arguments)] for call in turn.calls]
-    return [turn.text.strip(), calls], list(turn.ids)
+    calls = [[call.tool, _same_numbers(call.arguments)] for call in reply.calls]
+    return [reply.text.strip(), calls], list(reply.call_ids)
 
 
 def _same_numbers(value: Any) -> Any:
@@ -325,25 +322,13 @@ def _same_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _turn(message: Mapping[str, Any]) -> Turn:
-    """A reply; of its calls, those that cannot be read are text."""
-    text, calls, ids = clean_text(content_text(message.get("content"))), list[ToolCall](), list[str | None]()
-    written = message.get("tool_calls") or message.get("function_call") or ()
-    for call in [written] if isinstance(written, Mapping) else written:
-        try:
-            found, identifier = read_call(call)
-        except DataError:
-            text = f"{text}\n{raw_call_text(call)}".strip()
-        else:
-            calls.append(found)
-            ids.append(identifier)
-    return Turn(text, tuple(calls), reasoning_text(message), tuple(ids), ())
-
-
-def _joined(first: Turn, second: Turn) -> Turn:
-    text = "\n".join(filter(None, (first.text, second.text)))
-    reasoning = "\n".join(filter(None, (first.reasoning, second.reasoning)))
-    return Turn(text, first.calls + second.calls, reasoning, first.ids + second.ids, ())
+def _joined(first: AssistantMessage, second: AssistantMessage) -> AssistantMessage:
+    return AssistantMessage(
+        text="\n".join(filter(None, (first.text, second.text))),
+        calls=first.calls + second.calls,
+        call_ids=first.call_ids + second.call_ids,
+        reasoning="\n".join(filter(None, (first.reasoning, second.reasoning))),
+    )
 
 
 def _said(message: Mapping[str, Any]) -> Message:
@@ -358,12 +343,5 @@ def _message(action: ParsedAction, may_call: bool, name: str) -> dict[str, Any]:
     """The reply as the protocol has it; a call that cannot be read stays text. ``name`` is no other reply's."""
     if not may_call or not action.calls:
         return {"role": "assistant", "content": action.text}
-    calls = [
-        {
-            "id": f"call_{name}_{position}",
-            "type": "function",
-            "function": {"name": call.tool, "arguments": json.dumps(dict(call.arguments))},
-        }
-        for position, call in enumerate(action.calls)
-    ]
+    calls = [write_call(call, f"call_{name}_{position}") for position, call in enumerate(action.calls)]
     return {"role": "assistant", "content": None, "tool_calls": calls}
