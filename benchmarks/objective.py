@@ -1,13 +1,12 @@
-"""What the training step costs: the head, packing, and a world-model coefficient above 0.
+"""Time and memory of a train step: its head, packing, and a world-model coefficient above 0.
 
     python benchmarks/objective.py head      # memory and time of hidden states -> log-probabilities and back
     python benchmarks/objective.py packing   # several samples in a row against padding
     python benchmarks/objective.py lambda    # a whole step at world_model_coeff 0.05 against 0
 
-`head` runs every method in a process of its own, one at a time, in alternation; memory is the peak of the resident
-set above what the inputs take, gradients included. `lambda` plays pairs of steps in alternation and gives a
-bootstrap interval of the ratio. CPU seconds are those of the whole process; wall-clock seconds are those of the
-machine as it is, so run it on an idle one.
+`head` runs each method in a process of its own, one at a time, in alternation. Memory is the peak of the resident set
+above that of the inputs, gradients included. `packing` and `lambda` run pairs of steps in alternation and print a
+bootstrap interval of the ratio. CPU seconds are those of the whole process. Wall-clock seconds need an idle machine.
 """
 
 from __future__ import annotations
@@ -41,20 +40,6 @@ from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
 
 MIB = 2**20
 
-# ---------------------------------------------------------------- the head
-
-METHODS = (
-    "logits + log_softmax",
-    "backtalk, no hint",
-    "backtalk, hint for 3 of 4",
-    "backtalk, per-token temperature",
-    "backtalk, frozen head",
-    "checkpointed chunks",
-    "TRL fused head",
-    "Liger, torch",
-    "Liger, Triton",
-)
-
 
 class Problem:
     """Random states, head and upstream gradient; ``rows`` are the tokens that carry weight."""
@@ -67,14 +52,14 @@ class Problem:
         self.ids = torch.randint(args.vocab, (count,))
         self.rows = torch.rand(count) < args.selected
         self.upstream = -torch.rand(count)[self.rows] / count
-        self.is_action = torch.rand(len(self.upstream)) < 0.25  # whose gradient depends on the result
+        self.is_action = torch.rand(len(self.upstream)) < 0.25  # their gradient depends on the result
 
     def selected(self) -> tuple[Tensor, Tensor]:
         return self.states[self.rows], self.ids[self.rows]
 
 
 def naive(p: Problem) -> Tensor:
-    """All logits at once, as a model returns them, and the selected tokens taken from their log-softmax."""
+    """Compute all logits at once, as a model does, and select from their log-softmax."""
     logprobs_NV = torch.log_softmax(p.states @ p.weight.T, -1)
     return logprobs_NV.gather(-1, p.ids[:, None])[:, 0][p.rows]
 
@@ -82,8 +67,8 @@ def naive(p: Problem) -> Tensor:
 def ours(p: Problem, *, hint: bool = False, tempered: bool = False) -> Tensor:
     states, ids = p.selected()
     temperature = torch.where(p.is_action, 0.7, 1.0) if tempered else torch.ones(len(ids))
-    known = p.upstream.masked_fill(p.is_action, 0) if hint else None
-    return head_logprobs(states, p.weight, None, ids, temperature, known)
+    grad_hint = p.upstream.masked_fill(p.is_action, 0) if hint else None
+    return head_logprobs(states, p.weight, None, ids, temperature, grad_hint)
 
 
 def checkpointed(p: Problem) -> Tensor:
@@ -122,45 +107,40 @@ def liger_triton(p: Problem) -> Tensor:
     return -liger_fused_linear_cross_entropy(states, p.weight, ids, reduction="none")
 
 
-RUN: dict[str, Callable[[Problem], Tensor]] = dict(
-    zip(
-        METHODS,
-        (
-            naive,
-            ours,
-            lambda p: ours(p, hint=True),
-            lambda p: ours(p, hint=True, tempered=True),
-            ours,
-            checkpointed,
-            trl,
-            liger_torch,
-            liger_triton,
-        ),
-        strict=True,
-    )
-)
+METHODS: dict[str, Callable[[Problem], Tensor]] = {
+    "logits + log_softmax": naive,
+    "backtalk, no hint": ours,
+    "backtalk, hint for 3 of 4": partial(ours, hint=True),
+    "backtalk, per-token temperature": partial(ours, hint=True, tempered=True),
+    "backtalk, frozen head": ours,
+    "checkpointed chunks": checkpointed,
+    "TRL fused head": trl,
+    "Liger, torch": liger_torch,
+    "Liger, Triton": liger_triton,
+}
+BASE = "logits + log_softmax"
 
 
 def memory(key: str) -> int:
-    """VmRSS or VmHWM of this process, in MiB (Linux)."""
+    """Return VmRSS or VmHWM of this process, in MiB (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 // MIB for line in lines if line.startswith(key))
 
 
-def one_method(args: argparse.Namespace) -> None:
-    """In a process of its own: seconds and peak MiB of forward and backward, as JSON; results to ``--save``."""
+def measure_method(args: argparse.Namespace) -> None:
+    """Print seconds and peak MiB of a method's forward and backward passes as JSON; save results to ``--save``."""
     problem = Problem(args)
     problem.weight.requires_grad_(args.one != "backtalk, frozen head")
     free = next(int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if "Available" in line)
     resource.setrlimit(resource.RLIMIT_DATA, (free * 1024, free * 1024))  # fail here rather than take others down
     seconds, cpu, before = [], [], memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     try:
         for _ in range(args.repeats):
             problem.states.grad = problem.weight.grad = None
             gc.collect()
             started, began = time.perf_counter(), time.process_time()
-            logprobs = RUN[args.one](problem)
+            logprobs = METHODS[args.one](problem)
             logprobs.backward(problem.upstream)
             seconds.append(time.perf_counter() - started)
             cpu.append(time.process_time() - began)
@@ -174,8 +154,8 @@ def one_method(args: argparse.Namespace) -> None:
         torch.save([logprobs.detach(), problem.states.grad, problem.weight.grad], args.save)
 
 
-def error_of(found: Path, expected: Path) -> str:
-    """Largest difference of the values in nats, and relative error of the gradients in their norms."""
+def describe_errors(found: Path, expected: Path) -> str:
+    """Return the largest difference of values in nats, and the relative error of gradients in their norms."""
     pairs = list(zip(torch.load(found), torch.load(expected), strict=True))
     value = (pairs[0][0] - pairs[0][1]).abs().max().item()
     relative = [((a - b).norm() / b.norm()).item() for a, b in pairs[1:] if a is not None]
@@ -202,7 +182,7 @@ def head(args: argparse.Namespace) -> None:
                     run = subprocess.run(command, capture_output=True, text=True)
                     killed = json.dumps({"error": f"ended with {run.returncode}, out of memory?"})
                     found[name].append(json.loads(run.stdout.splitlines()[-1] if run.stdout else killed))
-            base = found[METHODS[0]]
+            base = found[BASE]
             for name, results in found.items():
                 if "error" in results[0]:
                     print(f"{name:34}does not run here: {results[0]['error']}")
@@ -213,15 +193,12 @@ def head(args: argparse.Namespace) -> None:
                     ratio = statistics.median(r[key] / b[key] for r, b in zip(results, base, strict=True))
                     numbers += f"{value:{form}} {ratio:6.2f} "
                 skip = "temperature" in name
-                errors = "" if skip else error_of(saved[name], saved[METHODS[0]])
+                errors = "" if skip else describe_errors(saved[name], saved[BASE])
                 print(f"{name:34}{numbers}{errors}")
 
 
-# ---------------------------------------------------------------- whole steps
-
-
 def rollouts(count: int, vocab: int, seed: int) -> list[Sample]:
-    """Terminal rollouts of very uneven length: a prompt, 1 to 16 turns, observations with a long tail."""
+    """Make terminal rollouts of very uneven length: a prompt, 1 to 16 turns, observations with a long tail."""
     noise = random.Random(seed)
 
     def ids(n: float) -> tuple[int, ...]:
@@ -244,7 +221,7 @@ def rollouts(count: int, vocab: int, seed: int) -> list[Sample]:
 
 
 def small_model(folder: Path) -> str:
-    """Qwen3-0.6B in small: the same share of weights in the head and in the body (1 to 2.8); the tokenizer is ours."""
+    """Save a small Qwen3-0.6B with the same ratio of head to body weights (1 to 2.8) and the embedded tokenizer."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -266,7 +243,7 @@ def step_seconds(engine: TorchEngine, samples: list[Sample], config: ObjectiveCo
 
 
 def ratio_line(pairs: list[tuple[float, float]]) -> str:
-    """sum / sum over pairs, with a percentile bootstrap over the pairs."""
+    """Return sum / sum over pairs, with a percentile bootstrap over the pairs."""
     noise = random.Random(0)
 
     def ratio(some: list[tuple[float, float]]) -> float:
@@ -277,6 +254,7 @@ def ratio_line(pairs: list[tuple[float, float]]) -> str:
 
 
 def alternating(first: Callable[[], float], second: Callable[[], float], pairs: int) -> list[tuple[float, float]]:
+    """Run both in alternation and return pairs of seconds."""
     first(), second()  # warm up
     seconds = []
     for number in range(pairs):
@@ -350,7 +328,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.one:
         args.selected = float(args.selected)
-        one_method(args)
+        measure_method(args)
         return
     with tempfile.TemporaryDirectory() as folder:
         for what in args.what:

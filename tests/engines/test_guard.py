@@ -25,7 +25,6 @@ from backtalk.objective.config import ObjectiveConfig, PolicyOptions
 from backtalk.objective.samples import Sample, build_samples, to_samples
 from backtalk.run.rollouts import rollout_metrics
 from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
-from tiny import tiny_model_dir
 
 CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole
 BOTH = ObjectiveConfig(world_model_coeff=0.3)
@@ -47,9 +46,6 @@ def trajectory(*segments: Segment, reward: float | None = 1.0, index: int = 0, *
 def only(value: Trajectory, advantage: float = 1.0) -> Sample:
     (sample,) = to_samples(value, advantage=advantage)
     return sample
-
-
-# --- copied text
 
 
 def test_copied_tokens_by_hand() -> None:
@@ -78,9 +74,6 @@ def test_runs_do_not_cross_the_edge_of_an_observation() -> None:
     sample = only(trajectory(action((5, 6, 7)), said((5, 6)), said((7,)), said((4, 5, 6, 7, 5))))
     assert copied_mask(sample).tolist() == [False] * 6 + [False, True, True, True, False]
     assert copied_mask(only(trajectory())).tolist() == []
-
-
-# --- metrics by hand
 
 
 def recorded(samples: list[Sample], logprobs: list[Tensor], config: ObjectiveConfig) -> tuple[StepRecord, TokenCounts]:
@@ -165,9 +158,6 @@ def test_role_confusion_is_a_share_of_turns() -> None:
     assert math.isnan(rollout_metrics([TrajectoryGroup("t", (trajectory(),))])["role_confusion"])
 
 
-# --- the guard
-
-
 GOOD = {
     "sequences": 8.0, "target_tokens": 90.0, "grad_norm_ratio": 0.4, "effective_obs_weight": 0.1, "role_confusion": 0.0,
 }  # fmt: skip
@@ -193,14 +183,6 @@ def test_the_guard_is_silent_where_nothing_is_known() -> None:
     assert step_warnings(dict.fromkeys(GOOD, math.nan), BOTH) == []
     assert step_warnings(GOOD | {"target_tokens": 0.0}, PLAIN) == []  # no world term, so none is missed
     assert step_warnings(GOOD | {"target_tokens": 0.0, "sequences": 0.0}, BOTH) == []
-
-
-# --- through the engine
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model_dir(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def make_engine(model_dir: Path, **settings: Any) -> TorchEngine:
@@ -297,9 +279,6 @@ async def test_the_engine_warns_once_until_it_is_well_again(model_dir: Path, cap
             await engine.train_step(step, BOTH)
     lines = [record.getMessage() for record in caplog.records if "target_tokens=0" in record.getMessage()]
     assert [line.split(":")[0] for line in lines] == ["step 1", "step 4"]
-
-
-# --- the reference of the KL term
 
 
 KL = ObjectiveConfig(world_model_coeff=0.0, policy=PolicyOptions(kl_coeff=0.5))

@@ -23,7 +23,7 @@ from backtalk.objective.batch import Batch, TokenCounts
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.samples import Sample, build_samples
 from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
-from tiny import tiny_model_dir, tiny_tokenizer
+from tiny import tiny_tokenizer
 
 SMALL: dict[str, Any] = dict(vocab_size=90, hidden_size=16, num_hidden_layers=2)
 HEADS: dict[str, Any] = dict(intermediate_size=24, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
@@ -43,15 +43,14 @@ def lengths_of(samples: list[Sample], max_tokens: int, packing: bool = True) -> 
     ]
 
 
-# --- the plan
-
-
 def test_first_fit_decreasing_by_hand() -> None:
     samples = [sample_of(n) for n in (3, 10, 5, 0, 2, 7, 3)]
     # Rows of 10, two of them: 10 | 7 + 3. The 5 fits into neither, so a new micro-batch has rows of 5: 5 | 3 + 2.
     assert lengths_of(samples, 20) == [[[10], [7, 3]], [[5], [3, 2]]]
     assert lengths_of(samples, 4) == [[[10]], [[7]], [[5]], [[3]], [[3]], [[2]]]
     assert lengths_of(samples, 20, packing=False) == [[[10], [7]], [[5], [3], [3], [2]]]
+    uneven = [sample_of(n) for n in (3, 9, 1, 4, 4, 20, 0)]
+    assert lengths_of(uneven, 12, packing=False) == [[[20]], [[9]], [[4], [4], [3]], [[1]]]
     assert lengths_of([], 20) == []
 
 
@@ -80,9 +79,6 @@ def test_a_layout_by_hand() -> None:
     assert (layout.rows_B.tolist(), layout.starts_B.tolist()) == ([0, 1, 1], [0, 0, 2])
     plain = Layout.of(ids_BT, torch.tensor([4, 2, 1]), [1, 1, 1])
     assert plain.position_ids_RL is None and plain.token_ids_RL is ids_BT
-
-
-# --- models
 
 
 def model_of(kind: str, attention: str = "eager") -> Any:
@@ -160,14 +156,6 @@ def test_the_probe_sees_a_leak_in_every_type() -> None:
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
         assert packing_isolates_samples(model_of("qwen3").to(dtype))
         assert not packing_isolates_samples(model_of("bloom").to(dtype))
-
-
-# --- the engine
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model_dir(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def make_samples(config: ObjectiveConfig, count: int = 8) -> list[Sample]:

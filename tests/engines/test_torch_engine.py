@@ -34,11 +34,6 @@ PLAIN = ObjectiveConfig(world_model_coeff=0.0)
 BOTH = ObjectiveConfig(world_model_coeff=0.3)
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model_dir(tmp_path_factory.mktemp("models") / "tiny")
-
-
 def make_engine(model_dir: Path, **settings: Any) -> TorchEngine:
     return TorchEngine(TorchConfig(model=str(model_dir), **{"dtype": "float32", "device": "cpu", **settings}))
 
@@ -77,9 +72,6 @@ def gradients(engine: TorchEngine, samples: list[Sample], config: ObjectiveConfi
 
 def weights(engine: TorchEngine) -> Tensor:
     return torch.cat([p.detach().flatten().double() for p in engine.model.parameters()])
-
-
-# --- the objective, through a model
 
 
 def plain_grpo(model: Any, samples: Sequence[Sample], head: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
@@ -188,9 +180,6 @@ async def test_sampler_and_trainer_agree(model_dir: Path) -> None:
     assert engine.policy_version == 1 and engine.sampler(SamplingParams()).policy_version == 1
 
 
-# --- steps
-
-
 async def test_both_terms_are_learned(model_dir: Path) -> None:
     engine = make_engine(model_dir, learning_rate=3e-3)
     samples = build_samples(make_group(MIXED))
@@ -269,9 +258,6 @@ async def test_warm_up_is_linear(model_dir: Path) -> None:
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])
 
 
-# --- world-only steps: Adam must not turn any coefficient into a full step
-
-
 async def distance_moved(model_dir: Path, coeff: float, steps: int, *, policy_coeff: float = 1.0) -> float:
     engine = make_engine(model_dir, learning_rate=1e-5, grad_clip_norm=math.inf)
     before, samples = weights(engine), build_samples(make_group(EQUAL))
@@ -300,9 +286,6 @@ async def test_the_hold_lets_go_where_policy_steps_set_the_scale(model_dir: Path
     fresh = await make_engine(model_dir).train_step(equal, config)
     assert fresh["update_scale"] < 0.2
     assert fresh["learning_rate"] == pytest.approx(1e-4 * fresh["update_scale"])
-
-
-# --- the same bits
 
 
 async def test_same_seed_same_bits(model_dir: Path) -> None:
@@ -343,9 +326,6 @@ async def test_bfloat16_keeps_updates_that_round_away(model_dir: Path) -> None:
     assert after.dtype == torch.float32
     assert (after != before).float().mean() > 0.9
     assert next(engine.model.parameters()).dtype == torch.bfloat16
-
-
-# --- checkpoints
 
 
 async def test_a_checkpoint_is_a_model_folder(model_dir: Path, tmp_path: Path) -> None:
@@ -395,9 +375,6 @@ def test_checkpoints_that_do_not_fit_are_refused(model_dir: Path, tmp_path: Path
     (tmp_path / "a" / "training.pt").write_bytes(b"junk")
     with pytest.raises(DataError, match="damaged"):
         engine.load(tmp_path / "a")
-
-
-# --- settings
 
 
 @pytest.mark.parametrize(

@@ -150,9 +150,6 @@ def test_no_token_at_all() -> None:
     assert not gradient.any()
 
 
-# --- the scorer
-
-
 def scorer_of(kind: str) -> TokenScorer:
     from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 

@@ -106,9 +106,6 @@ def plain_python(samples: list[Sample], logprobs: list[Tensor], config: Objectiv
     return policy, world
 
 
-# --- literal numbers
-
-
 def test_world_model_loss_is_a_weighted_sum() -> None:
     loss = world_model_loss(torch.tensor([[-9.0, -1.0, -3.0]]), torch.tensor([[0.0, 0.5, 0.5]]))
     assert loss == 2.0  # (1 + 3) / 2
@@ -241,9 +238,6 @@ def test_value_and_gradient_are_those_of_the_published_semantics(normalizer: Any
     assert ours.grad is not None and theirs.grad is not None
     torch.testing.assert_close(loss, published, rtol=0, atol=1e-12)
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-12)
-
-
-# --- the whole objective
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from backtalk.errors import ConfigError
-from backtalk.objective import objective, policy_weights, world_weights
 from backtalk.objective.batch import TokenCounts, collate, token_temperatures, trained_mask
 from backtalk.objective.config import ObjectiveConfig, PolicyOptions, Schedule, WorldOptions
 from backtalk.objective.forms import (
@@ -23,6 +22,7 @@ from backtalk.objective.forms import (
     policy_surrogate,
     sequence_ratio,
 )
+from backtalk.objective.loss import objective, policy_weights, world_weights
 from backtalk.objective.samples import Sample, build_samples
 from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
 
@@ -88,9 +88,6 @@ def test_clipped_mae_is_off_where_a_token_is_known_and_slow_where_it_cannot_be()
     loss.sum().backward()
     assert logprobs.grad is not None
     assert logprobs.grad[0].tolist() == pytest.approx([0.0, -0.5, -0.01])  # -p, where cross-entropy has -1
-
-
-# --- in the objective
 
 
 def sample(advantage: float = 1.0, *, sampled: float = -1.0, temperature: float = 1.0) -> Sample:
@@ -168,9 +165,6 @@ def test_which_tokens_get_a_gradient(policy_coeff: float, coeff: float, trained:
     assert trained_mask(collate([sample()], 0), config)[0].nonzero().flatten().tolist() == trained
 
 
-# --- branches are one row
-
-
 def branched(reward: float = 1.0) -> Trajectory:
     """Two actions and two observations, the second pair after history was rewritten."""
     return Trajectory(
@@ -209,9 +203,6 @@ def test_a_rewritten_history_weighs_what_a_straight_one_does(policy: Any, world:
         assert sorted({*first.tolist(), *second.tolist()}) == sorted(
             set(whole.tolist())
         )  # each token, not the sum only
-
-
-# --- schedules and refusals
 
 
 def test_a_schedule_goes_from_point_to_point() -> None:

@@ -12,7 +12,7 @@ import torch
 from backtalk.errors import ConfigError
 from backtalk.exchange.rfc010 import to_rfc010
 from backtalk.objective import objective
-from backtalk.objective.batch import TokenCounts, collate, measured_mask, micro_batches, policy_mask, token_temperatures
+from backtalk.objective.batch import TokenCounts, collate, measured_mask, policy_mask, token_temperatures
 from backtalk.objective.config import LengthPenalty, ObjectiveConfig, PolicyOptions, WorldOptions
 from backtalk.objective.roles import TARGET_ROLES, has_target_role, is_observation, roles_from_masks
 from backtalk.objective.samples import Sample, build_samples, to_samples
@@ -179,13 +179,6 @@ def test_sums_weights_and_exports_follow_one_rule(monkeypatch: pytest.MonkeyPatc
 def test_unknown_target_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="env_only"):
         has_target_role(torch.zeros(1), torch.zeros(1), "all")  # type: ignore[arg-type]
-
-
-def test_micro_batches_hold_every_row_once_within_the_budget() -> None:
-    samples = [of_length(n) for n in (3, 9, 1, 4, 4, 20, 0)]
-    parts = micro_batches(samples, 12)
-    assert [[len(s) for s in part] for part in parts] == [[20], [9], [4, 4, 3], [1]]
-    assert micro_batches([], 12) == []
 
 
 def test_masks_that_cannot_be_roles_are_refused() -> None:

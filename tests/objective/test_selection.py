@@ -87,11 +87,11 @@ def test_a_cap_keeps_the_first_targets_of_each_observation(target: str, cap: int
 def test_gates_on_how_a_rollout_was_written() -> None:
     good, half, none = rollout(0), rollout(1, invalid_calls=1.0), rollout(2, invalid_calls=2.0, unclean_turns=2.0)
     silent = rollout(3, surprises=())
-    attempts = group(good, half, none, silent)
-    assert rollout_scales(attempts, WorldOptions()) == [1, 1, 1, 1]
-    assert rollout_scales(attempts, WorldOptions(min_valid_calls=0.5)) == [1, 1, 0, 0]
-    assert rollout_scales(attempts, WorldOptions(min_valid_calls=0.6)) == [1, 0, 0, 0]
-    assert rollout_scales(attempts, WorldOptions(min_clean_turns=1.0)) == [1, 1, 0, 0]
+    rollouts = group(good, half, none, silent)
+    assert rollout_scales(rollouts, WorldOptions()) == [1, 1, 1, 1]
+    assert rollout_scales(rollouts, WorldOptions(min_valid_calls=0.5)) == [1, 1, 0, 0]
+    assert rollout_scales(rollouts, WorldOptions(min_valid_calls=0.6)) == [1, 0, 0, 0]
+    assert rollout_scales(rollouts, WorldOptions(min_clean_turns=1.0)) == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -105,30 +105,30 @@ def test_gates_on_how_a_rollout_was_written() -> None:
     ],
 )
 def test_gate_on_the_share_of_solved_rollouts(rewards: tuple[float, ...], share: float, kept: list[int]) -> None:
-    attempts = group(*(rollout(i, reward) for i, reward in enumerate(rewards)))
-    assert rollout_scales(attempts, WorldOptions(min_correct=share)) == kept
+    rollouts = group(*(rollout(i, reward) for i, reward in enumerate(rewards)))
+    assert rollout_scales(rollouts, WorldOptions(min_correct=share)) == kept
 
 
 def test_a_gated_row_keeps_its_place_in_the_mean() -> None:
-    attempts = group(rollout(0), rollout(1, invalid_calls=2.0))
+    rollouts = group(rollout(0), rollout(1, invalid_calls=2.0))
     config = ObjectiveConfig(world=WorldOptions(min_valid_calls=1.0))
-    counts = TokenCounts.of(build_samples(attempts, config))
+    counts = TokenCounts.of(build_samples(rollouts, config))
     assert (counts.sequences, counts.target_tokens, counts.action_tokens) == (2, 6, 8)
 
 
 def test_paw_keeps_the_turns_of_highest_entropy() -> None:
-    attempts = group(rollout(0, surprises=(1.0, 4.0)), rollout(1, surprises=(3.0, 2.0)))
-    assert high_entropy_turns(attempts, 1.0) is None
-    assert high_entropy_turns(attempts, 0.75) == [{1}, {0, 1}]  # the turn of 1 nat goes
-    assert high_entropy_turns(attempts, 0.5) == [{1}, {0}]
-    assert high_entropy_turns(attempts, 0.01) == [{1}, set()]  # never none at all
-    scripted = replace(attempts.trajectories[0], segments=tuple(
-        replace(s, logprobs=None) if s.logprobs and s.turn == 0 else s for s in attempts.trajectories[0].segments
+    rollouts = group(rollout(0, surprises=(1.0, 4.0)), rollout(1, surprises=(3.0, 2.0)))
+    assert high_entropy_turns(rollouts, 1.0) is None
+    assert high_entropy_turns(rollouts, 0.75) == [{1}, {0, 1}]  # the turn of 1 nat goes
+    assert high_entropy_turns(rollouts, 0.5) == [{1}, {0}]
+    assert high_entropy_turns(rollouts, 0.01) == [{1}, set()]  # never none at all
+    scripted = replace(rollouts.trajectories[0], segments=tuple(
+        replace(s, logprobs=None) if s.logprobs and s.turn == 0 else s for s in rollouts.trajectories[0].segments
     ))  # fmt: skip
-    assert high_entropy_turns(group(scripted, attempts.trajectories[1]), 0.67) == [{1}, {0, 1}]  # ceil(0.67 * 3)
-    assert high_entropy_turns(group(scripted, attempts.trajectories[1]), 0.66) == [{1}, {0}]
+    assert high_entropy_turns(group(scripted, rollouts.trajectories[1]), 0.67) == [{1}, {0, 1}]  # ceil(0.67 * 3)
+    assert high_entropy_turns(group(scripted, rollouts.trajectories[1]), 0.66) == [{1}, {0}]
     config = ObjectiveConfig(world=WorldOptions(entropy_share=0.75))
-    first, second = build_samples(attempts, config)
+    first, second = build_samples(rollouts, config)
     assert first.target_mask("env_only").int().tolist() == [0] * 11 + [1, 1, 1, 0]
     assert second.target_mask("env_only").sum() == 6
 

@@ -166,9 +166,6 @@ def test_a_row_without_a_token_has_no_weights() -> None:
     assert step_weights(build_samples(nothing), ObjectiveConfig()) == [TokenWeights(None, (), ())]
 
 
-# ---------------------------------------------------------------- on disk
-
-
 def test_weights_come_back_as_written_and_cost_little(tmp_path: Path) -> None:
     config, log = CONFIGS["cap"], RunLog(tmp_path)
     weights = step_weights(samples_of(config), config)

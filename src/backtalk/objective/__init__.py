@@ -9,25 +9,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from backtalk.objective.loss import (
-        objective,
-        policy_loss,
-        policy_weights,
-        token_weights,
-        world_model_loss,
-        world_model_loss_from_masks,
-        world_weights,
-    )
+    from backtalk.objective.loss import objective, world_model_loss, world_model_loss_from_masks
 
-__all__ = [
-    "objective",
-    "policy_loss",
-    "policy_weights",
-    "token_weights",
-    "world_model_loss",
-    "world_model_loss_from_masks",
-    "world_weights",
-]
+__all__ = ["objective", "world_model_loss", "world_model_loss_from_masks"]
 
 
 def __getattr__(name: str) -> Any:

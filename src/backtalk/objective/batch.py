@@ -146,18 +146,3 @@ def token_temperatures(batch: Batch, config: ObjectiveConfig) -> Tensor:
     if config.world.temperature == "sampling":
         tempered_BT = torch.ones_like(tempered_BT)
     return torch.where(tempered_BT, batch.temperatures_B[:, None], 1.0)
-
-
-def micro_batches(samples: Sequence[Sample], max_tokens: int) -> list[list[Sample]]:
-    """Split a step into parts of at most ``max_tokens`` padded tokens, rows of similar length together.
-
-    Longest first, ties in the order given. A row longer than ``max_tokens`` gets a part of its own. Rows without any
-    token are left out: nothing is computed for them, and ``TokenCounts`` counts them.
-    """
-    parts: list[list[Sample]] = []
-    for sample in sorted((s for s in samples if len(s)), key=len, reverse=True):
-        if parts and len(parts[-1][0]) * (len(parts[-1]) + 1) <= max_tokens:
-            parts[-1].append(sample)
-        else:
-            parts.append([sample])
-    return parts

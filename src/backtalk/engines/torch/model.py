@@ -13,8 +13,6 @@ from torch import nn
 
 from backtalk.errors import ConfigError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
 
 def resolve_device(device: str) -> torch.device:
     """Return the device of a name; ``auto`` is the first GPU where there is one, else the CPU.
@@ -37,7 +35,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Return the type of a name; ``auto`` is bfloat16 on a GPU that has it, else float32."""
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    return DTYPES[dtype]
+    return getattr(torch, dtype)
 
 
 def load_model(location: str, device: torch.device, dtype: torch.dtype) -> Any:

@@ -18,21 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backtalk.objective.batch import micro_batches
 from backtalk.objective.samples import Sample
 
 MicroBatch = list[list[Sample]]  # the rows of one micro-batch, each with the samples that it holds
 
 
 def plan_micro_batches(samples: Sequence[Sample], max_tokens: int, *, packing: bool) -> list[MicroBatch]:
-    """Split a step into micro-batches of at most ``max_tokens`` tokens, padding included.
+    """Split a step into micro-batches of at most ``max_tokens`` tokens, padding included; longest samples first.
 
-    First fit decreasing (Johnson 1973), micro-batch by micro-batch. A row is never longer than the longest sample of
-    its micro-batch, so attention never spans more than it would with padding. A sample longer than ``max_tokens`` gets
-    a micro-batch of its own. Samples without any token are left out: nothing is computed for them.
+    Without packing a row holds one sample. With it, rows are filled by first fit decreasing (Johnson 1973), micro-batch
+    by micro-batch; a row is never longer than the longest sample of its micro-batch, so attention never spans more than
+    it would with padding. A sample longer than ``max_tokens`` gets a micro-batch of its own. Samples without any token
+    are left out: nothing is computed for them, and ``TokenCounts`` counts their rows.
     """
-    if not packing:
-        return [[[sample] for sample in part] for part in micro_batches(samples, max_tokens)]
     left = sorted((s for s in samples if len(s)), key=len, reverse=True)
     parts: list[MicroBatch] = []
     while left:
@@ -46,7 +44,7 @@ def plan_micro_batches(samples: Sequence[Sample], max_tokens: int, *, packing: b
                 later.append(sample)
             else:
                 rows[row].append(sample)
-                room[row] -= len(sample)
+                room[row] -= len(sample) if packing else width
         parts.append([row for row in rows if row])
         left = later
     return parts
