@@ -149,7 +149,7 @@ def test_places_of_code_that_the_root_lacks_cannot_be_made(tree: Path) -> None:
 
 
 def test_a_root_that_cannot_serve_is_refused(tree: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no file and no folder"):
+    with pytest.raises(ConfigError, match="does not exist"):
         open_root("/nowhere/at/all")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ConfigError, match="neither a folder nor"):

@@ -9,7 +9,7 @@ import pytest
 from backtalk.envs.terminal import TerminalConfig, open_terminal_env
 from backtalk.errors import TaskError
 from backtalk.messages import ToolCall
-from backtalk.sandboxes.images.world import read_dockerfile
+from backtalk.sandboxes.images.start_state import read_dockerfile
 from backtalk.tasks.folder import read_harbor_task
 from sandbox_help import backend_or_skip
 

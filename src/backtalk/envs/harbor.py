@@ -21,7 +21,7 @@ from backtalk.errors import ConfigError, TaskError, VerifierError
 from backtalk.sandboxes.base import SandboxFile
 from backtalk.sandboxes.harbor.backend import start_environment
 from backtalk.sandboxes.harbor.session import HarborSandbox, describe
-from backtalk.sandboxes.images.world import read_tree
+from backtalk.sandboxes.images.start_state import read_tree
 from backtalk.tasks.task import Split, Task
 
 _UNLIMITED = {"disk_mb": 1 << 20, "processes": 1 << 15}  # the task's own image and resources are what limits it

@@ -26,7 +26,7 @@ from harbor.models.task.config import NetworkMode, NetworkPolicy  # pyright: ign
 from backtalk.envs.terminal import set_up_task
 from backtalk.errors import SandboxError, SandboxUnavailable
 from backtalk.sandboxes import Sandbox, SandboxBackend, SandboxChoice, SandboxFile, SandboxLimits, local_sandbox
-from backtalk.sandboxes.images.world import World
+from backtalk.sandboxes.images.start_state import StartState
 from backtalk.tasks.folder import read_environment
 from backtalk.tasks.task import Task
 
@@ -71,7 +71,7 @@ class BacktalkEnvironment(BaseEnvironment):
         self._processes = processes
         self._stack = AsyncExitStack()
         self._sandbox: Sandbox | None = None
-        self._world = World()
+        self._start_state = StartState()
         super().__init__(*args, **kwargs)
 
     @staticmethod
@@ -118,11 +118,11 @@ class BacktalkEnvironment(BaseEnvironment):
             if not str(mount.get("target", "")).startswith("/logs/"):
                 raise ValueError(f"mount {dict(mount)} cannot be made: a sandbox has no files of this machine in it")
         image = self.task_env_config.docker_image
-        self._world = read_environment(self.environment_dir, image, host_packages=self._host_packages)
+        self._start_state = read_environment(self.environment_dir, image, host_packages=self._host_packages)
 
     @property
     def _workdir(self) -> str:
-        return self.task_env_config.workdir or self._world.workdir
+        return self.task_env_config.workdir or self._start_state.workdir
 
     @property
     def _limits(self) -> SandboxLimits:
@@ -135,13 +135,13 @@ class BacktalkEnvironment(BaseEnvironment):
 
     async def start(self, force_build: bool) -> None:
         """Open a fresh sandbox, write the task's files and run its RUN lines. Nothing is built or cached."""
-        world = self._world
+        state = self._start_state
         task = Task(
             id=self.environment_name,
             instruction="",
-            files=world.files,
-            setup=world.commands(self._workdir),
-            env=world.env,
+            files=state.files,
+            setup=state.commands(self._workdir),
+            env=state.env,
             workdir=self._workdir,
         )
         backend: SandboxBackend = open_backend(self._choice)

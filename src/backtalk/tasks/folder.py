@@ -23,7 +23,7 @@ import tomli_w
 from backtalk.errors import ConfigError, TaskError
 from backtalk.sandboxes.base import HOME, SandboxFile
 from backtalk.sandboxes.files import clean_path
-from backtalk.sandboxes.images.world import World, read_dockerfile, read_tree
+from backtalk.sandboxes.images.start_state import StartState, read_dockerfile, read_tree
 from backtalk.tasks.scripts import find_test_modules, make_tests_offline
 from backtalk.tasks.task import Task
 
@@ -78,10 +78,10 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False, world_mod
     if is_scored:
         _demand(folder, "tests/test.sh")
     own = metadata.pop("backtalk", None) or {}
-    world = read_environment(
+    state = read_environment(
         folder / "environment", toml["environment"].get("docker_image"), host_packages=host_packages
     )
-    if world.image is None and (left := sorted(path.name for path in (folder / "environment").glob("*"))):
+    if state.image is None and (left := sorted(path.name for path in (folder / "environment").glob("*"))):
         raise TaskError(f"{folder} has environment/{left[0]} but no environment/Dockerfile to COPY it; write one")
     instruction = _CANARY.sub("", _read_text(folder / "instruction.md"))
     if not instruction.strip():
@@ -89,24 +89,24 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False, world_mod
     name = toml["task"].pop("name", None)
     trees = {part: _read_part(folder, part, own.get("files", {})) for part in ("tests", "solution")}
     if is_scored:
-        add_needs(metadata, trees["tests"], world.installs)
+        add_needs(metadata, trees["tests"], state.installs)
         trees["tests"], notes = make_tests_offline(folder / "tests", trees["tests"], host_packages)
-        world.notes += notes
-    workdir = toml["environment"].pop("workdir", None) or world.workdir
+        state.notes += notes
+    workdir = toml["environment"].pop("workdir", None) or state.workdir
     if not str(workdir).startswith("/"):
         raise TaskError(f"{folder / 'task.toml'}: [environment] workdir = {workdir!r} is no absolute path")
     return Task(
         id=str(own.get("id") or name or folder.resolve().name),
         instruction=instruction,
-        files=world.files,
-        setup=world.commands(workdir),
-        env=_read_env(folder, toml, world),
+        files=state.files,
+        setup=state.commands(workdir),
+        env=_read_env(folder, toml, state),
         workdir=workdir,
         tests=trees["tests"],
         solution=trees["solution"],
         agent_timeout_s=_read_seconds(folder, toml, "agent", math.inf),
         verifier_timeout_s=_read_seconds(folder, toml, "verifier", DEFAULT_TIMEOUT_S),
-        metadata=_read_metadata(toml, world),
+        metadata=_read_metadata(toml, state),
     )
 
 
@@ -202,7 +202,7 @@ def _refuse(folder: Path, toml: Mapping[str, Any]) -> None:
             raise TaskError(f"{folder / 'task.toml'}: [{section}] {key} = {value!r} cannot be had: {why}")
 
 
-def read_environment(folder: Path, image: str | None, *, host_packages: bool) -> World:
+def read_environment(folder: Path, image: str | None, *, host_packages: bool) -> StartState:
     """Read what a task starts from: its folder ``environment``, and the ready-made image that it names, if any.
 
     Raises:
@@ -221,7 +221,8 @@ def read_environment(folder: Path, image: str | None, *, host_packages: bool) ->
             f"{folder} has no Dockerfile, only the ready-made image {image!r}, which cannot be opened here; write the "
             "Dockerfile, or read the task with host_packages=True if nothing in that image matters"
         )
-    return World(workdir=HOME, notes=[f"no Dockerfile: this machine stands in for the image {image}"] if image else [])
+    notes = [f"no Dockerfile: this machine stands in for the image {image}"] if image else []
+    return StartState(workdir=HOME, notes=notes)
 
 
 def _read_part(folder: Path, part: str, states: Mapping[str, Any]) -> dict[str, SandboxFile]:
@@ -259,7 +260,7 @@ def _read_seconds(folder: Path, toml: dict[str, Any], section: str, default: flo
     return float(value)
 
 
-def _read_env(folder: Path, toml: dict[str, Any], world: World) -> dict[str, str]:
+def _read_env(folder: Path, toml: dict[str, Any], state: StartState) -> dict[str, str]:
     env = toml["environment"].pop("env", None) or {}
     for name, value in env.items():
         if "${" in str(value):
@@ -267,16 +268,16 @@ def _read_env(folder: Path, toml: dict[str, Any], world: World) -> dict[str, str
                 f"{folder / 'task.toml'}: [environment.env] {name} = {value!r} asks for a secret of this machine, and "
                 "a sandbox gets none; write the value itself"
             )
-    env = world.env | {name: str(value) for name, value in env.items()}
+    env = state.env | {name: str(value) for name, value in env.items()}
     for name in env:
         if not re.fullmatch(r"[A-Za-z_]\w*", name, flags=re.ASCII):
             raise TaskError(f"{folder}: {name!r} cannot be the name of an environment variable")
     return env
 
 
-def _read_metadata(toml: dict[str, Any], world: World) -> dict[str, Any]:
+def _read_metadata(toml: dict[str, Any], state: StartState) -> dict[str, Any]:
     """Return the metadata of a task: its own, the keys that have no effect, and notes of what is different here."""
-    environment, metadata, notes = toml["environment"], toml.pop("metadata"), list(world.notes)
+    environment, metadata, notes = toml["environment"], toml.pop("metadata"), list(state.notes)
     asked = [f"{key} = {environment[key]}" for key in ("allow_internet", "network_mode") if environment.get(key)]
     if asked and asked != ["network_mode = no-network"]:
         notes.append(f"{asked[0]}: runs offline all the same")
@@ -287,8 +288,8 @@ def _read_metadata(toml: dict[str, Any], world: World) -> dict[str, Any]:
         del environment["network_mode"]
     if kept := _without_empty(toml):
         metadata["harbor"] = kept
-    if world.image and world.image != DEFAULT_IMAGE:
-        metadata["base_image"] = world.image
+    if state.image and state.image != DEFAULT_IMAGE:
+        metadata["base_image"] = state.image
     known = metadata.get("world_notes", [])
     if new := [note for note in notes if note not in known]:
         metadata["world_notes"] = [*known, *new]

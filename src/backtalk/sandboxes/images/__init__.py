@@ -1,1 +1,1 @@
-"""Build root file systems: from a folder, a tar file or a Dockerfile."""
+"""Read Dockerfiles and images: build root file systems, or derive how a task starts over this machine's programs."""

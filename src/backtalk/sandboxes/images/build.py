@@ -1,8 +1,8 @@
-"""Builds the root that a Dockerfile asks for: commands run in a sandbox of their own, over a copy of the base.
+"""Build a root file system from a Dockerfile: its commands run in a sandbox, over a copy of the base.
 
-They run without a network as one user of the host, who is root inside and owns every file; after USER with another
-name he is uid 1000. A program that wants to give files to somebody else fails; chown and chgrp do nothing. Over this
-machine's own programs, ``/usr`` and its like are read-only.
+They run without a network as one user of the host, who is root inside (uid 1000 after USER with another name) and owns
+every file. A program that gives files to another user fails; chown and chgrp do nothing. Over this machine's own
+programs, ``/usr`` and the like are read-only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from backtalk.sandboxes.machine.seccomp import seccomp_program
 from backtalk.sandboxes.root import Root, cached, digest_of_file, inside, of_folder
 from backtalk.sandboxes.session.pipes import sealed_file
 
-_FORMAT = "2"  # another one where the same text would be built otherwise
+_FORMAT = "2"  # to be changed when the same Dockerfile is built differently
 _RUN_TIMEOUT_S = 1800.0
 _KEPT_OUTPUT = 2000
 _STAGE = "/.stage"  # files on their way into the tree being built
@@ -40,7 +40,7 @@ _STAGE = "/.stage"  # files on their way into the tree being built
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Command:
-    """A step as a process that changes the tree being built."""
+    """The process that carries out a step in the tree being built."""
 
     line: int
     argv: tuple[str, ...]
@@ -57,28 +57,30 @@ def build_root(plan: Plan, open_base: Callable[[str], Root | None], machine: Mac
     `open_base` gives the root for an image's name, None for this machine's programs.
 
     Raises:
-        ConfigError: a command failed; nothing is left of it.
+        ConfigError: a command failed; nothing is left of the build.
     """
     return _build_stage(plan, plan.last, open_base, machine)
 
 
 def _build_stage(plan: Plan, stage: Stage, open_base: Callable[[str], Root | None], machine: Machine) -> Root:
+    """Return the root of one stage, and build those that it needs."""
+
     def other(stage: Stage) -> Root:
-        return _build_stage(plan, stage, open_base, machine)  # a second time, it comes from the cache
+        return _build_stage(plan, stage, open_base, machine)  # from the cache when it is needed again
 
     base = open_base(stage.image) if stage.parent is None else other(stage.parent)
     commands = [command for step in stage.steps for command in _command(plan, step, other)]
-    place = cached(f"build-{_digest(commands, base)}", lambda folder: _build(plan, commands, base, machine, folder))
+    folder = cached(f"build-{_digest(commands, base)}", lambda new: _build(plan, commands, base, machine, new))
     name = f"{plan.path} (FROM {stage.image}: {base.name if base else 'programs of this machine'})"
-    known = Root(name=name, folder=place)
+    root = Root(name=name, folder=folder)
     if base is not None and base.programs:
-        known = of_folder(place, machine, name)
+        root = of_folder(folder, machine, name)
     workdir = stage.workdir if stage.has_workdir else base.workdir if base else None
-    return replace(known, env={**(base.env if base else {}), **stage.env}, workdir=workdir)
+    return replace(root, env={**(base.env if base else {}), **stage.env}, workdir=workdir)
 
 
 def _command(plan: Plan, step: Step, built: Callable[[Stage], Root]) -> Iterator[_Command]:
-    """Yield the process that carries a step out, where it needs one."""
+    """Yield the process that carries out a step, if it needs one."""
     match step:
         case Workdir():
             yield _Command(line=step.line, argv=("mkdir", "-p", "--", step.path))
@@ -90,22 +92,23 @@ def _command(plan: Plan, step: Step, built: Callable[[Stage], Root]) -> Iterator
         case Run():
             is_sh = step.shell[0].rpartition("/")[2] in ("sh", "bash", "dash", "ash")
             argv = step.words or (*step.shell, step.before * is_sh + step.command)
-            if own := step.is_script and step.command.startswith("#!"):
-                argv = (f"{_STAGE}/script",)
             env = {**step.args, **step.env}
             command = _Command(line=step.line, argv=argv, env=env, workdir=step.workdir, as_root=step.as_root)
-            yield replace(command, sources=(Source("f", "script", text=step.command),), mode=0o755) if own else command
+            if step.is_script and step.command.startswith("#!"):  # it names its own interpreter
+                script = (Source("f", "script", text=step.command),)
+                command = replace(command, argv=(f"{_STAGE}/script",), sources=script, mode=0o755)
+            yield command
 
 
 def _of_stage(plan: Plan, step: Copy, source: Source, built: Callable[[Stage], Root]) -> Source:
-    """Return a source as files of this machine. Links in a stage are a stranger's: they never lead out of it."""
+    """Return a source as files of this machine. Links in a stage are not trusted: they never lead out of it."""
     if source.stage is None:
         return source
     folder = built(source.stage).folder
     if (found := inside(folder, source.text)) is None:
         raise ConfigError(
-            f"{plan.path}, line {step.line}: {step.keyword}: there is no {source.text!r} in that stage, of which this "
-            "machine's own programs are no part"
+            f"{plan.path}, line {step.line}: {step.keyword}: there is no {source.text!r} in that stage, which does not "
+            "contain this machine's own programs"
         )
     path = folder / found
     return replace(source, kind="d" if path.is_dir() else "f", path=path, text="", stage=None)
@@ -126,13 +129,14 @@ def _digest(commands: Sequence[_Command], base: Root | None) -> str:
 
 
 def _files(source: Source) -> list[Path]:
+    """Return the files of this machine that a source copies."""
     if source.path is None:
         return []
     return sorted(source.path.rglob("*")) if source.kind == "d" else [source.path]
 
 
 def _identity(base: Root | None) -> str:
-    """What tells one base from another: what a cached one was made of, what lies in a folder."""
+    """Return a text that differs between bases: the cache key of a cached one, or a hash of a folder's file states."""
     if base is None:
         return "host"
     if base.folder.name.startswith(("tar-", "build-")):
@@ -149,6 +153,7 @@ def _identity(base: Root | None) -> str:
 
 
 def _build(plan: Plan, commands: Sequence[_Command], base: Root | None, machine: Machine, folder: Path) -> None:
+    """Copy the base into a new folder and run the commands there."""
     folder.chmod(0o755)
     if base is None:
         for path, text in FIXED_FILES.items():
@@ -171,28 +176,29 @@ def _build(plan: Plan, commands: Sequence[_Command], base: Root | None, machine:
 
 
 def _put_sources(step: _Command, stage: Path, uid: int | None) -> None:
-    """Lay a step's files down beside the tree's own; from there a process inside takes them where they belong.
+    """Put a step's files into `stage`, from where the step's process copies them to their destination.
 
-    Of a mode only whether the owner may run a file is taken, as git does: the rest depends on who checked it out.
+    Of a mode only the owner's right to execute is kept, as in git: the rest depends on who checked the files out.
     """
     for source in step.sources:
-        to = stage / source.name
-        to.parent.mkdir(parents=True, exist_ok=True)
+        target = stage / source.name
+        target.parent.mkdir(parents=True, exist_ok=True)
         if source.path is None:
-            to.write_text(source.text)
+            target.write_text(source.text)
         elif source.kind == "d":
-            shutil.copytree(source.path, to, symlinks=True)
+            shutil.copytree(source.path, target, symlinks=True)
         else:
-            shutil.copyfile(source.path, to)
-            shutil.copymode(source.path, to)
+            shutil.copyfile(source.path, target)
+            shutil.copymode(source.path, target)
     for path in [path for path in stage.rglob("*") if not path.is_symlink()] if step.sources else []:
-        runs = path.is_dir() or path.stat().st_mode & 0o100
-        path.chmod((0o755 if runs else 0o644) if step.mode is None or path.is_dir() else step.mode)
+        is_executable = path.is_dir() or path.stat().st_mode & 0o100
+        path.chmod((0o755 if is_executable else 0o644) if step.mode is None or path.is_dir() else step.mode)
     if step.sources:
         _give(stage, uid)
 
 
 def _give(tree: Path, uid: int | None) -> None:
+    """Change the owner of a whole tree; None keeps it."""
     if uid is not None:
         os.lchown(tree, uid, uid)
         for folder, names, files in os.walk(tree):
@@ -201,7 +207,7 @@ def _give(tree: Path, uid: int | None) -> None:
 
 
 def _run(plan: Plan, step: _Command, base: Root | None, machine: Machine, uid: int | None, folder: Path) -> None:
-    """Carry one step out in a sandbox that can write to the tree being built, and to nothing else.
+    """Carry out one step in a sandbox that can write to the tree being built, and to nothing else.
 
     Raises:
         ConfigError: it failed.
@@ -218,7 +224,7 @@ def _run(plan: Plan, step: _Command, base: Root | None, machine: Machine, uid: i
     argv += ["--proc", "/proc", "--dev", "/dev"] if base is not None and base.programs else programs_of_host(machine)
     argv += ["--chdir", step.workdir, "--clearenv"]
     home = {"HOME": "/root", "USER": "root", "LOGNAME": "root"} if step.as_root else {}
-    fixed = {**ENVIRONMENT, **home, "TAR_OPTIONS": "--no-same-owner"}  # there is nobody else to give files to
+    fixed = {**ENVIRONMENT, **home, "TAR_OPTIONS": "--no-same-owner"}  # there is no other user to own files
     for name, value in {**fixed, **(base.env if base else {}), **step.env}.items():
         argv += ["--setenv", name, value]
     try:
@@ -228,12 +234,12 @@ def _run(plan: Plan, step: _Command, base: Root | None, machine: Machine, uid: i
             env={"PATH": os.environ.get("PATH", "")}, cwd="/",
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"{plan.path}, line {step.line}: no end within {_RUN_TIMEOUT_S:g} s") from error
+        raise ConfigError(f"{plan.path}, line {step.line}: it did not end within {_RUN_TIMEOUT_S:g} s") from error
     finally:
         if filter_fd is not None:
             os.close(filter_fd)
     if done.returncode != 0:
-        said = done.stdout.decode("utf-8", "replace").strip()[-_KEPT_OUTPUT:]
+        log = done.stdout.decode("utf-8", "replace").strip()[-_KEPT_OUTPUT:]
         raise ConfigError(
-            f"{plan.path}, line {step.line}: exit code {done.returncode} (a build has no network, and one user): {said}"
+            f"{plan.path}, line {step.line}: exit code {done.returncode} (a build has no network, and one user): {log}"
         )

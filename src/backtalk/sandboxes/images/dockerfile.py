@@ -1,4 +1,4 @@
-"""Reading a Dockerfile: its instructions, and what their words mean. What is done about them is for others to say."""
+"""Parse a Dockerfile into instructions, and the text of instructions into flags and assignments (see `plan`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from backtalk.sandboxes.images.shellwords import read_word, split_words, unquoted
 
 HEREDOC_MARK = re.compile(r"\d*<<(-?)[ \t]*(['\"]?)([A-Za-z_][\w.]*)\2")
-SCRIPT = re.compile(r"<<-?\s*(['\"]?)[A-Za-z_][\w.]*\1")  # all of a RUN line's text, where its heredoc is the script
+SCRIPT = re.compile(r"<<-?\s*(['\"]?)[A-Za-z_][\w.]*\1")  # the whole text of a RUN line whose heredoc is the script
 NO_EFFECT = ("LABEL", "MAINTAINER", "EXPOSE", "CMD", "STOPSIGNAL")  # on files and commands
 WHY_NOT = {
     "ENTRYPOINT": "nothing is started in a sandbox but the agent's shell; start it in a RUN line with '&'",
@@ -22,13 +22,15 @@ WHY_NOT = {
 
 @dataclass(frozen=True, slots=True)
 class Heredoc:
+    """A heredoc's body, and whether variables are expanded in it."""
+
     body: str
     expand: bool  # its mark was not quoted
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One instruction, its continued lines joined. ``shell`` is its text with heredocs, as a shell reads it."""
+    """One instruction with its continued lines joined; ``shell`` is its text with heredocs, as a shell reads it."""
 
     keyword: str
     text: str
@@ -38,7 +40,7 @@ class Instruction:
 
 
 def parse_dockerfile(text: str) -> Iterator[Instruction]:
-    """Split into instructions: comments out, continued lines joined, heredocs attached."""
+    """Yield the instructions: without comments, with continued lines joined and heredocs attached."""
     lines = text.split("\n")
     at = 0
     while at < len(lines):
@@ -70,24 +72,25 @@ def parse_dockerfile(text: str) -> Iterator[Instruction]:
 
 
 def _heredoc_marks(shell: str) -> list[re.Match[str]]:
-    open_places = set(unquoted(shell))
-    found = (match for match in HEREDOC_MARK.finditer(shell) if match.start() in open_places)
+    """Return the unquoted heredoc marks (<<END) of a shell command."""
+    positions = set(unquoted(shell))
+    found = (match for match in HEREDOC_MARK.finditer(shell) if match.start() in positions)
     return [match for match in found if shell[match.start() - 1 : match.start()] != "<"]
 
 
 def _heredoc(lines: list[str], at: int, mark: re.Match[str]) -> tuple[Heredoc, str, int] | None:
-    """The heredoc whose body begins at line ``at``, its text for a shell, and the line after it; None if it is none."""
+    """Return the heredoc that begins at line ``at``, its text for a shell and the next line; None if it has no end."""
     for end in range(at, len(lines)):
         line = lines[end].rstrip("\r")
         if (line.lstrip("\t") if mark.group(1) else line) == mark.group(3):
             body = [line.lstrip("\t") if mark.group(1) else line for line in lines[at:end]]
             text = "\n".join([*lines[at:end], line])
             return Heredoc("".join(line + "\n" for line in body), expand=not mark.group(2)), text, end + 1
-    return None  # such as 1 << x: no line ends it
+    return None  # such as the shift in $((1 << x))
 
 
 def split_flags(text: str) -> tuple[list[str], str]:
-    """The ``--flags`` before an instruction's text, without their dashes, and that text."""
+    """Split an instruction's text into its ``--flags``, without the dashes, and the rest."""
     found = []
     while match := re.match(r"--(\S+)\s+", text):
         found.append(match.group(1))
@@ -96,7 +99,7 @@ def split_flags(text: str) -> tuple[list[str], str]:
 
 
 def is_json(text: str) -> bool:
-    """Whether it is a list in JSON, the exec form of a command."""
+    """Return whether a text is a JSON list, the exec form of a command."""
     try:
         return isinstance(json.loads(text), list)
     except ValueError:
@@ -104,10 +107,10 @@ def is_json(text: str) -> bool:
 
 
 def assignments(text: str, variables: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Read what ENV sets: ``A=1 B="x y"``, or the older ``A x y``.
+    """Parse the variables that ENV sets: ``A=1 B="x y"``, or the older ``A x y``.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the text is neither.
     """
     words = [word for word in split_words(text) if word]
     if not words:

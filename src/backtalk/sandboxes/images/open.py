@@ -1,7 +1,7 @@
-"""A root file system of the user's choosing: a folder, what `docker export` wrote, or a Dockerfile.
+"""Open a root file system: a folder, a tar file that `docker export` wrote, or a Dockerfile.
 
-However it comes, it ends as a folder that is never written to (`Root`). What it takes to get there is done once and
-kept in ``$XDG_CACHE_HOME/backtalk/roots`` by content.
+The result is a folder that is never written to (`Root`). It is unpacked or built once, and kept by content in
+``$XDG_CACHE_HOME/backtalk/roots``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def open_root(choice: str | None, *, images: Mapping[str, str] | None = None) ->
     Returns None for this machine's own programs over an empty tree.
 
     `choice` is None or "host"; a folder; a tar file as `docker export` writes it (.tar, .tar.gz, .tar.xz, .tar.zst);
-    a Dockerfile or a folder with one. `images` says what a Dockerfile's FROM stands for: image names to choices,
-    "host" where it says nothing.
+    a Dockerfile or a folder with one. `images` maps the image names of a Dockerfile's FROM to choices;
+    an image that is missing there is "host".
 
     Raises:
         ConfigError: there is no such root, or it cannot be used; the message says why.
@@ -40,7 +40,7 @@ def open_root(choice: str | None, *, images: Mapping[str, str] | None = None) ->
         return of_folder(path, machine, str(path))
     if not path.is_file():
         raise ConfigError(
-            f"root {choice!r} is no file and no folder; name a folder, a file of `docker export`, a Dockerfile or host"
+            f"root {choice!r} does not exist; name a folder, a file of `docker export`, a Dockerfile or host"
         )
     if path.name == "Dockerfile" or path.suffix == ".Dockerfile" or path.name.startswith("Dockerfile."):
         plan, given = read_plan(path), images or {}

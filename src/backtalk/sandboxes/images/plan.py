@@ -1,7 +1,7 @@
-"""Interpret a Dockerfile: a plan of steps, with every path, variable and flag worked out and checked, nothing yet done.
+"""Interpret a Dockerfile as a plan of steps, with every path, variable and flag resolved and checked.
 
-Two readers carry a plan out: `build` makes a root of its own from it, `world` starts a task over this
-machine's programs. What they share is here, what differs and why is in the first lines of `world`.
+Two modules carry out a plan: `build` builds a root file system from it, `start_state` starts a task over this machine's
+programs. The first lines of `start_state` say where and why the two differ.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from backtalk.sandboxes.images.shellwords import expand, read_word, split_words
 
 _ARCHIVE = re.compile(r"\.(tar(\.\w+)?|tgz|tbz2?|txz)$")
 _OWNERS = re.compile(r"\b(?:chown|chgrp)\s")
-# $1 where the files lie, $2 the destination; then f NAME, d NAME (a folder's content) or a NAME (an archive) there.
+# $1 is the folder of the sources, $2 the destination; then pairs: f FILE, d FOLDER (its content), a ARCHIVE.
 COPY_SCRIPT = """\
 stage=$1; to=$2; shift 2; many=$(( $# > 2 ))
 while [ $# -gt 0 ]; do
@@ -50,7 +50,7 @@ done
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One source of a COPY. ``kind``: d a folder's content, f a file, a an archive to unpack, s a path of a stage."""
+    """One source of a COPY. ``kind``: d a folder's content, f a file, a an archive to unpack, s a path in a stage."""
 
     kind: str
     name: str
@@ -61,7 +61,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Step:
-    """An instruction that does something, and the line it begins on."""
+    """An instruction to be carried out, and the line it begins on."""
 
     line: int
     keyword: str
@@ -69,32 +69,33 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workdir(Step):
-    """Make a folder, where the steps after it run."""
+    """WORKDIR: make a folder, in which later steps run."""
 
     path: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class User(Step):
-    """Change who runs the steps after it."""
+    """USER: change the user of later steps."""
 
     name: str
 
     @property
     def is_root(self) -> bool:
+        """Return whether the user is root."""
         return self.name.split(":")[0] in ("root", "0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shell(Step):
-    """Change the shell that runs the steps after it."""
+    """SHELL: change the shell of later steps."""
 
     words: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Copy(Step):
-    """Copy ``sources`` to ``to``, an absolute path that ends in "/" where it must be a folder."""
+    """COPY or ADD: copy ``sources`` to ``to``, an absolute path that ends in "/" if it must be a folder."""
 
     sources: tuple[Source, ...]
     to: str
@@ -102,17 +103,17 @@ class Copy(Step):
 
     @property
     def arguments(self) -> tuple[str, ...]:
-        """The destination and the sources, as COPY_SCRIPT takes them."""
+        """Return the destination and the sources, as COPY_SCRIPT takes them."""
         return (self.to, *(word for source in self.sources for word in (source.kind, source.name)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run(Step):
-    """Run a command, with the state that the instructions before it left."""
+    """RUN: run a command, with the state that the instructions before it left."""
 
     command: str  # as a shell reads it; heredocs within it are part of it
-    outside: str  # the command without the bodies of heredocs that are some file's content
-    words: tuple[str, ...] = ()  # in place of the command: its exec form, run without a shell
+    outside: str  # the command without the bodies of heredocs that are a file's content
+    words: tuple[str, ...] = ()  # exec form, run without a shell; used in place of the command
     is_script: bool = False  # the command is the body of a heredoc
     env: Mapping[str, str] = field(default_factory=dict)  # of ENV alone
     args: Mapping[str, str] = field(default_factory=dict)  # of ARG, those with a value that ENV does not hide
@@ -122,19 +123,19 @@ class Run(Step):
 
     @property
     def before(self) -> str:
-        """What a shell reads before the command. Root, tree and sandbox have one user: nobody to give files to.
+        """Return shell text to run before the command: functions that replace chown and chgrp by nothing.
 
-        As functions, the two programs are stood in for wherever the command calls them.
+        A sandbox has one user, so that there is no other owner for a file.
         """
         return "chown() { :; }; chgrp() { :; }\n" if _OWNERS.search(self.outside) else ""
 
 
 @dataclass
 class Stage:
-    """What one FROM and the instructions below it ask for. Grows while it is read."""
+    """A stage of the build: one FROM and the instructions below it. Grows while the Dockerfile is read."""
 
     line: int
-    image: str = ""  # an image's name, empty where `parent` is another stage of the file
+    image: str = ""  # an image's name; empty if `parent` is a stage of the file
     parent: Stage | None = None
     name: str = ""
     steps: list[Step] = field(default_factory=list)
@@ -147,15 +148,17 @@ class Stage:
 
     @property
     def variables(self) -> dict[str, str]:
+        """Return the variables that an instruction sees."""
         return {"PATH": DEFAULT_PATH} | self.args | self.env
 
     def absolute(self, path: str) -> str:
+        """Return a path from the root, without detours."""
         return posixpath.normpath("/" + posixpath.join(self.workdir, path).lstrip("/"))
 
 
 @dataclass
 class Plan:
-    """A Dockerfile's stages; the last one is what is wanted. Grows while it is read."""
+    """A Dockerfile's stages, of which the last one is the result. Grows while the Dockerfile is read."""
 
     path: Path
     stages: list[Stage] = field(default_factory=list)
@@ -163,10 +166,11 @@ class Plan:
 
     @property
     def last(self) -> Stage:
+        """Return the stage that is the result, or the one that is being read."""
         return self.stages[-1]
 
     def stage(self, name: str) -> Stage | None:
-        """The stage of a name or number, of those read so far."""
+        """Return the stage with this name or number, of those read so far."""
         named = {**{str(at): stage for at, stage in enumerate(self.stages)}, **{s.name: s for s in self.stages}}
         return named.get(name.lower()) if name else None
 
@@ -175,7 +179,7 @@ def read_plan(path: Path) -> Plan:
     """Read and check a Dockerfile.
 
     Raises:
-        ConfigError: what cannot be carried out, with its line and the reason.
+        ConfigError: an instruction that cannot be carried out, with its line and the reason.
     """
     if (path.parent / ".dockerignore").exists():
         raise ConfigError(f"{path.parent / '.dockerignore'} is not read; name the files to COPY one by one instead")
@@ -193,6 +197,7 @@ def read_plan(path: Path) -> Plan:
 
 
 def _read(plan: Plan, instruction: Instruction) -> None:
+    """Add one instruction to the plan."""
     text, at = instruction.text, {"line": instruction.line, "keyword": instruction.keyword}
     if instruction.keyword == "FROM":
         plan.stages.append(_read_from(plan, instruction))
@@ -230,6 +235,7 @@ def _read(plan: Plan, instruction: Instruction) -> None:
 
 
 def _read_from(plan: Plan, instruction: Instruction) -> Stage:
+    """Return the stage that a FROM begins."""
     match [word for word in instruction.text.split() if not word.startswith("--")]:
         case [image]:
             name = ""
@@ -245,7 +251,7 @@ def _read_from(plan: Plan, instruction: Instruction) -> Stage:
 
 
 def _read_arg(plan: Plan, text: str) -> None:
-    """Read ARG, whose bare names take what an ARG before the first FROM gave them."""
+    """Read ARG; a name without a value takes that of an ARG before the first FROM."""
     if not (words := split_words(text)):
         raise ValueError("a name is missing")
     for word in words:
@@ -257,6 +263,7 @@ def _read_arg(plan: Plan, text: str) -> None:
 
 
 def _read_run(stage: Stage, instruction: Instruction) -> Run:
+    """Return the step of a RUN."""
     flags, command = split_flags(instruction.shell)
     if any(not flag.startswith(("mount=type=cache", "network=none")) for flag in flags):
         raise ValueError(f"--{' --'.join(flags)} cannot be carried out: there is no image builder here")
@@ -283,6 +290,7 @@ def _read_run(stage: Stage, instruction: Instruction) -> Run:
 
 
 def _read_copy(plan: Plan, instruction: Instruction) -> Copy:
+    """Return the step of a COPY or an ADD."""
     stage, folder, is_add = plan.last, plan.path.parent, instruction.keyword == "ADD"
     flags, text = split_flags(instruction.text)
     mode, origin = None, None
@@ -330,7 +338,7 @@ def _read_copy(plan: Plan, instruction: Instruction) -> Copy:
 
 
 def _sources(folder: Path, word: str, *, is_add: bool) -> Iterator[Source]:
-    """The files, folders and, for ADD, archives that one source of a COPY names in the Dockerfile's folder."""
+    """Yield the files, folders and, for ADD, archives that a source of a COPY names in the Dockerfile's folder."""
     if is_add and re.match(r"\w+://|git@", word):
         raise ValueError(f"{word} needs the network, and a build has none; put the file there and use COPY")
     relative = posixpath.normpath(word.lstrip("/"))

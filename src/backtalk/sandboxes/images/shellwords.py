@@ -1,4 +1,4 @@
-"""Reading text the way a shell and Docker do: what is quoted, where commands end, what a word means."""
+"""Read text as a shell and Docker do: find quotes and the ends of commands, split words, expand variables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PIECE = re.compile(r"'[^']*'|\\.|\$\{[^}]*\}|\$\w+|\"|[^'\\$\"]+|.", flags=re.D
 
 
 def unquoted(text: str) -> Iterator[int]:
-    """Positions outside of quotes and not escaped."""
+    """Yield the positions of characters that are neither quoted nor escaped."""
     quote, at = "", 0
     while at < len(text):
         char = text[at]
@@ -26,7 +26,7 @@ def unquoted(text: str) -> Iterator[int]:
 
 
 def split_list(command: str) -> list[tuple[str, str]]:
-    """The commands of a list, split at && and ; where neither quoted nor in brackets: (what stood before, command)."""
+    """Split commands at && and ; that are neither quoted nor in brackets, into pairs (operator before, command)."""
     parts, before, begin, depth = [], "", 0, 0
     for at in unquoted(command):
         depth += {"(": 1, "{": 1, ")": -1, "}": -1}.get(command[at], 0)
@@ -39,14 +39,14 @@ def split_list(command: str) -> list[tuple[str, str]]:
 
 
 def split_words(text: str) -> list[str]:
-    """Split at unquoted white space, quotes kept."""
+    """Split at unquoted white space; quotes are kept."""
     blanks = [at for at in unquoted(text) if text[at].isspace()]
     edges = zip([-1, *blanks], [*blanks, len(text)], strict=True)
     return [text[begin + 1 : end] for begin, end in edges if end > begin + 1]
 
 
 def expand(text: str, variables: Mapping[str, str]) -> str:
-    """Put in ``$NAME``, ``${NAME}``, ``${NAME:-otherwise}`` and ``${NAME:+instead}``; the unknown are empty."""
+    """Expand ``$NAME``, ``${NAME}``, ``${NAME:-otherwise}`` and ``${NAME:+instead}``; unknown names are empty."""
 
     def value(match: re.Match[str]) -> str:
         name, rule, other = match.group(1) or match.group(2), match.group(3), match.group(4) or ""
@@ -57,7 +57,7 @@ def expand(text: str, variables: Mapping[str, str]) -> str:
 
 
 def read_word(text: str, variables: Mapping[str, str]) -> str:
-    """A word as Docker reads it: quotes removed, variables put in except within single quotes."""
+    """Return a word as Docker reads it: without quotes, and with variables expanded except in single quotes."""
     out = ""
     for piece in _PIECE.findall(text):
         if piece[0] == "'" and len(piece) > 1:

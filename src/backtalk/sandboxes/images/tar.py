@@ -1,4 +1,4 @@
-"""Unpacks the tar file of a root. Its author is not trusted with this machine: nothing is written outside."""
+"""Unpack the tar file of a root file system. Its author is not trusted: nothing is written outside of the folder."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 
 
 def is_tar(path: Path) -> bool:
-    """By its name."""
+    """Return whether a file is an archive, by its name."""
     return path.name.endswith(_SUFFIXES)
 
 
 def unpack(path: Path, folder: Path) -> None:
-    """Write what `path` holds below `folder`, all of it ours, without devices, pipes and rights of other users.
+    """Unpack an archive into `folder`. All files are this process's; devices, pipes and set-user-id bits are left out.
 
-    A link may point anywhere, as links in a root do: it is followed by processes inside, for which `folder` is the
-    root, and never here. Modes are kept less set-user-id, and a file's or folder's owner can always read and write it.
+    A link may point anywhere, as links in a root do: processes inside follow it, for which `folder` is the root; here
+    it is never followed. The owner of a file or folder can always read and write it.
 
     Raises:
-        ConfigError: it is damaged, or a name in it leads out of the root or through a link.
+        ConfigError: the archive is damaged, or a name in it leads out of the root or through a link.
     """
     modes: dict[Path, int] = {}
     try:
@@ -37,8 +37,8 @@ def unpack(path: Path, folder: Path) -> None:
                 _unpack_one(archive, member, folder, modes)
     except (tarfile.TarError, EOFError, OSError, UnicodeError) as error:
         raise ConfigError(f"root {path} cannot be unpacked: {error}") from error
-    for place, mode in modes.items():
-        place.chmod(mode)
+    for target, mode in modes.items():
+        target.chmod(mode)
     if (folder / "manifest.json").is_file():
         raise ConfigError(
             f"root {path} is an image of layers (`docker save`); write one tree instead: "
@@ -47,47 +47,49 @@ def unpack(path: Path, folder: Path) -> None:
 
 
 def _unpack_one(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path, modes: dict[Path, int]) -> None:
-    place = _place(folder, member.name)
-    if place == folder:
+    """Unpack one member; modes of folders are noted in `modes`, to be set at the end."""
+    target = _path_of(folder, member.name)
+    if target == folder:
         modes[folder] = 0o755
         return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    if not member.isdir() and os.path.lexists(place):
-        place.unlink()  # a later member of the same name wins; a folder in its place is an error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not member.isdir() and os.path.lexists(target):
+        target.unlink()  # a later member of the same name wins; a folder in its target is an error
     if member.isdir():
-        place.mkdir(exist_ok=True)
-        modes[place] = member.mode & 0o1777 | 0o700
+        target.mkdir(exist_ok=True)
+        modes[target] = member.mode & 0o1777 | 0o700
     elif member.issym():
-        os.symlink(member.linkname, place)
+        os.symlink(member.linkname, target)
     elif member.islnk():
-        os.link(_place(folder, member.linkname), place, follow_symlinks=False)
+        os.link(_path_of(folder, member.linkname), target, follow_symlinks=False)
     elif member.isreg():
         content = archive.extractfile(member)
         assert content is not None
-        with content, open(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+        with content, open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
             shutil.copyfileobj(content, file, 1 << 20)
-        place.chmod(member.mode & 0o775 | 0o600)  # as tarfile's "data" filter has it, but for the group
-        os.utime(place, (member.mtime, member.mtime))
+        target.chmod(member.mode & 0o775 | 0o600)  # as tarfile's "data" filter, except for the group
+        os.utime(target, (member.mtime, member.mtime))
 
 
-def _place(folder: Path, name: str) -> Path:
-    """Where a member goes. Its folders are real ones, so that writing there stays below `folder`."""
+def _path_of(folder: Path, name: str) -> Path:
+    """Return the path for a member, whose parent folders are no links, so that writing there stays below `folder`."""
     if (name := name.strip("/")) in ("", "."):
         return folder
     try:
         parts = clean_path(name, relative=True).split("/")
     except ConfigError as error:
         raise tarfile.TarError(str(error)) from error
-    place = folder
+    path = folder
     for part in parts[:-1]:
-        place = place / part
-        if place.is_symlink() or (os.path.lexists(place) and not place.is_dir()):
-            raise tarfile.TarError(f"{name!r} goes through {place.relative_to(folder)}, which is no folder")
-    return place / parts[-1]
+        path = path / part
+        if path.is_symlink() or (os.path.lexists(path) and not path.is_dir()):
+            raise tarfile.TarError(f"{name!r} goes through {path.relative_to(folder)}, which is not a folder")
+    return path / parts[-1]
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tarfile.TarFile]:
+    """Open an archive as a stream; zstd by its program."""
     if path.suffix != ".zst":
         with tarfile.open(path, "r|*") as archive:
             yield archive

@@ -1,14 +1,13 @@
-"""Derive how a task's world starts from its Dockerfile where no root is chosen: files and commands over this machine.
+"""Derive from a Dockerfile the files and commands with which a task starts over this machine's own programs.
 
-The plan is the one that a root is built from (`plan`). There is no image here, though: a sandbox shows this
-machine's own /usr, read-only, has no network, and one ordinary user who owns every file. So here, and not in a root,
+The plan is the one that a root is built from (`plan`). Without a root, though, a sandbox shows this machine's own /usr,
+read-only, has no network, and one ordinary user who owns every file. So here, and not in a root,
 
     FROM        is noted; several stages are refused
-    COPY, ADD   put plain files where they belong before anything runs, or in their turn where a command ran before;
-                archives, links to folders and places among this machine's programs are refused
-    RUN         is run by ``bash -e``. What package managers do is refused, or left out where this machine has the
-                packages (``host_packages``); what fetches is refused; so is making users, unless its failure is
-                allowed for by ``||``
+    COPY, ADD   write plain files before anything runs, or in their turn if a command ran before;
+                archives, links to folders and paths among this machine's programs are refused
+    RUN         is run by ``bash -e``. Package managers are refused, or left out if this machine has the packages
+                (``host_packages``); downloads are refused; so is making users, unless ``||`` follows
     USER        may name root, which stands for the one user
     SHELL       may name sh and bash
 """
@@ -33,12 +32,12 @@ _AFTER_PACKAGES = re.compile(r"(?:rm\s+-rf\s+/var/lib/apt/lists/?\*?|ln\s+-sf?\s
 _NETWORK = re.compile(r"\b(?:curl|wget|git\s+clone)\b.*\bhttps?://(?!localhost|127\.)")
 _FILE_STATE = re.compile(r"(chmod) ([0-7]{3,4}) (.+)|(touch) -d @(-?\d+) (.+)")
 _MAKES_USERS = re.compile(r"(?:useradd|adduser|usermod|userdel|groupadd|addgroup|groupmod|chpasswd|passwd)\s")
-_ONE_USER = "a sandbox has one ordinary user; take it out if the task does not depend on who works"
+_ONE_USER = "a sandbox has one ordinary user; leave it out if the task does not depend on the user"
 _IN_EVERY_IMAGE = ("/", "/etc", "/home", "/mnt", "/opt", "/root", "/srv", "/tmp", "/var")
 
 
 @dataclass
-class World:
+class StartState:
     """The files, commands and variables with which a task starts. Grows while the plan is read."""
 
     folder: Path = Path()
@@ -54,15 +53,15 @@ class World:
     installs: list[str] = field(default_factory=list)  # commands left out, because this machine has what they install
 
     def commands(self, workdir: str) -> tuple[str, ...]:
-        """Return the setup as a task has it whose commands start in ``workdir``."""
+        """Return the setup commands of a task whose commands start in ``workdir``."""
         setup = list(self.setup)
         if setup and not _is_below(workdir, self.workdir):
             setup.insert(0, ("/", f"mkdir -p {shlex.quote(self.workdir)}"))
         return tuple(command if at == workdir else f"cd {shlex.quote(at)}\n{command}" for at, command in setup)
 
 
-def read_dockerfile(folder: Path, *, host_packages: bool) -> World:
-    """Read ``folder``/Dockerfile.
+def read_dockerfile(folder: Path, *, host_packages: bool) -> StartState:
+    """Read ``folder``/Dockerfile and return how the task starts.
 
     Raises:
         TaskError: an instruction that the sandbox cannot carry out, with its line and the reason.
@@ -77,19 +76,19 @@ def read_dockerfile(folder: Path, *, host_packages: bool) -> World:
             f"{path}, line {plan.last.line}: FROM: a build in several stages cannot run here; copy what the last stage "
             "needs"
         )
-    world = World(folder, host_packages, plan.last.image, env=plan.last.env, workdir=plan.last.workdir)
+    state = StartState(folder, host_packages, plan.last.image, env=plan.last.env, workdir=plan.last.workdir)
     for step in plan.last.steps:
         try:
-            _carry_out(world, step)
+            _carry_out(state, step)
         except (TaskError, ValueError) as error:  # ValueError: shlex
             raise TaskError(f"{path}, line {step.line}: {step.keyword}: {error}") from error
-    return world
+    return state
 
 
 def read_file(path: Path, root: Path) -> SandboxFile:
     """Read a regular file below ``root``; links are followed as long as they stay below it.
 
-    Only whether its owner may run it is taken of its mode, as git does: the rest depends on who checked it out.
+    Of its mode only the owner's right to execute is kept, as in git: the rest depends on who checked it out.
     """
     if not path.resolve().is_relative_to(root.resolve()):
         raise TaskError(f"{path} leads out of {root}; copy what it points at into the task's folder")
@@ -99,7 +98,7 @@ def read_file(path: Path, root: Path) -> SandboxFile:
 
 
 def read_tree(folder: Path, root: Path | None = None) -> dict[str, SandboxFile]:
-    """Read every file below ``folder``, by its path from there."""
+    """Read every file below ``folder``; return them by their path from there."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and not path.is_file():
@@ -109,57 +108,60 @@ def read_tree(folder: Path, root: Path | None = None) -> dict[str, SandboxFile]:
     return files
 
 
-def _carry_out(world: World, step: Step) -> None:
+def _carry_out(state: StartState, step: Step) -> None:
+    """Add one step to the start state."""
     match step:
         case Workdir(path=path):
-            if path not in world.folders and not _is_below(world.workdir, path):
-                world.setup.append(("/", f"mkdir -p {shlex.quote(path)}"))
-            world.folders.add(path)
+            if path not in state.folders and not _is_below(state.workdir, path):
+                state.setup.append(("/", f"mkdir -p {shlex.quote(path)}"))
+            state.folders.add(path)
         case User(name=name) if not step.is_root:
             raise TaskError(f"{name!r} cannot be carried out: {_ONE_USER}")
         case Shell(words=words) if posixpath.basename(words[0]) not in ("sh", "bash"):
             raise TaskError(f"commands are run by bash, and {' '.join(words)} is another shell")
         case Copy():
-            _copy(world, step)
+            _copy(state, step)
         case Run():
-            _run(world, step)
+            _run(state, step)
 
 
-def _copy(world: World, copy: Copy) -> None:
-    trees = [(source, _read_source(world, source, copy.mode)) for source in copy.sources]
+def _copy(state: StartState, copy: Copy) -> None:
+    """Add the files of a COPY, or the command that copies them in its turn."""
+    trees = [(source, _read_source(state, source, copy.mode)) for source in copy.sources]
     if copy.to.split("/")[1] in PROGRAM_FOLDERS:
         raise TaskError(f"{copy.to} is among this machine's own programs, which a sandbox cannot change; use /opt")
-    if world.ran:  # a command may have made any folder: what the destination means is seen when its turn comes
+    if state.ran:  # a command may have made any folder, so that only then is it known whether the destination is one
         stage = f"/.copy-{copy.line}"
         for source, tree in trees:
-            world.files |= {f"{stage}/{source.name}/{path}".rstrip("/"): file for path, file in tree}
+            state.files |= {f"{stage}/{source.name}/{path}".rstrip("/"): file for path, file in tree}
         folders = shlex.join(["mkdir", "-p", *(f"{stage}/{s.name}" for s, _ in trees if s.kind == "d"), stage])
         words = shlex.join([stage, *copy.arguments])
-        world.setup.append(("/", f"{folders}\nset -- {words}\n{COPY_SCRIPT}rm -rf {stage}"))
+        state.setup.append(("/", f"{folders}\nset -- {words}\n{COPY_SCRIPT}rm -rf {stage}"))
         return
     to = copy.to if copy.to == "/" else copy.to.rstrip("/")
     for source, tree in trees:
-        is_folder = len(trees) > 1 or copy.to.endswith("/") or to in world.folders
+        is_folder = len(trees) > 1 or copy.to.endswith("/") or to in state.folders
         name = posixpath.basename(source.name) if source.kind == "f" and is_folder else ""
         placed = {posixpath.join(to, name or path).rstrip("/"): file for path, file in tree}
-        world.files |= placed
-        world.folders |= {parent for place in placed for parent in _parents(place)}
+        state.files |= placed
+        state.folders |= {parent for place in placed for parent in _parents(place)}
 
 
-def _read_source(world: World, source: Source, mode: int | None) -> list[tuple[str, SandboxFile]]:
+def _read_source(state: StartState, source: Source, mode: int | None) -> list[tuple[str, SandboxFile]]:
     """Read the files of one source of a COPY, by their path below it; a file's own path is empty."""
     if source.kind == "a":
         raise TaskError(f"ADD {posixpath.basename(source.name)} fetches or unpacks; put the files there and use COPY")
     if source.path is None:
         files = {"": SandboxFile(source.text.encode())}
     elif source.kind == "d":
-        files = read_tree(source.path, world.folder)
+        files = read_tree(source.path, state.folder)
     else:
-        files = {"": read_file(source.path, world.folder)}
+        files = {"": read_file(source.path, state.folder)}
     return [(path, file if mode is None else replace(file, mode=mode)) for path, file in files.items()]
 
 
-def _run(world: World, run: Run) -> None:
+def _run(state: StartState, run: Run) -> None:
+    """Add the command of a RUN, or refuse it."""
     command, outside = run.command, run.outside
     if run.is_script:
         command = outside = command.removesuffix("\n")
@@ -168,11 +170,11 @@ def _run(world: World, run: Run) -> None:
             raise TaskError(f"{first} is not bash; write the script to a file with COPY and run that")
     elif run.words:
         command = outside = shlex.join(run.words)
-    elif _set_file_states(world, command):
+    elif _set_file_states(state, command):
         return
-    # A heredoc that is not the script itself is some file's content: what it says is not run here.
+    # A heredoc that is not the script itself is a file's content and is not checked as commands.
     parts = split_list(outside) if "\n" not in outside else [("", line.strip()) for line in outside.split("\n")]
-    kept = _without_packages(world, command, parts)
+    kept = _without_packages(state, command, parts)
     if kept is None:
         return
     if _NETWORK.search(outside):
@@ -180,19 +182,19 @@ def _run(world: World, run: Run) -> None:
     if found := [part for _, part in parts if _MAKES_USERS.match(part) and "||" not in part]:
         raise TaskError(f"{found[0]!r} makes or changes users, and {_ONE_USER}, or let it fail: {found[0]} || true")
     if run.before:
-        world.notes.append(f"a sandbox's one user owns every file: chown and chgrp do nothing in {outside[:200]}")
+        state.notes.append(f"a sandbox's one user owns every file: chown and chgrp do nothing in {outside[:200]}")
     if re.fullmatch(r"mkdir -p( [\w./-]+)+", kept):
-        world.folders |= {posixpath.normpath(posixpath.join(run.workdir, word)) for word in kept.split()[2:]}
+        state.folders |= {posixpath.normpath(posixpath.join(run.workdir, word)) for word in kept.split()[2:]}
     else:
-        world.ran = True
-    world.setup.append((run.workdir, _state(world, run) + run.before + kept))
+        state.ran = True
+    state.setup.append((run.workdir, _shell_state(state, run) + run.before + kept))
 
 
-def _state(world: World, run: Run) -> str:
-    """Return what sets a command's variables and options where they are not those that the task starts with."""
+def _shell_state(state: StartState, run: Run) -> str:
+    """Return shell text that sets a command's variables and options where they differ from the task's."""
     given = {**run.args, **run.env}
-    lines = [f"export {name}={shlex.quote(value)}\n" for name, value in given.items() if world.env.get(name) != value]
-    for name in world.env.keys() - given.keys():  # a later ENV sets it
+    lines = [f"export {name}={shlex.quote(value)}\n" for name, value in given.items() if state.env.get(name) != value]
+    for name in state.env.keys() - given.keys():  # a later ENV sets it
         lines.append(f"export PATH={DEFAULT_PATH}\n" if name == "PATH" else f"unset {name}\n")
     options = [re.sub(r"^-\w+", lambda found: re.sub("[cil]", "", found.group()), word) for word in run.shell[1:]]
     if options := [word for word in options if word not in ("-", "-e")]:
@@ -200,45 +202,46 @@ def _state(world: World, run: Run) -> str:
     return "".join(lines)
 
 
-def _set_file_states(world: World, command: str) -> bool:
-    """Take ``chmod 600 FILES`` and ``touch -d @SECONDS FILES`` of copied files as their state: no command is needed."""
-    changed = dict(world.files)
+def _set_file_states(state: StartState, command: str) -> bool:
+    """Apply ``chmod 600 FILES`` and ``touch -d @SECONDS FILES`` to copied files; return whether that was all."""
+    changed = dict(state.files)
     for _, part in split_list(command):
         match = _FILE_STATE.fullmatch(part)
         paths = shlex.split(match.group(3) or match.group(6)) if match else []
-        if not match or world.ran or any(path not in changed for path in paths):
+        if not match or state.ran or any(path not in changed for path in paths):
             return False
         for path in paths:
-            state = {"mode": int(match.group(2), 8)} if match.group(1) else {"mtime": int(match.group(5))}
-            changed[path] = replace(changed[path], **state)
-    world.files = changed
+            change = {"mode": int(match.group(2), 8)} if match.group(1) else {"mtime": int(match.group(5))}
+            changed[path] = replace(changed[path], **change)
+    state.files = changed
     return True
 
 
-def _without_packages(world: World, command: str, parts: list[tuple[str, str]]) -> str | None:
-    """Return the command without what package managers do, which cannot run offline; None where nothing is left."""
+def _without_packages(state: StartState, command: str, parts: list[tuple[str, str]]) -> str | None:
+    """Return the command without package managers, which cannot run offline; None if nothing is left."""
     packages = [part for _, part in parts if _PACKAGES.match(part)]
     if not packages:
         return command
-    if not world.host_packages:
+    if not state.host_packages:
         raise TaskError(
             f"{packages[0]!r} needs the network, and a sandbox has none; install the packages on this machine, then "
             "read the task with host_packages=True, and the line is left out"
         )
     if "\n" in command:
         raise TaskError(f"{packages[0]!r} stands in a script; give it a RUN line of its own, to be left out")
-    world.installs += packages
-    world.notes += [f"left out, this machine's packages are used: {part}" for part in packages]
+    state.installs += packages
+    state.notes += [f"left out, this machine's packages are used: {part}" for part in packages]
     kept = [(before, part) for before, part in parts if not _PACKAGES.match(part) and not _AFTER_PACKAGES.match(part)]
     return "".join(part if not at else f" {before} {part}" for at, (before, part) in enumerate(kept)) or None
 
 
 def _is_below(path: str, folder: str) -> bool:
-    """Tell whether ``path`` is ``folder`` or lies below it, so that making it makes the folder."""
+    """Return whether ``path`` is ``folder`` or below it, so that making it makes the folder."""
     return folder == "/" or f"{path}/".startswith(f"{folder}/")
 
 
 def _parents(path: str) -> Iterator[str]:
+    """Yield the folders above a path, up to the root."""
     while path != "/":
         path = posixpath.dirname(path)
         yield path
