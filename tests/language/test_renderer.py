@@ -167,7 +167,7 @@ def test_thinking(thinking: str) -> None:
     assert text_of(r, prompt).endswith("<|im_start|>assistant\n" + empty)
     action = r.encode_text(THOUGHT + SAID)
     conversation = [*PROMPT, action]
-    assert r.extends is (thinking != "strip")
+    assert r.append_only is (thinking != "strip")
     assert r.can_append(conversation, SEEN) is (thinking != "strip")
     assert r.can_append([*PROMPT, r.encode_text(SAID)], SEEN)  # nobody thought, so nothing has to go
     anew = r.render_history(conversation, SEEN, turn=0, branch=1)
@@ -250,7 +250,7 @@ def test_a_template_that_drifts_later_is_caught_at_that_turn() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = LATE
     r = Renderer(tokenizer, TOOLS)
-    assert r.extends
+    assert r.append_only
     assert play(r, 3) == [True] * 3
     with pytest.raises(RenderError, match=r"after 9 messages .* on_drift=fork"):
         play(r, 4)
@@ -270,7 +270,7 @@ def test_a_template_that_always_drifts_is_refused_or_forked() -> None:
     with pytest.raises(RenderError, match=r"rewrites earlier turns .* set on_drift=fork"):
         Renderer(tokenizer, TOOLS)
     r = Renderer(tokenizer, TOOLS, RendererConfig(on_drift="fork"))
-    assert not r.extends
+    assert not r.append_only
     assert play(r, 3) == [False] * 3
     assert text_of(r, r.render_history([*PROMPT, "x"], SEEN, turn=0, branch=1)).startswith("4<|im_start|>system")
 
@@ -446,7 +446,7 @@ def test_a_slow_tokenizer_is_refused(backend: object) -> None:
 @pytest.mark.parametrize("spelled", [False, True])
 def test_an_action_that_imitates_observations(action: str, imitates: bool, spelled: bool) -> None:
     r = renderer("hermes")
-    spell: Callable[[str], list[int]] = lambda text: r.encoder._later.encode(text, add_special_tokens=False).ids  # noqa: E731
+    spell: Callable[[str], list[int]] = lambda text: r.encoder._inside.encode(text, add_special_tokens=False).ids  # noqa: E731
     ids = [*spell(action), r.end_of_turn_id] if spelled else r.encode_text(action)
     assert r.imitates_observation(ids) is imitates
 

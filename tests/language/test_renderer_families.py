@@ -106,7 +106,7 @@ THINKS_ALWAYS = ("qwen3_training", "glm4moe")
 
 def sampled(r: Renderer, text: str) -> tuple[int, ...]:
     """An action as a policy writes it: after the template's last words, not at the beginning of something."""
-    last = r.encoder.scan(r._template.scaffold(("user",)).literals[-1])[-1]
+    last = r.encoder.split_controls(r._template.scaffold(("user",)).literals[-1])[-1]
     before = [Piece(last, TEMPLATE)] if isinstance(last, str) else []
     with_text = [token for token, _ in r.encoder.encode([*before, Piece(text, ACTION)])]
     return (*with_text[len(r.encoder.encode(before)) :], r.end_of_turn_id)
@@ -132,28 +132,28 @@ def roles_of(segments: Sequence[Segment]) -> list[TokenRole]:
 
 def chat_of(r: Renderer, talk: Talk) -> list[dict[str, str]]:
     """The same for apply_chat_template, by what the docs say of each kind of template; worked out here anew."""
-    dialogue = r._dialogue
+    rules = r._rules
     chat: list[dict[str, str]] = []
 
     def say(role: str, text: str) -> None:
-        if chat and chat[-1]["role"] == role == "user" and not dialogue._takes_runs:
+        if chat and chat[-1]["role"] == role == "user" and not rules._accepts_user_runs:
             chat[-1]["content"] += "\n\n" + text
         else:
             chat.append({"role": role, "content": text})
 
     if talk.system is not None:
-        say("system" if dialogue._takes_system else "user", talk.system)
+        say("system" if rules._accepts_system else "user", talk.system)
     say("user", talk.task)
     for action, said in talk.turns:
         say("assistant", action)
         for parts in said:
-            say(dialogue.tool_role, "".join(text for text, _ in parts))
+            say(rules.tool_role, "".join(text for text, _ in parts))
     return chat
 
 
 def written(r: Renderer, talk: Talk) -> str:
     """The whole conversation in the template's own words."""
-    return r._template.write(chat_of(r, talk))
+    return r._template.render(chat_of(r, talk))
 
 
 def who_wrote(r: Renderer, talk: Talk) -> tuple[str, list[TokenRole]]:
@@ -192,7 +192,7 @@ def test_the_whole_sequence_is_the_templates_own(name: str, talk: Talk) -> None:
     edges; and thinking is neither prefilled nor sampled. Equal roles by the tokenizer's own offsets."""
     r = renderer(name, "keep")
     segments = play(r, talk)
-    if r._thinking or name in THINKS_ALWAYS:
+    if r._opens_thinking or name in THINKS_ALWAYS:
         return
     whole, owners = who_wrote(r, talk)
     encoding = r.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
@@ -226,7 +226,7 @@ def test_a_history_written_anew_is_the_one_that_grew(name: str, talk: Talk) -> N
         grown += [Segment(CONTEXT, ids), *seen]
         assert ids_of(grown)[: len(before)] == before
         anew = r.render_history(conversation, said, turn=turn, branch=1)
-        if not r._thinking and name not in THINKS_ALWAYS:
+        if not r._opens_thinking and name not in THINKS_ALWAYS:
             assert ids_of(anew) == ids_of(grown)
         n = sum(len(segment) for segment in seen)
         assert roles_of(anew)[-n:] == roles_of(seen)
@@ -267,11 +267,13 @@ def test_hostile_observations_by_a_tokenizer_that_knows_no_control_tokens(name: 
     r = renderer(name)
     family = FAMILIES[name]
     seen = r.render_observation([message("tool", parts) for parts in messages], turn=0, closed=True)
-    literals, escaped = r._template.answer((r._dialogue.tool_role,) * (len(messages) if r._dialogue._takes_runs else 1))
+    literals, escaped = r._template.observation_scaffold(
+        (r._rules.tool_role,) * (len(messages) if r._rules._accepts_user_runs else 1)
+    )
     pieces: list[tuple[str, TokenRole]] = [(literals[0], TEMPLATE)]
     for k, parts in enumerate(messages):
         if k:
-            pieces.append((literals[k] if r._dialogue._takes_runs else "\n\n", TEMPLATE))
+            pieces.append((literals[k] if r._rules._accepts_user_runs else "\n\n", TEMPLATE))
         for text, role in parts:
             text = clean_text(text)
             pieces.append((json.dumps(text, ensure_ascii=False)[1:-1] if escaped[0] else text, role))
@@ -345,8 +347,12 @@ def test_what_was_said_is_told_apart_from_its_scaffold(name: str) -> None:
 
 def test_which_templates_keep_thinking() -> None:
     """As the templates themselves write it, by the role that observations have."""
+    said = "<think>\n\ue002\n</think>\n\n\ue003"
+    chat = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": said}]
     keeps = {
-        name: (r._template.keeps_thinking(("tool",)), r._template.keeps_thinking(("user",)))
+        name: tuple(
+            "\ue002" in r._template.render([*chat, {"role": role, "content": "x"}]) for role in ("tool", "user")
+        )
         for name in ("qwen3", "qwen3_training", "qwen2_5", "qwen3_5_think")
         for r in [renderer(name, "keep")]
     }

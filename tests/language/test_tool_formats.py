@@ -16,8 +16,10 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from backtalk.envs.terminal import BASH, SUBMIT
 from backtalk.errors import ConfigError, RenderError
 from backtalk.language.renderer import Renderer, RendererConfig
-from backtalk.language.tool_formats import Mark, Reply, ToolFormat, detect_format, open_syntax, parse_reply, write_reply
-from backtalk.language.tool_formats.values import call_problem, read_json, value_of
+from backtalk.language.tool_formats import ToolFormat, detect_format, make_syntax
+from backtalk.language.tool_formats.base import Mark, Reply
+from backtalk.language.tool_formats.reply import parse_reply, write_reply
+from backtalk.language.tool_formats.values import call_problem, parse_value, read_json
 from backtalk.messages import Message, ParsedAction, ToolCall, ToolSpec, clean_text
 from families import tokenizer_of
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
@@ -58,7 +60,7 @@ HOSTILE_TEXT = st.lists(st.sampled_from(MARKS) | st.text(max_size=4), max_size=6
 def parse(tool_format: ToolFormat, text: str, *, tools: tuple[ToolSpec, ...] = TOOLS, **how: Any) -> ParsedAction:
     """Of a format whose marks are plain text to the tokenizer."""
     reply = Reply(text, how.pop("stopped", True), how.pop("opened", False))
-    return parse_reply(open_syntax(tool_format, tools), tools, reply, **how)
+    return parse_reply(make_syntax(tool_format, tools), tools, reply, **how)
 
 
 def arguments(action: ParsedAction) -> list[tuple[str, dict[str, Any]]]:
@@ -70,7 +72,7 @@ def bash(command: str) -> ToolCall:
 
 
 def written(tool_format: ToolFormat, *commands: str) -> str:
-    syntax = open_syntax(tool_format, TOOLS)
+    syntax = make_syntax(tool_format, TOOLS)
     return "\n".join("".join(write_reply(syntax, bash(command))) for command in commands)
 
 
@@ -152,9 +154,9 @@ def test_values_of_bare_text_have_the_types_of_the_schema() -> None:
         ("edit", {"path": "007", "line": 7, "scale": 1.5, "force": True, "tags": ["a", "b"], "options": {"deep": False},
                   "mode": "w", "limit": None})
     ]  # fmt: skip
-    assert value_of("7 8", {"type": "integer"}) == "7 8"  # which the check refuses
-    assert value_of("null", {"type": ["string", "null"]}) == "null"
-    assert value_of("[1]", {}) == "[1]"
+    assert parse_value("7 8", {"type": "integer"}) == "7 8"  # which the check refuses
+    assert parse_value("null", {"type": ["string", "null"]}) == "null"
+    assert parse_value("[1]", {}) == "[1]"
 
 
 # --- what is said about what is not ---
@@ -314,7 +316,7 @@ def test_what_does_not_fit_is_told_with_an_example_of_that_tool() -> None:
 def test_odd_schemas_break_nothing(odd: dict[str, Any]) -> None:
     tools = (ToolSpec("odd", "", odd),)
     for tool_format in (HERMES, QWEN3_CODER, LLAMA3_JSON):
-        syntax = open_syntax(tool_format, tools)
+        syntax = make_syntax(tool_format, tools)
         assert "odd" in syntax.instructions("one call")
         pieces = write_reply(syntax, ToolCall("odd", {"x": "1"}))
         action = parse_reply(syntax, tools, Reply("".join(pieces)))
@@ -334,7 +336,7 @@ def test_only_so_many_calls_are_run_and_the_policy_is_told(tool_format: ToolForm
     two = parse(tool_format, text, max_calls=2)
     assert [call.arguments["command"] for call in two.calls] == ["a", "b"]
     assert two.notice == "[only the first 2 calls were run; write at most 2 calls in each reply]\n"
-    three = parse(tool_format, text, max_calls=3, tell_warnings=True)
+    three = parse(tool_format, text, max_calls=3, report_warnings=True)
     assert [call.arguments["command"] for call in three.calls] == ["a", "b", "c"]
     assert (three.notice, three.warnings) == ("", ())
 
@@ -415,7 +417,7 @@ def test_faults_of_form_are_counted_and_told_where_asked(
                   lambda m: call[int(m[1]) if m[1] else None : int(m[2]) if m[2] else None], text)  # fmt: skip
     quiet = parse(tool_format, text, **how)
     assert (quiet.calls, quiet.warnings, quiet.notice) == ((bash("ls"),), tuple(warnings), "")
-    told = parse(tool_format, text, tell_warnings=True, **how)
+    told = parse(tool_format, text, report_warnings=True, **how)
     assert told.notice == "".join(f"[{warning}]\n" for warning in warnings)
 
 
@@ -445,7 +447,7 @@ def can_hold(tool_format: ToolFormat, text: str) -> bool:
 @example("\n```\n````\n```bash")
 @example("<think>x</think>ls")
 def test_a_written_call_is_read_back_or_refused(tool_format: ToolFormat, command: str) -> None:
-    syntax = open_syntax(tool_format, TOOLS)
+    syntax = make_syntax(tool_format, TOOLS)
     if not can_hold(tool_format, clean_text(command)):
         with pytest.raises(RenderError, match=r"(?s)cannot be written in this format: .*hermes"):
             write_reply(syntax, bash(command))
@@ -471,7 +473,7 @@ NO_PARAMETER = HOSTILE_TEXT.map(clean_text).filter(lambda text: "</parameter>" n
 @given(st.dictionaries(st.text(max_size=5).map(clean_text), JSON, max_size=4))
 def test_json_formats_hold_any_value(tool_format: ToolFormat, values: dict[str, Any]) -> None:
     tools = (ToolSpec("any", "", {"type": "object"}),)
-    pieces = write_reply(open_syntax(tool_format, tools), ToolCall("any", values))
+    pieces = write_reply(make_syntax(tool_format, tools), ToolCall("any", values))
     (call,) = parse(tool_format, clean_text("".join(pieces)), tools=tools).calls
     assert call.arguments == json.loads(clean_text(json.dumps(values, ensure_ascii=False)))
 
@@ -492,7 +494,7 @@ def test_json_formats_hold_any_value(tool_format: ToolFormat, values: dict[str, 
     )
 )
 def test_qwen3_coder_holds_typed_values(values: dict[str, Any]) -> None:
-    pieces = write_reply(open_syntax(QWEN3_CODER, TYPED), ToolCall("edit", values))
+    pieces = write_reply(make_syntax(QWEN3_CODER, TYPED), ToolCall("edit", values))
     assert parse(QWEN3_CODER, "".join(pieces), tools=TYPED).calls == (ToolCall("edit", values),)
 
 
@@ -513,7 +515,7 @@ def damaged(draw: st.DrawFn) -> str:
 def test_no_text_breaks_a_parser(
     tool_format: ToolFormat, text: str, stopped: bool, opened: bool, max_calls: int
 ) -> None:
-    action = parse(tool_format, text, stopped=stopped, opened=opened, max_calls=max_calls, tell_warnings=True)
+    action = parse(tool_format, text, stopped=stopped, opened=opened, max_calls=max_calls, report_warnings=True)
     assert (action.error is None) == bool(action.calls)
     assert len(action.calls) <= max_calls
     assert all(call.tool in ("bash", "submit") and len(call.arguments) == 1 for call in action.calls)
@@ -636,15 +638,15 @@ def test_a_family_is_read_as_its_own_template_writes(family: str, expected: Tool
 def test_tools_have_to_fit_the_format() -> None:
     for tool_format in (TAGS, BASH_BLOCK, PLAIN):
         with pytest.raises(ConfigError, match=r"tool 'edit' takes 8 arguments .* use tool_format='hermes'"):
-            open_syntax(tool_format, TYPED)
+            make_syntax(tool_format, TYPED)
     for tool_format in (BASH_BLOCK, PLAIN):
         with pytest.raises(ConfigError, match=r"\['submit'\] has an argument named 'command'"):
-            open_syntax(tool_format, (SUBMIT,))
+            make_syntax(tool_format, (SUBMIT,))
 
 
 @pytest.mark.parametrize("tool_format", ToolFormat)
 def test_instructions_name_every_tool_and_show_a_call_that_is_one(tool_format: ToolFormat) -> None:
-    syntax = open_syntax(tool_format, TOOLS)
+    syntax = make_syntax(tool_format, TOOLS)
     said = syntax.instructions("at most 3 calls")
     assert SUBMIT.description in said and "submit" in said
     assert (BASH.description in said and "at most 3 calls in each reply" in said) != (tool_format is PLAIN)
@@ -655,9 +657,9 @@ def test_instructions_name_every_tool_and_show_a_call_that_is_one(tool_format: T
 def test_calls_that_json_cannot_hold_are_refused() -> None:
     for value in (float("nan"), {1, 2}, b"x"):
         with pytest.raises(RenderError, match="cannot be written in this format"):
-            write_reply(open_syntax(HERMES, TOOLS), ToolCall("bash", {"command": value}))
+            write_reply(make_syntax(HERMES, TOOLS), ToolCall("bash", {"command": value}))
     with pytest.raises(RenderError, match="another call"):
-        write_reply(open_syntax(QWEN3_CODER, TOOLS), ToolCall("ba sh ", {"command": "ls"}))
+        write_reply(make_syntax(QWEN3_CODER, TOOLS), ToolCall("ba sh ", {"command": "ls"}))
     with pytest.raises(RenderError):
-        write_reply(open_syntax(TAGS, TOOLS), ToolCall("bash", {"a": "1", "b": "2"}))
-    assert isinstance(write_reply(open_syntax(TAGS, TOOLS), bash("ls"))[0], Mark)
+        write_reply(make_syntax(TAGS, TOOLS), ToolCall("bash", {"a": "1", "b": "2"}))
+    assert isinstance(write_reply(make_syntax(TAGS, TOOLS), bash("ls"))[0], Mark)

@@ -13,7 +13,8 @@ import pytest
 from backtalk.envs.base import Step
 from backtalk.envs.terminal import BASH, SUBMIT
 from backtalk.language.renderer import Renderer, RendererConfig
-from backtalk.language.tool_formats import ToolFormat, tool_schemas
+from backtalk.language.tool_formats import ToolFormat
+from backtalk.language.tool_formats.schemas import tool_schemas
 from backtalk.messages import Message, Part, ToolCall
 from backtalk.rollout.limits import RolloutLimits
 from backtalk.rollout.rollout import run_rollout
@@ -145,7 +146,7 @@ def renderer_of(name: str, thinking: Any = "off") -> Renderer:
 @pytest.mark.parametrize("name", TINY_NAMES)
 async def test_served_prompts_are_those_of_training(name: str, thinking: str) -> None:
     renderer = renderer_of(name, thinking)
-    opens = renderer.for_tools(TOOLS)._thinking
+    opens = renderer.for_tools(TOOLS)._opens_thinking
     first = Policy(renderer, REPLIES, opens)
     said = await trained(first, renderer)
     for rewrite in (as_given, written_anew):
@@ -161,7 +162,7 @@ async def test_served_prompts_are_those_of_training(name: str, thinking: str) ->
 async def test_after_a_restart_the_same_prompts_are_rendered(name: str) -> None:
     """Where replies hold no more than text and calls, nothing of them is lost."""
     renderer = renderer_of(name)
-    opens = renderer.for_tools(TOOLS)._thinking  # then a reply has to end the thinking first
+    opens = renderer.for_tools(TOOLS)._opens_thinking  # then a reply has to end the thinking first
     replies = [("\n\n</think>\n\n" if opens else "") + text for text in PLAIN]
     first = Policy(renderer, replies, True)
     said = await trained(first, renderer)

@@ -23,7 +23,7 @@ import httpx2
 from backtalk.capture.author import Reply, Seen
 from backtalk.errors import ConfigError, DataError, SamplerError
 from backtalk.language.openai_chat import AssistantMessage, read_assistant, write_call
-from backtalk.language.tool_formats import tool_schemas
+from backtalk.language.tool_formats.schemas import tool_schemas
 from backtalk.messages import Message, clean_text
 from backtalk.rollout.sampler import Completion
 

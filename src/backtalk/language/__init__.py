@@ -1,1 +1,1 @@
-"""Turn messages into tokens and tokens into actions, with who made each token."""
+"""Render messages to tokens, with the role of each token, and parse sampled tokens into tool calls."""

@@ -1,8 +1,8 @@
-"""Between text and token ids: which tokens a text becomes, and whose each of them is.
+"""Encode pieces of text whose writers are known, so that the role of each token is known too.
 
-Control tokens come from the chat template alone. What people, the harness or the world wrote is encoded by a copy of
-the tokenizer that knows no control tokens, so no text can become one; and every token is traced back to the
-characters it covers, so that nobody has to guess afterwards who wrote it.
+Only a chat template's own text is searched for control tokens. All other text is encoded by a copy of the tokenizer
+that has none, so that no observation can inject one. Each token gets the role of the piece whose characters it covers,
+by the tokenizer's offsets.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from backtalk.errors import RenderError
 from backtalk.messages import clean_text
 from backtalk.trajectory import TokenRole
 
-# A token that reaches over an edge takes the earlier of these roles: template is no one's text, and a token that
-# holds a piece of the harness's text is not what the world said.
+# A token that covers characters of several pieces takes the first of these roles that is among theirs: so no ENV_OUTPUT
+# token holds text of the harness, and no token of a message holds text of the template.
 EDGE_ORDER = (TokenRole.TEMPLATE, TokenRole.CONTEXT, TokenRole.WARNING, TokenRole.ENV_OUTPUT)
 
 
 class Piece(NamedTuple):
-    """Plain text, or tokens to be kept as they are; who wrote it; and the tool that it answers."""
+    """Plain text, or token ids to be kept unchanged, with their token role and the tool whose observation it is."""
 
     content: str | tuple[int, ...]
     role: TokenRole
@@ -33,16 +33,16 @@ class Piece(NamedTuple):
 
 
 class Encoder:
-    """A fast tokenizer, taken apart into control tokens and plain text.
+    """A fast tokenizer, split into its control tokens and a tokenizer of plain text.
 
-    Control is every added token but runs of white space: a template's marks such as ``</tool_response>`` are often
-    not flagged as special, and must not be open to the world for that.
+    Control tokens are all added tokens but runs of white space, whether flagged as special or not: marks of templates
+    such as ``</tool_response>`` often are not, and observations must not be able to write them either.
 
     Raises:
-        RenderError: the tokenizer is not a fast one, or makes control tokens of plain text.
+        RenderError: the tokenizer is not a fast one, or its copy still makes control tokens of plain text.
     """
 
-    control_ids: dict[str, int]  # by their text
+    control_ids: dict[str, int]  # by the text of the token
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -54,20 +54,21 @@ class Encoder:
         self.backend: Any = backend
         state = json.loads(self.backend.to_str())
         self.control_ids = {}
-        self._takes_space: dict[str, tuple[bool, bool]] = {}  # before it, after it
+        self._strips: dict[str, tuple[bool, bool]] = {}  # white space on the left, on the right
         for token in state["added_tokens"]:
-            token["special"] = bool(token["content"].replace("\u2581", " ").strip())  # a way to write a space
+            token["special"] = bool(token["content"].replace("\u2581", " ").strip())  # Metaspace's space
             if token["special"]:
                 self.control_ids[token["content"]] = token["id"]
-                self._takes_space[token["content"]] = (token["lstrip"], token["rstrip"])
+                self._strips[token["content"]] = (token["lstrip"], token["rstrip"])
         self.control_id_set = frozenset(self.control_ids.values())
-        self._pattern = _any_of(self.control_ids)
+        self._control_pattern = _any_of(self.control_ids)
         state.update(post_processor=None, truncation=None, padding=None)  # no begin token, nothing cut, whole offsets
-        self._first = self._plain_copy(state)
-        later = _without_first_space(state.get("pre_tokenizer"))
-        self._later = self._plain_copy({**state, "pre_tokenizer": later}) if later else self._first
+        self._at_start = self._plain_tokenizer(state)
+        inside = _without_first_space(state.get("pre_tokenizer"))
+        self._inside = self._plain_tokenizer({**state, "pre_tokenizer": inside}) if inside else self._at_start
 
-    def _plain_copy(self, state: dict[str, Any]) -> Any:
+    def _plain_tokenizer(self, state: dict[str, Any]) -> Any:
+        """Return a tokenizer of this state that has no control tokens."""
         plain = type(self.backend).from_str(json.dumps(state))
         plain.encode_special_tokens = True
         texts = list(self.control_ids)
@@ -76,40 +77,41 @@ class Encoder:
                 raise RenderError(f"this tokenizer makes control tokens of plain text such as {text!r}; do not use it")
         return plain
 
-    def scan(self, text: str, marks: Iterable[str] | None = None) -> tuple[str | int, ...]:
-        """Text of the template's cut at its control tokens (those of ``marks`` only, where given).
+    def split_controls(self, text: str, marks: Iterable[str] | None = None) -> tuple[str | int, ...]:
+        """Split text into plain text and the ids of control tokens; of those in ``marks`` only, if given.
 
-        White space beside a token that swallows it (``lstrip``, ``rstrip``) is dropped, as the tokenizer itself does.
+        White space beside a control token that strips it (``lstrip``, ``rstrip``) is dropped, as by the tokenizer.
         """
         wanted = None if marks is None else frozenset(marks)
         items: list[str | int] = []
-        position, swallow = 0, False
-        for match in self._pattern.finditer(text):
+        position, strip_left = 0, False
+        for match in self._control_pattern.finditer(text):
             if wanted is not None and match[0] not in wanted:
                 continue
-            before, after = self._takes_space[match[0]]
+            strip_right, strips_next = self._strips[match[0]]
             between = text[position : match.start()]
-            between = between.lstrip() if swallow else between
-            items += [between.rstrip() if before else between, self.control_ids[match[0]]]
-            position, swallow = match.end(), after
+            between = between.lstrip() if strip_left else between
+            items += [between.rstrip() if strip_right else between, self.control_ids[match[0]]]
+            position, strip_left = match.end(), strips_next
         rest = text[position:]
-        items.append(rest.lstrip() if swallow else rest)
+        items.append(rest.lstrip() if strip_left else rest)
         return tuple(item for item in items if item != "")
 
     def encode(self, pieces: Iterable[Piece], *, at_start: bool = False) -> list[tuple[int, Piece]]:
-        """Tokens, each with the piece it belongs to. Text between two kept tokens is encoded as one.
+        """Return token ids, each with its piece. Consecutive texts are encoded as one, so that tokens merge over edges.
 
-        ``at_start`` says that nothing stands before it: some tokenizers put a space before the first word of all.
+        ``at_start`` says that the pieces begin the sequence: some tokenizers put a space before its first word.
         """
         tokens: list[tuple[int, Piece]] = []
         for is_text, run in groupby(pieces, key=lambda piece: isinstance(piece.content, str)):
             if is_text:
-                tokens += self._encode_text(list(run), self._first if at_start and not tokens else self._later)
+                tokens += self._encode_text(list(run), self._at_start if at_start and not tokens else self._inside)
             else:
                 tokens += [(token, piece) for piece in run for token in piece.content if isinstance(token, int)]
         return tokens
 
     def _encode_text(self, run: Sequence[Piece], plain: Any) -> Iterable[tuple[int, Piece]]:
+        """Encode consecutive texts with tokenizer ``plain``; give each token to a piece by the characters it covers."""
         cleaned = ((clean_text(str(piece.content)), piece) for piece in run)
         texts = [(text, piece) for text, piece in cleaned if text]
         if not texts:
@@ -133,14 +135,15 @@ class Encoder:
         return zip(ids, owners, strict=True)
 
     def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids, control tokens included."""
         return self.backend.decode(list(token_ids), skip_special_tokens=False)
 
 
 _encoders: WeakKeyDictionary[Any, tuple[int, Encoder]] = WeakKeyDictionary()
 
 
-def encoder_of(tokenizer: Any) -> Encoder:
-    """The same encoder for the same tokenizer, as copying a vocabulary takes a second or more."""
+def get_encoder(tokenizer: Any) -> Encoder:
+    """Return the encoder of a tokenizer, made once, as copying a vocabulary takes a second or more."""
     count = len(getattr(tokenizer, "added_tokens_decoder", ()))
     known = _encoders.get(tokenizer)
     if known is None or known[0] != count:
@@ -149,17 +152,17 @@ def encoder_of(tokenizer: Any) -> Encoder:
 
 
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
-    """The longest of these at a place; sorted by first letter, as some tokenizers have thousands of them."""
+    """Return a pattern of the longest of these texts; grouped by first letter, as some tokenizers have thousands."""
     texts = sorted(texts, key=lambda text: (text[0], -len(text)))
     heads = groupby(texts, key=lambda text: text[0])
     return re.compile(
         "|".join(f"{re.escape(head)}(?:{'|'.join(re.escape(text[1:]) for text in run)})" for head, run in heads)
-        or r"(?!)"
-    )  # which matches nothing
+        or r"(?!)"  # matches nothing
+    )
 
 
 def _without_first_space(pre_tokenizer: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The pre-tokenizer for text that follows a control token; None where it is the same as at the start."""
+    """Return the pre-tokenizer for text that follows a control token; None if it is the same as at the start."""
     if pre_tokenizer is None:
         return None
     if pre_tokenizer["type"] == "Metaspace" and pre_tokenizer.get("prepend_scheme") == "first":

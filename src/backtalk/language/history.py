@@ -1,6 +1,6 @@
-"""Grow a conversation turn by turn, and rewrite it where its chat template would.
+"""Keep a conversation together with its token ids: append to them turn by turn, and rewrite them if the template would.
 
-Training and serving share this, so that what a policy is served is, token for token, what training rendered.
+Training and serving share this, so that a served prompt is, token for token, the one that training renders.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from backtalk.trajectory import Segment
 
 @dataclass(slots=True)
 class History:
-    """A conversation, an action as its ids, and the token ids that it has become.
+    """A conversation, in which actions are token ids, and the token ids it is rendered to.
 
-    ``token_ids`` are those of the current branch, which the policy goes on from. A rewritten history is a new branch.
+    ``token_ids`` are those of the current branch: the policy's prompt. A rewritten history is a new branch.
     """
 
     conversation: list[Message | Sequence[int]] = field(default_factory=list)
@@ -26,20 +26,21 @@ class History:
     turns: int = 0
 
     def copy(self) -> History:
+        """Return a copy that grows on its own."""
         return History([*self.conversation], [*self.token_ids], self.branch, self.turns)
 
     def begin(self, messages: Sequence[Message], renderer: Renderer) -> tuple[Segment, ...]:
-        """Append the prompt, up to where the policy writes; return its segments."""
+        """Append the prompt, with the generation prompt at its end; return its segments."""
         return self._append(messages, renderer.render_prompt(messages))
 
     def act(self, token_ids: Sequence[int]) -> None:
-        """Append an action, unchanged."""
+        """Append the token ids of an action, unchanged."""
         self.conversation.append(tuple(token_ids))
         self.token_ids += token_ids
         self.turns += 1
 
     def observe(self, messages: Sequence[Message], renderer: Renderer) -> tuple[Segment, ...]:
-        """Append what answers the last action; return its segments, or those of the whole new branch.
+        """Append the observation of the last action; return its segments, or those of a whole new branch.
 
         Raises:
             RenderError: the chat template rewrites earlier turns, and ``on_drift`` is "stop".

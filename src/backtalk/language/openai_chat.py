@@ -1,7 +1,7 @@
-"""Read messages of OpenAI's chat format as servers, agents and data sets really write them.
+"""Read messages of OpenAI's chat format as servers, agents and data sets write them.
 
-Content may be a text or a list of parts, with thinking among them; the arguments of a call a JSON text or an object;
-fields may be null or missing. What cannot be read is a DataError, so that each caller decides what it costs.
+Content may be a text or a list of parts, some of them thinking; the arguments of a call JSON text or an object; fields
+may be null or missing. All else is a DataError, which each caller handles in its own way.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from backtalk.errors import DataError
-from backtalk.language.tool_formats import call_text
+from backtalk.language.tool_formats.reply import call_text
 from backtalk.language.tool_formats.values import clean_value, read_json
 from backtalk.messages import ToolCall, clean_text
 
-_THINKING = ("thinking", "reasoning", "redacted_thinking")  # parts that are no part of the answer
+_THINKING = ("thinking", "reasoning", "redacted_thinking")  # types of parts that do not belong to the answer
 
 
 def content_text(content: Any, what: str = "a message") -> str:
-    """Return the text of a message's content: a text, nothing, or a list of parts, of which thinking is left out.
+    """Return the text of a message's content: a text, null, or a list of parts; thinking is left out.
 
     Raises:
         DataError: a part that is neither text nor thinking, or content of another type.
@@ -33,6 +33,7 @@ def content_text(content: Any, what: str = "a message") -> str:
 
 
 def _part_text(part: Any, what: str) -> str:
+    """Return the text of one part of a message's content; empty for thinking."""
     if isinstance(part, str):
         return part
     kind: Any = type(part).__name__
@@ -47,7 +48,7 @@ def _part_text(part: Any, what: str) -> str:
 
 
 def reasoning_text(message: Mapping[str, Any]) -> str:
-    """Return a message's reasoning, from the fields that servers use for it or from its thinking parts."""
+    """Return a message's reasoning, from the fields in which servers put it or from its thinking parts."""
     for name in ("reasoning_content", "reasoning"):
         if message.get(name):
             return str(message[name])
@@ -61,7 +62,7 @@ def read_call(call: Any, what: str = "a tool call") -> tuple[ToolCall, str | Non
     """Return one of a message's tool calls, and its id if it has one.
 
     Raises:
-        DataError: it names no tool, or its arguments are not JSON, or are no object.
+        DataError: it has no tool name, or its arguments are not a JSON object.
     """
     function = call.get("function") or call if isinstance(call, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None

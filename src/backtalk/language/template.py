@@ -1,8 +1,8 @@
-"""What a chat template writes around messages: found by rendering bodies that are placeholders.
+"""Find out what a chat template writes around messages, by rendering placeholders in place of their texts.
 
-A chat template is a program, and nobody says what it does. So nothing here is a list of model families: whether it
-takes system and tool messages, whether it escapes them, where a turn ends and whether what it wrote stays as it was
-when more follows is found out by asking it.
+A chat template is a Jinja program without a description. So nothing here lists model families: whether a template takes
+system and tool messages, whether it escapes them, how it ends a turn, and whether it leaves a history unchanged when
+messages are added are all found out by rendering conversations with it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Any, NamedTuple, Protocol
 
 from backtalk.errors import RenderError
 
-Roles = tuple[str, ...]  # the chat roles of a conversation, which is all a scaffold depends on
+Roles = tuple[str, ...]  # the chat roles of a conversation, on which alone its scaffold depends
 
-# Templates that print today's date would make a run depend on the day it is started. Llama 3's own default date.
-FIXED_DATE = date(2024, 7, 26)
+# Stands in for today's date in templates that print it, so that a run does not depend on the day it is started.
+FIXED_DATE = date(2024, 7, 26)  # Llama 3's own default
 _TODAY = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1\s*\)""")
-_SHAPES_KEPT = 2048
+_CACHE_SIZE = 2048
 _EMPTY_THINKING = re.compile(r"<think>\s*(</think>\s*)?$")
 
 
 class ChatTokenizer(Protocol):
-    """What is used of a transformers fast tokenizer, beside its eos, bos and pad tokens if it has them."""
+    """The part of a transformers fast tokenizer that is used, beside its eos, bos and pad tokens if it has them."""
 
     @property
     def backend_tokenizer(self) -> Any: ...
@@ -36,23 +36,41 @@ class ChatTokenizer(Protocol):
 
 
 class Scaffold(NamedTuple):
-    """``literals`` stand before, between and after the bodies; ``escaped`` bodies are written as inside JSON."""
+    """The text that a template writes around the bodies (texts) of n messages.
+
+    ``literals`` are n + 1 texts: before the first body, between two, after the last. ``escaped`` are n flags: whether
+    the template writes a body as inside a JSON string.
+    """
 
     literals: tuple[str, ...]
     escaped: tuple[bool, ...]
 
 
-def plain_template(control: Mapping[str, int], eos: str | None) -> str:
-    """Our own format, for a tokenizer without a chat template: ChatML where it has the tokens for that, else
-
-        <bos>user:\\n{text}<eos>\\nassistant:\\n{text}<eos>\\n
+def template_source(tokenizer: Any, control_ids: Mapping[str, int]) -> str:
+    """Return the Jinja source of the tokenizer's default template; if it has none, warn and return Backtalk's own.
 
     Raises:
-        RenderError: the tokenizer has no token that could end a turn.
+        RenderError: it has several templates and none is the default, or none and no token that could end a turn.
     """
-    if "<|im_start|>" in control and "<|im_end|>" in control:
+    source = getattr(tokenizer, "chat_template", None)
+    if isinstance(source, Mapping):
+        if "default" not in source:
+            raise RenderError(
+                f"the tokenizer has the chat templates {sorted(source)} and none is the default; "
+                "set tokenizer.chat_template to the one to use"
+            )
+        source = source["default"]
+    if not source:
+        source = _default_template(control_ids, getattr(tokenizer, "eos_token", None))
+        warnings.warn(f"the tokenizer has no chat template; Backtalk's own is used: {source}", stacklevel=3)
+    return source
+
+
+def _default_template(control_ids: Mapping[str, int], eos: str | None) -> str:
+    """Return ChatML's template if the tokenizer has its tokens, else one of ``user:``, a line end, the text and eos."""
+    if "<|im_start|>" in control_ids and "<|im_end|>" in control_ids:
         before, middle, after = "<|im_start|>", "\\n", "<|im_end|>\\n"
-    elif eos in control:
+    elif eos in control_ids:
         before, middle, after = "", ":\\n", "' + eos_token + '\\n"
     else:
         raise RenderError(
@@ -66,30 +84,8 @@ def plain_template(control: Mapping[str, int], eos: str | None) -> str:
     )
 
 
-def template_source(tokenizer: Any) -> str | None:
-    """The text of the tokenizer's template, the default one where it has several; None where it has none."""
-    template = getattr(tokenizer, "chat_template", None)
-    if not isinstance(template, Mapping):
-        return template or None
-    if "default" not in template:
-        raise RenderError(
-            f"the tokenizer has the chat templates {sorted(template)} and none is the default; "
-            "set tokenizer.chat_template to the one to use"
-        )
-    return template["default"]
-
-
-def source_of(tokenizer: Any, control: Mapping[str, int]) -> str:
-    """Return the text of the tokenizer's template; where it has none, our own format, with a warning."""
-    source = template_source(tokenizer)
-    if source is None:
-        source = plain_template(control, getattr(tokenizer, "eos_token", None))
-        warnings.warn(f"the tokenizer has no chat template; Backtalk's own is used: {source}", stacklevel=3)
-    return source
-
-
 class ChatTemplate:
-    """One template with one set of tools and options. What it writes is kept by the roles of the conversation."""
+    """A chat template with one set of tools and options; answers are cached by the roles of the conversation."""
 
     def __init__(
         self, tokenizer: Any, source: str, schemas: Sequence[Mapping[str, Any]], options: Mapping[str, Any]
@@ -98,11 +94,15 @@ class ChatTemplate:
         self._source = _TODAY.sub(lambda match: repr(FIXED_DATE.strftime(match[2])), source)
         self._schemas = list(schemas)
         self._options = dict(options)
-        self.scaffold = lru_cache(_SHAPES_KEPT)(self._scaffold)
-        self.extends = lru_cache(_SHAPES_KEPT)(self._extends)
+        self.scaffold = lru_cache(_CACHE_SIZE)(self._scaffold)
+        self.keeps_history = lru_cache(_CACHE_SIZE)(self._keeps_history)
 
-    def write(self, conversation: Sequence[Mapping[str, Any]]) -> str:
-        """The conversation and the prompt to write the next message."""
+    def render(self, conversation: Sequence[Mapping[str, Any]]) -> str:
+        """Return the text of a conversation in Hugging Face's format, with the generation prompt at its end.
+
+        Raises:
+            RenderError: the template raises.
+        """
         try:
             return self._tokenizer.apply_chat_template(
                 list(conversation),
@@ -112,11 +112,12 @@ class ChatTemplate:
                 tokenize=False,
                 **self._options,
             )
-        except Exception as error:  # templates are programs, and raise what they like
+        except Exception as error:  # templates are programs that may raise anything
             roles = [message["role"] for message in conversation]
             raise RenderError(f"the chat template cannot render a conversation of {roles}: {error}") from error
 
-    def takes(self, roles: Roles) -> bool:
+    def accepts(self, roles: Roles) -> bool:
+        """Return whether a conversation of these roles has a scaffold."""
         try:
             self.scaffold(roles)
         except RenderError:
@@ -124,20 +125,21 @@ class ChatTemplate:
         return True
 
     def _scaffold(self, roles: Roles) -> Scaffold:
-        """
+        """Return the scaffold of a conversation of these roles, the generation prompt included.
+
         Raises:
-            RenderError: the template raises, or a message is dropped, rewritten, moved or written twice.
+            RenderError: the template raises, or it drops, rewrites, moves or repeats a message.
         """
-        # Private-use characters at the edges, which nobody trims; between them what JSON or HTML would write otherwise.
+        # Private-use characters at the edges, which templates do not trim; between them what JSON and HTML escape.
         bodies = [f'\ue000{number}\n"\\<&\ue001' for number in range(len(roles))]
-        rest = self.write([{"role": role, "content": body} for role, body in zip(roles, bodies, strict=True)])
+        rest = self.render([{"role": role, "content": body} for role, body in zip(roles, bodies, strict=True)])
         literals: list[str] = []
         escaped: list[bool] = []
         for body, role in zip(bodies, roles, strict=True):
             before, found, after = rest.partition(body)
             escaped.append(not found)
             if not found:
-                before, found, after = rest.partition(escape(body))
+                before, found, after = rest.partition(escape_json(body))
             if not found:
                 raise RenderError(f"the chat template drops, rewrites or reorders a {role!r} message in {list(roles)}")
             literals.append(before)
@@ -146,16 +148,16 @@ class ChatTemplate:
             raise RenderError(f"the chat template writes a message of {list(roles)} twice")
         return Scaffold((*literals, rest), tuple(escaped))
 
-    def answer(self, roles: Roles) -> Scaffold:
-        """What follows the body of an assistant's message when messages of these roles come after it."""
+    def observation_scaffold(self, roles: Roles) -> Scaffold:
+        """Return the scaffold after an assistant's body when messages of these roles follow it."""
         literals, escaped = self.scaffold(("user", "assistant", *roles))
         return Scaffold(literals[2:], escaped[2:])
 
-    def _extends(self, history: Roles, roles: Roles) -> bool:
-        """Whether an assistant's message and then these leave everything written for ``history`` as it was.
+    def _keeps_history(self, history: Roles, roles: Roles) -> bool:
+        """Return whether ``history`` stays as it was rendered when an assistant's message and then ``roles`` follow.
 
-        What the prompt said beyond the header of a message in history, an opened or an empty <think>, stays as the
-        policy saw it, and so does white space at the end of that header.
+        Two differences are allowed, as the policy saw the first form: the generation prompt may end with an opened or
+        empty <think>, and with white space, that the header of the finished message does not have.
         """
         before = self.scaffold(history).literals
         after, escaped = self.scaffold((*history, "assistant", *roles))
@@ -163,24 +165,19 @@ class ChatTemplate:
         return (
             before[:n] == after[:n]
             and (before[n].startswith(after[n]) or _header(before[n]) == _header(after[n]))
-            and Scaffold(after[n + 1 :], escaped[n + 1 :]) == self.answer(roles)
+            and Scaffold(after[n + 1 :], escaped[n + 1 :]) == self.observation_scaffold(roles)
         )
 
-    def always_extends(self, roles: Roles) -> bool:
-        """The same for the first two turns: what can be known before there is a conversation."""
-        return self.extends(("user",), roles) and self.extends(("user", "assistant", *roles), roles)
-
-    def keeps_thinking(self, roles: Roles) -> bool:
-        """Whether the template itself still writes an assistant's thinking when messages of these roles follow."""
-        said = "<think>\n\ue002\n</think>\n\n\ue003"
-        chat = [{"role": "user", "content": "\ue000"}, {"role": "assistant", "content": said}]
-        return "\ue002" in self.write([*chat, *({"role": role, "content": "\ue001"} for role in roles)])
+    def keeps_first_turns(self, roles: Roles) -> bool:
+        """Return whether the first two turns keep the history: what can be known before there is a conversation."""
+        return self.keeps_history(("user",), roles) and self.keeps_history(("user", "assistant", *roles), roles)
 
 
-def escape(text: str) -> str:
-    """Text as it stands inside a JSON string, the way chat templates write it."""
+def escape_json(text: str) -> str:
+    """Return text as it is written inside a JSON string by chat templates (``tojson`` of transformers)."""
     return json.dumps(text, ensure_ascii=False)[1:-1]
 
 
 def _header(literal: str) -> str:
+    """Return the header of an assistant's message without an opened or empty <think> and white space at its end."""
     return _EMPTY_THINKING.sub("", literal).rstrip()

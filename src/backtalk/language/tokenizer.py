@@ -1,4 +1,4 @@
-"""Find a pretrained model by its name or folder, and load its tokenizer: it must know text and fit the embedding."""
+"""Find a pretrained model by its name or folder, and load and check its tokenizer."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from urllib.request import getproxies
 
 from backtalk.errors import ConfigError
 
-EMBEDDED = {"base": "base_model", "shop": "shop_model"}  # the models in the package: name, folder of assets
+EMBEDDED = {"base": "base_model", "shop": "shop_model"}  # models in the package: folder of assets by name
 HUB_TIMEOUT_S = 10.0
 
 
 def model_location(model: str) -> str:
-    """Return a folder, or the name that transformers looks up.
+    """Return the folder of a model, or its Hugging Face name.
 
     Raises:
-        ConfigError: the embedded model is not installed, a path that does not exist, or a name and no network.
+        ConfigError: there is no such folder, no model in it, or no network to look a name up.
     """
     if model in EMBEDDED:
         folder = Path(str(resources.files("backtalk"))) / "assets" / EMBEDDED[model]
@@ -42,13 +42,13 @@ def model_location(model: str) -> str:
 
 
 def _check_reach(name: str) -> None:
-    """Say at once that a model can be had from nowhere: the hub's own client tries again for a minute."""
+    """Raise ConfigError if a model is not cached and the hub cannot be reached; the hub's client would retry for a minute."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     try:
         if isinstance(try_to_load_from_cache(name, "config.json"), str):
             return
-    except ValueError:  # no name the hub could have; it says why better than we could
+    except ValueError:  # not a valid name; the hub's client says why when it loads it
         return
     hub = urlsplit(constants.ENDPOINT)
     if constants.HF_HUB_OFFLINE or getproxies() or hub.hostname is None:
@@ -66,13 +66,13 @@ def load_tokenizer(location: str | Path) -> Any:
     """Return the fast tokenizer of a model's folder or Hugging Face name.
 
     Raises:
-        ConfigError: there is none, it is damaged, it knows no text, or it has more tokens than the model's embedding.
+        ConfigError: there is none, it is damaged, it has only special tokens, or more tokens than the embedding has rows.
     """
     from transformers import AutoTokenizer
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(location)
-    except Exception as error:  # damaged files raise whatever they like
+    except Exception as error:  # damaged files may raise anything
         raise ConfigError(
             f"the tokenizer of {str(location)!r} cannot be loaded{_missing(location)}: "
             f"{' '.join(str(error).split())}; save the tokenizer that the model was trained with beside it"
@@ -95,7 +95,7 @@ def load_tokenizer(location: str | Path) -> Any:
 
 
 def _missing(location: str | Path, names: Iterable[str] = ()) -> str:
-    """Return which files a folder without a tokenizer.json lacks, as words to go on with; nothing for others."""
+    """Return words on which files a folder without a tokenizer.json lacks; an empty text for other folders."""
     folder = Path(location)
     if not folder.is_dir() or (folder / "tokenizer.json").is_file():
         return ""
@@ -104,13 +104,13 @@ def _missing(location: str | Path, names: Iterable[str] = ()) -> str:
 
 
 def _embedding_rows(location: str | Path) -> int | None:
-    """Return how many tokens the model's config makes room for; None where there is no config, or it does not say."""
+    """Return the vocabulary size in the model's config; None if there is no config, or none in it."""
     from transformers import AutoConfig
 
     if Path(location).is_dir() and not (Path(location) / "config.json").is_file():
         return None
     try:
         rows = getattr(AutoConfig.from_pretrained(location).get_text_config(), "vocab_size", None)
-    except (OSError, ValueError, KeyError):  # loading the model says what is wrong with its config
+    except (OSError, ValueError, KeyError):  # loading the model reports what is wrong with it
         return None
     return rows if isinstance(rows, int) else None

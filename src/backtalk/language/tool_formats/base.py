@@ -1,4 +1,4 @@
-"""What every format shares: what a reply is, how it is walked through, what was found in it."""
+"""Shared parts of all tool formats: a reply, what was read in it, and the loop that reads calls one after another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from backtalk.messages import ToolCall, ToolSpec
 
 
 class ToolFormat(StrEnum):
-    """The way a policy writes a call."""
+    """The format in which a policy writes a tool call."""
 
     TAGS = "tags"  # <bash>ls -la</bash>: the tag names the tool, the body is its one argument
     HERMES = "hermes"  # <tool_call>\n{"name": "bash", "arguments": {"command": "ls -la"}}\n</tool_call>
@@ -28,21 +28,21 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 
 class Mark(str):
-    """Markup in a written call: control tokens are looked for in it, as they are not in the text beside it."""
+    """Markup in a written call: text in which control tokens are encoded as such."""
 
     __slots__ = ()
 
 
 class Unreadable(Exception):
-    """A call that cannot be read; the message is for the policy. Never leaves this package."""
+    """A call that cannot be read; the message is for the policy. It is not raised outside this package."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What a policy wrote in one turn, without the token that ended it.
+    """The text of one action, without its stop token.
 
-    ``stopped`` is False where the token limit cut it. ``opened`` says that the chat template had opened ``<think>``
-    for it. ``marks`` are the positions of the format's own tokens; None where marks that are spelled out count too.
+    ``stopped`` is False if the token limit cut it. ``opened`` says that the generation prompt had opened ``<think>``.
+    ``marks`` are the character positions of the format's own tokens; None if marks written as plain text count too.
     """
 
     text: str
@@ -53,72 +53,74 @@ class Reply:
 
 @dataclass(slots=True)
 class Reading:
-    """What a reply holds: calls in order up to the first that cannot be read, and why that one cannot."""
+    """The calls of a reply, up to the first that cannot be read, and the problem with that one."""
 
     calls: list[ToolCall] = field(default_factory=list)
-    problem: str | None = None  # set where there is no call
+    problem: str | None = None  # set if there is no call
     warnings: list[str] = field(default_factory=list)
-    thought: bool = False  # it holds thinking
+    has_thinking: bool = False  # the reply has thinking in it
 
     def warn(self, warning: str) -> None:
-        """Once each."""
+        """Add a warning, unless it is there already."""
         if warning not in self.warnings:
             self.warnings.append(warning)
 
 
 class Syntax(Protocol):
-    """One format for one set of tools."""
+    """A tool format for one set of tools."""
 
     @property
-    def in_template(self) -> bool:
-        """Whether chat templates may teach it, given the tools."""
+    def in_chat_templates(self) -> bool:
+        """Return whether chat templates that get the tools may explain this format."""
         ...
 
     @property
-    def are_tokens(self) -> bool:
-        """Whether its marks count only as tokens of their own, so that spelled out they are text."""
+    def marks_are_tokens(self) -> bool:
+        """Return whether only control tokens count as its marks, so that the same characters are plain text."""
         ...
 
     def read(self, reply: Reply) -> Reading:
-        """Never raises, whatever the text."""
+        """Read the calls of a reply; this raises nothing, whatever the text."""
         ...
 
     def write(self, call: ToolCall) -> list[str]:
-        """Markup (``Mark``) and text in turns. What comes out wrong is found by reading it again."""
+        """Return a call as markup (``Mark``) and text, without checking that it can be read back."""
         ...
 
     def instructions(self, calls: str) -> str:
-        """What a policy is told where the chat template does not; ``calls`` is how many a reply may hold, in words."""
+        """Return instructions for a policy whose chat template has none; ``calls`` is the limit, such as "one call"."""
         ...
 
-    def taught_by(self, template: str) -> bool:
-        """Whether a rendered prompt explains this format."""
+    def is_explained_in(self, template: str) -> bool:
+        """Return whether a rendered prompt explains this format."""
         ...
 
 
-def unfinished(opening: str, closing: str, stopped: bool) -> str:
+def unclosed(opening: str, closing: str, stopped: bool) -> str:
+    """Return the message for a mark without its closing mark."""
     return f"{opening} was not closed with {closing}" if stopped else f"cut at the token limit before {closing}"
 
 
-def no_call(reply: Reply, shape: str) -> str:
-    return f"{'no tool call' if reply.stopped else 'cut at the token limit before a tool call'}; write {shape}"
+def no_call_problem(reply: Reply, example: str) -> str:
+    """Return the message for a reply without a call; ``example`` is a call to write instead."""
+    return f"{'no tool call' if reply.stopped else 'cut at the token limit before a tool call'}; write {example}"
 
 
 def excerpt(text: str, position: int = 0, width: int = 24) -> str:
-    """A little of what was got, in quotes."""
+    """Return at most ``width`` characters of a text, in quotes."""
     return repr(text[position : position + width]) + ("..." if len(text) > position + width else "")
 
 
-ReadOne = Callable[[Reply, re.Match[str], Reading], tuple[ToolCall, int]]
+ReadCall = Callable[[Reply, re.Match[str], Reading], tuple[ToolCall, int]]
 
 
-def walk(
-    reply: Reply, opening: re.Pattern[str], read_one: ReadOne, shape: str, *, between: str = "", prose: bool = False
+def read_calls(
+    reply: Reply, opening: re.Pattern[str], read_call: ReadCall, example: str, *, between: str = "", prose: bool = False
 ) -> Reading:
-    """Calls in the order they stand, up to the first that cannot be read; a call inside thinking is no call.
+    """Read the calls of a reply in order, up to the first that cannot be read; calls inside thinking do not count.
 
-    ``read_one`` gets the match of ``opening``, and gives the call and where it ends, or raises Unreadable.
-    ``between`` are characters that may stand between calls; ``prose`` says that text before a call is no fault.
+    ``read_call`` gets the match of ``opening``; it returns the call and its end position, or raises Unreadable.
+    ``between`` are characters allowed between calls; ``prose`` says that text before a call is no fault.
     """
     reading = Reading()
     position = 0
@@ -128,22 +130,26 @@ def walk(
         for match in _openings(reply, opening):
             if match.start() < position:
                 continue
-            _outside(reply.text[position : match.start()], reading, between, prose)
+            _check_outside(reply.text[position : match.start()], reading, between, prose)
             if match[0] == THINK_OPEN:
                 position = _skip_thinking(reply, match.end(), reading)
             else:
-                call, position = read_one(reply, match, reading)
+                call, position = read_call(reply, match, reading)
                 reading.calls.append(call)
-        _outside(reply.text[position:], reading, between)
+        _check_outside(reply.text[position:], reading, between)
         if not reading.calls:
-            raise Unreadable(no_call(reply, shape))
+            raise Unreadable(no_call_problem(reply, example))
     except Unreadable as problem:
         reading.problem = str(problem)
     return reading
 
 
 def skip_leading_thinking(reply: Reply, reading: Reading) -> int:
-    """Where the answer begins in a format that has no marks. Raises Unreadable where thinking does not end."""
+    """Return the position after leading thinking, for a format without marks.
+
+    Raises:
+        Unreadable: the thinking is not closed.
+    """
     start = 0 if reply.opened else len(reply.text) - len(reply.text.lstrip())
     if not reply.opened:
         if not reply.text.startswith(THINK_OPEN, start):
@@ -156,30 +162,31 @@ def skip_leading_thinking(reply: Reply, reading: Reading) -> int:
 
 
 def _openings(reply: Reply, opening: re.Pattern[str]) -> Iterator[re.Match[str]]:
-    """Openings of calls and of thinking, in order."""
+    """Yield the openings of calls and of thinking, in order."""
     thinking = re.compile(re.escape(THINK_OPEN))
     calls = (m for m in opening.finditer(reply.text) if reply.marks is None or m.start() in reply.marks)
     yield from sorted((*calls, *thinking.finditer(reply.text)), key=lambda match: match.start())
 
 
 def _skip_thinking(reply: Reply, start: int, reading: Reading) -> int:
-    """Where thinking that was opened before ``start`` ends."""
+    """Return the position after the thinking that was opened before ``start``."""
     end = reply.text.find(THINK_CLOSE, start)
     if end < 0:
-        if reading.calls:  # they stand; nothing more was meant to be one
+        if reading.calls:  # these are kept; what follows is not read
             reading.warn(f"{THINK_OPEN} was not closed with {THINK_CLOSE}")
-            reading.thought = True
+            reading.has_thinking = True
             return len(reply.text)
-        raise Unreadable(unfinished(THINK_OPEN, THINK_CLOSE, reply.stopped))
-    if reading.thought:
+        raise Unreadable(unclosed(THINK_OPEN, THINK_CLOSE, reply.stopped))
+    if reading.has_thinking:
         reading.warn(f"more than one {THINK_OPEN}...{THINK_CLOSE}")
     if THINK_OPEN in reply.text[start:end]:
         reading.warn(f"{THINK_OPEN} inside {THINK_OPEN}")
-    reading.thought = True
+    reading.has_thinking = True
     return end + len(THINK_CLOSE)
 
 
-def _outside(text: str, reading: Reading, between: str, prose: bool = False) -> None:
+def _check_outside(text: str, reading: Reading, between: str, prose: bool = False) -> None:
+    """Add warnings for text outside of calls and thinking."""
     if THINK_CLOSE in text:
         reading.warn(f"{THINK_CLOSE} without {THINK_OPEN}")
         text = text.replace(THINK_CLOSE, "")
@@ -187,7 +194,7 @@ def _outside(text: str, reading: Reading, between: str, prose: bool = False) -> 
         reading.warn("text outside the call")
 
 
-def names(tools: Sequence[ToolSpec]) -> str:
-    """bash, look and submit."""
+def join_names(tools: Sequence[ToolSpec]) -> str:
+    """Return the names of tools as in "bash, look and submit"."""
     listed = [tool.name for tool in tools]
     return " and ".join([", ".join(listed[:-1]), listed[-1]] if len(listed) > 1 else listed)

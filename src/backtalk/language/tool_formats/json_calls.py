@@ -1,4 +1,4 @@
-"""Calls as JSON: Hermes (Nous Research's, also Qwen's) and Llama 3's. A JSON string can hold any text at all."""
+"""Tool calls as JSON, in the Hermes format (Nous Research's, also Qwen's) and in Llama 3's; both can hold any text."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from backtalk.language.tool_formats.base import (
     Reply,
     Unreadable,
     excerpt,
-    unfinished,
-    walk,
+    read_calls,
+    unclosed,
 )
-from backtalk.language.tool_formats.schemas import listed, shape
+from backtalk.language.tool_formats.schemas import call_example, tools_text
 from backtalk.language.tool_formats.values import read_json, write_json
 from backtalk.messages import ToolCall, ToolSpec
 
 PYTHON_TAG = "<|python_tag|>"
-# An object that begins with a key, where a line begins or after a semicolon; or whatever the tag announces.
+# An object that begins with a key, at the start of a line or after a semicolon; or whatever follows the tag.
 _LLAMA_OPEN = re.compile(r'<\|python_tag\|>\s*|(?:\A|(?<=[\n;>]))[^\S\n]*(?=\{\s*")')
 
 
 @dataclass(frozen=True, slots=True)
 class HermesSyntax:
-    """``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``. White space around the JSON is free."""
+    """The format ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, with any white space around the JSON."""
 
     tools: Sequence[ToolSpec]
-    in_template = True
-    are_tokens = False
+    in_chat_templates = True
+    marks_are_tokens = False
 
     def read(self, reply: Reply) -> Reading:
-        return walk(reply, re.compile(re.escape(CALL_OPEN)), self._read_one, shape(self, self.tools))
+        return read_calls(reply, re.compile(re.escape(CALL_OPEN)), self._read_call, call_example(self, self.tools))
 
-    def _read_one(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
+    def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
         text = reply.text
         start = _skip_space(text, match.end())
         if not reply.stopped and start == len(text):
-            raise Unreadable(unfinished(CALL_OPEN, CALL_CLOSE, reply.stopped))
+            raise Unreadable(unclosed(CALL_OPEN, CALL_CLOSE, reply.stopped))
         try:
-            call, end = _read_call(text, start, shape(self, self.tools))
+            call, end = _parse_call(text, start, call_example(self, self.tools))
         except ValueError as error:
             if not reply.stopped and CALL_CLOSE not in text[start:]:
-                raise Unreadable(unfinished(CALL_OPEN, CALL_CLOSE, reply.stopped)) from None
+                raise Unreadable(unclosed(CALL_OPEN, CALL_CLOSE, reply.stopped)) from None
             raise Unreadable(_not_json(error, self, self.tools)) from None
         end = _skip_space(text, end)
         if text.startswith(CALL_CLOSE, end):
@@ -54,7 +54,7 @@ class HermesSyntax:
         cut = CALL_CLOSE.startswith(text[end:])  # the end of the reply, or a piece of the mark
         if not cut and not text.startswith(CALL_OPEN, end):
             raise Unreadable(f"the JSON of the tool call is followed by {excerpt(text, end)}, not by {CALL_CLOSE}")
-        reading.warn(f"{CALL_OPEN} was not closed with {CALL_CLOSE}")  # and yet all of the call is there
+        reading.warn(f"{CALL_OPEN} was not closed with {CALL_CLOSE}")  # but the call is complete
         return call, len(text) if cut else end
 
     def write(self, call: ToolCall) -> list[str]:
@@ -62,30 +62,30 @@ class HermesSyntax:
         return [Mark(CALL_OPEN), f"\n{body}\n", Mark(CALL_CLOSE)]
 
     def instructions(self, calls: str) -> str:
-        return f"{listed(self.tools, calls)}\nWrite a call as {shape(self, self.tools)}."
+        return f"{tools_text(self.tools, calls)}\nWrite a call as {call_example(self, self.tools)}."
 
-    def taught_by(self, template: str) -> bool:
+    def is_explained_in(self, template: str) -> bool:
         foreign = ("<function=", "<parameter=", "<arg_key>")  # formats that share the outer mark
         return CALL_OPEN in template and not any(mark in template for mark in foreign)
 
 
 @dataclass(frozen=True, slots=True)
 class Llama3Syntax:
-    """``{"name": ..., "parameters": {...}}``, after ``<|python_tag|>`` or not, several apart by ``;`` or a line end.
+    """The format ``{"name": ..., "parameters": {...}}``, with or without ``<|python_tag|>`` before it.
 
-    A call begins where a line does: braces in the middle of a line are prose.
+    Calls are separated by ``;`` or a line end. A call begins at the start of a line: braces inside a line are prose.
     """
 
     tools: Sequence[ToolSpec]
-    in_template = True
-    are_tokens = False
+    in_chat_templates = True
+    marks_are_tokens = False
 
     def read(self, reply: Reply) -> Reading:
-        return walk(reply, _LLAMA_OPEN, self._read_one, shape(self, self.tools), between=";")
+        return read_calls(reply, _LLAMA_OPEN, self._read_call, call_example(self, self.tools), between=";")
 
-    def _read_one(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
+    def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
         try:
-            return _read_call(reply.text, match.end(), shape(self, self.tools))
+            return _parse_call(reply.text, match.end(), call_example(self, self.tools))
         except ValueError as error:
             if not reply.stopped:
                 raise Unreadable("cut at the token limit before the tool call was closed") from None
@@ -95,14 +95,16 @@ class Llama3Syntax:
         return [write_json({"name": call.tool, "parameters": dict(call.arguments)})]
 
     def instructions(self, calls: str) -> str:
-        return f"{listed(self.tools, calls)}\nWrite a call on a line of its own, as {shape(self, self.tools)}"
+        return (
+            f"{tools_text(self.tools, calls)}\nWrite a call on a line of its own, as {call_example(self, self.tools)}"
+        )
 
-    def taught_by(self, template: str) -> bool:
+    def is_explained_in(self, template: str) -> bool:
         return '"parameters"' in template and CALL_OPEN not in template
 
 
-def _read_call(text: str, start: int, example: str) -> tuple[ToolCall, int]:
-    """A call and where its JSON ends. Arguments may be called parameters in either format."""
+def _parse_call(text: str, start: int, example: str) -> tuple[ToolCall, int]:
+    """Return a call and the end position of its JSON; both formats may use "arguments" or "parameters"."""
     value, end = read_json(text, start)
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise Unreadable(f'the tool call has no "name", got {excerpt(text, start)}; write {example}')
@@ -114,9 +116,12 @@ def _read_call(text: str, start: int, example: str) -> tuple[ToolCall, int]:
 
 
 def _skip_space(text: str, start: int) -> int:
-    match = re.compile(r"\s*").match(text, start)
-    return match.end() if match else start
+    """Return the position of the first character from ``start`` on that is not white space."""
+    while start < len(text) and text[start].isspace():
+        start += 1
+    return start
 
 
 def _not_json(error: ValueError, syntax: HermesSyntax | Llama3Syntax, tools: Sequence[ToolSpec]) -> str:
-    return f"the tool call is not valid JSON: {error}; write {shape(syntax, tools)}"
+    """Return the message for a call that is not JSON."""
+    return f"the tool call is not valid JSON: {error}; write {call_example(syntax, tools)}"

@@ -1,4 +1,4 @@
-"""From a reply to what is done about it, and from a call to a reply."""
+"""Decide which calls of a reply are run and what the policy is told, and write replies from calls."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from backtalk.errors import RenderError
 from backtalk.language.tool_formats.base import THINK_CLOSE, THINK_OPEN, Mark, Reply, Syntax
-from backtalk.language.tool_formats.schemas import shape
+from backtalk.language.tool_formats.schemas import call_example
 from backtalk.language.tool_formats.values import call_problem, clean_value
 from backtalk.messages import ParsedAction, ToolCall, ToolSpec, clean_text
 
@@ -22,13 +22,13 @@ def parse_reply(
     max_calls: int = 1,
     which: Literal["first", "last"] = "first",
     thinking: bool = False,
-    tell_warnings: bool = False,
+    report_warnings: bool = False,
 ) -> ParsedAction:
-    """The calls to run, at most ``max_calls`` from one end of the reply, and what the policy is told.
+    """Return the calls of a reply to run, at most ``max_calls`` of its first or last, and messages to the policy.
 
-    A call that cannot be read or does not fit its tool ends the list: what comes after may rest on it. So where the
-    last ones count, none is run if one cannot be read. ``thinking`` says that a reply has to think first;
-    ``tell_warnings``, that the policy hears of format warnings.
+    A call that cannot be read or does not fit its tool ends the list, as later calls may depend on it. So with "last"
+    none is run if one cannot be read. ``thinking`` says that a reply has to think first; ``report_warnings``, that the
+    policy is told of faults of form.
     """
     reading = syntax.read(reply)
     problem, skipped = reading.problem, 0
@@ -38,37 +38,38 @@ def parse_reply(
     for number, call in enumerate(calls[:max_calls]):
         wrong = call_problem(call, tools)
         if wrong:
-            problem, calls = f"{wrong}; write {shape(syntax, tools, call.tool)}", calls[:number]
+            problem, calls = f"{wrong}; write {call_example(syntax, tools, call.tool)}", calls[:number]
             break
-    if thinking and not reading.thought and calls:
+    if thinking and not reading.has_thinking and calls:
         reading.warn(f"no {THINK_OPEN}...{THINK_CLOSE} before the call")
     always: list[str] = []
     if skipped:
         last = "the last call was" if max_calls == 1 else f"the last {max_calls} calls were"
-        always.append(f"only {last} run; write {how_many(max_calls)} in each reply")
+        always.append(f"only {last} run; write {call_limit(max_calls)} in each reply")
     if len(calls) > max_calls or (calls and problem and len(calls) == max_calls):
         first = "the first call was" if max_calls == 1 else f"the first {max_calls} calls were"
-        always.append(f"only {first} run; write {how_many(max_calls)} in each reply")
+        always.append(f"only {first} run; write {call_limit(max_calls)} in each reply")
     elif calls and problem:
         always.append(f"what follows call {skipped + len(calls)} was not run: {problem}")
     if not calls:
         return ParsedAction(reply.text, (), f"[{problem}]")
     warnings = [*always, *reading.warnings]
-    notice = "".join(f"[{warning}]\n" for warning in (warnings if tell_warnings else always))
+    notice = "".join(f"[{warning}]\n" for warning in (warnings if report_warnings else always))
     return ParsedAction(reply.text, tuple(calls[:max_calls]), None, tuple(warnings), notice)
 
 
-def how_many(max_calls: int) -> str:
+def call_limit(max_calls: int) -> str:
+    """Return the number of calls that a reply may have, in words."""
     return "one call" if max_calls == 1 else f"at most {max_calls} calls"
 
 
 def write_reply(
     syntax: Syntax, call: ToolCall, text: str = "", *, opened: bool = False, thinking: bool = False
 ) -> list[str]:
-    """A well-written call after some text, as markup and text in turns. Where thinking is on, the text is thought.
+    """Return a reply of some text and a call, as markup and text. If thinking is on, the text is the thinking.
 
     Raises:
-        RenderError: the format cannot hold this call; what is read back would be another one.
+        RenderError: the format cannot hold this call: another one would be read back.
     """
     before: list[str] = [text + "\n"] if text else []
     if (opened or thinking) and THINK_CLOSE not in text:
@@ -93,10 +94,10 @@ def write_reply(
 def write_message(
     syntax: Syntax, text: str, calls: Sequence[ToolCall], reasoning: str, *, marks: Iterable[str], opened: bool
 ) -> list[str]:
-    """An assistant's message that somebody else wrote down, as markup and text in turns.
+    """Return an assistant's message from another source as markup and text.
 
-    What spells out one of ``marks`` is markup. A call that the format cannot hold is spelled out as text. ``reasoning``
-    stands before the text in think tags; ``opened`` says that the chat template has opened them.
+    Each of ``marks`` in the text is markup. A call that the format cannot hold is written as text. ``reasoning`` is put
+    before the text in think tags; ``opened`` says that the generation prompt has opened them.
     """
     pieces: list[str] = []
     if (opened or reasoning) and THINK_CLOSE not in text:
@@ -113,14 +114,14 @@ def write_message(
 
 
 def call_text(tool: Any, arguments: Any) -> str:
-    """A call that cannot be read, or that a format cannot hold, as text: the tool and its arguments."""
+    """Return a call that cannot be read, or that a format cannot hold, as text: the tool and its arguments."""
     written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
     return clean_text(f"{tool} {written}".strip())
 
 
 def _marks(syntax: Syntax, pieces: Sequence[str]) -> frozenset[int] | None:
-    """Where the markup begins, for a format whose marks count only as tokens."""
-    if not syntax.are_tokens:
+    """Return the positions of the markup, for a format whose marks count only as tokens; None for others."""
+    if not syntax.marks_are_tokens:
         return None
     starts, position = set(), 0
     for piece in pieces:

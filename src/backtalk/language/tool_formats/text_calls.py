@@ -1,4 +1,4 @@
-"""Formats whose calls hold one bare argument: tags, fenced blocks, and a reply that is nothing but a command."""
+"""Tool formats whose calls have one argument as plain text: tags, fenced blocks, and a reply that is a command."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from backtalk.language.tool_formats.base import (
     ToolFormat,
     Unreadable,
     excerpt,
-    no_call,
+    no_call_problem,
+    read_calls,
     skip_leading_thinking,
-    unfinished,
-    walk,
+    unclosed,
 )
-from backtalk.language.tool_formats.schemas import shape
-from backtalk.language.tool_formats.values import properties, text_of, value_of
+from backtalk.language.tool_formats.schemas import call_example
+from backtalk.language.tool_formats.values import argument_schemas, format_value, parse_value
 from backtalk.messages import ToolCall, ToolSpec
 
 SHELLS = ("bash", "sh", "shell")
 
 
 def only_arguments(tools: Sequence[ToolSpec], tool_format: ToolFormat) -> dict[str, str]:
-    """The one argument of each tool, by tool name.
+    """Return the name of each tool's only argument, by tool name.
 
     Raises:
         ConfigError: a tool takes no or several arguments, which bare text cannot hold.
     """
     arguments: dict[str, str] = {}
     for tool in tools:
-        known = list(properties(tool))
+        known = list(argument_schemas(tool))
         if len(known) != 1:
             raise ConfigError(
                 f"tool {tool.name!r} takes {len(known)} arguments {known}, and a call in the format "
@@ -46,7 +46,7 @@ def only_arguments(tools: Sequence[ToolSpec], tool_format: ToolFormat) -> dict[s
 
 
 def command_tool(tools: Sequence[ToolSpec], tool_format: ToolFormat) -> str:
-    """The tool that runs commands: its only argument is called command, or it is called after a shell.
+    """Return the name of the tool that runs commands: its argument is "command", or its name is that of a shell.
 
     Raises:
         ConfigError: there is none.
@@ -62,23 +62,25 @@ def command_tool(tools: Sequence[ToolSpec], tool_format: ToolFormat) -> str:
     return found[0]
 
 
-def _call(tools: Sequence[ToolSpec], name: str, text: str) -> ToolCall:
-    known: Mapping[str, Any] = next(properties(tool) for tool in tools if tool.name == name)
-    return ToolCall(name, {argument: value_of(text, schema) for argument, schema in known.items()})
+def _make_call(tools: Sequence[ToolSpec], name: str, text: str) -> ToolCall:
+    """Return a call of a tool, with text as its only argument."""
+    known: Mapping[str, Any] = next(argument_schemas(tool) for tool in tools if tool.name == name)
+    return ToolCall(name, {argument: parse_value(text, schema) for argument, schema in known.items()})
 
 
-def _only(call: ToolCall) -> str:
+def _only_argument(call: ToolCall) -> str:
+    """Return a call's only argument as text."""
     (value,) = call.arguments.values()
-    return text_of(value)
+    return format_value(value)
 
 
 @dataclass(frozen=True, slots=True)
 class TagsSyntax:
-    """``<bash>ls</bash>``. Where the tags are tokens, only those count; else no argument can hold a tool's tag."""
+    """The format ``<bash>ls</bash>``. If tags are control tokens, only those count; else no argument can hold a tag."""
 
     tools: Sequence[ToolSpec]
-    are_tokens: bool = False
-    in_template = False
+    marks_are_tokens: bool = False
+    in_chat_templates = False
 
     def __post_init__(self) -> None:
         only_arguments(self.tools, ToolFormat.TAGS)
@@ -88,39 +90,39 @@ class TagsSyntax:
         return "|".join(re.escape(tool.name) for tool in self.tools) or r"(?!)"
 
     def read(self, reply: Reply) -> Reading:
-        return walk(reply, re.compile(f"<({self._names})>"), self._read_one, shape(self, self.tools))
+        return read_calls(reply, re.compile(f"<({self._names})>"), self._read_call, call_example(self, self.tools))
 
-    def _read_one(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
+    def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
         opening, closing = match[0], f"</{match[1]}>"
         for tag in re.compile(f"</?({self._names})>").finditer(reply.text, match.end()):
             if reply.marks is not None and tag.start() not in reply.marks:
                 continue
             if tag[0] == closing:
-                return _call(self.tools, match[1], reply.text[match.end() : tag.start()]), tag.end()
+                return _make_call(self.tools, match[1], reply.text[match.end() : tag.start()]), tag.end()
             raise Unreadable(f"{opening} is followed by {tag[0]}; close it with {closing}")
-        raise Unreadable(unfinished(opening, closing, reply.stopped))
+        raise Unreadable(unclosed(opening, closing, reply.stopped))
 
     def write(self, call: ToolCall) -> list[str]:
-        return [Mark(f"<{call.tool}>"), _only(call), Mark(f"</{call.tool}>")]
+        return [Mark(f"<{call.tool}>"), _only_argument(call), Mark(f"</{call.tool}>")]
 
     def instructions(self, calls: str) -> str:
-        return _one_by_one(self, self.tools, calls)
+        return _list_tools(self, self.tools, calls)
 
-    def taught_by(self, template: str) -> bool:
-        return self.are_tokens  # who has tokens for them was trained on them
+    def is_explained_in(self, template: str) -> bool:
+        return self.marks_are_tokens  # a model with such tokens was trained on them
 
 
 @dataclass(frozen=True, slots=True)
 class BashBlockSyntax:
-    """A fenced block whose language names the tool; ``bash``, ``sh`` and ``shell`` all name the one for commands.
+    """The format of a fenced block whose language names the tool; ``bash``, ``sh``, ``shell`` name that for commands.
 
-    As in Markdown a fence may be longer than three, and a shorter one is text inside it, so a block can hold any text.
-    Prose before a block is part of the format; prose after the last one is not.
+    As in Markdown, a fence may have more than three backticks and then holds shorter ones: a block can hold any text.
+    Prose before a block is part of the format; prose after the last block is not.
     """
 
     tools: Sequence[ToolSpec]
-    in_template = False
-    are_tokens = False
+    in_chat_templates = False
+    marks_are_tokens = False
 
     def __post_init__(self) -> None:
         command_tool(self.tools, ToolFormat.BASH_BLOCK)
@@ -133,38 +135,38 @@ class BashBlockSyntax:
     def read(self, reply: Reply) -> Reading:
         languages = "|".join(map(re.escape, self._by_language))
         opening = re.compile(rf"^[ ]{{0,3}}(`{{3,}})[ \t]*({languages})[ \t\r]*$", re.MULTILINE)
-        return walk(reply, opening, self._read_one, shape(self, self.tools), prose=True)
+        return read_calls(reply, opening, self._read_call, call_example(self, self.tools), prose=True)
 
-    def _read_one(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
+    def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
         fence, language, start = match[1], match[2], match.end() + 1
         closing = re.compile(rf"^[ ]{{0,3}}`{{{len(fence)},}}[ \t\r]*$", re.MULTILINE).search(reply.text, start)
         if closing is None:
-            raise Unreadable(unfinished(fence + language, fence, reply.stopped))
+            raise Unreadable(unclosed(fence + language, fence, reply.stopped))
         body = reply.text[start : max(start, closing.start() - 1)]
-        return _call(self.tools, self._by_language[language], body), closing.end()
+        return _make_call(self.tools, self._by_language[language], body), closing.end()
 
     def write(self, call: ToolCall) -> list[str]:
-        text = _only(call)
+        text = _only_argument(call)
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
         return [f"{fence}{call.tool}\n{text}\n{fence}"]
 
     def instructions(self, calls: str) -> str:
-        return _one_by_one(self, self.tools, calls)
+        return _list_tools(self, self.tools, calls)
 
-    def taught_by(self, template: str) -> bool:
+    def is_explained_in(self, template: str) -> bool:
         return False
 
 
 @dataclass(frozen=True, slots=True)
 class PlainSyntax:
-    """The whole reply is a command; a reply whose first word is another tool is a call of that one.
+    """The format in which the whole reply is a command, or another tool's name and its argument, as ``submit 42``.
 
-    ``submit 42`` calls submit. No reply holds two calls, or a command that begins with another tool's name.
+    A reply cannot hold two calls, or a command that begins with another tool's name.
     """
 
     tools: Sequence[ToolSpec]
-    in_template = False
-    are_tokens = False
+    in_chat_templates = False
+    marks_are_tokens = False
 
     def __post_init__(self) -> None:
         command_tool(self.tools, ToolFormat.PLAIN)
@@ -184,36 +186,37 @@ class PlainSyntax:
             if not reply.stopped:
                 raise Unreadable(f"cut at the token limit, and a command is run only whole, got {excerpt(text)}")
             if not text.strip():
-                raise Unreadable(no_call(reply, self._shapes()))
-            reading.calls.append(self._read_one(text))
+                raise Unreadable(no_call_problem(reply, self._shapes()))
+            reading.calls.append(self._read_call(text))
         except Unreadable as problem:
             reading.problem = str(problem)
         return reading
 
-    def _read_one(self, text: str) -> ToolCall:
+    def _read_call(self, text: str) -> ToolCall:
         for tool in self._others:
             match = re.match(rf"{re.escape(tool.name)}(?:\s(.*))?\Z", text, re.DOTALL)
             if match:
-                return _call(self.tools, tool.name, match[1] or "")
-        return _call(self.tools, self._command, text)
+                return _make_call(self.tools, tool.name, match[1] or "")
+        return _make_call(self.tools, self._command, text)
 
     def write(self, call: ToolCall) -> list[str]:
-        return [_only(call) if call.tool == self._command else f"{call.tool} {_only(call)}"]
+        return [_only_argument(call) if call.tool == self._command else f"{call.tool} {_only_argument(call)}"]
 
     def instructions(self, calls: str) -> str:
         others = "".join(
-            f"\nReply {shape(self, self.tools, tool.name)} to call {tool.name}: {tool.description}"
+            f"\nReply {call_example(self, self.tools, tool.name)} to call {tool.name}: {tool.description}"
             for tool in self._others
         )
         return f"Reply with one shell command and nothing else: the whole reply is run.{others}"
 
     def _shapes(self) -> str:
-        return " or ".join(["a command", *(shape(self, self.tools, tool.name) for tool in self._others)])
+        return " or ".join(["a command", *(call_example(self, self.tools, tool.name) for tool in self._others)])
 
-    def taught_by(self, template: str) -> bool:
+    def is_explained_in(self, template: str) -> bool:
         return False
 
 
-def _one_by_one(syntax: TagsSyntax | BashBlockSyntax, tools: Sequence[ToolSpec], calls: str) -> str:
-    lines = "\n".join(f"{shape(syntax, tools, tool.name)}\n{tool.description}" for tool in tools)
+def _list_tools(syntax: TagsSyntax | BashBlockSyntax, tools: Sequence[ToolSpec], calls: str) -> str:
+    """Return instructions that show a call of each tool."""
+    lines = "\n".join(f"{call_example(syntax, tools, tool.name)}\n{tool.description}" for tool in tools)
     return f"You can call these tools, {calls} in each reply:\n{lines}"

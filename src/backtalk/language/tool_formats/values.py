@@ -1,20 +1,20 @@
-"""Argument values: strict JSON, text typed by a JSON schema, and whether a call is what its tool takes."""
+"""Read and check argument values: strict JSON, text typed by a JSON Schema, and calls against their tools."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from backtalk.language.tool_formats.base import excerpt, names
+from backtalk.language.tool_formats.base import excerpt, join_names
 from backtalk.messages import ToolCall, ToolSpec, clean_text
 
 MAX_DEPTH = 32  # of nested arrays and objects in one call
 MAX_DIGITS = 400  # of one number
 
-_PYTHON_WORDS = {"True": True, "False": False, "None": None}  # as templates that print values write them
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}  # templates that print values write these
+_PYTHON_TYPES = {"string": str, "boolean": bool, "array": list, "object": dict, "null": type(None)}
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -49,10 +49,10 @@ _DECODER = json.JSONDecoder(
 
 
 def read_json(text: str, start: int = 0) -> tuple[Any, int]:
-    """One JSON value and where it ends; strict: no key twice, no NaN, no endless number or nesting.
+    """Return one JSON value and its end position; a repeated key, NaN, and a too long or too deep value are refused.
 
     Raises:
-        ValueError: what is wrong, with the position where there is one.
+        ValueError: what is wrong, with its position if there is one.
     """
     try:
         value, end = _DECODER.raw_decode(text, start)
@@ -66,7 +66,7 @@ def read_json(text: str, start: int = 0) -> tuple[Any, int]:
 
 
 def clean_value(value: Any, depth: int = 0) -> Any:
-    """A copy of a JSON value whose texts can be encoded."""
+    """Return a copy of a JSON value whose texts can be encoded as UTF-8."""
     if depth > MAX_DEPTH:
         raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
     match value:
@@ -81,21 +81,18 @@ def clean_value(value: Any, depth: int = 0) -> Any:
 
 
 def write_json(value: Any) -> str:
-    """Raises ValueError or TypeError for what JSON cannot hold."""
+    """Return a value as JSON; raise ValueError or TypeError if JSON cannot hold it."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-# --- values by schema ---
-
-
-def properties(tool: ToolSpec) -> Mapping[str, Any]:
-    """The schema of each argument."""
+def argument_schemas(tool: ToolSpec) -> Mapping[str, Any]:
+    """Return the JSON Schema of each argument of a tool."""
     found = tool.parameters.get("properties")
     return found if isinstance(found, Mapping) else {}
 
 
-def types_of(schema: Any) -> frozenset[str]:
-    """The JSON types that a schema allows; empty where it does not say."""
+def json_types(schema: Any) -> frozenset[str]:
+    """Return the JSON types that a schema allows; none if it does not say."""
     if not isinstance(schema, Mapping):
         return frozenset()
     kinds = schema.get("type")
@@ -103,23 +100,30 @@ def types_of(schema: Any) -> frozenset[str]:
         return frozenset({kinds})
     if isinstance(kinds, Sequence):
         return frozenset(kind for kind in kinds if isinstance(kind, str))
-    inner = [types_of(option) for option in _options(schema)]
+    inner = [json_types(option) for option in _options(schema)]
     return frozenset().union(*inner) if all(inner) else frozenset()
 
 
+def _required(schema: Mapping[str, Any]) -> Sequence[str]:
+    """Return the names that a schema of an object requires."""
+    found = schema.get("required")
+    return found if isinstance(found, Sequence) and not isinstance(found, str) else ()
+
+
 def _options(schema: Mapping[str, Any]) -> list[Any]:
+    """Return the alternatives of a schema's anyOf or oneOf."""
     found = schema.get("anyOf") or schema.get("oneOf")
     return list(found) if isinstance(found, Sequence) and not isinstance(found, str) else []
 
 
 def is_text(schema: Any) -> bool:
-    """Whether bare text is a value of this schema as it stands."""
-    kinds = types_of(schema)
+    """Return whether plain text is a value of this schema without conversion."""
+    kinds = json_types(schema)
     return not kinds or "string" in kinds
 
 
-def value_of(text: str, schema: Any) -> Any:
-    """Bare text as the value that its schema means; text that is none stays text, which the check then refuses."""
+def parse_value(text: str, schema: Any) -> Any:
+    """Return plain text as a value of its schema's type; unchanged if it is none, which call_problem then reports."""
     if is_text(schema):
         return clean_text(text)
     if text.strip() in _PYTHON_WORDS:
@@ -132,42 +136,37 @@ def value_of(text: str, schema: Any) -> Any:
     return value if not text[end:].strip() else clean_text(text)
 
 
-def text_of(value: Any) -> str:
-    """The inverse of :func:`value_of`."""
+def format_value(value: Any) -> str:
+    """Return a value as plain text: the inverse of :func:`parse_value`."""
     return value if isinstance(value, str) else write_json(value)
 
 
-def example(tool: ToolSpec) -> ToolCall:
-    """A call of this tool to show how calls are written."""
+def example_call(tool: ToolSpec) -> ToolCall:
+    """Return an example call of a tool, with placeholders as arguments."""
     blanks = {"integer": 1, "number": 1.5, "boolean": True, "array": [], "object": {}, "null": None}
-    schemas, required = properties(tool), tool.parameters.get("required")
-    wanted = [name for name in schemas if isinstance(required, Sequence) and name in required]
+    schemas, required = argument_schemas(tool), _required(tool.parameters)
     arguments: dict[str, Any] = {}
-    for name in wanted or list(schemas)[:1]:
-        kinds = types_of(schemas.get(name))
-        arguments[name] = "..." if not kinds or "string" in kinds else blanks.get(min(kinds))
+    for name in [name for name in schemas if name in required] or list(schemas)[:1]:
+        schema = schemas.get(name)
+        arguments[name] = "..." if is_text(schema) else blanks.get(min(json_types(schema)))
     return ToolCall(tool.name, arguments)
 
 
-# --- does a call fit its tool ---
-
-
 def call_problem(call: ToolCall, tools: Sequence[ToolSpec]) -> str | None:
-    """Why a call cannot be carried out: no such tool, arguments that are missing, unknown or of the wrong type."""
+    """Return why a call cannot be run (no such tool, or a missing, unknown or mistyped argument), or None."""
     tool = next((tool for tool in tools if tool.name == call.tool), None)
     if tool is None:
-        listed = f"the tools are {names(tools)}" if len(tools) > 1 else f"the tool is {names(tools)}"
+        listed = f"the tools are {join_names(tools)}" if len(tools) > 1 else f"the tool is {join_names(tools)}"
         return f"there is no tool {excerpt(call.tool)}; {listed if tools else 'there are no tools'}"
-    known = properties(tool)
+    known = argument_schemas(tool)
     got = ", ".join(excerpt(name) for name in list(call.arguments)[:5]) or "none"
-    required = tool.parameters.get("required")
-    for name in required if isinstance(required, Sequence) and not isinstance(required, str) else ():
+    for name in _required(tool.parameters):
         if name not in call.arguments:
             return f"{tool.name} needs the argument {name!r}, got {got}"
     extra = tool.parameters.get("additionalProperties", not known)
     for name, value in call.arguments.items():
         if name not in known and extra is False:
-            takes = ", ".join(repr(each) for each in known) or "none"
+            takes = ", ".join(map(repr, known)) or "none"
             return f"{tool.name} takes no argument {excerpt(name)}; it takes {takes}"
         wrong = _mismatch(value, known.get(name, extra))
         if wrong:
@@ -176,12 +175,13 @@ def call_problem(call: ToolCall, tools: Sequence[ToolSpec]) -> str | None:
 
 
 def _mismatch(value: Any, schema: Any, depth: int = 0) -> str | None:
-    """What is wrong with a value, for the keywords that tools use; others are the tool's own to check."""
+    """Return what is wrong with a value, by the keywords that tools use; the tool checks all others."""
     if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
         return None
-    kinds = types_of(schema)
+    kinds = json_types(schema)
     if kinds and not any(_is(value, kind) for kind in kinds):
-        return f"has to be {_article(' or '.join(sorted(kinds)))}, got {_described(value)}"
+        wanted = " or ".join(sorted(kinds))
+        return f"has to be {'an' if wanted[0] in 'aeiou' else 'a'} {wanted}, got {_described(value)}"
     choices = schema.get("enum")
     if isinstance(choices, Sequence) and value not in choices:
         return f"has to be one of {excerpt(', '.join(map(str, choices)), width=120)}, got {_described(value)}"
@@ -193,44 +193,23 @@ def _mismatch(value: Any, schema: Any, depth: int = 0) -> str | None:
             if wrong := _mismatch(item, schema.get("items"), depth + 1):
                 return f"at item {number} {wrong}"
     if isinstance(value, dict):
-        return _object_mismatch(value, schema, depth)
-    return None
-
-
-def _object_mismatch(value: dict[str, Any], schema: Mapping[str, Any], depth: int) -> str | None:
-    known, required = schema.get("properties"), schema.get("required")
-    for name in required if isinstance(required, Sequence) and not isinstance(required, str) else ():
-        if name not in value:
-            return f"needs the key {name!r}"
-    for name, item in value.items():
-        inner = known.get(name) if isinstance(known, Mapping) else None
-        if wrong := _mismatch(item, inner, depth + 1):
-            return f"at key {excerpt(name)} {wrong}"
+        known = schema.get("properties")
+        for name in _required(schema):
+            if name not in value:
+                return f"needs the key {name!r}"
+        for name, item in value.items():
+            inner = known.get(name) if isinstance(known, Mapping) else None
+            if wrong := _mismatch(item, inner, depth + 1):
+                return f"at key {excerpt(name)} {wrong}"
     return None
 
 
 def _is(value: Any, kind: str) -> bool:
-    match kind:
-        case "string":
-            return isinstance(value, str)
-        case "integer":
-            return _is(value, "number") and value % 1 == 0
-        case "number":
-            return isinstance(value, int | float) and not isinstance(value, bool)
-        case "boolean":
-            return isinstance(value, bool)
-        case "array":
-            return isinstance(value, list)
-        case "object":
-            return isinstance(value, dict)
-        case "null":
-            return value is None
-        case _:
-            return True  # no type of JSON's: nothing to hold it against
-
-
-def _article(kind: str) -> str:
-    return f"{'an' if re.match('[aeiou]', kind) else 'a'} {kind}"
+    """Return whether a value is of a JSON type; any value is of a type that JSON does not have."""
+    if kind in ("integer", "number"):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and (kind == "number" or value % 1 == 0)
+    return isinstance(value, _PYTHON_TYPES.get(kind, object))
 
 
 def _described(value: Any) -> str:

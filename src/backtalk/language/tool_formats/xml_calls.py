@@ -1,4 +1,4 @@
-"""Calls as Qwen3-Coder and Qwen3.5 write them.
+"""Tool calls in the format of Qwen3-Coder and Qwen3.5.
 
     <tool_call>
     <function=bash>
@@ -8,7 +8,7 @@
     </function>
     </tool_call>
 
-A value is bare text between two line ends, so it cannot hold ``</parameter>``; any other mark it can.
+A value is plain text between two line ends. It can hold any mark but ``</parameter>``.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from backtalk.language.tool_formats.base import (
     Reply,
     Unreadable,
     excerpt,
-    unfinished,
-    walk,
+    read_calls,
+    unclosed,
 )
-from backtalk.language.tool_formats.schemas import listed, shape
-from backtalk.language.tool_formats.values import properties, text_of, value_of
+from backtalk.language.tool_formats.schemas import call_example, tools_text
+from backtalk.language.tool_formats.values import argument_schemas, format_value, parse_value
 from backtalk.messages import ToolCall, ToolSpec, clean_text
 
 _OPEN = re.compile(rf"{CALL_OPEN}|<function=")
@@ -40,24 +40,24 @@ PARAMETER_CLOSE, FUNCTION_CLOSE = "</parameter>", "</function>"
 
 @dataclass(frozen=True, slots=True)
 class Qwen3CoderSyntax:
-    """Marks that are left out around a call that is whole are tolerated, with a warning."""
+    """The format of Qwen3-Coder; missing marks around a complete call are tolerated, with a warning."""
 
     tools: Sequence[ToolSpec]
-    in_template = True
-    are_tokens = False
+    in_chat_templates = True
+    marks_are_tokens = False
 
     def read(self, reply: Reply) -> Reading:
-        return walk(reply, _OPEN, self._read_one, shape(self, self.tools))
+        return read_calls(reply, _OPEN, self._read_call, call_example(self, self.tools))
 
-    def _read_one(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
-        cursor = _Cursor(reply, match.start())
+    def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
+        cursor = _Cursor(reply.text, reply.stopped, match.start())
         wrapped = cursor.take(CALL_OPEN)
         if not wrapped:
             reading.warn(f"<function=...> without {CALL_OPEN}")
         if not cursor.take("<function="):
             self._expected(cursor, "<function=...>", CALL_CLOSE)
         tool = cursor.name("<function=", FUNCTION_CLOSE)
-        schemas = next((properties(spec) for spec in self.tools if spec.name == tool), {})
+        schemas = next((argument_schemas(spec) for spec in self.tools if spec.name == tool), {})
         arguments: dict[str, Any] = {}
         while cursor.take("<parameter="):
             name = cursor.name("<parameter=", PARAMETER_CLOSE)
@@ -68,15 +68,16 @@ class Qwen3CoderSyntax:
         return ToolCall(tool, arguments), cursor.position
 
     def _value(self, cursor: _Cursor, name: str, schemas: Mapping[str, Any]) -> Any:
+        """Read the value of a parameter and its closing mark."""
         end = cursor.text.find(PARAMETER_CLOSE, cursor.position)
         if end < 0:
-            raise Unreadable(unfinished(f"<parameter={name}>", PARAMETER_CLOSE, cursor.stopped))
+            raise Unreadable(unclosed(f"<parameter={name}>", PARAMETER_CLOSE, cursor.stopped))
         text = cursor.text[cursor.position : end].removeprefix("\n").removesuffix("\n")
         cursor.position = end + len(PARAMETER_CLOSE)
-        return value_of(text, schemas.get(name))
+        return parse_value(text, schemas.get(name))
 
     def _close(self, cursor: _Cursor, reading: Reading, *, wrapped: bool) -> None:
-        """The closing marks. One that is missing is borne where the call ends without it."""
+        """Read the closing marks; a missing one is a warning if the call is complete without it."""
         function_closed, call_closed = cursor.take(FUNCTION_CLOSE), cursor.take(CALL_CLOSE)
         whole = cursor.stopped and cursor.comes(CALL_OPEN, "<function=")
         if not (function_closed or call_closed or whole):
@@ -87,43 +88,37 @@ class Qwen3CoderSyntax:
             reading.warn(f"{CALL_OPEN} was not closed with {CALL_CLOSE}")
 
     def _expected(self, cursor: _Cursor, wanted: str, closing: str) -> NoReturn:
+        """Raise Unreadable for a mark that is not at the cursor."""
         if not cursor.stopped and closing not in cursor.text[cursor.position :]:
-            raise Unreadable(unfinished(wanted, closing, cursor.stopped))
+            raise Unreadable(unclosed(wanted, closing, cursor.stopped))
         got = excerpt(cursor.text, cursor.position) if cursor.position < len(cursor.text) else "the end of the reply"
-        where = f"at character {cursor.position} of the reply"
-        raise Unreadable(f"expected {wanted} {where}, got {got}; write\n{shape(self, self.tools)}")
+        position = f"at character {cursor.position} of the reply"
+        raise Unreadable(f"expected {wanted} {position}, got {got}; write\n{call_example(self, self.tools)}")
 
     def write(self, call: ToolCall) -> list[str]:
         pieces: list[str] = [Mark(CALL_OPEN), "\n", Mark(f"<function={call.tool}>"), "\n"]
         for name, value in call.arguments.items():
             opening, closing = Mark(f"<parameter={name}>"), Mark(PARAMETER_CLOSE)
-            pieces += [opening, f"\n{text_of(value)}\n", closing, "\n"]
+            pieces += [opening, f"\n{format_value(value)}\n", closing, "\n"]
         return [*pieces, Mark(FUNCTION_CLOSE), "\n", Mark(CALL_CLOSE)]
 
     def instructions(self, calls: str) -> str:
-        return f"{listed(self.tools, calls)}\nWrite a call as\n{shape(self, self.tools)}"
+        return f"{tools_text(self.tools, calls)}\nWrite a call as\n{call_example(self, self.tools)}"
 
-    def taught_by(self, template: str) -> bool:
+    def is_explained_in(self, template: str) -> bool:
         return "<function=" in template
 
 
 @dataclass(slots=True)
 class _Cursor:
-    """A place in a reply."""
+    """A position in a reply."""
 
-    reply: Reply
+    text: str
+    stopped: bool
     position: int
 
-    @property
-    def text(self) -> str:
-        return self.reply.text
-
-    @property
-    def stopped(self) -> bool:
-        return self.reply.stopped
-
     def take(self, mark: str) -> bool:
-        """Step over white space and this mark, if it comes next; white space alone is stepped over too."""
+        """Skip white space and then this mark; return whether it was there."""
         while self.position < len(self.text) and self.text[self.position].isspace():
             self.position += 1
         found = self.text.startswith(mark, self.position)
@@ -131,17 +126,17 @@ class _Cursor:
         return found
 
     def comes(self, *marks: str) -> bool:
-        """Whether one of these marks comes next, or the end of the reply."""
+        """Return whether one of these marks is at the cursor, or the end of the reply."""
         return self.position >= len(self.text) or self.text.startswith(marks, self.position)
 
     def name(self, opening: str, closing: str) -> str:
-        """A name and the bracket after it."""
+        """Read a name and the ``>`` after it."""
         match = _NAME.match(self.text, self.position)
         end = match.end() if match else self.position
         name = self.text[self.position : end].strip()
         if not self.text.startswith(">", end):
             if end == len(self.text) and not self.stopped:
-                raise Unreadable(unfinished(opening, closing, self.stopped))
+                raise Unreadable(unclosed(opening, closing, self.stopped))
             raise Unreadable(f"{excerpt(self.text, self.position - len(opening))} has no '>' after its name")
         self.position = end + 1
         return clean_text(name)
