@@ -42,7 +42,7 @@ def model_location(model: str) -> str:
 
 
 def _check_reach(name: str) -> None:
-    """Raise ConfigError if a model is not cached and the hub cannot be reached; the hub's client would retry for a minute."""
+    """Raise ConfigError if a model is not cached and the hub out of reach; its own client would retry for a minute."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     try:
@@ -66,7 +66,7 @@ def load_tokenizer(location: str | Path) -> Any:
     """Return the fast tokenizer of a model's folder or Hugging Face name.
 
     Raises:
-        ConfigError: there is none, it is damaged, it has only special tokens, or more tokens than the embedding has rows.
+        ConfigError: it is missing or damaged, has only special tokens, or more tokens than the embedding has rows.
     """
     from transformers import AutoTokenizer
 

@@ -19,7 +19,7 @@ from backtalk.exchange.write.turns import (
     messages_by_turn,
     rollout_name,
 )
-from backtalk.language.tool_formats import tool_schemas
+from backtalk.language.tool_formats.schemas import tool_schemas
 from backtalk.messages import ToolSpec
 from backtalk.trajectory import TokenRole, Trajectory
 
