@@ -56,8 +56,8 @@ def served() -> Iterator[str]:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = str(place.getsockname()[1])
-    command = (sys.executable, "-m", "uvicorn", "backtalk.envs.awm.server:app", "--port", port, "--log-level", "error")
-    process = subprocess.Popen(command)
+    command = (sys.executable, "-m", "uvicorn", "--factory", "backtalk.envs.awm.server:make_app")
+    process = subprocess.Popen([*command, "--port", port, "--log-level", "error"])
     try:
         for _ in range(600):
             time.sleep(0.1)

@@ -308,7 +308,6 @@ async def test_an_exception_in_the_environment(urls: dict[str, str], renderer: R
 async def test_a_session_that_died_stays_dead(urls: dict[str, str]) -> None:
     session = await connect(urls["echo"], step_timeout_s=0.5)
     await session.reset(seed=1)
-    assert (await session.state())["step_count"] == 0
     with pytest.raises(OpenEnvRefusal, match="VALIDATION_ERROR"):
         await session.list_tools()
     with pytest.raises(OpenEnvError, match=r"gave no answer to a step within 0.5 s"):

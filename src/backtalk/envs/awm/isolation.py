@@ -25,7 +25,7 @@ from backtalk.envs.awm.config import AwmConfig
 from backtalk.envs.awm.files import Scenario
 from backtalk.envs.awm.program import missing_package
 from backtalk.envs.awm.session import Result
-from backtalk.errors import ConfigError, InfrastructureError, SandboxError, SandboxUnavailable
+from backtalk.errors import ConfigError, DataError, InfrastructureError, SandboxError, SandboxUnavailable
 from backtalk.messages import ToolSpec
 from backtalk.sandboxes import Sandbox, SandboxBackend, SandboxFile, local_sandbox
 from backtalk.sandboxes.machine.probe import tried
@@ -52,7 +52,7 @@ printf '%s\\n' {request} >&"${{CHILD[2]}}" && IFS= read -r -u "${{CHILD[1]}}" ||
 
 
 class IsolatedScenarios:
-    """The scenarios of one source, played in child processes (``Scenarios``); a scenario always has the same child.
+    """The scenarios of one source, played in child processes; a scenario always has the same child.
 
     Raises:
         ConfigError: FastAPI or SQLAlchemy is not installed.
@@ -77,8 +77,9 @@ class IsolatedScenarios:
             ) from error
 
     def session(self, scenario: str, *, task_idx: int | None = None, seed: int | None = None) -> IsolatedSession:
+        """Return a rollout of a task that is not started yet; a folder's tasks have no seed."""
         if task_idx is None:
-            raise InfrastructureError(f"a rollout of {scenario} in a sandbox needs a task_idx, got seed={seed}")
+            raise DataError(f"a rollout of {scenario} needs a task_idx, got seed={seed}")
         return IsolatedSession(self, self._scenarios[scenario], task_idx, self._config.call_timeout_s)
 
     async def child(self, scenario: str) -> Child:

@@ -80,21 +80,23 @@ class Reply(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """The HTTP operation behind a tool, with the names of the arguments that go into the path and the query."""
+    """The HTTP operation behind a tool, and which arguments go into its "path" or "query"."""
 
     method: str
     path: str
-    in_path: frozenset[str]
-    in_query: frozenset[str]
+    places: Mapping[str, str]  # by argument
 
     def request(self, arguments: Mapping[str, Any]) -> httpx2.Request:
         """Return the request for a call; arguments that are in neither path nor query become the JSON body."""
-        body, path = dict(arguments), self.path
-        for name in self.in_path & body.keys():
-            path = path.replace(f"{{{name}}}", quote(_text(body.pop(name)), safe=""))
-        query = {name: body.pop(name) for name in sorted(self.in_query & body.keys())}
-        params = {name: [_text(item) for item in value] if isinstance(value, list) else _text(value)
-                  for name, value in query.items() if value is not None}  # fmt: skip
+        body, path, params = dict(arguments), self.path, {}
+        for name, place in self.places.items():
+            if name not in body or place not in ("path", "query"):
+                continue
+            value = body.pop(name)
+            if place == "path":
+                path = path.replace(f"{{{name}}}", quote(_text(value), safe=""))
+            elif value is not None:
+                params[name] = [_text(item) for item in value] if isinstance(value, list) else _text(value)
         content, headers = json.dumps(body).encode() if body else b"", {"Content-Type": "application/json"}
         return httpx2.Request(self.method, f"http://awm{path}", params=params, content=content, headers=headers)
 
@@ -188,18 +190,18 @@ def _read_tools(document: Mapping[str, Any]) -> tuple[dict[str, Operation], tupl
                 continue
             properties: dict[str, Any] = {}
             required: list[str] = []
-            places: dict[str, set[str]] = {"path": set(), "query": set()}
+            places: dict[str, str] = {}
             for parameter in operation.get("parameters", ()):
                 schema = plain_schema(parameter.get("schema", {}), document)
                 described = {"description": parameter["description"]} if parameter.get("description") else {}
                 properties[parameter["name"]] = schema | described
                 required += [parameter["name"]] if parameter.get("required") else []
-                places.setdefault(parameter["in"], set()).add(parameter["name"])
+                places[parameter["name"]] = parameter["in"]
             body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
             body = plain_schema(body, document)
             properties |= body.get("properties", {})
             required += body.get("required", ())
-            operations[name] = Operation(method.upper(), path, frozenset(places["path"]), frozenset(places["query"]))
+            operations[name] = Operation(method.upper(), path, places)
             texts = dict.fromkeys(filter(None, (operation.get("summary"), operation.get("description"))))
             parameters = {"type": "object", "properties": properties, "required": required}
             tools.append(ToolSpec(name, "\n\n".join(texts), parameters))

@@ -17,7 +17,7 @@ from backtalk.messages import ToolSpec
 
 
 class RemoteScenarios:
-    """The scenarios of a server (a ``Scenarios``)."""
+    """The scenarios of a server."""
 
     def __init__(self, url: str, config: AwmConfig) -> None:
         # The server ends a call after its own 30 s; this side waits longer, to receive the observation that says so.
@@ -28,6 +28,7 @@ class RemoteScenarios:
         )
 
     def session(self, scenario: str, *, task_idx: int | None = None, seed: int | None = None) -> RemoteSession:
+        """Return a rollout of a task that is not started yet."""
         chosen = {"scenario": scenario, "task_idx": task_idx, "seed": seed}
         arguments = {name: value for name, value in chosen.items() if value is not None}
         return RemoteSession(self._world, {**self._reset, **arguments})

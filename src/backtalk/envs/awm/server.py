@@ -1,4 +1,4 @@
-"""A server of Agent World Model scenarios over OpenEnv: ``uvicorn backtalk.envs.awm.server:app``.
+"""A server of Agent World Model scenarios over OpenEnv: ``uvicorn --factory backtalk.envs.awm.server:make_app``.
 
 It answers as OpenEnv's own Agent World Model environment does, from a single process. The variable AWM_DATA_DIR names
 a folder of scenarios; without it, the shop and the ticket desk are served. Their programs run inside the server. A
@@ -116,10 +116,3 @@ def _only_async(*args: Any, **kwargs: Any) -> Any:
 
 def _error(kind: str, message: str) -> Result:
     return Result({"reward_type": kind, "error": message})
-
-
-def __getattr__(name: str) -> Any:
-    """Make ``app`` when a server asks for it: OpenEnv takes seconds to import."""
-    if name == "app":
-        return make_app()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,37 +9,29 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from backtalk.envs.awm.config import AwmConfig
 from backtalk.envs.awm.env import AwmEnv
 from backtalk.envs.awm.files import Scenario, read_scenarios
 from backtalk.envs.awm.program import Program
-from backtalk.envs.awm.session import LocalSession, Session
+from backtalk.envs.awm.session import LocalSession
 from backtalk.envs.awm.shop import FIRST_SEED, TASK_COUNT, generate_task
 from backtalk.envs.base import WorldReport
 from backtalk.errors import ConfigError, DataError, TaskError
 from backtalk.tasks.load import draw_tasks
 from backtalk.tasks.task import Split, Task
 
+if TYPE_CHECKING:
+    from backtalk.envs.awm.isolation import IsolatedScenarios
+    from backtalk.envs.awm.remote import RemoteScenarios
+
 GENERATED = "shop"  # the scenario whose tasks are also generated from seeds
 SHIPPED = {"shop": "shop", "shop-ten": "shop", "tickets": "tickets"}  # folder in assets/awm by name of the source
 
 
-class Scenarios(Protocol):
-    """The scenarios of one source: in this process, in sandboxes, or on a server."""
-
-    def session(self, scenario: str, *, task_idx: int | None = None, seed: int | None = None) -> Session:
-        """Return a rollout of a task, given by its number or by a seed, that is not started yet."""
-        ...
-
-    async def close(self) -> None:
-        """Stop what was started for them."""
-        ...
-
-
 class LocalScenarios:
-    """Scenarios played in this process (``Scenarios``). A program is executed when it is first needed.
+    """Scenarios played in this process. A program is executed when it is first needed.
 
     ``shipped`` marks scenarios that were read from this package's own files: those are trusted to run in the trainer,
     and "shop" among them can be filled from a seed. No name in a file decides it.
@@ -60,6 +52,7 @@ class LocalScenarios:
         return self._programs[name]
 
     def session(self, scenario: str, *, task_idx: int | None = None, seed: int | None = None) -> LocalSession:
+        """Return a rollout of a task, given by its number or by a seed, that is not started yet."""
         program = self.program(scenario)
         if task_idx is not None:
             task = program.scenario.task(task_idx)
@@ -150,7 +143,7 @@ class AwmWorld:
     def __init__(self, which: str, config: AwmConfig) -> None:
         self._which, self._config = which, config
         location = which.partition("#")[0]
-        self._scenarios: Scenarios
+        self._scenarios: LocalScenarios | IsolatedScenarios | RemoteScenarios
         if _is_url(location):
             from backtalk.envs.awm.remote import RemoteScenarios
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from backtalk.envs.base import Step, WorldReport
 from backtalk.envs.openenv.config import OpenEnvConfig
@@ -27,8 +27,6 @@ from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import TokenRole
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # Codes of OpenEnv's errors.
 BAD_ARGUMENTS, EXCEPTION, SERVER_FULL = "VALIDATION_ERROR", "EXECUTION_ERROR", "CAPACITY_REACHED"
@@ -59,7 +57,7 @@ class OpenEnvEnv:
         self._session, result = await self._world.open_session(arguments)
         if result.done:
             raise OpenEnvError(f"the server at {self._session.url} says done to reset({arguments}); nothing to play")
-        actions = self._world.actions or mcp_actions(await self._explain(self._session.list_tools()))
+        actions = self._world.actions or mcp_actions(await self._session.list_tools())
         self._actions = {action.tool.name: action for action in actions}
         parts, _ = observation_parts(result.observation, self._config.roles, self._config.max_observation_chars)
         texts = (self.task.instruction.strip(), "".join(part.text for part in parts))
@@ -78,9 +76,9 @@ class OpenEnvEnv:
             return _warning_step(call, f"[unknown tool {call.tool}; the tools are {', '.join(self._actions)}]")
         try:
             if action.fixed is None:
-                result = await self._explain(self._session.call_tool(call.tool, call.arguments))
+                result = await self._session.call_tool(call.tool, call.arguments)
             else:
-                result = await self._explain(self._session.step({**action.fixed, **call.arguments}))
+                result = await self._session.step({**action.fixed, **call.arguments})
         except OpenEnvRefusal as refusal:
             if refusal.code == BAD_ARGUMENTS:
                 return _warning_step(call, f"[{call.tool} was refused: {_validation_errors(refusal.data)}]")
@@ -109,15 +107,6 @@ class OpenEnvEnv:
         """Close the session, if one was opened."""
         if self._session is not None:
             await self._world.close_session(self._session)
-
-    async def _explain(self, answer: Awaitable[T]) -> T:
-        """Await the session's answer; add the end of the server's log to the error of a broken session."""
-        try:
-            return await answer
-        except OpenEnvRefusal:
-            raise
-        except OpenEnvError as error:
-            raise self._world.with_log_tail(error) from error
 
 
 class OpenEnvWorld:
@@ -179,10 +168,10 @@ class OpenEnvWorld:
                     return session, await session.reset(**arguments)
                 except BaseException as error:
                     await self.close_session(session)
-                    if not isinstance(error, OpenEnvError):
+                    if not isinstance(error, OpenEnvRefusal):
                         raise
-                    if not isinstance(error, OpenEnvRefusal) or error.code != SERVER_FULL:
-                        raise self.with_log_tail(error) from error
+                    if error.code != SERVER_FULL:
+                        raise OpenEnvError(f"{error}{self._server.log_tail()}") from error
                     rollout.wait()
                     self._limit_sessions(error.data.get("max_sessions"))
                 await asyncio.sleep(RETRY_S)  # the server frees a closed session's place a moment later
@@ -199,10 +188,6 @@ class OpenEnvWorld:
                 self._num_open -= 1
                 self._slot_freed.notify()
 
-    def with_log_tail(self, error: OpenEnvError) -> OpenEnvError:
-        """Return an error with the end of the server's log after its message."""
-        return OpenEnvError(f"{error}{self._server.log_tail()}")
-
     def _limit_sessions(self, limit: Any) -> None:
         """Open no more sessions than the server has said it plays at the same time; further rollouts wait here."""
         if self._max_open == math.inf:
@@ -215,17 +200,22 @@ class OpenEnvWorld:
 
     async def _connect(self) -> OpenEnvSession:
         """Open a connection. A server that has died is started again; a failure to connect is retried once."""
-        try:
-            return await self._connect_once()
-        except OpenEnvError as error:
-            log.warning("%s; trying once more", error)
-            await asyncio.sleep(RETRY_S)
-            return await self._connect_once()
-
-    async def _connect_once(self) -> OpenEnvSession:
-        async with self._starting:
-            self._url = await asyncio.to_thread(self._server.start)
-        return await connect(self._url, step_timeout_s=self.config.step_timeout_s, headers=self.config.headers)
+        for retry in (True, False):
+            try:
+                async with self._starting:
+                    self._url = await asyncio.to_thread(self._server.start)
+                return await connect(
+                    self._url,
+                    step_timeout_s=self.config.step_timeout_s,
+                    headers=self.config.headers,
+                    log_tail=self._server.log_tail,
+                )
+            except OpenEnvError as error:
+                if not retry:
+                    raise
+                log.warning("%s; trying once more", error)
+                await asyncio.sleep(RETRY_S)
+        raise AssertionError("unreachable")
 
     def _find_actions(self) -> tuple[Action, ...] | None:
         """Return the typed actions, or None where tools are listed in each rollout."""

@@ -10,7 +10,7 @@ import asyncio
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -56,8 +56,8 @@ class OpenEnvSession:
             is over: every later call raises too, because a late answer could be taken for that of another call.
     """
 
-    def __init__(self, socket: Any, url: str, step_timeout_s: float) -> None:
-        self._socket, self.url, self._timeout_s = socket, url, step_timeout_s
+    def __init__(self, socket: Any, url: str, step_timeout_s: float, log_tail: Callable[[], str]) -> None:
+        self._socket, self.url, self._timeout_s, self._log_tail = socket, url, step_timeout_s, log_tail
         self._over: str | None = None  # the reason why the session is over
 
     async def reset(self, **arguments: Any) -> Result:
@@ -80,10 +80,6 @@ class OpenEnvSession:
             raise self._malformed(f"to list_tools {_excerpt(observation)}, which holds no list of tools with names")
         return tools
 
-    async def state(self) -> dict[str, Any]:
-        """Return the environment's own state: episode_id, step_count and its further fields."""
-        return await self._ask("state", None)
-
     async def close(self) -> None:
         """Give the environment back. A connection that is broken already is no error here."""
         alive, self._over = self._over is None, self._over or "it was closed"
@@ -95,11 +91,11 @@ class OpenEnvSession:
         finally:
             self._socket.transport.abort()
 
-    async def _ask(self, kind: str, data: Mapping[str, Any] | None) -> dict[str, Any]:
+    async def _ask(self, kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
         """Send one message and return its answer's data."""
         if self._over is not None:
             raise OpenEnvError(f"the session at {self.url} is over: {self._over}; open another one")
-        message = json.dumps({"type": kind} if data is None else {"type": kind, "data": data})
+        message = json.dumps({"type": kind, "data": data})
         self._over = f"its {kind} was broken off"  # stays if this is cancelled: the answer may still come
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -126,11 +122,10 @@ class OpenEnvSession:
             answer = json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise self._malformed(f"to a {kind} what is not JSON ({error}): {_excerpt(raw)}") from error
-        expected = "state" if kind == "state" else "observation"
         match answer:
-            case {"type": str(found), "data": dict()} if found in (expected, "error"):
+            case {"type": "observation" | "error", "data": dict()}:
                 return answer
-        raise self._malformed(f"to a {kind} {_excerpt(answer)}, where type {expected!r} and an object data belong")
+        raise self._malformed(f"to a {kind} {_excerpt(answer)}, where type 'observation' and an object data belong")
 
     def _result(self, data: Mapping[str, Any]) -> Result:
         observation, reward, done = data.get("observation"), data.get("reward"), data.get("done", False)
@@ -148,7 +143,7 @@ class OpenEnvSession:
     def _end(self, reason: str) -> OpenEnvError:
         """Mark the session as over and return the error to raise."""
         self._over = reason
-        return OpenEnvError(f"the server at {self.url} {reason}")
+        return OpenEnvError(f"the server at {self.url} {reason}{self._log_tail()}")
 
 
 async def connect(
@@ -157,8 +152,11 @@ async def connect(
     step_timeout_s: float = STEP_TIMEOUT_S,
     connect_timeout_s: float = CONNECT_TIMEOUT_S,
     headers: Mapping[str, str] | None = None,
+    log_tail: Callable[[], str] = str,
 ) -> OpenEnvSession:
     """Open a session at ``url`` (http, https, ws or wss). ``$NAME`` in a header is that environment variable.
+
+    ``log_tail`` returns the end of the server's log, which is appended to the message of an error.
 
     Raises:
         OpenEnvError: no server answers there, or it does not speak this protocol.
@@ -184,11 +182,12 @@ async def connect(
     except InvalidStatus as error:
         raise OpenEnvError(
             f"{url} answers, but opens no WebSocket at /ws (HTTP {error.response.status_code}). A server of "
-            f"an early openenv-core has none, and a private one wants headers; spoken here is {PROTOCOL}"
+            f"an early openenv-core has none, and a private one wants headers; spoken here is {PROTOCOL}{log_tail()}"
         ) from error
     except (OSError, TimeoutError, InvalidHandshake) as error:
-        raise OpenEnvError(f"no OpenEnv server answers at {url} ({error or type(error).__name__})") from error
-    return OpenEnvSession(socket, url, step_timeout_s)
+        reason = f"{error or type(error).__name__}"
+        raise OpenEnvError(f"no OpenEnv server answers at {url} ({reason}){log_tail()}") from error
+    return OpenEnvSession(socket, url, step_timeout_s, log_tail)
 
 
 def websocket_url(url: str) -> str:
