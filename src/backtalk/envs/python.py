@@ -24,7 +24,7 @@ import inspect
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from backtalk.envs.base import Step, WorldReport
 from backtalk.envs.tool_schemas import plain_schema
@@ -134,13 +134,11 @@ def _specs(kind: type[PythonEnv]) -> dict[str, ToolSpec]:
     from pydantic import TypeAdapter
     from pydantic.errors import PydanticUserError
 
-    methods: dict[str, Any] = {}
-    for base in reversed(kind.__mro__):
-        if issubclass(base, PythonEnv) and base is not PythonEnv:
-            methods |= {name: value for name, value in vars(base).items() if inspect.isfunction(value)}
+    names = dict.fromkeys(name for base in reversed(kind.__mro__) if issubclass(base, PythonEnv) for name in vars(base))
     specs = {}
-    for name, method in methods.items():
-        if name.startswith("_") or hasattr(PythonEnv, name):
+    for name in names:
+        method = inspect.getattr_static(kind, name)
+        if name.startswith("_") or hasattr(PythonEnv, name) or not inspect.isfunction(method):
             continue
         bound = method.__get__(object())
         try:

@@ -240,12 +240,8 @@ def add_needs(metadata: dict[str, Any], tests: Mapping[str, SandboxFile], instal
     texts = {path: file.content.decode("utf-8", "replace") for path, file in tests.items()}
     scripts, sources = ([text for path, text in texts.items() if path.endswith(end)] for end in (".sh", ".py"))
     declared = metadata.get("needs", [])
-    new = [
-        name
-        for name in find_test_modules([*scripts, *installs], sources)
-        if isinstance(declared, list) and name not in declared
-    ]
-    if new:
+    found = find_test_modules([*scripts, *installs], sources)
+    if isinstance(declared, list) and (new := [name for name in found if name not in declared]):
         metadata["needs"] = [*declared, *new]
 
 

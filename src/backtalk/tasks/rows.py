@@ -12,7 +12,6 @@ from __future__ import annotations
 import base64
 import difflib
 import json
-import math
 import posixpath
 from collections.abc import Iterable
 from dataclasses import replace
@@ -136,6 +135,10 @@ def _parse_files(value: Any, script: str = "") -> Any:
     return files
 
 
+def _parse_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class _File(BaseModel):
     """A file as a row holds it: a text, or an object with content or base64."""
 
@@ -169,15 +172,18 @@ _Object = BeforeValidator(_parse_object)
 
 
 class _Row(BaseModel):
-    """The known fields of a row. The text under a field says what to write where its value is refused."""
+    """The known fields of a row. The text under a field says what to write where its value is refused.
+
+    Defaults stand for fields that are not there; ``Task`` has the real ones.
+    """
 
     model_config = ConfigDict(strict=True, use_attribute_docstrings=True)
 
-    id: Annotated[_Text | None, BeforeValidator(lambda value: str(value) if type(value) is int else value)] = None
+    id: Annotated[_Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)] = ""
     """a text or a whole number that no other task has"""
-    instruction: _Text | None = None
+    instruction: _Text = ""
     """what the agent is told"""
-    folder: _Text | None = None
+    folder: _Text = ""
     """the path of a task folder, from where the file of rows lies"""
     files: Annotated[_Files, BeforeValidator(_parse_files)] = {}
     """texts by path, or objects with content or base64, mode such as "755", mtime in seconds since 1970"""
@@ -185,24 +191,20 @@ class _Row(BaseModel):
     """the script test.sh, or files by path as in files"""
     solution: Annotated[_Files, BeforeValidator(partial(_parse_files, script="solve.sh"))] = {}
     """the script solve.sh, or files by path as in files"""
-    setup: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
+    setup: Annotated[list[str], BeforeValidator(_parse_list), AfterValidator(tuple)] = []
     """a list of commands"""
     env: Annotated[dict[_Variable, str], _Object] = {}
     """environment variables, texts by name"""
     workdir: str = Field(HOME, pattern=r"^/[\w./+@-]*$")
     """a plain absolute path"""
-    agent_timeout_s: _Seconds = math.inf
+    agent_timeout_s: _Seconds = 0
     """seconds above 0"""
-    verifier_timeout_s: _Seconds = DEFAULT_TIMEOUT_S
+    verifier_timeout_s: _Seconds = 0
     """seconds above 0"""
     metadata: Annotated[dict[str, Any], _Object] = {}
     """an object"""
     world_model_only: bool = False
     """true or false"""
-
-
-_OF_FOLDER = {"files", "tests", "solution", "setup", "env", "workdir"}  # fields that a task folder has itself
-_PLAIN = {"id", "instruction", "agent_timeout_s", "verifier_timeout_s"}
 
 
 def _check_row(row: Any) -> _Row:
@@ -240,50 +242,42 @@ def _check_row(row: Any) -> _Row:
 
 
 def _read_row(row: Any, folder: Path | None, host_packages: bool, world_model_only: bool) -> Task:
+    """Read the task of a row. Where it names a task folder, the row's own fields override the folder's."""
     checked = _check_row(row)
     if world_model_only:
         checked.metadata["world_model_only"] = True
-    if checked.folder is not None:
-        return _read_folder(checked, folder, host_packages)
+    given = checked.model_fields_set
+    own: dict[str, Any] = {
+        name: getattr(checked, name) for name in given - {"folder", "world_model_only"} | {"metadata"}
+    }
+    if "folder" in given:
+        if folder is None:
+            raise TaskError("folder: a dataset of the hub cannot name folders of this machine; put files inline")
+        if both := sorted(given & {"files", "tests", "solution", "setup", "env", "workdir"}):
+            raise TaskError(f"folder: {', '.join(both)} stand in the row and in the folder; keep one of the two")
+        path = folder / checked.folder
+        if not path.is_dir():
+            raise TaskError(f"folder: there is no folder {path}; the path begins where the file of rows lies")
+        unscored = checked.metadata.get("world_model_only") is True
+        task = read_harbor_task(path, host_packages=host_packages, world_model_only=unscored)
+        return replace(task, **own | {"metadata": {**task.metadata, **checked.metadata}})
     for name in ("id", "instruction"):
-        if getattr(checked, name) is None:
+        if name not in given:
             raise TaskError(f"{name}: is missing; every task needs one")
-    parts: dict[str, Any] = {}
     for part in ("files", "tests", "solution"):
         base = checked.workdir if part == "files" else ""
         files = getattr(checked, part).items()
         try:
-            parts[part] = {clean_path(posixpath.join(base, path), relative=not base): file for path, file in files}
+            own[part] = {clean_path(posixpath.join(base, path), relative=not base): file for path, file in files}
         except ConfigError as error:
             raise TaskError(f"{part}: {error}") from error
-    own = checked.model_dump(include=_PLAIN | {"env", "workdir", "metadata"})
-    task = Task(**own, **parts, setup=tuple(checked.setup))
-    return task if task.world_model_only else _make_scorable(task, host_packages)
-
-
-def _make_scorable(task: Task, host_packages: bool) -> Task:
-    """Check that a task has tests that can run offline, and note what they need of this machine."""
+    own.setdefault("verifier_timeout_s", DEFAULT_TIMEOUT_S)
+    task = Task(**own)
+    if task.world_model_only:
+        return task
     if "test.sh" not in task.tests:
-        raise TaskError(
-            "tests: there is no test.sh, so nothing could score it; give the script, or world_model_only: true"
-        )
+        raise TaskError("tests: there is no test.sh to score the task; give the script, or world_model_only: true")
     tests, notes = make_tests_offline(Path("tests"), task.tests, host_packages)
     metadata = dict(task.metadata) | ({"world_notes": notes} if notes else {})
     add_needs(metadata, task.tests)
     return replace(task, tests=tests, metadata=metadata)
-
-
-def _read_folder(row: _Row, folder: Path | None, host_packages: bool) -> Task:
-    """Read the task folder that a row names; the row's own fields stand over it."""
-    if folder is None:
-        raise TaskError("folder: a dataset of the hub cannot name folders of this machine; put files and tests inline")
-    given = row.model_fields_set
-    if both := sorted(given & _OF_FOLDER):
-        raise TaskError(f"folder: {', '.join(both)} stand in the row and in the folder; keep one of the two")
-    path = folder / str(row.folder)
-    if not path.is_dir():
-        raise TaskError(f"folder: there is no folder {path}; the path begins where the file of rows lies")
-    world_model_only = row.metadata.get("world_model_only") is True
-    task = read_harbor_task(path, host_packages=host_packages, world_model_only=world_model_only)
-    own = row.model_dump(include=given & _PLAIN)
-    return replace(task, **own, metadata={**task.metadata, **row.metadata})

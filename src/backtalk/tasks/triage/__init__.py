@@ -9,6 +9,81 @@ table and backups. A question is answered with ordinary tools over those files; 
 4. only the alert is given: compare, repair, and name the cause
 """
 
-from backtalk.tasks.triage.generate import LEVELS, triage_task, triage_tasks
+from __future__ import annotations
 
-__all__ = ["LEVELS", "triage_task", "triage_tasks"]
+import itertools
+from collections.abc import Sequence
+from random import Random
+
+from backtalk.errors import ConfigError
+from backtalk.sandboxes.base import SandboxFile
+from backtalk.tasks.task import Split, Task
+from backtalk.tasks.triage.machine import EPOCH, build_machine
+from backtalk.tasks.triage.questions import QUESTIONS
+
+LEVELS = tuple(QUESTIONS)
+
+_TEST = """\
+# Reward 1 when the answer is right and the box is as it was asked to be.
+reward=0
+IFS= read -r answer < /logs/agent/answer.txt || true
+answer="${{answer#"${{answer%%[![:space:]]*}}"}}"
+answer="${{answer%"${{answer##*[![:space:]]}}"}}"
+if [ "$answer" = '{answer}' ] && {{ {check}; }}; then reward=1; fi
+echo "$reward" > /logs/verifier/reward.txt
+"""
+
+_SOLUTION = """\
+mkdir -p /logs/agent
+answer=$({solve})
+echo "$answer" > /logs/agent/answer.txt
+"""
+
+
+def triage_task(seed: int, level: int) -> Task:
+    """Generate the task of one seed at one level: the same one on every machine and every day.
+
+    Raises:
+        ConfigError: there is no such level.
+    """
+    if level not in QUESTIONS:
+        raise ConfigError(f"triage level {level} does not exist; use levels {min(LEVELS)} to {max(LEVELS)}")
+    random = Random(f"triage/{level}/{seed}")
+    machine = build_machine(random, num_services=random.randint(2, 4) + (level > 2))
+    builder = random.choice(QUESTIONS[level])
+    question = builder(machine)
+    return Task(
+        id=f"triage-{level}-{seed}",
+        instruction=question.instruction,
+        files=dict(sorted(machine.files.items())),
+        tests={"test.sh": _script(_TEST.format(answer=question.answer, check=question.check))},
+        solution={"solve.sh": _script(_SOLUTION.format(solve=question.solve))},
+        verifier_timeout_s=20.0,
+        metadata={
+            "kind": builder.__name__,
+            "level": level,
+            "answer": question.answer,
+            "commands": list(question.commands),
+        },
+    )
+
+
+def triage_tasks(*, split: Split, levels: Sequence[int], count: int, seed: int = 0) -> list[Task]:
+    """Generate ``count`` distinct tasks of one split, with the levels in turn.
+
+    Raises:
+        ConfigError: there is no level, or one that does not exist.
+    """
+    if not levels:
+        raise ConfigError("triage without a level has no task; use levels such as [1, 2]")
+    tasks: list[Task] = []
+    numbers = itertools.count(seed * 1_000_003)
+    while len(tasks) < count:
+        task = triage_task(next(numbers), levels[len(tasks) % len(levels)])
+        if task.split is split:
+            tasks.append(task)
+    return tasks
+
+
+def _script(text: str) -> SandboxFile:
+    return SandboxFile(text.encode(), mode=0o755, mtime=EPOCH)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import count
 from random import Random
 
 from backtalk.sandboxes.base import SandboxFile
@@ -23,7 +22,6 @@ EVENTS = {
     "ERROR": ("timeout from {host}", "connection refused by {host}", "bad reply from {host}", "lost {host}"),
 }
 EPOCH = 1_704_067_200  # 2024-01-01: files are dated from then on
-OWNERS = ("root", "www", "app", "ops", "db")
 
 
 @dataclass
@@ -75,34 +73,6 @@ class Machine:
         """Write a service's log file from ``logs``."""
         self.write(log_path(service), [line for _, line, _ in self.logs[service]])
 
-    def write_units(self) -> dict[str, str]:
-        """Write unit files that name their configs, which are renamed; return the config's path by service."""
-        paths: dict[str, str] = {}
-        for service in self.services:
-            path = f"/etc/svc/{service}-{self.random.choice('abcdef')}{self.random.randint(1, 9)}.conf"
-            self.files[path] = self.files.pop(config_path(service))
-            paths[service] = path
-            start = f"ExecStart=/usr/bin/{service}d --config {path}"
-            owner = f"User={self.random.choice(OWNERS)}"
-            self.write(f"/etc/units/{service}.service", ["[Unit]", f"Description={service}", "[Service]", start, owner])
-        return paths
-
-    def write_processes(self) -> list[tuple[int, str, float, float]]:
-        """Write a process table, /srv/snap/ps.txt; return its rows (pid, command, cpu in %, memory in MB).
-
-        No two rows are alike in cpu or memory.
-        """
-        random, num_rows = self.random, self.random.randint(6, 10)
-        cpus = random.sample(range(1, 990), num_rows)
-        memories = random.sample(range(8, 4000), num_rows)
-        pids = sorted(random.sample(range(100, 9999), num_rows))
-        rows = [
-            (pid, f"{random.choice(SERVICES)}d", cpu / 10, float(memory))
-            for pid, cpu, memory in zip(pids, cpus, memories, strict=True)
-        ]
-        self.write("/srv/snap/ps.txt", [f"{pid} {name} {cpu:.1f} {memory:.0f}" for pid, name, cpu, memory in rows])
-        return rows
-
     def write_addresses(self) -> dict[str, str]:
         """Write the hosts' IP addresses, /srv/snap/hosts.txt; return them by host."""
         draw = self.random.randint
@@ -111,18 +81,6 @@ class Machine:
         listed = {host: addresses[host] for host in sorted([*others, *self.hosts])}
         self.write("/srv/snap/hosts.txt", [f"{address} {host}" for host, address in listed.items()])
         return listed
-
-    def write_latencies(self, service: str) -> list[tuple[str, int, int]]:
-        """Write /srv/metrics/SERVICE.csv; return its rows (time of day, requests, latency in ms)."""
-        latencies = self.random.sample(range(20, 3000), self.random.randint(8, 14))
-        start = self.random.randrange(0, 20 * 60)
-        rows = [
-            (f"{minute // 60:02}:{minute % 60:02}", self.random.randint(1, 900), latency)
-            for minute, latency in zip(count(start, 5), latencies, strict=False)
-        ]
-        lines = ["time,requests,latency", *(f"{time},{requests},{latency}" for time, requests, latency in rows)]
-        self.write(f"/srv/metrics/{service}.csv", lines)
-        return rows
 
 
 def build_machine(random: Random, num_services: int) -> Machine:

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from backtalk.sandboxes.base import SandboxFile
-from backtalk.tasks.triage.machine import EPOCH, Machine, config_lines, config_path, log_path
+from backtalk.tasks.triage.machine import EPOCH, SERVICES, Machine, config_lines, config_path, log_path
+
+USERS = ("root", "www", "app", "ops", "db")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,12 +81,19 @@ def count_lines(machine: Machine) -> Question:
 
 
 def busiest_process(machine: Machine) -> Question:
-    rows = machine.write_processes()
-    column, what, index = machine.random.choice(((3, "cpu", 2), (4, "memory", 3)))
+    random = machine.random
+    count = random.randint(6, 10)
+    cpu = [tenths / 10 for tenths in random.sample(range(1, 990), count)]  # percent
+    memory = random.sample(range(8, 4000), count)  # MB
+    pids = sorted(random.sample(range(100, 9999), count))
+    names = [f"{random.choice(SERVICES)}d" for _ in pids]
+    rows = zip(pids, names, cpu, memory, strict=True)
+    machine.write("/srv/snap/ps.txt", [f"{pid} {name} {cpu:.1f} {memory}" for pid, name, cpu, memory in rows])
+    column, what, values = random.choice(((3, "cpu", cpu), (4, "memory", memory)))
     last = f"sort -n -k {column} /srv/snap/ps.txt | tail -n 1"
     return Question(
         instruction=f"Alert: load is high. /srv/snap/ps.txt has pid, command, cpu, memory. Which pid uses most {what}?",
-        answer=str(max(rows, key=lambda row: row[index])[0]),
+        answer=str(pids[values.index(max(values))]),
         commands=(last,),
         solve=f"{last} | cut -d ' ' -f 1",
     )
@@ -124,12 +133,18 @@ def moved_log(machine: Machine) -> Question:
 
 def unit_to_setting(machine: Machine) -> Question:
     service, key = machine.draw_setting()
-    path = machine.write_units()[service]
+    paths = {}
+    for name in machine.services:
+        path = f"/etc/svc/{name}-{machine.random.choice('abcdef')}{machine.random.randint(1, 9)}.conf"
+        paths[name] = path
+        machine.files[path] = machine.files.pop(config_path(name))
+        start, user = f"ExecStart=/usr/bin/{name}d --config {path}", f"User={machine.random.choice(USERS)}"
+        machine.write(f"/etc/units/{name}.service", ["[Unit]", f"Description={name}", "[Service]", start, user])
     unit = f"/etc/units/{service}.service"
     return Question(
         instruction=f"Alert: {service} misbehaves. What is {key} in the config that {unit} names?",
         answer=str(machine.configs[service][key]),
-        commands=(f"grep config {unit}", f"grep {key} {path}"),
+        commands=(f"grep config {unit}", f"grep {key} {paths[service]}"),
         solve=f"grep '^{key} ' $(sed -n 's/.*--config //p' {unit}) | cut -d ' ' -f 3",
     )
 
@@ -152,11 +167,17 @@ def most_frequent_host(machine: Machine) -> Question:
 
 def slowest_moment(machine: Machine) -> Question:
     service = machine.draw_service()
-    rows = machine.write_latencies(service)
+    latencies = machine.random.sample(range(20, 3000), machine.random.randint(8, 14))  # ms
+    minute = machine.random.randrange(0, 20 * 60)
+    rows = {}
+    for latency in latencies:
+        rows[latency] = f"{minute // 60:02}:{minute % 60:02},{machine.random.randint(1, 900)},{latency}"
+        minute += 5
     path = f"/srv/metrics/{service}.csv"
+    machine.write(path, ["time,requests,latency", *rows.values()])
     return Question(
         instruction=f"Alert: {service} is slow. At what time is latency highest in {path}?",
-        answer=max(rows, key=lambda row: row[2])[0],
+        answer=rows[max(rows)].partition(",")[0],
         commands=(f"sort -t , -n -k 3 {path} | tail -n 1",),
         solve=f"sort -t , -n -k 3 {path} | tail -n 1 | cut -d , -f 1",
     )
