@@ -1,4 +1,4 @@
-"""Measures what a rollout of the Agent World Model costs in this process, in a sandbox and over OpenEnv on loopback.
+"""Measure the cost of a rollout in the Agent World Model: in this process, in a sandbox and over OpenEnv on loopback.
 
     python benchmarks/awm.py
 
@@ -37,7 +37,7 @@ async def timed(work: Callable[[], Awaitable[object]]) -> float:
 
 
 async def measure(world: AwmWorld, source: str) -> dict[str, list[float]]:
-    """Milliseconds of each reset, call and score."""
+    """Return the milliseconds of each reset, call and score."""
     task = awm_tasks(source)[0]
     found: dict[str, list[float]] = {"reset": [], "call": [], "score": []}
     for _ in range(ROLLOUTS + 2):

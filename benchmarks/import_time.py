@@ -1,4 +1,4 @@
-"""How long `import backtalk` and the command line's first answer take, beside a bare Python.
+"""Measure how long `import backtalk` and the command line's first answer take, beside a bare Python.
 
     python benchmarks/import_time.py
 
@@ -22,7 +22,7 @@ CASES = {
 
 
 def median_ms(code: str) -> float:
-    """Median wall time of a fresh Python that runs ``code``, in milliseconds."""
+    """Return the median wall time of a fresh Python that runs ``code``, in milliseconds."""
     seconds = []
     for _ in range(REPEATS):
         start = time.perf_counter()

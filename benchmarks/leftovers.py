@@ -1,4 +1,4 @@
-"""What trainers and their sandboxes leave on a machine: processes, control groups, open files, memory."""
+"""Find what trainers and their sandboxes leave on a machine: processes, control groups, open files, memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def own_state() -> dict[str, float]:
-    """What a leak in the trainer would make grow."""
+    """Return numbers of this process that grow where it leaks."""
     children = [process for process in processes() if parent_of(process) == os.getpid()]
     return {
         "open files": len(os.listdir("/proc/self/fd")),
@@ -48,7 +48,7 @@ def state_of(process: int) -> str:
 
 
 def orphans() -> set[int]:
-    """Processes in sandboxes that no living trainer holds: the topmost one above them is a bubblewrap."""
+    """Return the sandboxes' processes that no living trainer holds: their topmost ancestor is a bubblewrap."""
     found, own = set(), os.readlink("/proc/self/ns/pid")
     for process in processes():
         with suppress(OSError):
@@ -63,7 +63,7 @@ def orphans() -> set[int]:
 
 
 def groups_of(trainers: list[int]) -> int:
-    """Control groups these trainers made."""
+    """Return the control groups that these trainers made."""
     names = tuple(f"backtalk-{trainer}-" for trainer in trainers)
     return sum(name.startswith(names) for _, folders, _ in os.walk("/sys/fs/cgroup") for name in folders)
 
@@ -78,9 +78,9 @@ def mounts() -> int:
 
 
 def wait_until_gone(trainers: list[int], before: set[int], most_s: float = 30.0) -> tuple[float, int, int]:
-    """Seconds until nothing of the trainers is left, and what is left after all: processes, control groups.
+    """Return the seconds until nothing of the trainers is left, and the processes and control groups that remain.
 
-    Only what is seen twice counts: a process that ends while it is looked at seems to have nobody above it.
+    Only what is seen twice counts: a process that ends while it is looked at seems to have no parent it.
     """
     began, seen = time.monotonic(), orphans()
     while True:
@@ -93,7 +93,7 @@ def wait_until_gone(trainers: list[int], before: set[int], most_s: float = 30.0)
 
 
 def settled(measure: Callable[[], float], most: float, most_s: float = 10.0) -> float:
-    """A number of the whole machine, once it is no more than `most`, or at last: others use it too."""
+    """Return a number of the whole machine once it is at most `most`, or the last one: others use the machine too."""
     until_s = time.monotonic() + most_s
     while (found := measure()) > most and time.monotonic() < until_s:
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""What a step in an OpenEnv environment costs here, beside OpenEnv's own client. Prints a table in Markdown.
+"""Measure the cost of a step in an OpenEnv environment, beside OpenEnv's own client. Prints a table in Markdown.
 
     python benchmarks/openenv_steps.py
     python benchmarks/openenv_steps.py --rounds 100

@@ -1,4 +1,4 @@
-"""Seconds to keep a history in tokens over many turns: appending, against rendering the whole conversation each turn.
+"""Measure how long a growing history takes to tokenize: appending turns, against rendering all of it each turn.
 
     python benchmarks/renderer.py --tokenizer Qwen/Qwen3-0.6B      a folder or a name
 
@@ -57,7 +57,7 @@ def play_appending(make: Callable[[], Renderer], task: str, turns: Sequence[tupl
 
 
 def play_again(r: Renderer, task: str, turns: Sequence[tuple[ToolCall, str]]) -> int:
-    """Without roles: the template's text of all there is, tokenized."""
+    """Render and tokenize the whole conversation each turn, without token roles."""
     chat: list[dict[str, Any]] = [{"role": "user", "content": task}]
     schema = {"name": BASH.name, "description": BASH.description, "parameters": dict(BASH.parameters)}
     tools = [{"type": "function", "function": schema}]

@@ -1,4 +1,4 @@
-"""Rollouts a minute on triage from the embedded base model, and where a step's time goes.
+"""Measure rollouts a minute on triage from the embedded base model, and the parts of a step's time.
 
     python benchmarks/rollout.py --steps 8
 

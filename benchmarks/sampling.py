@@ -1,4 +1,4 @@
-"""Action tokens per second in multi-turn rollouts: TorchSampler against `generate` that re-reads history each turn.
+"""Measure action tokens per second in multi-turn rollouts: TorchSampler, against `generate` over the whole history.
 
     python benchmarks/sampling.py --rows 32 --threads 1
 
@@ -51,7 +51,7 @@ def observation(rng: random.Random) -> list[int]:
 
 
 def play_sampler(model: Any, args: argparse.Namespace, persistent: bool, shared_prompts: bool) -> int:
-    """Play one set of rollouts through the sampler. Returns the number of action tokens."""
+    """Run one set of rollouts through the sampler; return the number of action tokens."""
     sampler = TorchSampler(
         model,
         params=SamplingParams(max_tokens=args.max_tokens),
@@ -77,7 +77,7 @@ def play_sampler(model: Any, args: argparse.Namespace, persistent: bool, shared_
 
 @torch.inference_mode()
 def play_generate(model: Any, args: argparse.Namespace) -> int:
-    """The same with transformers' `generate` on left-padded whole histories; it returns no log-probabilities."""
+    """Run the same with transformers' `generate` on left-padded whole histories; it returns no log-probabilities."""
     rngs = [random.Random(row) for row in range(args.rows)]
     histories = [prompt(rng) for rng in rngs]
     count = 0
@@ -102,7 +102,7 @@ def play_generate(model: Any, args: argparse.Namespace) -> int:
 
 
 def measure(play: Callable[[], int]) -> tuple[float, float]:
-    """Action tokens per second of the wall clock and of CPU time."""
+    """Return action tokens per second of wall-clock time and of CPU time."""
     wall, cpu = time.perf_counter(), time.process_time()
     tokens = play()
     return tokens / (time.perf_counter() - wall), tokens / (time.process_time() - cpu)

@@ -1,4 +1,4 @@
-"""What the local sandbox costs, beside a bare subprocess and podman in the same run. Prints a table in Markdown.
+"""Measure the cost of the local sandbox, beside a bare subprocess and podman. Prints a table in Markdown.
 
     python benchmarks/sandbox.py
     setpriv --reuid 1000 --regid 1000 --clear-groups python benchmarks/sandbox.py    # root, as an ordinary user
@@ -54,7 +54,7 @@ class Table:
         self.cells: dict[tuple[str, int], str] = {}
 
     async def together(self, row: str, n: int, operations: Iterable[Callable[[], Awaitable[object]]]) -> None:
-        """Start all at once; note what each waited."""
+        """Start all at once and record how long each waited."""
 
         async def timed(operation: Callable[[], Awaitable[object]]) -> None:
             began = time.perf_counter()
@@ -78,7 +78,7 @@ BARE = "bare `bash -c true`, ms"
 
 
 async def bare() -> None:
-    """The yardstick."""
+    """Measure a bare subprocess, to compare with."""
     process = await asyncio.create_subprocess_exec("bash", "-c", "true")
     await process.wait()
 
@@ -90,7 +90,7 @@ async def run_true(box: Sandbox, command: str) -> None:
 
 
 def memory_mib() -> float:
-    """Proportional memory of all processes below this one."""
+    """Return the proportional memory of all processes below this one, in MiB."""
     parents, total_kib = {}, 0
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -107,7 +107,7 @@ def memory_mib() -> float:
 
 
 async def operations(table: Table, name: str, backend: SandboxBackend, n: int, rounds: int) -> None:
-    """Let `n` sandboxes live through every operation, `rounds` times."""
+    """Measure each operation in `n` concurrent sandboxes, `rounds` times."""
     file = {"/srv/new/file": SandboxFile(b"x" * 1000)}
     for _ in range(rounds):
         boxes: list[Sandbox] = []
@@ -153,7 +153,7 @@ async def bare_rollout() -> float:
 
 
 async def rollouts(table: Table, row: str, n: int, one: Callable[[], Awaitable[float]]) -> None:
-    """`n` at once, each followed by the next."""
+    """Run rollouts with a concurrency of `n`."""
     left = max(64, 2 * n)
 
     async def worker() -> None:
@@ -170,7 +170,7 @@ async def rollouts(table: Table, row: str, n: int, one: Callable[[], Awaitable[f
 
 
 async def ends(table: Table, name: str, backend: SandboxBackend, count: int) -> None:
-    """How long the end of a sandbox takes in which processes breed up to the limit."""
+    """Measure how long a sandbox takes to end in which processes breed up to the limit."""
     seconds = []
     for _ in range(count):
         stack = AsyncExitStack()
@@ -186,7 +186,7 @@ async def ends(table: Table, name: str, backend: SandboxBackend, count: int) -> 
 
 
 class Podman:
-    """As much of podman as is measured here: this machine's /usr over an empty tree, no network, overlay on top."""
+    """Podman, as far as it is measured: this machine's /usr over an empty tree, no network, overlay on top."""
 
     @asynccontextmanager
     async def container(self, root: Path) -> AsyncGenerator[str]:

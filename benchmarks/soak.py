@@ -1,4 +1,4 @@
-"""Thousands of rollouts of random and hostile commands, a trainer killed at random, and a look at what is left.
+"""Run thousands of rollouts of random and hostile commands, kill the trainer at random, and check what is left.
 
     nice -n 5 python benchmarks/soak.py --rollouts 10000 --kills 5
 
@@ -52,7 +52,7 @@ WRONG = "echo nothing >~/answer"
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to behave, and the reward it must end with. `{token}` is what the task asks for."""
+    """A kind of policy, and the reward that it must get. `{token}` is what the task asks for."""
 
     commands: tuple[str, ...]
     reward: float | None
@@ -125,7 +125,7 @@ def kind_of(task_id: str) -> Kind:
 
 
 def replies(key: str, renderer: Renderer) -> list[tuple[int, ...]]:
-    """What the policy says in the rollout of this key: "seed/step/kind/step/index/sample"."""
+    """Return the actions of the policy in the rollout of a key, "seed/step/kind/step/index/sample"."""
     chance = random.Random(key)
     task_id = "/".join(key.split("/")[2:5])
     said = []
@@ -142,7 +142,7 @@ def replies(key: str, renderer: Renderer) -> list[tuple[int, ...]]:
 
 
 class Dying:
-    """A terminal whose sandbox is killed from outside when the agent says so."""
+    """A terminal whose sandbox is killed from outside when the agent sends `{die}`."""
 
     def __init__(self, env: TerminalEnv) -> None:
         self._env = env
@@ -160,7 +160,7 @@ class Dying:
 
 
 async def trainer(folder: Path, args: argparse.Namespace) -> None:
-    """Write what is missing of the steps, and say so on standard output."""
+    """Write the steps that are missing, and report each on standard output."""
     from transformers import PreTrainedTokenizerFast
 
     log = RunLog(folder)
@@ -200,7 +200,7 @@ def opener(backend: SandboxBackend) -> EnvFactory:
 
 
 class Soak:
-    """Starts trainers, kills some, and keeps what they said."""
+    """Starts trainers, kills some, and keeps their reports."""
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder = args, folder
@@ -297,7 +297,7 @@ class Soak:
 
 
 def judge(trajectory: Trajectory) -> str:
-    """What a trajectory's reward is against what it must be."""
+    """Compare a trajectory's reward with the one that it must have."""
     kind = kind_of(trajectory.task_id)
     if trajectory.failure is not None and trajectory.reward is not None:
         return "WRONG: a failure with a reward"

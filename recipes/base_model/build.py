@@ -2,11 +2,10 @@
 
     python recipes/base_model/build.py          # about half an hour on 2 cores
 
-What it has seen, and why: ordinary shell sessions in other people's home folders, learned on every token
-(what is typed and what comes back), so that it knows both halves of the conversation; and middling attempts
-at triage tasks of the train split, learned on the explorers' tokens alone, so that it knows what an attempt
-looks like but neither how to succeed nor what a triage box says. That is left to reinforcement learning and
-to the world-model term.
+It is trained on ordinary shell sessions in home folders, on every token (commands and their output), so that it knows
+both sides of a conversation; and on mediocre rollouts of triage tasks of the train split, on the explorers' tokens
+alone, so that it knows the form of a rollout, but neither how to succeed nor what a triage machine outputs. That is
+left to reinforcement learning and to the world-model term.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Recipe:
     triage_sessions: int = 6000
     held_out_sessions: int = 200
     skill: float = 0.3
-    failures_kept: float = 0.33  # of the explorers' wrong attempts
+    failures_kept: float = 0.33  # of the explorers' wrong rollouts
     vocab_size: int = 1536
     hidden_size: int = 128
     layers: int = 4
@@ -68,7 +67,7 @@ def triage_seeds(split: Split, level: int, first: int) -> Iterator[int]:
 
 
 def explorer_sessions(count: int, skill: float, split: Split, first: int) -> Iterator[Session]:
-    """Attempts at levels 1 and 2, with a few of 3 and 4."""
+    """Make sessions of triage tasks at levels 1 and 2, with a few of 3 and 4."""
     seeds = {level: triage_seeds(split, level, first) for level in (1, 2, 3, 4)}
     for i in range(count):
         level = (1, 2, 1, 2, 1, 2, 1, 2, 3, 4)[i % 10]
@@ -76,7 +75,7 @@ def explorer_sessions(count: int, skill: float, split: Split, first: int) -> Ite
 
 
 def to_trajectory(session: dict, renderer: Renderer) -> Trajectory:
-    """A recorded session in the tokens of the model; the explorer's tokens are unsampled actions."""
+    """Encode a recorded session in the tokens of the model; the explorer's tokens are unsampled actions."""
     segments = list(renderer.render_prompt([unpack(message) for message in session["prompt"]]))
     for number, turn in enumerate(session["turns"]):
         call = unpack_call(turn["call"])
@@ -98,7 +97,7 @@ def texts(session: dict) -> Iterator[str]:
 
 
 def examples(sessions: list[dict], renderer: Renderer) -> list[tuple[Tensor, Tensor]]:
-    """(token ids [T], learned [T]) of each session."""
+    """Return (token ids [T], learned [T]) of each session."""
     pairs = []
     for session in sessions:
         trajectory = to_trajectory(session, renderer)
@@ -109,7 +108,7 @@ def examples(sessions: list[dict], renderer: Renderer) -> list[tuple[Tensor, Ten
 
 
 def batches(pairs: list[tuple[Tensor, Tensor]], tokens: int, random: Random) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless epochs of [B, T] batches of like length."""
+    """Yield [B, T] batches of like length, in endless epochs."""
     while True:
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + random.randint(-20, 20))
         starts, size = [], 0
@@ -127,9 +126,9 @@ def batches(pairs: list[tuple[Tensor, Tensor]], tokens: int, random: Random) -> 
 
 
 def drill_batches(vocab_size: int, tokens: int, random: Random, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Random tokens, repeated; learned from the second time on. It grows the heads that copy, in minutes.
+    """Yield batches of repeated random tokens, learned from the second time on. They teach copying in minutes.
 
-    Short periods come first: with few places to look at, there is something to learn from at once.
+    Short periods come first: with few places to attend to, the loss falls from the start.
     """
     length = 48
     for step in itertools.count(first):
@@ -140,7 +139,7 @@ def drill_batches(vocab_size: int, tokens: int, random: Random, first: int = 0) 
 
 
 def mixed(sessions: Iterator[tuple[Tensor, Tensor]], drill: Iterator[tuple[Tensor, Tensor]]) -> Iterator:
-    """Three batches of sessions, then one of the drill, so that copying is not forgotten."""
+    """Yield three batches of sessions, then one of the drill, so that copying is not forgotten."""
     while True:
         yield from itertools.islice(sessions, 3)
         yield next(drill)
@@ -149,7 +148,7 @@ def mixed(sessions: Iterator[tuple[Tensor, Tensor]], drill: Iterator[tuple[Tenso
 def train(
     model: LlamaForCausalLM, data: Iterator[tuple[Tensor, Tensor]], steps: int, rate: float, *, cool: bool
 ) -> None:
-    """Muon for the matrices, AdamW for the rest. With ``cool`` the rate falls to 0 over the last part."""
+    """Train with Muon for the matrices and AdamW for the rest. With ``cool`` the rate falls to 0 over the last part."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
@@ -176,7 +175,7 @@ def train(
 
 
 def new_model(recipe: Recipe, vocab_size: int, work: Path) -> LlamaForCausalLM:
-    """A small Llama that has been drilled in copying; kept in ``work`` between runs."""
+    """Return a small Llama that has been drilled in copying; it is kept in ``work`` between runs."""
     torch.manual_seed(recipe.seed)
     model = LlamaForCausalLM(
         LlamaConfig(

@@ -27,7 +27,7 @@ Turn = tuple[ToolCall, tuple[Message, ...]]
 
 
 async def record(sessions: Iterable[Session], path: Path, config: TerminalConfig, *, concurrency: int = 16) -> int:
-    """Run every session and append it to ``path``; gives how many were recorded."""
+    """Run every session and append it to ``path``; return how many were recorded."""
     backend = local_sandbox()
     waiting = iter(sessions)
     count = 0

@@ -1,7 +1,7 @@
-"""What the scripted explorers do: ordinary shell sessions, and middling attempts at triage.
+"""Script the explorers: ordinary shell sessions, and mediocre rollouts of triage tasks.
 
-A session is a task with the commands an explorer types and the answer it gives. Explorers know the world they
-were put in, so their commands can be written down before the world answers; what the world then says is real.
+A session is a task with an explorer's commands and answer. Explorers know the files of their task, so the commands are
+written down before they run; their output is real.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXTENSIONS = "txt md csv py log cfg".split()
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A task, what the explorer types, its answer, and whether that is right. ``ordinary`` sessions are not triage."""
+    """A task, the explorer's commands, its answer, and whether that is right. ``ordinary`` sessions are not triage."""
 
     task: Task
     commands: tuple[str, ...]
@@ -38,7 +38,7 @@ class Session:
 
 
 def ordinary_session(seed: int) -> Session:
-    """Somebody's home folder, a small wish, and a stroll through it."""
+    """Make a session in a home folder: a small task, and a few commands that look around."""
     random = Random(f"ordinary/{seed}")
     files = _home(random)
     path = random.choice(sorted(files))
@@ -55,16 +55,16 @@ def ordinary_session(seed: int) -> Session:
             (f"Sort {path} and show what comes last.", f"sort {path} | tail -n 1", sorted(lines)[-1]),
         )
     )
-    stroll = [_stroll(random, sorted(files)) for _ in range(random.randint(1, 5))]
-    stroll.insert(random.randint(0, len(stroll)), command)
+    commands = [_look_around(random, sorted(files)) for _ in range(random.randint(1, 5))]
+    commands.insert(random.randint(0, len(commands)), command)
     check = f'[ "$(cat /logs/agent/answer.txt)" = {shlex.quote(answer)} ]; echo $((! $?)) > /logs/verifier/reward.txt\n'
     tests = {"test.sh": SandboxFile(check.encode(), mode=0o755)}
     task = Task(id=f"ordinary-{seed}", instruction=wish, files=files, tests=tests)
-    return Session(task, tuple(stroll), answer, ordinary=True, right=True)
+    return Session(task, tuple(commands), answer, ordinary=True, right=True)
 
 
 def triage_session(seed: int, level: int, skill: float) -> Session:
-    """An attempt at a triage task: with probability ``skill`` the right way, otherwise a guess."""
+    """Make a session of a triage task: with probability ``skill`` the right commands, otherwise a guess."""
     task = triage_task(seed, level)
     random = Random(f"explorer/{level}/{seed}")
     commands: list[str] = list(task.metadata["commands"])
@@ -75,16 +75,16 @@ def triage_session(seed: int, level: int, skill: float) -> Session:
         if style == 0:  # the right look, the wrong conclusion
             answer = _guess(random, answer)
         elif style == 1:  # looks elsewhere
-            commands = [_stroll(random, paths) for _ in range(random.randint(1, 3))]
+            commands = [_look_around(random, paths) for _ in range(random.randint(1, 3))]
             answer = _guess(random, answer)
         else:  # looks elsewhere first, then gives up half way
-            commands = [_stroll(random, paths), commands[0]][: random.randint(1, 2)]
+            commands = [_look_around(random, paths), commands[0]][: random.randint(1, 2)]
             answer = _guess(random, answer)
     return Session(task, tuple(commands), answer, ordinary=False, right=answer == task.metadata["answer"])
 
 
 def _guess(random: Random, answer: str) -> str:
-    """An answer of the right kind, seldom the right one."""
+    """Return an answer of the right kind, seldom the right one."""
     if ":" in answer:
         return f"{random.randrange(24):02}:{random.randrange(60):02}"
     if "." in answer:
@@ -97,8 +97,8 @@ def _guess(random: Random, answer: str) -> str:
     return "done"
 
 
-def _stroll(random: Random, paths: list[str]) -> str:
-    """A command of somebody who looks around."""
+def _look_around(random: Random, paths: list[str]) -> str:
+    """Return a command that looks around."""
     path = random.choice(paths)
     folder = path.rsplit("/", 1)[0]
     return random.choice(

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer with a chat template, trained on the recorded sessions."""
+"""Train a byte-level BPE tokenizer with a chat template on the recorded sessions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Words keep the blank before them; every digit is a token of its own, so that numbers can be copied."""
+    """Train the tokenizer: words keep the blank before them; each digit is a token, so that numbers can be copied."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

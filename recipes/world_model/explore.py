@@ -1,7 +1,7 @@
-"""Episodes of a scripted explorer in real terminals: commands on files, and what the terminal returned.
+"""Record rollouts of a scripted explorer in real terminals: commands on files, and their output.
 
-The boxes are those of triage tasks; nobody scores anything. Two explorers in one box type other commands, so there are
-three kinds of episode: those trained on, others over the same files, and others in boxes that were never seen.
+The machines are those of triage tasks; nothing is scored. Two rollouts on one machine have different commands, so there
+are three kinds: rollouts to train on, others over the same files, and others on machines that were never seen.
 """
 
 from __future__ import annotations
@@ -27,24 +27,27 @@ TERMINAL = TerminalConfig(max_output_chars=600, command_timeout_s=30)
 
 
 @dataclass(frozen=True, slots=True)
-class Episodes:
-    """Each a list of trajectories without reward."""
+class Rollouts:
+    """Trajectories without reward: trained on, over the same files, and on new machines."""
 
     trained: tuple[Trajectory, ...]
     same_files: tuple[Trajectory, ...]
     new_files: tuple[Trajectory, ...]
 
 
-async def record(renderer: Renderer, *, boxes: int, sessions: int, held_out: int, seed: int) -> Episodes:
-    """``sessions`` trained episodes in each of ``boxes`` boxes, one more over the same files, one in each new box."""
-    seen = triage_tasks(split=Split.TRAIN, levels=(1, 2), count=boxes, seed=seed + 17)  # not those of a preset
+async def record(renderer: Renderer, *, machines: int, sessions: int, held_out: int, seed: int) -> Rollouts:
+    """Record rollouts on machines of triage tasks: ``sessions`` a machine to train on, and one more each.
+
+    ``held_out`` is how many other machines have one rollout each.
+    """
+    seen = triage_tasks(split=Split.TRAIN, levels=(1, 2), count=machines, seed=seed + 17)  # not those of a preset
     new = triage_tasks(split=Split.HELD_OUT, levels=(1, 2), count=held_out, seed=seed + 17)
     world = TerminalWorld(local_sandbox(), TERMINAL)
     places = asyncio.Semaphore(16)
     limits = RolloutLimits(max_turns=TURNS, max_tokens=2048, max_tokens_per_turn=200)
     shell = renderer.for_tools((BASH, SUBMIT))
 
-    async def episode(task: Task, number: int) -> Trajectory:
+    async def rollout(task: Task, number: int) -> Trajectory:
         sampler = ScriptedSampler(explore(task, number), lambda command: _encode(shell, command))
         async with places:
             unscored = replace(task, metadata={**task.metadata, "world_model_only": True})
@@ -52,21 +55,21 @@ async def record(renderer: Renderer, *, boxes: int, sessions: int, held_out: int
             return await run_rollout(unscored, world.open, sampler, shell, limits, sample_index=number, key=key)
 
     trained, same, fresh = await asyncio.gather(
-        asyncio.gather(*(episode(task, n) for task in seen for n in range(sessions))),
-        asyncio.gather(*(episode(task, sessions) for task in seen)),
-        asyncio.gather(*(episode(task, 0) for task in new)),
+        asyncio.gather(*(rollout(task, n) for task in seen for n in range(sessions))),
+        asyncio.gather(*(rollout(task, sessions) for task in seen)),
+        asyncio.gather(*(rollout(task, 0) for task in new)),
     )
-    return Episodes(tuple(trained), tuple(same), tuple(fresh))
+    return Rollouts(tuple(trained), tuple(same), tuple(fresh))
 
 
 def explore(task: Task, number: int) -> list[str]:
-    """What somebody types who looks around this box; other commands for another number."""
+    """Return commands that look around a task's machine; another number gives other ones."""
     random = Random(f"explore/{task.id}/{number}")
     return [_command(random, sorted(task.files)) for _ in range(TURNS)]
 
 
 def shuffled(trajectories: Sequence[Trajectory], seed: int) -> tuple[Trajectory, ...]:
-    """The control: each turn is answered by what some other turn of the whole set was answered with."""
+    """Return the control: each turn has the observation of some other turn of the whole set."""
     answers = [(t, n) for t, one in enumerate(trajectories) for n in range(one.num_turns)]
     moved = Random(f"shuffle/{seed}").sample(answers, len(answers))
     source = dict(zip(answers, moved, strict=True))

@@ -1,4 +1,4 @@
-"""What a model predicts the terminal to return: nats, share of tokens right, and a few predictions to read."""
+"""Measure a model's predictions of a terminal's output: nats, share of tokens right, and a few samples to read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from backtalk.trajectory import TokenRole, Trajectory
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Over ENV_OUTPUT tokens, the true text before each of them given."""
+    """Means over ENV_OUTPUT tokens, each given the true text before it."""
 
     nats_per_token: float
     nats_per_new_token: float  # without text that stands in the command it answers
@@ -25,7 +25,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One observation: what was typed, what came back, and what the model thought would."""
+    """One observation: the command, its output, and the output that the model predicted."""
 
     command: str
     truth: str
@@ -34,7 +34,7 @@ class Prediction:
 
 @torch.no_grad()
 def measure(engine: TorchEngine, trajectories: Sequence[Trajectory]) -> Measure:
-    """Greedy decoding is right to the last token where every token, given the true ones before it, is the likeliest."""
+    """Measure trajectories; an observation is exact where each token is the likeliest after the true ones."""
     nats = new_nats = right = 0.0
     tokens = new_tokens = observations = exact = 0
     for trajectory in trajectories:
@@ -55,7 +55,7 @@ def measure(engine: TorchEngine, trajectories: Sequence[Trajectory]) -> Measure:
 
 @torch.no_grad()
 def predictions(engine: TorchEngine, trajectories: Sequence[Trajectory], count: int) -> list[Prediction]:
-    """The first observation of ``count`` episodes that has one, decoded greedily for as long as the truth is."""
+    """Return predictions for the first observation of ``count`` rollouts, decoded greedily to the true length."""
     found: list[Prediction] = []
     for trajectory in trajectories:
         said = next(((s, e) for s, e, segment in trajectory.spans() if segment.role is TokenRole.ENV_OUTPUT), None)

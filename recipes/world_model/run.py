@@ -1,4 +1,4 @@
-"""A small model learns what a terminal returns, from observations alone: no verifier, no reward, no policy term.
+"""Train a small model on a terminal's output alone: no verifier, no reward, no policy term.
 
     python recipes/world_model/run.py --out world_model
 
@@ -24,30 +24,30 @@ from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.samples import build_samples
 from backtalk.trajectory import Trajectory, TrajectoryGroup
 from backtalk.viewer.web.curves import finish, new_figure
-from explore import Episodes, record, shuffled
+from explore import Rollouts, record, shuffled
 from measure import measure, predictions
 
 OBJECTIVE = ObjectiveConfig(policy_coeff=0.0, world_model_coeff=1.0)
-SETS = {"trained": "episodes trained on", "same_files": "same files, other commands", "new_files": "new files"}
+SETS = {"trained": "rollouts trained on", "same_files": "same files, other commands", "new_files": "new files"}
 BATCH = 32
 
 
-async def learn(episodes: Episodes, trained: Sequence[Trajectory], args: argparse.Namespace) -> dict[str, Any]:
-    """One arm: ``steps`` optimizer steps on ``trained``, measured on the way; the same seed gives the same numbers."""
+async def learn(rollouts: Rollouts, trained: Sequence[Trajectory], args: argparse.Namespace) -> dict[str, Any]:
+    """Train one arm: ``steps`` optimizer steps on ``trained``, measured on the way; a seed gives the same numbers."""
     engine = TorchEngine(TorchConfig(model=args.model, learning_rate=args.learning_rate, warmup_steps=10))
     samples = [s for t in trained for s in build_samples(TrajectoryGroup(t.task_id, (t,)), OBJECTIVE)]
     order, curve = Random(f"order/{args.seed}"), []
-    before = predictions(engine, episodes.new_files, args.show)
+    before = predictions(engine, rollouts.new_files, args.show)
     for step in range(args.steps + 1):
         if step % args.every == 0 or step == args.steps:
-            found = {name: asdict(measure(engine, getattr(episodes, name)[: args.measured])) for name in SETS}
+            found = {name: asdict(measure(engine, getattr(rollouts, name)[: args.measured])) for name in SETS}
             curve.append({"step": step, **found})
             print(
                 f"step {step:4}: " + ", ".join(f"{k} {v['nats_per_token']:.2f}" for k, v in found.items()), flush=True
             )
         if step < args.steps:
             await engine.train_step(order.sample(samples, min(BATCH, len(samples))), OBJECTIVE)
-    after = predictions(engine, episodes.new_files, args.show)
+    after = predictions(engine, rollouts.new_files, args.show)
     shown = [
         {"command": a.command, "truth": a.truth, "before": b.predicted, "after": a.predicted}
         for b, a in zip(before, after, strict=True)
@@ -56,7 +56,7 @@ async def learn(episodes: Episodes, trained: Sequence[Trajectory], args: argpars
 
 
 def draw(arms: dict[str, dict[str, Any]]) -> bytes:
-    """Cross-entropy and token accuracy over steps; the control dashed."""
+    """Draw cross-entropy and token accuracy over steps, with the control dashed."""
     figure, (nats, accuracy) = new_figure(1, 2)
     colors = dict(zip(SETS, ("#8c959f", "#54aeff", "#cf222e"), strict=True))
     for arm, style in (("observations", "-"), ("shuffled", "--")):
@@ -99,28 +99,28 @@ async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("world_model"))
     parser.add_argument("--model", default="base")
-    parser.add_argument("--boxes", type=int, default=128, help="boxes trained in")
-    parser.add_argument("--sessions", type=int, default=4, help="trained episodes in each")
-    parser.add_argument("--held-out", type=int, default=64, help="boxes never trained in")
+    parser.add_argument("--machines", type=int, default=128, help="machines trained on")
+    parser.add_argument("--sessions", type=int, default=4, help="trained rollouts in each")
+    parser.add_argument("--held-out", type=int, default=64, help="machines never trained on")
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--every", type=int, default=50, help="steps between measurements")
-    parser.add_argument("--measured", type=int, default=64, help="episodes of each kind that are measured")
+    parser.add_argument("--measured", type=int, default=64, help="rollouts of each kind that are measured")
     parser.add_argument("--show", type=int, default=4, help="predictions to print")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     started = time.monotonic()
     tokenizer = TorchEngine(TorchConfig(model=args.model)).tokenizer
-    episodes = await record(
-        Renderer(tokenizer, ()), boxes=args.boxes, sessions=args.sessions, held_out=args.held_out, seed=args.seed
+    rollouts = await record(
+        Renderer(tokenizer, ()), machines=args.machines, sessions=args.sessions, held_out=args.held_out, seed=args.seed
     )
     print(
-        f"recorded {len(episodes.trained)} + {len(episodes.same_files)} + {len(episodes.new_files)} episodes",
+        f"recorded {len(rollouts.trained)} + {len(rollouts.same_files)} + {len(rollouts.new_files)} rollouts",
         flush=True,
     )
     arms = {
-        "observations": await learn(episodes, episodes.trained, args),
-        "shuffled": await learn(episodes, shuffled(episodes.trained, args.seed), args),
+        "observations": await learn(rollouts, rollouts.trained, args),
+        "shuffled": await learn(rollouts, shuffled(rollouts.trained, args.seed), args),
     }
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}

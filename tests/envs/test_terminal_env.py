@@ -1,4 +1,4 @@
-"""The terminal, in the real sandbox: what the agent is told and by whom, and that only the tests decide the reward."""
+"""The terminal, in the real sandbox: the token roles of what it returns, and that only the tests decide the reward."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ async def parts_of(env: TerminalEnv, command: str) -> list[tuple[str, TokenRole]
     return [(part.text, part.role) for part in message.parts]
 
 
-async def test_an_episode(backend: SandboxBackend) -> None:
+async def test_a_rollout(backend: SandboxBackend) -> None:
     async with open_terminal_env(task_of(RIGHT_ANSWER), backend, CONFIG) as env:
         assert await env.reset() == (
             Message("system", (Part(CONFIG.system_prompt, TokenRole.CONTEXT),)),

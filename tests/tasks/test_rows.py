@@ -88,6 +88,17 @@ def test_every_bad_row_is_named_and_nothing_runs(tmp_path: Path) -> None:
         assert said in str(raised.value)
 
 
+def test_each_wrong_field_of_a_row_is_named_with_what_to_write(tmp_path: Path) -> None:
+    wrong = {"id": True, "workdir": "a b", "env": {"A-B": "1"}, "files": {"x": {"base64": "!"}}, "agent_timeout_s": 0}
+    with pytest.raises(TaskError) as raised:
+        read_tasks(str(write(tmp_path / "tasks.jsonl", {**ROW, **wrong})))
+    for field in ("id: True", "workdir: 'a b'", "env: A-B", "files: x: ", "agent_timeout_s: 0"):
+        assert field in str(raised.value)
+    assert "write a plain absolute path" in str(raised.value)
+    with pytest.raises(TaskError, match="test: is no field; did you mean 'tests'"):
+        read_tasks(str(write(tmp_path / "tasks.jsonl", {**ROW, "test": "true"})))
+
+
 def test_rows_for_the_world_model_need_no_tests(tmp_path: Path) -> None:
     unscored = {name: value for name, value in ROW.items() if name != "tests"}
     (task,) = read_tasks(str(write(tmp_path / "tasks.jsonl", unscored)), world_model_only=True)

@@ -93,7 +93,7 @@ def busiest_process(machine: Machine) -> Question:
     last = f"sort -n -k {column} /srv/snap/ps.txt | tail -n 1"
     return Question(
         instruction=f"Alert: load is high. /srv/snap/ps.txt has pid, command, cpu, memory. Which pid uses most {what}?",
-        answer=str(pids[values.index(max(values))]),
+        answer=str(max(zip(values, pids, strict=True))[1]),
         commands=(last,),
         solve=f"{last} | cut -d ' ' -f 1",
     )
