@@ -137,7 +137,7 @@ def _specs(kind: type[PythonEnv]) -> dict[str, ToolSpec]:
     names = dict.fromkeys(name for base in reversed(kind.__mro__) if issubclass(base, PythonEnv) for name in vars(base))
     specs = {}
     for name in names:
-        method = inspect.getattr_static(kind, name)
+        method: Any = inspect.getattr_static(kind, name)
         if name.startswith("_") or hasattr(PythonEnv, name) or not inspect.isfunction(method):
             continue
         bound = method.__get__(object())
