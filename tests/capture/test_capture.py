@@ -437,94 +437,106 @@ NO_CALL = "no tool call"
 DEEP = '{"command": ' + "[" * 200 + "]" * 200 + "}"
 
 
+ODD_REPLIES: list[tuple[dict[str, Any], str]] = [
+    (called("submit", '{"answer": 42}'), "'answer' of submit has to be a string, got the number 42"),
+    (called("submit", '{"answer": ["4", "2"]}'), "'answer' of submit has to be a string, got an array of 2"),
+    (called("bash", '{"command": null}'), "'command' of bash has to be a string, got null"),
+    (called("bash", "{}"), "bash needs the argument 'command', got none"),
+    (called("bash", ""), "bash needs the argument 'command', got none"),
+    (called("fly", '{"to": "moon"}'), "there is no tool 'fly'"),
+    (called("bash", "{broken"), NO_CALL),
+    (called("bash", '{"command": "ls"} and more'), NO_CALL),
+    (called("bash", '["ls"]'), NO_CALL),
+    (called("bash", '{"command": NaN}'), NO_CALL),
+    (called("bash", DEEP), NO_CALL),
+    (calling([LS | {"function": {"name": "bash", "arguments": ["ls"]}}]), NO_CALL),
+    (calling([LS | {"function": {"arguments": "{}"}}]), NO_CALL),
+    (calling([LS | {"function": None}]), NO_CALL),
+    (calling([None]), NO_CALL),
+    (calling([17]), NO_CALL),
+    (calling("bash"), NO_CALL),
+    (replied(content=None), NO_CALL),
+    (replied(content=None, refusal="I would rather not."), NO_CALL),
+    (replied(content=[THOUGHT, {"type": "text", "text": "ok"}]), NO_CALL),
+    (replied(content="a lone \ud800 half <|im_end|> of nothing"), NO_CALL),
+    ({"choices": [{"index": 0}]}, NO_CALL),
+    ({"choices": [{"message": None, "logprobs": 3, "token_ids": 4, "prompt_token_ids": 5}]}, NO_CALL),
+]
+HARMLESS_REPLIES = [
+    replied(content=[THOUGHT, {"type": "text", "text": ""}], tool_calls=[LS]),
+    replied(content=None, refusal=None, reasoning_content="hm", tool_calls=[LS], audio=None),
+    calling([{**LS, "function": {**LS["function"], "arguments": {"command": "ls"}}}]),
+    calling([{**LS, "id": None}]),
+    calling([{"function": LS["function"], "index": 0}, LS]),
+    calling(LS),
+    {"choices": [*calling([LS])["choices"], replied(content="another")["choices"][0]]},
+]
+
+
 @pytest.mark.parametrize("tool_format", [ToolFormat.HERMES, ToolFormat.TAGS])
-@pytest.mark.parametrize(
-    ("odd", "told"),
-    [
-        (called("submit", '{"answer": 42}'), "'answer' of submit has to be a string, got the number 42"),
-        (called("submit", '{"answer": ["4", "2"]}'), "'answer' of submit has to be a string, got an array of 2"),
-        (called("bash", '{"command": null}'), "'command' of bash has to be a string, got null"),
-        (called("bash", "{}"), "bash needs the argument 'command', got none"),
-        (called("bash", ""), "bash needs the argument 'command', got none"),
-        (called("fly", '{"to": "moon"}'), "there is no tool 'fly'"),
-        (called("bash", "{broken"), NO_CALL),
-        (called("bash", '{"command": "ls"} and more'), NO_CALL),
-        (called("bash", '["ls"]'), NO_CALL),
-        (called("bash", '{"command": NaN}'), NO_CALL),
-        (called("bash", DEEP), NO_CALL),
-        (calling([LS | {"function": {"name": "bash", "arguments": ["ls"]}}]), NO_CALL),
-        (calling([LS | {"function": {"arguments": "{}"}}]), NO_CALL),
-        (calling([LS | {"function": None}]), NO_CALL),
-        (calling([None]), NO_CALL),
-        (calling([17]), NO_CALL),
-        (calling("bash"), NO_CALL),
-        (replied(content=None), NO_CALL),
-        (replied(content=None, refusal="I would rather not."), NO_CALL),
-        (replied(content=[THOUGHT, {"type": "text", "text": "ok"}]), NO_CALL),
-        (replied(content="a lone \ud800 half <|im_end|> of nothing"), NO_CALL),
-        ({"choices": [{"index": 0}]}, NO_CALL),
-        ({"choices": [{"message": None, "logprobs": 3, "token_ids": 4, "prompt_token_ids": 5}]}, NO_CALL),
-    ],
-)
-async def test_an_odd_reply_is_told_and_the_rollout_goes_on(
-    odd: dict[str, Any], told: str, tool_format: ToolFormat
-) -> None:
-    done = called("submit", '{"answer": "2"}', 1)
-    with serving(scripted(odd, called("bash", '{"command": "ls"}'), done)) as server:
-        trajectory = await played(Endpoint(config(server)), tool_format)
-    assert (trajectory.failure, trajectory.reward, trajectory.stop_reason) == (None, 2.0, StopReason.SUBMITTED)
-    heard = server.asked[1]["messages"][-1]
-    assert told in heard["content"] and trajectory.stats["unclean_turns"] == 1
-    warned = next(m["content"] for m in trajectory.messages if m["role"] == "tool")
-    assert warned.startswith("[") and warned in heard["content"]
-    ends = [t for s in trajectory.segments if s.role in (CONTEXT, ACTION) and s.turn == 0 for t in s.token_ids]
-    assert [t in renderer().stop_token_ids for t in ends] == [False] * (len(ends) - 1) + [True]
+async def test_an_odd_reply_is_told_and_the_rollout_goes_on(tool_format: ToolFormat) -> None:
+    """One rollout with a turn for each odd reply, and a good one after it that shows that nothing was lost."""
+    good = called("bash", '{"command": "ls"}')
+    replies = [reply for odd, _ in ODD_REPLIES for reply in (odd, good)]
+    with serving(scripted(*replies, called("submit", '{"answer": "2"}', 1))) as server:
+        trajectory = await played(Endpoint(config(server)), tool_format, max_turns=len(replies) + 1, max_tokens=100_000)
+    n = len(ODD_REPLIES)
+    assert (trajectory.failure, trajectory.reward, trajectory.stop_reason) == (None, n + 1, StopReason.SUBMITTED)
+    assert (trajectory.num_turns, trajectory.stats["unclean_turns"]) == (2 * n + 1, n)
+    answers = [[m["content"] for m in part] for part in answers_by_turn(trajectory)]
+    for number, (odd, told) in enumerate(ODD_REPLIES):
+        heard = server.asked[2 * number + 1]["messages"][-1]["content"]
+        (warned,) = answers[2 * number]
+        assert told in heard and warned.startswith("[") and warned in heard, odd
+        assert answers[2 * number + 1] == [f"[note]\nstep {number + 1}: ls"], odd
+        turn = [s for s in trajectory.segments if s.turn == 2 * number and s.role in (CONTEXT, ACTION)]
+        ends = [t in renderer().stop_token_ids for s in turn for t in s.token_ids]
+        assert ends == [False] * (len(ends) - 1) + [True], odd
 
 
-@pytest.mark.parametrize(
-    "harmless",
-    [
-        replied(content=[THOUGHT, {"type": "text", "text": ""}], tool_calls=[LS]),
-        replied(content=None, refusal=None, reasoning_content="hm", tool_calls=[LS], audio=None),
-        calling([{**LS, "function": {**LS["function"], "arguments": {"command": "ls"}}}]),
-        calling([{**LS, "id": None}]),
-        calling([{"function": LS["function"], "index": 0}, LS]),
-        calling(LS),
-        {"choices": [*calling([LS])["choices"], replied(content="another")["choices"][0]]},
-    ],
-)
-async def test_what_is_only_written_otherwise_is_a_call(harmless: dict[str, Any]) -> None:
-    with serving(scripted(harmless, called("submit", '{"answer": "1"}', 1))) as server:
-        trajectory = await played(Endpoint(config(server)))
-    assert (trajectory.reward, trajectory.stats["unclean_turns"]) == (2.0, 0)
-    assistant, tool = server.asked[1]["messages"][-2:]
-    assert assistant["tool_calls"][0]["function"] == LS["function"]
-    assert (tool["role"], tool["tool_call_id"]) == ("tool", assistant["tool_calls"][0]["id"])
+def answers_by_turn(trajectory: Trajectory) -> list[list[Any]]:
+    turns: list[list[Any]] = []
+    for message in trajectory.messages:
+        if message["role"] == "assistant":
+            turns.append([])
+        elif turns:
+            turns[-1].append(message)
+    return turns
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        (200, {"choices": []}),
-        (200, {"choices": {"0": {}}}),
-        (200, {"choices": [None]}),
-        (200, {"error": {"message": "overloaded", "code": 502}}),
-        (200, replied(content=7)),
-        (200, replied(content=[{"type": "image_url", "image_url": {}}])),
-        (500, {"error": "out of memory"}),
-        None,  # the connection is cut
-    ],
-)
-async def test_a_broken_reply_costs_one_rollout(broken: tuple[int, dict[str, Any]] | None) -> None:
+async def test_what_is_only_written_otherwise_is_a_call() -> None:
+    done = called("submit", '{"answer": "1"}', 1)
+    with serving(scripted(*HARMLESS_REPLIES, done)) as server:
+        trajectory = await played(Endpoint(config(server)), max_turns=len(HARMLESS_REPLIES) + 1)
+    assert (trajectory.reward, trajectory.stats["unclean_turns"]) == (len(HARMLESS_REPLIES) + 1, 0)
+    for reply, asked in zip(HARMLESS_REPLIES, server.asked[1:], strict=True):
+        assistant, tool = asked["messages"][-2:]
+        assert assistant["tool_calls"][0]["function"] == LS["function"], reply
+        assert (tool["role"], tool["tool_call_id"]) == ("tool", assistant["tool_calls"][0]["id"]), reply
+
+
+BROKEN_REPLIES: list[tuple[int, dict[str, Any]] | None] = [
+    (200, {"choices": []}),
+    (200, {"choices": {"0": {}}}),
+    (200, {"choices": [None]}),
+    (200, {"error": {"message": "overloaded", "code": 502}}),
+    (200, replied(content=7)),
+    (200, replied(content=[{"type": "image_url", "image_url": {}}])),
+    (500, {"error": "out of memory"}),
+    None,  # the connection is cut
+]
+
+
+async def test_a_broken_reply_costs_one_rollout() -> None:
     good = (200, called("submit", '{"answer": ""}'))
-    left = iter([good, broken, broken, good])
-    with serving(lambda body: next(left)) as server:
-        first, failed = [await played(Endpoint(config(server, attempts=2))) for _ in range(2)]
-        if broken and broken[0] == 200:  # not asked again
-            next(left)
-        last = await played(Endpoint(config(server)))
-    assert (first.reward, last.reward) == (1, 1)
-    assert failed.failure is not None and (failed.failure.phase, failed.failure.error) == ("sample", "SamplerError")
+    for broken in BROKEN_REPLIES:
+        asked_once = broken is not None and broken[0] == 200  # which is no reason to ask again
+        left = iter([good, *[broken] * (1 if asked_once else 2), good])
+        with serving(lambda body, left=left: next(left)) as server:
+            first, failed, last = [await played(Endpoint(config(server, attempts=2))) for _ in range(3)]
+        assert (first.reward, last.reward, next(left, "none left")) == (1, 1, "none left"), broken
+        assert failed.failure is not None, broken
+        assert (failed.failure.phase, failed.failure.error) == ("sample", "SamplerError"), broken
 
 
 # ---------------------------------------------------------------- the command

@@ -250,6 +250,6 @@ def test_branches_come_back_as_branches() -> None:
     assert [s["metrics"]["prompt_token_ids"] for s in document["steps"] if "metrics" in s] == [[1, 2], [1, 2, 9]]
     with pytest.raises(DataError, match="does not begin with"):
         trajectory_from_atif(document, About(task_id="t"), Observations(role=ENV))
-    after = trajectory_from_atif(document, About(task_id="t"), Observations(role=ENV), on_drift="fork")
+    after = trajectory_from_atif(document, About(task_id="t"), Observations(role=ENV, on_drift="fork"))
     actions = [(s.token_ids, s.logprobs, s.branch) for s in after.segments if s.role is ACTION]
     assert actions == [((10, 11), (-0.5, -0.25), 0), ((12,), (-1.5,), 1)]

@@ -131,7 +131,7 @@ def test_drift_is_refused_with_the_place() -> None:
 
 def test_drift_may_begin_a_branch_where_the_past_is_context() -> None:
     turns = [TWO_TURNS[0], Turn((1, 9, 5), (7,), (-1.5,)), Turn((1, 9, 5, 7, 8), (6,), (-2.0,))]
-    trajectory = trajectory_from_turns(turns, ABOUT, ALL_ENV, on_drift="fork")
+    trajectory = trajectory_from_turns(turns, ABOUT, replace(ALL_ENV, on_drift="fork"))
     assert [shape_of(branch) for branch in trajectory.branches] == [
         [(CONTEXT, (1, 2), None), (ACTION, (3, 4), 0)],
         [(CONTEXT, (1, 9, 5), None), (ACTION, (7,), 1), (ENV, (8,), 1), (ACTION, (6,), 2)],
@@ -151,7 +151,7 @@ def test_a_branch_keeps_the_roles_of_an_observation_whose_text_is_known() -> Non
     start = tuple(t for s in r.render_prompt([Message("user", (Part("task", CONTEXT),))]) for t in s.token_ids)
     rewritten = (*start, *r.encode_text("..."), *observation)
     turns = [Turn(start, first, (-1.0,) * len(first), observation=said), Turn(rewritten, (7,), (-1.0,))]
-    trajectory = trajectory_from_turns(turns, ABOUT, Observations(renderer=r), on_drift="fork")
+    trajectory = trajectory_from_turns(turns, ABOUT, Observations(renderer=r, on_drift="fork"))
     branch = trajectory.branches[1]
     assert [s.role for s in branch] == [CONTEXT, TEMPLATE, ENV, TEMPLATE, ACTION]
     assert branch[2].turn == 0

@@ -64,7 +64,10 @@ def _loss_rows(coeff: float) -> Rows:
         yield f"CE of {kind}", lambda one, kind=kind: _number(one.whole.cross_entropy(kind), ".4f")
     for name, label in (("grpo", "GRPO"), ("echo", f"ECHO, {coeff:g}"), ("verifier_free", "verifier-free")):
         yield label, lambda one, name=name: _of(one, name, lambda loss: f"{loss.total:+.4f}")
-        yield "  on tokens", lambda one, name=name: _of(one, name, _gradients)
+        yield (
+            "  on tokens",
+            lambda one, name=name: _of(one, name, _gradients),
+        )
 
 
 def _gradients(loss: Loss) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -170,24 +169,16 @@ def _print(imported: Imported, options: ImportOptions, console: Console) -> None
 def _notes(imported: Imported, options: ImportOptions) -> list[str]:
     """Return notes on what was decided about the records."""
     total = imported.total
-    notes = []
     unsampled = sum(trajectory.num_unsampled_turns for trajectory in imported.trajectories)
-    if unsampled:
-        notes.append(f"{unsampled:,} turns have no logprobs: unsampled actions, which no policy term trains")
-    if total("user_messages") and options.user_role.name == "CONTEXT":
-        notes.append(
-            f"{total('user_messages'):,} user messages after a first turn are CONTEXT; if the environment speaks "
-            "there, pass --user-role env_output"
-        )
-    if total("dropped_reasonings"):
-        notes.append(f"{total('dropped_reasonings'):,} messages lost their reasoning; --keep-reasoning writes it")
-    if total("subagents"):
-        notes.append(
-            f"{total('subagents'):,} trajectories of subagents were left out; import them as records of their own"
-        )
-    if total("drifts"):
-        notes.append(f"{total('drifts'):,} histories had been rewritten; each began a new branch")
-    if total("cut_tokens"):
-        cut = Counter(trajectory.stats.get("cut_tokens", 0) > 0 for trajectory in imported.trajectories)[True]
-        notes.append(f"{total('cut_tokens'):,} tokens of {cut:,} trajectories were cut at a turn's end (--max-tokens)")
-    return notes
+    cut = sum(trajectory.stats.get("cut_tokens", 0) > 0 for trajectory in imported.trajectories)
+    users = total("user_messages") if options.user_role.name == "CONTEXT" else 0
+    counts = {
+        "turns have no logprobs: unsampled actions, which no policy term trains": unsampled,
+        "user messages after a first turn are CONTEXT; if the environment speaks there, pass --user-role "
+        "env_output": users,
+        "messages lost their reasoning; --keep-reasoning writes it": total("dropped_reasonings"),
+        "trajectories of subagents were left out; import them as records of their own": total("subagents"),
+        "histories had been rewritten; each began a new branch": total("drifts"),
+        f"tokens of {cut:,} trajectories were cut at a turn's end (--max-tokens)": total("cut_tokens"),
+    }
+    return [f"{count:,} {note}" for note, count in counts.items() if count]

@@ -1,4 +1,4 @@
-"""Estimates of a study: each arm before and after, and the arms against the first one."""
+"""Estimate the results of a study: each arm before and after, and the arms against the first one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METRICS = (
 Evaluations = tuple[Mapping[str, Any], Mapping[str, Any]]  # before and after
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class ArmResult:
     """One metric of one arm, over its seeds."""
 
@@ -33,7 +33,7 @@ class ArmResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What a study found. ``interval`` says what the intervals are over: "seeds", or "tasks" with a single seed."""
+    """Results of a study. ``interval`` says what the intervals are over: "seeds", or "tasks" with a single seed."""
 
     study: str
     seeds: tuple[int, ...]
@@ -41,14 +41,14 @@ class Comparison:
     results: tuple[ArmResult, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as study.json holds it."""
+        """Return plain data, as study.json holds it."""
         return asdict(self)
 
 
 def compare(
     study: str, arms: Sequence[str], seeds: Sequence[int], runs: Mapping[tuple[str, int], Evaluations]
 ) -> Comparison:
-    """Every metric of every arm. Two runs of one seed, or two evaluations of one run, are compared in pairs."""
+    """Compare every metric of every arm. Two runs of one seed, or two evaluations of one run, are compared in pairs."""
     results = []
     for metric, key in METRICS:
         for arm in arms:
@@ -61,16 +61,8 @@ def compare(
                 b, a = runs[arm, seeds[0]]
                 made = (Interval.from_dict(b.get(key)), Interval.from_dict(a.get(key)), _paired(a, b, key))
                 against = _paired(a, runs[arms[0], seeds[0]][1], key)
-            results.append(
-                ArmResult(
-                    arm=arm,
-                    metric=metric,
-                    before=made[0],
-                    after=made[1],
-                    change=made[2],
-                    against_first=None if arm == arms[0] else against,
-                )
-            )
+            against = None if arm == arms[0] else against
+            results.append(ArmResult(arm, metric, *made, against_first=against))
     over = "seeds" if len(seeds) > 1 else "tasks"
     return Comparison(study=study, seeds=tuple(seeds), interval=over, results=tuple(results))
 
@@ -86,7 +78,7 @@ def _value(evaluation: Mapping[str, Any], key: str) -> float | None:
 
 
 def _paired(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> Interval | None:
-    """a - b with a bootstrap over the tasks, both drawn together."""
+    """Return a - b with a bootstrap over the tasks, both drawn together."""
     parts_a, parts_b = _parts(a, key), _parts(b, key)
     tasks = [task for task in parts_a if task in parts_b]
     if not tasks:
@@ -95,7 +87,7 @@ def _paired(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> Interval | 
 
 
 def _parts(evaluation: Mapping[str, Any], key: str) -> dict[str, tuple[float, float]]:
-    """Each task's numerator and denominator."""
+    """Return each task's numerator and denominator."""
     match key:
         case "pass_at_1":
             return {t["task_id"]: (t["solved"] / t["scored"], 1.0) for t in evaluation["tasks"] if t["scored"]}

@@ -14,20 +14,13 @@ from backtalk.errors import DataError
 from backtalk.exchange.plain import mapping, numbers, required, token_ids
 from backtalk.exchange.read.chat import ChatMessage, trajectory_from_chat
 from backtalk.exchange.read.observations import Observations
-from backtalk.exchange.read.turns import About, OnDrift, Turn, trajectory_from_turns
+from backtalk.exchange.read.turns import About, Turn, trajectory_from_turns
 from backtalk.language.openai_chat import content_text
 from backtalk.messages import ToolCall
 from backtalk.trajectory import Trajectory
 
 
-def trajectory_from_atif(
-    record: Any,
-    about: About,
-    observations: Observations,
-    *,
-    on_drift: OnDrift = "stop",
-    keep_reasoning: bool = False,
-) -> Trajectory:
+def trajectory_from_atif(record: Any, about: About, observations: Observations) -> Trajectory:
     """Return the trajectory of one ATIF document.
 
     Steps that are ``is_copied_context`` are given text, observations too. Trajectories of subagents inside it are left
@@ -46,8 +39,8 @@ def trajectory_from_atif(
     if with_ids and len(with_ids) < len(calls):
         raise DataError(f"{len(with_ids)} of {len(calls)} model calls have token ids; either all must, or none")
     if not with_ids:
-        return trajectory_from_chat(atif_messages(steps), about, observations, keep_reasoning=keep_reasoning)
-    return trajectory_from_turns([_turn(step, observations) for step in calls], about, observations, on_drift)
+        return trajectory_from_chat(atif_messages(steps), about, observations)
+    return trajectory_from_turns([_turn(step, observations) for step in calls], about, observations)
 
 
 def _turn(step: Mapping[str, Any], observations: Observations) -> Turn:

@@ -40,17 +40,8 @@ class ChatMessage:
         return tuple(x for call in self.calls for x in call.arguments.values() if isinstance(x, str))
 
 
-def trajectory_from_chat(
-    messages: Sequence[ChatMessage],
-    about: About,
-    observations: Observations,
-    *,
-    keep_reasoning: bool = False,
-) -> Trajectory:
+def trajectory_from_chat(messages: Sequence[ChatMessage], about: About, observations: Observations) -> Trajectory:
     """Return a trajectory of text: prompt CONTEXT, assistant ACTION, what tools said ENV_OUTPUT and WARNING.
-
-    ``keep_reasoning`` writes a message's reasoning before its text, in <think> tags; without it, it is left out and
-    counted, as most chat templates do with what is not the last turn.
 
     Raises:
         DataError: no prompt, no assistant, two assistant's messages without anything between them, or text that
@@ -71,7 +62,7 @@ def trajectory_from_chat(
         assistant, answers = messages[start], messages[start + 1 : end]
         if not answers and end < len(messages):
             raise DataError(f"messages {start} and {end} are both the assistant's; put what was said to it between")
-        ids = assistant_ids(assistant, renderer, keep_reasoning=keep_reasoning)
+        ids = assistant_ids(assistant, renderer, keep_reasoning=observations.keep_reasoning)
         role = TokenRole.CONTEXT if assistant.given else TokenRole.ACTION
         segments.append(Segment(role, ids, turn=history.turns, branch=history.branch))
         history.act(ids)
@@ -82,7 +73,7 @@ def trajectory_from_chat(
         segments,
         drifts=history.branch,
         user_messages=sum(m.role == "user" for m in after),
-        dropped_reasonings=0 if keep_reasoning else sum(bool(m.reasoning) for m in after),
+        dropped_reasonings=0 if observations.keep_reasoning else sum(bool(m.reasoning) for m in after),
     )
 
 

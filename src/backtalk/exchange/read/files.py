@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from backtalk.errors import BacktalkError, ConfigError, DataError
 from backtalk.exchange.detect import Format
@@ -18,7 +18,7 @@ from backtalk.exchange.read.chat import openai_messages, trajectory_from_chat
 from backtalk.exchange.read.observations import Observations
 from backtalk.exchange.read.openenv import trajectory_from_openenv
 from backtalk.exchange.read.trl import rows_of, trajectory_from_trl
-from backtalk.exchange.read.turns import About, OnDrift, trajectory_from_turns, turns_of
+from backtalk.exchange.read.turns import About, trajectory_from_turns, turns_of
 from backtalk.exchange.read.verifiers import trajectory_from_trace
 from backtalk.exchange.read.wrappers import NO_WRAPPERS, TERMINUS, Wrappers
 from backtalk.exchange.rfc010 import from_rfc010
@@ -39,7 +39,7 @@ class ImportOptions:
     a trajectory after the last whole turn that fits.
     """
 
-    on_drift: OnDrift = "stop"
+    on_drift: Literal["stop", "fork"] = "stop"
     observation_role: TokenRole | None = None
     user_role: TokenRole = TokenRole.CONTEXT
     wrappers: Wrappers | None = None
@@ -150,24 +150,25 @@ def import_record(
         role=options.observation_role,
         user_role=options.user_role,
         wrappers=_wrappers(inner) if options.wrappers is None else options.wrappers,
+        on_drift=options.on_drift,
+        keep_reasoning=options.keep_reasoning,
     )
-    drift, reasoning = options.on_drift, options.keep_reasoning
     match source:
         case "chat":
             messages = outer if isinstance(outer, (list, tuple)) else parsed(outer.get("messages"), "messages")
             if not isinstance(messages, (list, tuple)):
                 raise DataError("a chat record is a list of messages, or has them under 'messages'")
-            return trajectory_from_chat(openai_messages(messages), about, observations, keep_reasoning=reasoning)
+            return trajectory_from_chat(openai_messages(messages), about, observations)
         case "atif":
-            return trajectory_from_atif(inner, about, observations, on_drift=drift, keep_reasoning=reasoning)
+            return trajectory_from_atif(inner, about, observations)
         case "turns":
-            return trajectory_from_turns(turns_of(_main_detail(outer)), about, observations, drift)
+            return trajectory_from_turns(turns_of(_main_detail(outer)), about, observations)
         case "trl":
             return trajectory_from_trl(outer, about, observations)
         case "verifiers":
             return trajectory_from_trace(outer, about, observations)
         case "openenv":
-            return trajectory_from_openenv(outer, about, observations, on_drift=drift, keep_reasoning=reasoning)
+            return trajectory_from_openenv(outer, about, observations)
 
 
 def _main_detail(record: Any) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
+from typing import Literal
 
 from backtalk.errors import DataError, RenderError
 from backtalk.exchange.read.wrappers import NO_WRAPPERS, Wrappers
@@ -23,10 +24,13 @@ _GIVEN_ROLES = (TokenRole.CONTEXT, TokenRole.ENV_OUTPUT, TokenRole.WARNING)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observations:
-    """Rules by which the tokens of an observation get their roles.
+    """Rules by which a record is read, above all by which the tokens of an observation get their roles.
 
     ``renderer`` knows the scaffold. Where the scaffold cannot be found, all of an observation gets ``role``, template
     included; with None such a record is refused. Messages of chat role user after the first action get ``user_role``.
+    ``on_drift`` "fork" begins a new branch where a prompt does not begin with what came before; "stop" refuses it.
+    ``keep_reasoning`` writes a message's reasoning before its text, in <think> tags; without it, it is left out and
+    counted, as most chat templates do with what is not the last turn.
 
     Raises:
         ValueError: a role that an observation cannot have.
@@ -36,6 +40,8 @@ class Observations:
     role: TokenRole | None = None
     user_role: TokenRole = TokenRole.CONTEXT
     wrappers: Wrappers = NO_WRAPPERS
+    on_drift: Literal["stop", "fork"] = "stop"
+    keep_reasoning: bool = False
 
     def __post_init__(self) -> None:
         for name, role in (("role", self.role), ("user_role", self.user_role)):

@@ -14,20 +14,13 @@ from backtalk.errors import DataError
 from backtalk.exchange.plain import mapping, required
 from backtalk.exchange.read.chat import ChatMessage, openai_messages, trajectory_from_chat
 from backtalk.exchange.read.observations import Observations
-from backtalk.exchange.read.turns import About, OnDrift, trajectory_from_turns, turns_of
+from backtalk.exchange.read.turns import About, trajectory_from_turns, turns_of
 from backtalk.exchange.rfc010 import from_rfc010
 from backtalk.messages import Part, ToolCall
 from backtalk.trajectory import TokenRole, Trajectory
 
 
-def trajectory_from_openenv(
-    record: Any,
-    about: About,
-    observations: Observations,
-    *,
-    on_drift: OnDrift = "stop",
-    keep_reasoning: bool = False,
-) -> Trajectory:
+def trajectory_from_openenv(record: Any, about: About, observations: Observations) -> Trajectory:
     """Return the trajectory of a TrainingTrace (``turns``), an EpisodeRecord (``messages``) or an episode (``steps``).
 
     Raises:
@@ -37,14 +30,14 @@ def trajectory_from_openenv(
     if (own := _written_by_us(record)) is not None:
         return from_rfc010(own, task_id=about.task_id, sample_index=about.sample_index)
     if record.get("turns") is not None:
-        return trajectory_from_turns(turns_of(record), about, observations, on_drift)
+        return trajectory_from_turns(turns_of(record), about, observations)
     if record.get("messages") is not None:
         messages = openai_messages(record["messages"])
     elif record.get("steps") is not None:
         messages = awm_messages(record)
     else:
         raise DataError(f"an OpenEnv record has turns, messages or steps, this one only {sorted(record)[:12]}")
-    return trajectory_from_chat(messages, about, observations, keep_reasoning=keep_reasoning)
+    return trajectory_from_chat(messages, about, observations)
 
 
 def _written_by_us(record: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from backtalk.errors import DataError
 from backtalk.exchange.plain import booleans, first_of, mapping, numbers, required, runs, token_ids
 from backtalk.exchange.read.observations import Observations
 from backtalk.messages import Message
 from backtalk.trajectory import Segment, StopReason, TokenRole, Trajectory
-
-OnDrift = Literal["stop", "fork"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +78,11 @@ class About:
         )
 
 
-def trajectory_from_turns(
-    turns: Sequence[Turn], about: About, observations: Observations, on_drift: OnDrift = "stop"
-) -> Trajectory:
+def trajectory_from_turns(turns: Sequence[Turn], about: About, observations: Observations) -> Trajectory:
     """Return one trajectory: the first prompt is CONTEXT, every completion an ACTION, unchanged.
 
-    ``on_drift`` "fork" begins a new branch where a prompt does not begin with what came before: all it takes over
-    is CONTEXT there, but the observation just made keeps its roles where its text is known.
+    In a branch that a rewritten prompt begins, all of the prompt is CONTEXT, but the observation just made keeps its
+    roles where its text is known.
 
     Raises:
         DataError: no turn, or a prompt that does not begin with what came before and ``on_drift`` is "stop", or an
@@ -107,7 +103,7 @@ def trajectory_from_turns(
                 commands=before.commands,
                 branch=branch,
             )
-        elif on_drift == "fork":
+        elif observations.on_drift == "fork":
             branch += 1
             segments += _taken_over(turn, before, t - 1, observations, branch)
         else:
