@@ -24,7 +24,7 @@ import inspect
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from backtalk.envs.base import Step, WorldReport
 from backtalk.envs.tool_schemas import plain_schema
@@ -137,10 +137,10 @@ def _specs(kind: type[PythonEnv]) -> dict[str, ToolSpec]:
     names = dict.fromkeys(name for base in reversed(kind.__mro__) if issubclass(base, PythonEnv) for name in vars(base))
     specs = {}
     for name in names:
-        method: Any = inspect.getattr_static(kind, name)
+        method = inspect.getattr_static(kind, name)
         if name.startswith("_") or hasattr(PythonEnv, name) or not inspect.isfunction(method):
             continue
-        bound = method.__get__(object())
+        bound: Any = method.__get__(object())
         try:
             schema = TypeAdapter(bound).json_schema()
         except PydanticUserError as error:
