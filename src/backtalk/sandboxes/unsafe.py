@@ -149,9 +149,7 @@ class UnsafeSandbox:
         self._keeper = keeper = _ProcessKeeper(folder, limits, drop)
         if uid is not None:
             os.fchown(keeper.output.theirs, uid, uid)
-        self._session = Session(
-            keeper, commands=keeper.commands.ours, reports=keeper.reports.ours, output=keeper.output.ours, limits=limits
-        )
+        self._session = Session(keeper, limits)
         self._lock = asyncio.Lock()
 
     async def start(self) -> None:

@@ -27,10 +27,17 @@ from types import MappingProxyType
 from backtalk.errors import SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, SandboxLimits
 from backtalk.sandboxes.bubblewrap.holder import Holder
-from backtalk.sandboxes.bubblewrap.layers import has_disable_userns, has_size
 from backtalk.sandboxes.files import clean_path
 from backtalk.sandboxes.machine.cgroup import watch
-from backtalk.sandboxes.machine.probe import Machine, advice, probe, require_bubblewrap, tried
+from backtalk.sandboxes.machine.probe import (
+    DISABLE_USERNS_SINCE,
+    SIZE_SINCE,
+    Machine,
+    advice,
+    probe,
+    require_bubblewrap,
+    tried,
+)
 from backtalk.sandboxes.machine.seccomp import seccomp_program
 from backtalk.sandboxes.root import Root
 from backtalk.sandboxes.session.shell import Session
@@ -55,9 +62,7 @@ class BubblewrapSandbox:
     def __init__(self, holder: Holder, limits: SandboxLimits, root: Root | None = None) -> None:
         self._holder = holder
         self._root = root
-        self._session = Session(
-            holder, commands=holder.commands, reports=holder.reports, output=holder.output, limits=limits
-        )
+        self._session = Session(holder, limits)
         self._lock = asyncio.Lock()
 
     async def start(self) -> None:
@@ -224,9 +229,10 @@ def _report(machine: Machine, root: Root | None, readable: Sequence[str], why_co
     warnings = []
     if machine.cgroups.memory is None:
         warnings.append("no writable memory cgroup: each process is limited, but not all of a sandbox together")
-    if not has_size(machine):
+    has_size = machine.bwrap_version >= SIZE_SINCE
+    if not has_size:
         warnings.append("bubblewrap older than 0.7: the size of a sandbox's disk is not limited")
-    if not has_disable_userns(machine):
+    if machine.bwrap_version < DISABLE_USERNS_SINCE:
         warnings.append("bubblewrap older than 0.8: commands may make user namespaces of their own")
     if machine.uid == 0 and not machine.uid_range:
         warnings.append("only root's own uid is mapped here: commands run under it")
@@ -247,7 +253,7 @@ def _report(machine: Machine, root: Root | None, readable: Sequence[str], why_co
         limits={
             "memory": by_group if machine.cgroups.memory else "rlimit, each process for itself",
             "processes": f"rlimit and {by_group}" if machine.cgroups.pids else "rlimit",
-            "disk": "size of the tree in memory" if has_size(machine) else "none",
+            "disk": "size of the tree in memory" if has_size else "none",
             "output": "cut while reading",
         },
         warnings=tuple(warnings),

@@ -91,7 +91,7 @@ class Holder:
         self._child_id = 0
         self._cgroup: Cgroup | None = None
         pipes = _Pipes.make()
-        self.commands, self.reports, self.output = pipes.commands.ours, pipes.reports.ours, pipes.output.ours
+        self.commands, self.reports, self.output = pipes.commands, pipes.reports, pipes.output
         self._requests = pipes.requests.ours
         self._shared = pipes.shared.ours
         self._process: subprocess.Popen[bytes] | None = None

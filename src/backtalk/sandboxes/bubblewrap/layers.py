@@ -10,7 +10,7 @@ from pathlib import Path
 
 from backtalk.sandboxes.base import DEFAULT_PATH, HOME, SandboxLimits
 from backtalk.sandboxes.bubblewrap import mount
-from backtalk.sandboxes.machine.probe import Machine
+from backtalk.sandboxes.machine.probe import DISABLE_USERNS_SINCE, SIZE_SINCE, Machine
 from backtalk.sandboxes.root import ETC_WITH_CODE, PROGRAM_FOLDERS, Root
 
 AGENT_ID = "1000"
@@ -74,7 +74,7 @@ def outer_argv(
     argv += ["--uid", AGENT_ID, "--gid", AGENT_ID, "--hostname", "box", "--json-status-fd", str(info_fd)]
     argv += ["--seccomp", str(filter_fd)] if filter_fd is not None else []
     if root is None:
-        argv += ["--size", str(_bytes(limits))] if has_size(machine) else []
+        argv += ["--size", str(_bytes(limits))] if machine.bwrap_version >= SIZE_SINCE else []
         argv += ["--tmpfs", "/"]
     else:
         argv += ["--bind", mount.ROOT, "/"]
@@ -99,7 +99,7 @@ def programs_of_host(machine: Machine) -> list[str]:
     if not machine.bwrap.startswith(("/usr/", *(f"{path}/" for path in _PROGRAMS))):
         argv += ["--ro-bind", machine.bwrap, _inner_bwrap(machine)]
     argv += ["--proc", "/proc", "--dev", "/dev", "--dir", "/etc"]
-    for path in _etc_of_host():
+    for path in sorted(str(path) for pattern in ETC_WITH_CODE for path in Path("/etc").glob(pattern)):
         argv += ["--ro-bind", path, path]
     return argv
 
@@ -159,7 +159,7 @@ def inner_argv(machine: Machine, *, info_fd: int, root: Root | None = None) -> l
     """Return the command by which the holder starts a session: processes, devices and variables of its own."""
     argv = _tools_of(root) if root is not None and root.programs else [_inner_bwrap(machine)]
     argv += ["--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-cgroup-try"]
-    argv += ["--disable-userns"] if has_disable_userns(machine) else []
+    argv += ["--disable-userns"] if machine.bwrap_version >= DISABLE_USERNS_SINCE else []
     argv += ["--uid", AGENT_ID, "--gid", AGENT_ID, "--cap-drop", "ALL", "--die-with-parent", "--new-session"]
     argv += ["--as-pid-1", "--json-status-fd", str(info_fd), "--bind", "/", "/", "--bind", "/etc", "/etc"]
     for path in FIXED_FILES:
@@ -170,16 +170,6 @@ def inner_argv(machine: Machine, *, info_fd: int, root: Root | None = None) -> l
     for name, value in ENVIRONMENT.items():
         argv += ["--setenv", name, value]
     return [*argv, "--", "bash", "-s"]
-
-
-def has_size(machine: Machine) -> bool:
-    """Return whether this bubblewrap can limit the size of the tree."""
-    return machine.bwrap_version >= (0, 7)
-
-
-def has_disable_userns(machine: Machine) -> bool:
-    """Return whether this bubblewrap can forbid user namespaces inside."""
-    return machine.bwrap_version >= (0, 8)
 
 
 def _inner_bwrap(machine: Machine) -> str:
@@ -196,7 +186,3 @@ def _tools_of(root: Root) -> list[str]:
 
 def _bytes(limits: SandboxLimits) -> int:
     return (limits.disk_mb << 20) + RESERVE_BYTES
-
-
-def _etc_of_host() -> list[str]:
-    return sorted(str(path) for pattern in ETC_WITH_CODE for path in Path("/etc").glob(pattern))

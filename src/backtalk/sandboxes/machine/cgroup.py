@@ -90,7 +90,10 @@ class Cgroup:
 
     def remove(self) -> bool:
         """Remove the groups; return False where a process is still in one."""
-        self._folders = [folder for folder in self._folders if not _remove(folder)]
+        for folder in self._folders:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        self._folders = [folder for folder in self._folders if folder.exists()]
         return not self._folders
 
     def remove_soon(self) -> None:
@@ -98,16 +101,6 @@ class Cgroup:
         until_s = time.monotonic() + _REMOVE_TIMEOUT_S
         while not self.remove() and time.monotonic() < until_s:
             time.sleep(0.002)
-
-
-def _remove(folder: Path) -> bool:
-    try:
-        folder.rmdir()
-    except FileNotFoundError:
-        return True
-    except OSError:
-        return False
-    return True
 
 
 def find_parents() -> CgroupParents:
@@ -163,22 +156,18 @@ def _upwards(mount: Path, root: str, own: str) -> list[Path]:
 
 
 def _works(parents: CgroupParents) -> bool:
-    limits = SandboxLimits(memory_mb=64, processes=8)
     try:
-        group = Cgroup(parents, limits)
+        group = Cgroup(parents, SandboxLimits(memory_mb=64, processes=8))
     except OSError:
         return False
     try:
-        child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        try:
+        with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as child:
             group.add(child.pid)
-        finally:
-            child.communicate()
+        return True
     except OSError:
         return False
     finally:
         group.remove_soon()
-    return True
 
 
 def _own_paths() -> dict[str, str]:

@@ -20,6 +20,7 @@ _FIRST_UID = 1_900_000_000
 _UID_COUNT = 100_000
 _TRIAL_TIMEOUT_S = 30.0
 _MIN_BUBBLEWRAP = (0, 5)
+SIZE_SINCE, DISABLE_USERNS_SINCE = (0, 7), (0, 8)  # bubblewrap's options of these names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

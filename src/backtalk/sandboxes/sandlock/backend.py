@@ -85,9 +85,7 @@ class SandlockSandbox:
             os.chown(self._root, uid, uid)
         self._files = RootedFiles(self._root, folder / "trash", uid)
         self._keeper = keeper = SandlockKeeper(folder, limits, uid, self._prepare, readable)
-        self._session = Session(
-            keeper, commands=keeper.commands.ours, reports=keeper.reports.ours, output=keeper.output.ours, limits=limits
-        )
+        self._session = Session(keeper, limits)
         self._lock = asyncio.Lock()
 
     async def start(self) -> None:

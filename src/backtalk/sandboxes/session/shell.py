@@ -14,7 +14,7 @@ from typing import Protocol
 from backtalk.errors import SandboxError
 from backtalk.sandboxes.base import ExecResult, SandboxLimits
 from backtalk.sandboxes.session.exec_server import command_text, frames, restore_text
-from backtalk.sandboxes.session.pipes import FloodedError, FrameReader, OutputReader, write_all
+from backtalk.sandboxes.session.pipes import FloodedError, FrameReader, OutputReader, PipePair, write_all
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 15.0
@@ -25,6 +25,10 @@ _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 class Keeper(Protocol):
     """The part of a backend that starts and ends the processes of a session, from outside of it."""
+
+    commands: PipePair
+    reports: PipePair
+    output: PipePair
 
     async def begin(self, name: str) -> None:
         """Start a supervisor, which starts a shell when it is asked to under the session's name."""
@@ -43,6 +47,10 @@ class Keeper(Protocol):
         ...
 
 
+class _LostError(Exception):
+    """The session ended without being asked to. Its argument is the exit code."""
+
+
 @dataclass(slots=True)
 class _Shell:
     """The shell that is running now, as far as its reports are known."""
@@ -55,11 +63,10 @@ class _Shell:
 class Session:
     """A supervisor and its shells, over pipes that live as long as the sandbox."""
 
-    def __init__(self, keeper: Keeper, *, commands: int, reports: int, output: int, limits: SandboxLimits) -> None:
-        self._keeper = keeper
-        self._commands = commands
-        self._reports = FrameReader(reports)
-        self._output = OutputReader(output, limits.output_bytes)
+    def __init__(self, keeper: Keeper, limits: SandboxLimits) -> None:
+        self._keeper, self._commands = keeper, keeper.commands.ours
+        self._reports = FrameReader(keeper.reports.ours)
+        self._output = OutputReader(keeper.output.ours, limits.output_bytes)
         self._name = ""
         self._shell = _Shell()
         self._exports, self._cwd = "", ""
@@ -82,16 +89,16 @@ class Session:
         await self._start_shell()
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                exit_code = await self._unless_lost(self._hello())
-        except (TimeoutError, FloodedError, SandboxError) as error:
-            raise SandboxError(f"the sandbox's shell did not start: {self.said() or 'no answer'}") from error
-        if exit_code is not None:
-            raise SandboxError(f"the sandbox's shell did not start: {self.said() or f'exit code {exit_code}'}")
+                await self._unless_lost(self._shell_id())
+        except (TimeoutError, FloodedError, SandboxError, _LostError) as error:
+            reason = f"exit code {error.args[0]}" if isinstance(error, _LostError) else "no answer"
+            raise SandboxError(f"the sandbox's shell did not start: {self.said() or reason}") from error
         self._running_since = None
 
-    async def _hello(self) -> None:
+    async def _shell_id(self) -> int:
         while not self._shell.id:
             self._note(await self._reports.next())
+        return self._shell.id
 
     async def end(self) -> None:
         """End every process, and drop what they printed."""
@@ -136,30 +143,25 @@ class Session:
 
     async def _outcome(self, number: str) -> int:
         """Return the exit code from what comes first: the report or the end of the shell, or the end of the session."""
-        reported: list[int] = []
-
-        async def report() -> None:
-            reported.append(await self._report(number))
-
         try:
-            exit_code = await self._unless_lost(report())
+            return await self._unless_lost(self._report(number))
         except FloodedError:
             exit_code = _KILLED
-        if exit_code is None:
-            return reported[0]
+        except _LostError as error:
+            exit_code = error.args[0]
         await self._keeper.end()
         await self._begin()
         return exit_code
 
-    async def _unless_lost(self, wanted: Coroutine[None, None, None]) -> int | None:
-        """Wait for `wanted`; return the exit code of the session if it ends before."""
+    async def _unless_lost(self, wanted: Coroutine[None, None, int]) -> int:
+        """Return what `wanted` does; raise `_LostError` if the session ends before."""
         lost = asyncio.ensure_future(self._keeper.lost())
         task = asyncio.ensure_future(wanted)
         try:
             await asyncio.wait((lost, task), return_when=asyncio.FIRST_COMPLETED)
             if task.done():
                 return task.result()
-            return lost.result()
+            raise _LostError(lost.result())
         finally:
             lost.cancel()
             task.cancel()
@@ -189,7 +191,7 @@ class Session:
         """Kill the command and the shell and start another shell; where that fails, begin the session anew."""
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
-                await self._hello()  # a shell that is only starting: its id is not known before
+                await self._shell_id()  # not known yet if the shell is only starting
                 if await self._keeper.stop(tick, self._shell.last_id, self._shell.id):
                     while self._note(await self._reports.next())[:2] != ["exit", self._shell.started]:
                         pass
