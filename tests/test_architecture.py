@@ -168,8 +168,6 @@ def test_modules_and_functions_stay_short(path: Path) -> None:
 # Parts whose docstrings are still to be gone through.
 NOT_YET = (
     "rollout",
-    *("sandboxes.base", "sandboxes.pool", "sandboxes.session", "sandboxes.bubblewrap", "sandboxes.root"),
-    *("sandboxes.machine",),
     *("run", "exchange", "capture", "evidence"),
     *("cli.account", "cli.account_tables", "cli.capture", "cli.export", "cli.import_trajectories"),
 )

@@ -20,7 +20,6 @@ from backtalk.sandboxes.machine.capacity import (
     available_mb,
     capacity,
     cores,
-    fitting,
     memory_is_short,
     room,
 )
@@ -187,7 +186,7 @@ def test_the_scarcest_thing_decides() -> None:
     plenty = {"cores": 64.0, "memory_mb": 1e9, "processes": 10**9, "open_files": 10**9}
 
     def holds(**scarce: float) -> int:
-        return fitting(limits, Room(**(plenty | scarce))).sandboxes  # type: ignore[arg-type]
+        return capacity(limits, Room(**(plenty | scarce))).sandboxes  # type: ignore[arg-type]
 
     assert holds(cores=2.0) == 256  # 128 for each
     assert holds(cores=0.5) == 64
@@ -196,7 +195,7 @@ def test_the_scarcest_thing_decides() -> None:
     assert holds(open_files=1_024) == 120  # (1024 - 64) / 8
     assert holds(open_files=50) == holds(memory_mb=0.0) == 1
     few = Room(cores=2.0, memory_mb=1_700.4, processes=9_000, open_files=245)
-    assert fitting(limits, few) == Capacity(
+    assert capacity(limits, few) == Capacity(
         21, "1700 MiB of memory left"
     )  # 1700.4 * 7/8 / 68 = 21.9, before 22 by files
 

@@ -12,8 +12,7 @@ import posixpath
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -131,7 +130,8 @@ def cached(key: str, make: Callable[[Path], None]) -> Path:
     place = cache_folder() / key
     if place.exists():
         return place
-    with _locked(place.with_name(f"{key}.lock")):
+    with place.with_name(f"{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if place.exists():
             return place
         partial = place.with_name(f"{key}.partial")
@@ -143,13 +143,6 @@ def cached(key: str, make: Callable[[Path], None]) -> Path:
         finally:
             remove_tree(partial)
     return place
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _tools(bwrap: str) -> Path:

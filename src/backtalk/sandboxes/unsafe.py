@@ -30,7 +30,7 @@ from backtalk.errors import SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, SandboxLimits
 from backtalk.sandboxes.files import clean_path, read_regular, remove_tree
 from backtalk.sandboxes.machine.probe import probe
-from backtalk.sandboxes.session.exec_server import SHELL_PROGRAM, Rlimits, supervisor_program
+from backtalk.sandboxes.session.exec_server import SHELL_PROGRAM, supervisor_program
 from backtalk.sandboxes.session.pipes import PipePair, sealed_file
 from backtalk.sandboxes.session.shell import Session
 
@@ -57,7 +57,7 @@ class _ProcessKeeper:
     async def begin(self, name: str) -> None:
         home = self._folder / "home" / "agent"
         commands, reports = self.commands.theirs, self.reports.theirs
-        program = supervisor_program(Rlimits(file_kib=self._limits.disk_mb << 10))
+        program = supervisor_program(file_kib=self._limits.disk_mb << 10)
         shell = sealed_file(SHELL_PROGRAM.encode())
         text = f"exec 3<&{commands} 4>&{reports} 6<&{shell} 7<<<{name}\n"
         text += f"exec {commands}<&- {reports}>&- {shell}<&-\n{program}"

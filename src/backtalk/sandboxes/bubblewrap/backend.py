@@ -27,17 +27,10 @@ from types import MappingProxyType
 from backtalk.errors import SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, SandboxLimits
 from backtalk.sandboxes.bubblewrap.holder import Holder
+from backtalk.sandboxes.bubblewrap.layers import DISABLE_USERNS_SINCE, SIZE_SINCE
 from backtalk.sandboxes.files import clean_path
 from backtalk.sandboxes.machine.cgroup import watch
-from backtalk.sandboxes.machine.probe import (
-    DISABLE_USERNS_SINCE,
-    SIZE_SINCE,
-    Machine,
-    advice,
-    probe,
-    require_bubblewrap,
-    tried,
-)
+from backtalk.sandboxes.machine.probe import Machine, advice, probe, require_bubblewrap, tried
 from backtalk.sandboxes.machine.seccomp import seccomp_program
 from backtalk.sandboxes.root import Root
 from backtalk.sandboxes.session.shell import Session

@@ -32,7 +32,6 @@ from backtalk.sandboxes.root import Root
 from backtalk.sandboxes.session.exec_server import (
     END_TIMEOUT_S,
     SHELL_PROGRAM,
-    Rlimits,
     frames,
     holder_program,
     supervisor_program,
@@ -109,7 +108,7 @@ class Holder:
         self._info = FrameReader(pipes.info.ours, end=b"\n")
 
     def _spawn(self, root: Root | None, readable: Sequence[str], pipes: _Pipes) -> subprocess.Popen[bytes]:
-        rlimits = Rlimits(
+        supervisor_text = supervisor_program(
             processes=self._limits.processes,
             file_kib=self._limits.disk_mb << 10,
             memory_kib=0 if self._machine.cgroups.memory else self._limits.memory_mb << 10,
@@ -127,7 +126,7 @@ class Holder:
             inner_info = passed(moved_up(os.dup(pipes.info.theirs)))  # each bwrap closes its own in its child
             # Held open by bubblewrap itself, or it dies of a broken pipe if the trainer dies during its start.
             info_reader = passed(moved_up(os.dup(pipes.info.ours)))
-            supervisor = passed(sealed_file(supervisor_program(rlimits).encode()))
+            supervisor = passed(sealed_file(supervisor_text.encode()))
             shell = passed(sealed_file(SHELL_PROGRAM.encode()))
             filter_fd = None if rules is None else passed(sealed_file(rules))
             outer = outer_argv(
@@ -198,10 +197,9 @@ class Holder:
         return await self._ask(frames("stop", str(tick), str(last_id), str(shell_id)), STOP_TIMEOUT_S) == b"ok"
 
     async def lost(self) -> int:
-        while True:
-            note = json.loads(await self._info.next())
-            if "exit-code" in note:
-                return int(note["exit-code"])
+        while "exit-code" not in (note := json.loads(await self._info.next())):
+            pass
+        return int(note["exit-code"])
 
     async def put(self, files: Mapping[str, SandboxFile]) -> None:
         """Write files, replacing what is in the way. See `Sandbox.put`."""

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from backtalk.sandboxes.base import DEFAULT_PATH, HOME, SandboxLimits
 from backtalk.sandboxes.bubblewrap import mount
-from backtalk.sandboxes.machine.probe import DISABLE_USERNS_SINCE, SIZE_SINCE, Machine
+from backtalk.sandboxes.machine.probe import Machine
 from backtalk.sandboxes.root import ETC_WITH_CODE, PROGRAM_FOLDERS, Root
 
 AGENT_ID = "1000"
+SIZE_SINCE, DISABLE_USERNS_SINCE = (0, 7), (0, 8)  # the versions of bubblewrap in which these options came
 ENVIRONMENT = {
     "HOME": HOME,
     "USER": "agent",

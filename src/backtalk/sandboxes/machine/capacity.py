@@ -49,13 +49,12 @@ class Capacity:
     bound: str
 
 
-def capacity(limits: SandboxLimits) -> Capacity:
-    """Return how many sandboxes with these limits can be alive at once here; at least 1."""
-    return fitting(limits, room())
+def capacity(limits: SandboxLimits, left: Room | None = None) -> Capacity:
+    """Return how many sandboxes with these limits can be alive at once: as many as the scarcest resource allows.
 
-
-def fitting(limits: SandboxLimits, left: Room) -> Capacity:
-    """Return the least of what processors, memory, processes and open files allow; at least 1."""
+    At least 1. `left` None is what this machine has left.
+    """
+    left = left or room()
     each_mb = _MEMORY_MB + limits.memory_mb / _AT_LIMITS
     each_processes = _PROCESSES + limits.processes / _AT_LIMITS
     bounds = (

@@ -52,13 +52,12 @@ class Cgroup:
         self._memory = None if parents.memory is None else parents.memory / name
         self._version = parents.version
         self._memory_bytes = limits.memory_mb << 20
-        processes = str(limits.processes + _SPARE_PROCESSES)
         try:
             for folder in self._folders:
                 folder.mkdir()
             self._limit_memory(self._memory_bytes)
             if parents.pids is not None:
-                (parents.pids / name / "pids.max").write_text(processes)
+                (parents.pids / name / "pids.max").write_text(str(limits.processes + _SPARE_PROCESSES))
         except OSError:
             self.remove()
             raise

@@ -20,7 +20,6 @@ _FIRST_UID = 1_900_000_000
 _UID_COUNT = 100_000
 _TRIAL_TIMEOUT_S = 30.0
 _MIN_BUBBLEWRAP = (0, 5)
-SIZE_SINCE, DISABLE_USERNS_SINCE = (0, 7), (0, 8)  # bubblewrap's options of these names
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,14 +72,9 @@ def tried(start: Callable[[], Coroutine[None, None, None]]) -> None:
     Raises:
         SandboxUnavailable: it failed; the message says why.
     """
-
-    async def within_time() -> None:
-        async with asyncio.timeout(_TRIAL_TIMEOUT_S):
-            await start()
-
     with ThreadPoolExecutor(1, thread_name_prefix="sandbox-trial") as thread:
         try:
-            thread.submit(asyncio.run, within_time()).result()
+            thread.submit(asyncio.run, asyncio.wait_for(start(), _TRIAL_TIMEOUT_S)).result()
         except (BacktalkError, OSError) as error:  # a time-out is an OSError
             raise SandboxUnavailable(str(error) or "no answer in time") from error
 

@@ -23,11 +23,9 @@ def sweep() -> int:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
-            if name == "bwrap" and int(rest.split()[1]) == 1 and _is_ours(folder):
+            if name != "bwrap" or int(rest.split()[1]) != 1:
+                continue
+            if any(_MARK in os.readlink(link) for link in (folder / "fd").iterdir()):
                 os.kill(int(folder.name), signal.SIGKILL)
                 count += 1
     return count
-
-
-def _is_ours(folder: Path) -> bool:
-    return any(_MARK in os.readlink(link) for link in (folder / "fd").iterdir())

@@ -19,10 +19,8 @@ reports are believed about nothing else, and `Sandbox.restart` ends the session.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from backtalk.errors import ConfigError
 
@@ -172,25 +170,17 @@ while IFS= read -r -d '' -u 3 frame; do
 done
 """
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 
+def supervisor_program(*, processes: int = 0, file_kib: int = 0, memory_kib: int = 0) -> str:
+    """Return the text of the supervisor, with limits for itself and all it starts; 0 leaves one as it is.
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rlimits:
-    """Limits that the supervisor sets for itself and all it starts; 0 leaves a limit as it is."""
-
-    processes: int = 0
-    file_kib: int = 0  # of one file, also of one in memory
-    memory_kib: int = 0  # of one process
-
-
-def supervisor_program(limits: Rlimits) -> str:
-    """Return the text of the supervisor, with the limits that it sets."""
+    `file_kib` is for one file, also for one in memory; `memory_kib` is for one process.
+    """
     wanted = [("-c", 0), ("-n", 4096)]
-    wanted += [("-u", limits.processes + 2)] if limits.processes else []  # supervisor and shell
-    wanted += [("-f", limits.file_kib)] if limits.file_kib else []
+    wanted += [("-u", processes + 2)] if processes else []  # supervisor and shell
+    wanted += [("-f", file_kib)] if file_kib else []
     # -d counts memory that a process can write to alone; -v also address space that is only reserved.
-    wanted += [("-d", limits.memory_kib), ("-v", 4 * limits.memory_kib)] if limits.memory_kib else []
+    wanted += [("-d", memory_kib), ("-v", 4 * memory_kib)] if memory_kib else []
     lines = [f"ulimit {flag} {value} 2>/dev/null" for flag, value in wanted]
     return "\n".join(lines) + _SUPERVISOR
 
@@ -210,7 +200,7 @@ def command_text(command: str, env: Mapping[str, str], cwd: str | None) -> str:
         ConfigError: a name in `env` is not a name of a variable.
     """
     for name in env:
-        if not _NAME.match(name):
+        if not (name.isascii() and name.isidentifier()):
             raise ConfigError(f"environment variable {name!r} is not a name bash can set; use letters, digits and _")
     if not env and cwd is None:
         return command

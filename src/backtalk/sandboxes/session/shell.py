@@ -171,7 +171,7 @@ class Session:
             kind, *fields = self._note(await self._reports.next())
             if kind == "done" and len(fields) == 2 and _is_number(fields[1]):
                 cwd, load, exports = [await self._reports.next() for _ in range(3)]
-                self._cwd, self._exports = _text(cwd), _text(exports)
+                self._cwd, self._exports = (data.decode("utf-8", "surrogateescape") for data in (cwd, exports))
                 last = load.split()[-1:] or [b"0"]
                 self._shell.last_id = int(last[0]) if last[0].isdigit() else 0
                 if fields[0] == number:
@@ -216,7 +216,3 @@ class Session:
 
 def _is_number(text: str) -> bool:
     return text.isdigit() and len(text) <= 3
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "surrogateescape")
