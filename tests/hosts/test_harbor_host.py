@@ -99,7 +99,7 @@ def make(task: Path, folder: Path, **options: Any) -> Any:
     )
 
 
-# ---------------------------------------------------------------- harbor run
+# harbor run
 
 
 def harbor_run(source: Path, agent: str, jobs: Path, *options: str) -> tuple[dict[str, Any], str]:
@@ -142,7 +142,7 @@ def test_a_task_of_the_public_network_is_refused_or_runs_offline(tmp_path: Path)
     assert offline == {"org/public": 1.0}, said
 
 
-# ---------------------------------------------------------------- our environment under Harbor
+# our environment under Harbor
 
 
 async def test_commands_run_as_harbor_asks(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_an_image_alone_is_refused_unless_this_machine_may_stand_in(tmp_path: Pa
     make(task, tmp_path, host_packages=True)
 
 
-# ---------------------------------------------------------------- Harbor's environments under our rollouts
+# Harbor's environments under our rollouts
 
 
 @cache
@@ -369,7 +369,7 @@ async def test_what_is_not_there_is_said(tmp_path: Path) -> None:
         await load_harbor_dataset(str(tmp_path), names=["x"])
 
 
-# ---------------------------------------------------------------- ATIF, telemetry, weight
+# ATIF, telemetry, weight
 
 
 def test_harbors_own_model_takes_our_trajectories() -> None:

@@ -1,5 +1,5 @@
-"""The suite any sandbox must pass: bubblewrap passes it, as root, without control groups and as an ordinary user;
-and backends that leak fail the very checks that are about their leak. A suite that cannot fail shows nothing.
+"""The conformance suite: bubblewrap passes it as root, without control groups and as an ordinary user; and backends
+that leak fail exactly the checks of their leak.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def test_bubblewrap_with_rlimits_alone() -> None:
 
 @cache
 def user_run() -> subprocess.Popen[str]:
-    """The suite by an ordinary user, in a process of its own that runs beside the rest of this file."""
+    """Start the suite as an ordinary user, in a process that runs beside the rest of this file."""
     command = [*_user_command(), "-c", AS_USER]
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(SOURCE), "PYTHONDONTWRITEBYTECODE": "1"}
     pipe = subprocess.PIPE
@@ -92,9 +92,9 @@ def user_run() -> subprocess.Popen[str]:
 
 @cache
 def results_of_user() -> dict[str, tuple[str, str]]:
-    said, complaints = user_run().communicate(timeout=300)
+    printed, complaints = user_run().communicate(timeout=300)
     assert user_run().returncode == 0 and complaints == "", complaints
-    return {name: (outcome, reason) for name, outcome, reason in json.loads(said)}
+    return {name: (outcome, reason) for name, outcome, reason in json.loads(printed)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,7 +114,7 @@ def beside() -> Iterator[None]:
 
 
 def _user_command() -> list[str]:
-    """What runs Python 3.11 or newer as an ordinary user who can read the package, or a skipped test."""
+    """Return the command of a Python 3.11 for an ordinary user who can read the package; else skip the test."""
     setpriv = shutil.which("setpriv")
     if setpriv is None or shutil.which("bwrap") is None:
         pytest.skip("setpriv or bubblewrap is not installed")

@@ -1,7 +1,7 @@
-"""Where namespaces are blocked: `auto` takes sandlock and says so, or refuses with what to type. For real.
+"""Sandboxes on a machine that blocks namespaces: `auto` takes sandlock and says so, or refuses with what to type.
 
-Namespaces are blocked as Docker's default profile does it, by a filter for system calls in a process of its own: so
-nobody else on the machine notices.
+Namespaces are blocked as Docker's default profile does it, by a filter for system calls in a separate process, so that
+the rest of the machine is not affected.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def sandlock_or_skip() -> SandlockBackend:
 
 
 def command_of(user: str) -> list[str]:
-    """Python as this user: with the package and sandlock to be read, or a skipped test."""
+    """Return the command of a Python that this user can run and that can read both packages; else skip the test."""
     if user == "ordinary" and os.getuid() != 0:
         return [sys.executable]
     if user == "root":
@@ -118,7 +118,7 @@ def environment() -> dict[str, str]:
     return {"PATH": os.environ["PATH"], "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def said(user: str, program: str, *arguments: str) -> dict[str, object]:
+def run_program(user: str, program: str, *arguments: str) -> dict[str, object]:
     command = [*command_of(user), "-c", program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd="/", timeout=120)
     assert done.returncode == 0, done.stderr
@@ -136,7 +136,7 @@ def suite(user: str) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def beside() -> Iterator[None]:
-    """Both suites run beside the rest of this file: they mostly wait."""
+    """Run both suites beside the rest of this file, because they mostly wait."""
     started = []
     for user in ("root", "ordinary"):
         try:
@@ -156,7 +156,7 @@ def beside() -> Iterator[None]:
 @pytest.mark.parametrize("user", ["root", "ordinary"])
 def test_auto_takes_sandlock_and_says_so_first(user: str) -> None:
     sandlock_or_skip()
-    report = said(user, REPORT, "landlock")
+    report = run_program(user, REPORT, "landlock")
     assert report["name"] == "sandlock", report
     warnings = report["warnings"]
     assert isinstance(warnings, list)
@@ -168,7 +168,7 @@ def test_auto_takes_sandlock_and_says_so_first(user: str) -> None:
 @pytest.mark.parametrize("user", ["root", "ordinary"])
 def test_without_landlock_too_it_refuses_and_says_what_to_type(user: str) -> None:
     sandlock_or_skip()
-    refused = said(user, REPORT)["refused"]
+    refused = run_program(user, REPORT)["refused"]
     assert isinstance(refused, str)
     lines = refused.splitlines()
     assert [line.split(":")[0].strip() for line in lines[1:3]] == ["bubblewrap", "sandlock"]
@@ -204,8 +204,8 @@ def test_the_guards_program_is_there() -> None:
 # What sandlock by itself lets through
 
 
-async def out(box: SandlockSandbox, command: str) -> str:
-    return (await box.exec(command, timeout_s=20)).output
+async def out(sandbox: SandlockSandbox, command: str) -> str:
+    return (await sandbox.exec(command, timeout_s=20)).output
 
 
 async def test_no_socket_file_of_the_machine_is_reached(tmp_path: Path) -> None:
@@ -226,9 +226,9 @@ a, b = socket.socketpair(); a.send(b"pair"); print(b.recv(9))
         server.bind(str(tmp_path / "s"))
         os.chmod(tmp_path / "s", 0o777)
         server.listen()
-        async with sandlock_or_skip().open(SandboxLimits()) as box:
-            await box.put({"/home/agent/p.py": SandboxFile(program.encode())})
-            got = await out(box, "python3 p.py")
+        async with sandlock_or_skip().open(SandboxLimits()) as sandbox:
+            await sandbox.put({"/home/agent/p.py": SandboxFile(program.encode())})
+            got = await out(sandbox, "python3 p.py")
     if "not found" in got:
         pytest.skip("no python3 inside to try it with")
     assert got == "1\n1\n1\n1\nb'pair'\n"
@@ -244,9 +244,9 @@ for path in ({str(tmp_path / "x")!r}, "/proc/self/oom_score_adj", "/proc/{os.get
     print(libc.creat(path.encode(), 0o644))
 print(libc.mknod({str(tmp_path / "y")!r}.encode(), 0o10644, 0))
 """
-    async with sandlock_or_skip().open(SandboxLimits()) as box:
-        await box.put({"/home/agent/p.py": SandboxFile(program.encode())})
-        got = await out(box, "python3 p.py")
+    async with sandlock_or_skip().open(SandboxLimits()) as sandbox:
+        await sandbox.put({"/home/agent/p.py": SandboxFile(program.encode())})
+        got = await out(sandbox, "python3 p.py")
     if "not found" in got:
         pytest.skip("no python3 inside to try it with")
     assert got == "-1\n" * 5 and list(tmp_path.iterdir()) == []
@@ -254,14 +254,14 @@ print(libc.mknod({str(tmp_path / "y")!r}.encode(), 0o10644, 0))
 
 async def test_files_of_the_trainers_side_follow_no_link_out(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("of the machine")
-    async with sandlock_or_skip().open(SandboxLimits()) as box:
-        await out(box, f"mkdir d; ln -s d inner; ln -s {tmp_path} out; ln -s /etc/shadow s; chmod 000 d")
-        await box.put({"/home/agent/inner/f": SandboxFile(b"x", mode=0o755, mtime=1_700_000_000)})
-        assert await out(box, "cat d/f; stat -c '%a %Y' d/f") == "x755 1700000000\n"
-        assert await box.get("/home/agent/inner/f") == b"x"
-        assert await box.get("/home/agent/out/secret") is None and await box.get("/home/agent/s") is None
-        await box.put({"/home/agent/s": SandboxFile(b"mine")})
-        assert await out(box, "cat s") == "mine"
+    async with sandlock_or_skip().open(SandboxLimits()) as sandbox:
+        await out(sandbox, f"mkdir d; ln -s d inner; ln -s {tmp_path} out; ln -s /etc/shadow s; chmod 000 d")
+        await sandbox.put({"/home/agent/inner/f": SandboxFile(b"x", mode=0o755, mtime=1_700_000_000)})
+        assert await out(sandbox, "cat d/f; stat -c '%a %Y' d/f") == "x755 1700000000\n"
+        assert await sandbox.get("/home/agent/inner/f") == b"x"
+        assert await sandbox.get("/home/agent/out/secret") is None and await sandbox.get("/home/agent/s") is None
+        await sandbox.put({"/home/agent/s": SandboxFile(b"mine")})
+        assert await out(sandbox, "cat s") == "mine"
     assert (tmp_path / "secret").read_text() == "of the machine"
 
 
@@ -271,8 +271,8 @@ async def test_no_process_of_a_session_survives_the_trainers_end() -> None:
         "import asyncio, os\n"
         "from backtalk.sandboxes import SandboxLimits, local_sandbox\n"
         "async def main():\n"
-        "  async with local_sandbox('sandlock').open(SandboxLimits()) as box:\n"
-        "    await box.exec('(setsid env -i sleep 6101 &) ; sleep 6101 &', timeout_s=20)\n"
+        "  async with local_sandbox('sandlock').open(SandboxLimits()) as sandbox:\n"
+        "    await sandbox.exec('(setsid env -i sleep 6101 &) ; sleep 6101 &', timeout_s=20)\n"
         "    os.kill(os.getpid(), 9)\n"
         "asyncio.run(main())\n"
     )
@@ -287,20 +287,20 @@ async def test_no_process_of_a_session_survives_the_trainers_end() -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root gives each sandbox a uid by which to find what is left")
 async def test_a_guard_that_somebody_ends_leaves_nothing() -> None:
-    async with sandlock_or_skip().open(SandboxLimits()) as box:
-        await out(box, "(setsid env -i sleep 6111 &); echo kept >f")
-        guard = box._keeper._guard
+    async with sandlock_or_skip().open(SandboxLimits()) as sandbox:
+        await out(sandbox, "(setsid env -i sleep 6111 &); echo kept >f")
+        guard = sandbox._keeper._guard
         assert guard is not None
         guard.kill()
         ends: list[int] = []
         while 137 not in ends and len(ends) < 20:
-            ends.append((await box.exec("/bin/true", timeout_s=20)).exit_code)
+            ends.append((await sandbox.exec("/bin/true", timeout_s=20)).exit_code)
         assert 137 in ends, ends  # at first the old shell may answer, none of whose calls for a path work any more
         until_s = time.monotonic() + 20
         while with_argument("6111") and time.monotonic() < until_s:
             await asyncio.sleep(0.05)
         assert not with_argument("6111")
-        assert await out(box, "cat f") == "kept\n"
+        assert await out(sandbox, "cat f") == "kept\n"
 
 
 # The suite: last, for it runs beside all the rest

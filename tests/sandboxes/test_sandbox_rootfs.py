@@ -1,6 +1,7 @@
-"""A root file system of the user's choosing: what becomes of a folder, a tar file and a Dockerfile, and what an agent
-can do to it. The whole conformance suite ran over a Debian root by hand (docs/sandbox.md); here a part of it runs over
-a root made of this machine's own programs.
+"""Root file systems from a folder, a tar file and a Dockerfile: how they are opened, and what an agent can do to them.
+
+The whole conformance suite ran over a Debian root by hand (docs/sandbox.md); here a part of it runs over a root made of
+this machine's own programs.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ SOURCE = Path(__file__).parents[2] / "src"
 
 @pytest.fixture(scope="module")
 def place() -> Iterator[Path]:
-    """A folder that other users can look into, which pytest's own are not."""
+    """Make a folder that other users can read, which they cannot with pytest's own."""
     folder = Path(tempfile.mkdtemp(prefix="backtalk-rootfs-"))
     folder.chmod(0o755)
     yield folder
@@ -64,11 +65,11 @@ def cache(place: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tree(place: Path) -> Path:
-    """A root of a few of this machine's programs, and something of its own in each kind of place."""
+    """Make a root of a few of this machine's programs, with a file of its own in each kind of folder."""
     backend_or_skip()
     root = place / "root"
     paths = {os.path.realpath(found): found for name in PROGRAMS if (found := shutil.which(name))}
-    said = subprocess.run(["ldd", *paths], capture_output=True, text=True, check=False).stdout
+    linked = subprocess.run(["ldd", *paths], capture_output=True, text=True, check=False).stdout
     for folder in ("usr/bin", "usr/lib", "etc/alternatives", "opt/data", "tmp", "var/lib", "usr/share"):
         (root / folder).mkdir(parents=True)
     for link in ("bin", "lib"):
@@ -76,7 +77,7 @@ def tree(place: Path) -> Path:
     for real, found in paths.items():
         shutil.copy(real, root / "usr/bin" / Path(found).name)
     (root / "usr/bin/sh").symlink_to("bash")
-    for library in set(re.findall(r"(/\S+) \(", said)):
+    for library in set(re.findall(r"(/\S+) \(", linked)):
         to = root / (library.lstrip("/") if "/ld-" in library else f"usr/lib/{Path(library).name}")
         to.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(library, to)
@@ -100,17 +101,17 @@ def over(choice: Path, images: dict[str, str] | None = None) -> BubblewrapBacken
     return BubblewrapBackend(root=open_root(str(choice), images=images))
 
 
-def said(backend: BubblewrapBackend, *commands: str, disk_mb: int = 64) -> list[str]:
-    """What commands print in one sandbox; RESTART restarts it."""
+def outputs(backend: BubblewrapBackend, *commands: str, disk_mb: int = 64) -> list[str]:
+    """Run commands in one sandbox and return what each printed; RESTART restarts the sandbox."""
 
     async def run() -> list[str]:
-        async with backend.open(SandboxLimits(disk_mb=disk_mb)) as box:
+        async with backend.open(SandboxLimits(disk_mb=disk_mb)) as sandbox:
             out = []
             for command in commands:
                 if command == "RESTART":
-                    await box.restart()
+                    await sandbox.restart()
                 else:
-                    out.append((await box.exec(command, timeout_s=30)).output)
+                    out.append((await sandbox.exec(command, timeout_s=30)).output)
             return out
 
     return asyncio.run(run())
@@ -123,7 +124,7 @@ def test_a_folder_is_seen_written_over_and_never_changed(tree: Path) -> None:
     before = sorted((str(p), p.lstat().st_mtime_ns) for p in tree.rglob("*"))
     backend = over(tree)
     assert str(tree) in backend.report.isolation["files"] and not any("copied" in w for w in backend.report.warnings)
-    seen, changed, after = said(
+    seen, changed, after = outputs(
         backend,
         "cat /etc/os-release /opt/link/file; id -un; stat -c %U /opt/data/file; pwd",
         "echo mine >>/opt/data/file; rm -r /var/lib; mkdir /var/lib; ls /var/lib; "
@@ -133,18 +134,18 @@ def test_a_folder_is_seen_written_over_and_never_changed(tree: Path) -> None:
     assert seen == "NAME=Tiny\nof the root\nagent\nagent\n/home/agent\n"
     assert changed.count("Read-only file system") == 5 and changed.endswith("busy\n1\n"), changed
     assert after == "of the root\nmine\n"
-    assert said(backend, "cat /opt/data/file; ls -d /var/lib") == ["of the root\n/var/lib\n"]  # another sandbox
+    assert outputs(backend, "cat /opt/data/file; ls -d /var/lib") == ["of the root\n/var/lib\n"]  # another sandbox
     assert sorted((str(p), p.lstat().st_mtime_ns) for p in tree.rglob("*")) == before
 
 
 def test_its_size_is_limited(tree: Path) -> None:
     fill = "head -c 5M /dev/zero >/opt/data/big && head -c 5M /dev/zero >/srv/big"
-    assert "No space left" in said(over(tree), fill, disk_mb=8)[0]
+    assert "No space left" in outputs(over(tree), fill, disk_mb=8)[0]
 
 
 def test_places_of_code_that_the_root_lacks_cannot_be_made(tree: Path) -> None:
     commands = ("mkdir /sbin/x", "touch /lib32/x", "echo x >/etc/ld.so.cache", "touch /etc/alternatives/x /.bwrap/x")
-    out = said(over(tree), "; ".join(commands))[0]
+    out = outputs(over(tree), "; ".join(commands))[0]
     assert out.count("Read-only file system") == 5, out
 
 
@@ -198,13 +199,13 @@ def test_without_an_overlay_it_is_copied(tree: Path, monkeypatch: pytest.MonkeyP
     checks = ["writable_places", "trusted_files", "broken_folders", "programs_of_the_machine", "one_tree"]
     results = asyncio.run(conformance(backend, only=checks))
     assert [(r.check.name, r.reason) for r in results if r.outcome is Outcome.FAILED] == []
-    assert said(backend, "cat /opt/link/file; echo x >>/opt/data/file; stat -c %U /opt/data") == [
+    assert outputs(backend, "cat /opt/link/file; echo x >>/opt/data/file; stat -c %U /opt/data") == [
         "of the root\nagent\n"
     ]
     (tree / "opt/large").write_bytes(bytes(3 << 20))
     try:
         with pytest.raises(SandboxError, match="outside of its programs is larger than the sandbox's disk"):
-            said(backend, "true", disk_mb=2)
+            outputs(backend, "true", disk_mb=2)
     finally:
         (tree / "opt/large").unlink()
 
@@ -218,7 +219,7 @@ def test_a_tar_file_is_unpacked_once_by_its_content(tar: Path, place: Path) -> N
     second = open_root(str(place / "other-name.tar.gz"))
     assert first is not None and second is not None and first.folder == second.folder
     backend = over(tar)
-    assert said(backend, "cat /opt/link/file; id -un; echo x >/opt/data/new; ls /opt/data") == [
+    assert outputs(backend, "cat /opt/link/file; id -un; echo x >/opt/data/new; ls /opt/data") == [
         "of the root\nagent\nfile\nnew\n"
     ]
 
@@ -360,21 +361,21 @@ def test_a_dockerfile_is_built_offline(context: Path, base: str, request: pytest
             file.write("USER root\nRUN ln -s /usr/bin/env /usr/bin/env2 && ! test -e /usr/bin/python3\n")
     backend = over(context, images)
     assert "FROM tiny:1" in backend.report.isolation["files"]
-    shown, changed = said(
+    shown, changed = outputs(
         backend, SHOW, "echo more >>a.txt; cat a.txt; rm -r sub; stat -c %U once; echo $APP; ls -A /.stage"
     )
     assert shown == SHOWN
     assert changed == "hello\nmore\nagent\n/srv/app\nls: cannot access '/.stage': No such file or directory\n"
-    once = said(backend, "cat once")
-    assert said(over(context / "Dockerfile", images), "cat once") == once  # not built again
+    once = outputs(backend, "cat once")
+    assert outputs(over(context / "Dockerfile", images), "cat once") == once  # not built again
     (context / "a.txt").write_text("changed\n")
-    assert said(over(context, images), "cat /etc/renamed.conf") == ["changed\n"]
+    assert outputs(over(context, images), "cat /etc/renamed.conf") == ["changed\n"]
 
 
 def test_its_variables_do_not_choose_the_verifiers_programs(context: Path, tree: Path) -> None:
     backend = over(context, {"tiny:1": str(tree)})
     evil = "printf '#!/bin/bash\\necho evil\\n' >bin/bash; chmod +x bin/bash; cp bin/bash bin/ls; hash -r; ls; exit 3"
-    out = said(backend, evil, "ls", "RESTART", "ls -d /srv; bash -c 'echo good'; echo $PATH; pwd")
+    out = outputs(backend, evil, "ls", "RESTART", "ls -d /srv; bash -c 'echo good'; echo $PATH; pwd")
     assert out[0] == "evil\n" and out[1] == "evil\n"  # the agent's own doing holds for the agent
     assert out[2].startswith("/srv\ngood\n/usr/local/sbin:") and out[2].endswith("/home/agent\n")
 
@@ -506,8 +507,8 @@ assert os.getuid() != 0
 root, context, *only = sys.argv[1:]
 async def built():
     from backtalk.sandboxes import SandboxLimits
-    async with BubblewrapBackend(root=open_root(context, images={"tiny:1": root})).open(SandboxLimits()) as box:
-        return (await box.exec("cat who; echo x >>who; touch /usr/x", timeout_s=30)).output
+    async with BubblewrapBackend(root=open_root(context, images={"tiny:1": root})).open(SandboxLimits()) as sandbox:
+        return (await sandbox.exec("cat who; echo x >>who; touch /usr/x", timeout_s=30)).output
 results = asyncio.run(conformance(BubblewrapBackend(root=open_root(root)), only=only))
 print(json.dumps([asyncio.run(built()), [[r.check.name, r.outcome, r.reason] for r in results]]))
 """
@@ -539,7 +540,7 @@ def run(command: list[str], env: dict[str, str] | None = None) -> subprocess.Com
 
 async def test_files_go_in_and_out(tree: Path) -> None:
     backend = over(tree)
-    async with backend.open(SandboxLimits()) as box:
-        await box.put({"/opt/data/file": SandboxFile(b"put"), "/tests/t": SandboxFile(b"t")})
-        assert await box.get("/opt/link/file") == b"put" and await box.get("/etc/os-release") == b"NAME=Tiny\n"
-        assert await box.get("/usr/bin/nothing") is None
+    async with backend.open(SandboxLimits()) as sandbox:
+        await sandbox.put({"/opt/data/file": SandboxFile(b"put"), "/tests/t": SandboxFile(b"t")})
+        assert await sandbox.get("/opt/link/file") == b"put" and await sandbox.get("/etc/os-release") == b"NAME=Tiny\n"
+        assert await sandbox.get("/usr/bin/nothing") is None
