@@ -75,7 +75,7 @@ def account(
     for note in [*notes, *(f"refused: {refusal.where}: {refusal.reason}" for refusal in counted.refusals)]:
         console.print(f"- {note}", markup=False, highlight=False, soft_wrap=True)
     if json_path is not None:
-        from backtalk.run.log import write_bytes
+        from backtalk.files import write_bytes
 
         write_bytes(json_path, json.dumps(_json(unit, coeff, accounts, scored, step), indent=1).encode())
     if counted.refusals:

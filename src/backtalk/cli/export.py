@@ -42,9 +42,9 @@ def export(
 
     Example: `backtalk export captured.jsonl --format episode-record --out results.jsonl`.
     """
+    from backtalk.files import write_bytes
     from backtalk.language.renderer import Renderer, RendererConfig
     from backtalk.language.tokenizer import model_location
-    from backtalk.run.log import write_bytes
     from backtalk.run.log.sources import read_episodes, rendered
 
     if out.suffix != ".jsonl":

@@ -1,8 +1,4 @@
-"""The settings of a training run.
-
-Each group of settings lives beside what it sets (rollout, objective, engine, terminal); this module
-only puts them together.
-"""
+"""Put together the settings of a training run; each group of them stands beside the code that it sets."""
 
 from __future__ import annotations
 
@@ -24,8 +20,7 @@ from backtalk.rollout.limits import RolloutLimits
 from backtalk.run.settings_file import parse_overrides, read_settings, set_dotted
 from backtalk.sandboxes import SandboxChoice
 
-# Settings that a run leaves alone unless it is about what they set, but for a few of the engine's: each group counts as
-# one choice.
+# Groups of settings that most runs leave alone, each listed as one choice; NO_OPTIONS are listed by themselves.
 OPTION_GROUPS = ("objective.policy", "objective.world", "renderer", "terminal", "engine")
 NO_OPTIONS = ("engine.kind", "engine.model", "engine.learning_rate", "engine.lora_rank")
 
@@ -34,21 +29,21 @@ E = TypeVar("E", bound=EngineConfig)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TaskSource:
-    """One of several sources of tasks, and how it is taken."""
+    """A source of tasks, its weight among several, and the options of its world."""
 
     name: str
     """triage, workbench, a folder, a .jsonl or .parquet file, hf:owner/name[:split], openenv:WHERE, awm:WHICH, or the
     import path of a world of your own, package.module:World."""
     weight: float = 1.0
-    """This over the sum of all weights is its share of the tasks of a step."""
+    """Divided by the sum of all weights, its share of the tasks of a step."""
     levels: tuple[int, ...] | None = None
-    """Of triage; null is tasks.levels."""
+    """Difficulties of triage; null is tasks.levels."""
     world_model_only: bool = False
-    """Nobody scores them: they teach through the world-model term alone."""
+    """Score none of its tasks: they teach through the world-model term alone."""
     host_packages: bool = False
-    """Leave out what installs packages: this machine has them already."""
+    """Skip setup steps that install packages: this machine has them already."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of its world: OpenEnvConfig's, AwmConfig's, or the arguments of a class of your own."""
+    """Settings of its world: OpenEnvConfig's, AwmConfig's, or the arguments of a class of your own."""
 
     def __post_init__(self) -> None:
         if not 0 < self.weight < math.inf:
@@ -100,22 +95,22 @@ class TaskConfig:
     def sources(self) -> tuple[TaskSource, ...]:
         """Return the sources, each with its weight and its levels."""
         several = (self.source,) if isinstance(self.source, str) else self.source
-        each = (one if isinstance(one, TaskSource) else TaskSource(name=one) for one in several)
-        return tuple(replace(one, levels=one.levels or self.levels) for one in each)
+        sources = (source if isinstance(source, TaskSource) else TaskSource(name=source) for source in several)
+        return tuple(replace(source, levels=source.levels or self.levels) for source in sources)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
-    """How the policy is measured on held-out tasks, before the first step and after the last."""
+    """Evaluation of the policy on held-out tasks, before the first step and after the last."""
 
     tasks: int = 64
-    """Held-out tasks; 0 leaves evaluation out."""
+    """Held-out tasks; 0 for no evaluation."""
     samples_per_task: int = 4
-    """Rollouts of each, the k of pass@k."""
+    """Rollouts of each task, the k of pass@k."""
     every: int = 0
-    """Steps between further evaluations; 0 is none."""
+    """Steps between further evaluations; 0 for none."""
     recorded_path: str | None = None
-    """Trajectories of another policy, a Parquet file; null is the package's own, for its own model."""
+    """Parquet file of another policy's trajectories; null is the package's own, for its own model."""
 
     def __post_init__(self) -> None:
         if self.tasks < 0 or self.samples_per_task < 1 or self.every < 0:
@@ -130,19 +125,19 @@ class TrainConfig(Generic[E]):
     """All settings of one training run; ``engine`` holds those of the engine that ``engine.kind`` names."""
 
     seed: int = 0
-    """Of tasks, sampling and fresh adapters."""
+    """Seed of tasks, sampling and fresh adapters."""
     steps: int = 50
     """Optimizer steps."""
     tasks_per_step: int = 8
-    """Groups of a step."""
+    """Tasks of a step, a group of rollouts each."""
     group_size: int = 8
-    """Rollouts of each task of a step."""
+    """Rollouts of each task."""
     temperature: float = 1.0
-    """Of sampling, above 0."""
+    """Temperature of sampling, above 0."""
     checkpoint_every: int = 5
     """Steps between checkpoints."""
     sandbox: SandboxChoice = "auto"
-    """Where commands run; auto takes the best that works here, never unsafe."""
+    """Sandbox of commands; auto is the best that works here, never unsafe."""
     tasks: TaskConfig = field(default_factory=TaskConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     renderer: RendererConfig = field(default_factory=RendererConfig)
@@ -157,7 +152,7 @@ class TrainConfig(Generic[E]):
                 raise ConfigError(f"{name}={getattr(self, name)} cannot work; use {name} >= {least}")
         if self.temperature <= 0:
             raise ConfigError(
-                f"temperature={self.temperature} samples the same attempt every time, so a group has nothing to "
+                f"temperature={self.temperature} samples the same rollout every time, so a group has nothing to "
                 "compare; use temperature > 0, for example 1.0"
             )
         if self.group_size == 1 and self.objective.policy_coeff > 0:

@@ -21,7 +21,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """An estimate and its 95 % interval; the bounds are None where too little was measured to give any."""
+    """An estimate and its 95 % interval; the bounds are None if too little was measured."""
 
     value: float
     low: float | None = None
@@ -29,12 +29,12 @@ class Interval:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any] | None) -> Interval | None:
-        """Return the interval that a file holds as plain data; None where nothing was measured."""
+        """Return the interval that a file holds as plain data; None if nothing was measured."""
         return None if data is None else cls(**data)
 
 
 def interval_text(interval: Interval | None, form: str = "{:.3f}") -> str:
-    """Return ``0.250 [0.188, 0.312]``; a dash where nothing was measured. ``form`` is that of each number."""
+    """Return text such as ``0.250 [0.188, 0.312]``; a dash for None. ``form`` formats each number."""
     if interval is None:
         return "-"
     text = form.format(interval.value)
@@ -50,13 +50,13 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     """
     if not 0 <= c <= n or not 1 <= k <= n:
         raise ValueError(
-            f"pass@{k} of {c} solved in {n} attempts: needs 0 <= solved <= attempts and 1 <= k <= attempts"
+            f"pass@{k} of {c} solved in {n} rollouts: needs 0 <= solved <= rollouts and 1 <= k <= rollouts"
         )
     return 1.0 - comb(n - c, k) / comb(n, k)
 
 
 def mean(values: Sequence[float]) -> float:
-    """Return the mean, 0 where there is none."""
+    """Return the mean, 0 of no values."""
     return float(sum(values)) / len(values) if values else 0.0
 
 

@@ -1,10 +1,10 @@
-"""An OpenAI-compatible endpoint over our sampler, for agents that other people wrote.
+"""Serve an OpenAI-compatible endpoint over a policy's sampler, for agents that other people wrote.
 
-Token in, token out: what a conversation's replies were sampled as is remembered, so that a conversation that comes back
-is continued from the very ids. It is known by what it means, not by its bytes: agents write JSON anew and add fields.
-Replies that are not known are rendered with their calls in the policy's tool format. Either way a prompt is, token for
-token, what training would have rendered (``History``). Each reply carries its prompt's ids, its own and their
-log-probabilities, under the names that vLLM gives them.
+Token ids in, token ids out: the ids that a conversation's replies were sampled as are remembered, so that a
+conversation that comes back is continued from them. It is recognised by its meaning and not by its bytes, as agents
+write JSON anew and add fields. A reply that is not remembered is rendered with its calls in the policy's tool format.
+Either way a prompt is, token for token, the one that training would have rendered (``History``). Each reply carries the
+ids of its prompt, its own and their log-probabilities, under the names that vLLM gives them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from hashlib import sha256
 from itertools import count
 from secrets import token_hex
@@ -32,7 +33,7 @@ from backtalk.trajectory import TokenRole
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-REMEMBERED = 4096  # conversations
+REMEMBERED = 4096  # replies, each known by two keys
 
 
 class ContextTooLong(ConfigError):
@@ -41,16 +42,20 @@ class ContextTooLong(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One chat completion as it was asked for."""
+    """A request for one chat completion. ``max_tokens`` is of the reply."""
 
     messages: tuple[Mapping[str, Any], ...]
     tools: tuple[ToolSpec, ...]
     params: SamplingParams
-    max_tokens: int  # of the reply
+    max_tokens: int
 
     @classmethod
     def of(cls, body: Mapping[str, Any], defaults: SamplingParams) -> Request:
-        """Raises ConfigError: what cannot be served, or is no request."""
+        """Read the body of a request.
+
+        Raises:
+            ConfigError: it asks for what cannot be served, or is no request.
+        """
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages or not all(isinstance(m, Mapping) for m in messages):
             raise ConfigError("messages has to be a list of at least one message")
@@ -59,112 +64,107 @@ class Request:
         if body.get("stream") or body.get("n", 1) != 1:
             raise ConfigError("stream=true and n > 1 are not served; ask for one whole reply at a time")
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or defaults.max_tokens
-        temperature, seed = body.get("temperature"), body.get("seed")
-        params = SamplingParams(
-            temperature=defaults.temperature if temperature is None else float(temperature),
-            max_tokens=defaults.max_tokens,
-            seed=defaults.seed if seed is None else int(seed),
-        )
-        tools = tuple(_tool(tool) for tool in body.get("tools") or ())
-        return cls(tuple(messages), tools, params, min(int(limit), defaults.max_tokens))
+        changes: dict[str, Any] = {
+            name: kind(body[name])
+            for name, kind in (("temperature", float), ("seed", int))
+            if body.get(name) is not None
+        }
+        tools = tuple(_read_tool(tool) for tool in body.get("tools") or ())
+        return cls(tuple(messages), tools, replace(defaults, **changes), min(int(limit), defaults.max_tokens))
 
 
 class Endpoint:
-    """Chat completions from one policy. ``sampler_of`` makes its sampler for some parameters."""
+    """Chat completions of one policy.
+
+    ``open_sampler`` returns its sampler for some parameters. ``max_tokens`` is of a whole history, reply included.
+    """
 
     def __init__(
         self,
         renderer: Renderer,
-        sampler_of: Callable[[SamplingParams], Sampler],
+        open_sampler: Callable[[SamplingParams], Sampler],
         defaults: SamplingParams,
         *,
         max_tokens: int,
         name: str = "backtalk",
     ) -> None:
-        """``max_tokens`` is of a whole history, reply included."""
         self.name = name
-        self._renderer, self._sampler_of, self._defaults, self._max_tokens = renderer, sampler_of, defaults, max_tokens
-        self._samplers: dict[SamplingParams, Sampler] = {}
-        self._known: OrderedDict[str, History] = OrderedDict()  # up to and with a reply
-        self._numbers, self._salt = count(), token_hex(4)  # so that no call has the id of one before a restart
+        self._renderer, self._sampler = renderer, cache(open_sampler)
+        self._defaults, self._max_tokens = defaults, max_tokens
+        self._histories: OrderedDict[str, History] = OrderedDict()  # up to and with a reply
+        self._numbers, self._salt = count(), token_hex(4)  # no call has the id of one before a restart
 
     async def complete(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The answer to one request, as plain data.
+        """Return the answer to one request, as plain data.
 
         Raises:
-            ConfigError: what was asked for cannot be served; a history that leaves no room for a reply.
+            ConfigError: the request asks for what cannot be served, or its history leaves no room for a reply.
         """
         request = Request.of(body, self._defaults)
         renderer = self._renderer.for_tools(request.tools)
-        said = Conversation.of(request)
-        history = self._history(said, renderer)
+        conversation = Conversation.of(request)
+        history = self._history(conversation, renderer)
         prompt = tuple(history.token_ids)
-        room = self._max_tokens - len(prompt)
-        if room < 1:
+        tokens_left = self._max_tokens - len(prompt)
+        if tokens_left < 1:
             raise ContextTooLong(
                 f"this model's maximum context length is {self._max_tokens} tokens, and the history has {len(prompt)}"
             )
         number = next(self._numbers)
         async with self._sampler(request.params).session(f"serve/{number}") as session:
-            completion = await session.sample(prompt, min(room, request.max_tokens))
+            completion = await session.sample(prompt, min(tokens_left, request.max_tokens))
         action = renderer.parse_action(completion.token_ids, completion.stopped)
-        message = _message(action, bool(request.tools), f"{self._salt}{number}")
+        message = _write_reply(action, bool(request.tools), f"{self._salt}{number}")
         history.act(completion.token_ids)
-        self._remember(said.keys_with(message), history)
-        return self._answer(number, request, prompt, completion, message, renderer)
+        self._remember(conversation.keys_with(message), history)
+        return self._answer(number, prompt, completion, message, renderer)
 
-    def _sampler(self, params: SamplingParams) -> Sampler:
-        if params not in self._samplers:
-            self._samplers[params] = self._sampler_of(params)
-        return self._samplers[params]
-
-    def _history(self, said: Conversation, renderer: Renderer) -> History:
-        """The conversation as training would have rendered it, from the last reply on that is remembered."""
-        history, start = History(), 0
-        for turn in range(len(said.turns), 0, -1):
-            known = next((self._known[key] for key in said.keys[turn - 1] if key in self._known), None)
-            if known is not None:
-                history, start = known.copy(), turn
-                history.observe(said.turns[turn - 1].answers, renderer)
+    def _history(self, conversation: Conversation, renderer: Renderer) -> History:
+        """Return the conversation as training would have rendered it, from the last remembered reply on."""
+        turns, history, start = conversation.turns, History(), 0
+        for turn in range(len(turns), 0, -1):
+            known = [self._histories[key] for key in conversation.keys[turn - 1] if key in self._histories]
+            if known:
+                history, start = known[0].copy(), turn
+                history.observe(turns[turn - 1].answers, renderer)
                 break
         else:
-            if said.prompt:
-                history.begin(said.prompt, renderer)
-        for turn in said.turns[start:]:
+            if conversation.prompt:
+                history.begin(conversation.prompt, renderer)
+        for turn in turns[start:]:
             history.act(renderer.encode_message(turn.reply.text, turn.reply.calls, turn.reply.reasoning))
             history.observe(turn.answers, renderer)
         return history
 
     def _remember(self, keys: Sequence[str], history: History) -> None:
         for key in keys:
-            self._known[key] = history
-            self._known.move_to_end(key)
-        while len(self._known) > REMEMBERED:
-            self._known.popitem(last=False)
+            self._histories[key] = history
+            self._histories.move_to_end(key)
+        while len(self._histories) > REMEMBERED:
+            self._histories.popitem(last=False)
 
     def _answer(
         self,
         number: int,
-        request: Request,
         prompt: tuple[int, ...],
         completion: Completion,
         message: Mapping[str, Any],
         renderer: Renderer,
     ) -> dict[str, Any]:
-        decode = renderer.encoder.decode
-        logprobs = completion.logprobs and [
-            {"token": decode([token]), "logprob": value, "bytes": None, "top_logprobs": []}
-            for token, value in zip(completion.token_ids, completion.logprobs, strict=True)
-        ]
-        ending = "tool_calls" if "tool_calls" in message else "stop" if completion.stopped else "length"
+        logprobs = completion.logprobs and {
+            "content": [
+                {"token": renderer.encoder.decode([token]), "logprob": value, "bytes": None, "top_logprobs": []}
+                for token, value in zip(completion.token_ids, completion.logprobs, strict=True)
+            ]
+        }
         choice = {
             "index": 0,
             "message": message,
-            "finish_reason": ending,
-            "logprobs": None if logprobs is None else {"content": list(logprobs)},
+            "finish_reason": "tool_calls" if "tool_calls" in message else "stop" if completion.stopped else "length",
+            "logprobs": logprobs,
             "token_ids": list(completion.token_ids),
         }
-        used = {"prompt_tokens": len(prompt), "completion_tokens": len(completion.token_ids)}
+        usage = {"prompt_tokens": len(prompt), "completion_tokens": len(completion.token_ids)}
         return {
             "id": f"chatcmpl-{number}",
             "object": "chat.completion",
@@ -172,12 +172,12 @@ class Endpoint:
             "model": self.name,
             "prompt_token_ids": list(prompt),
             "choices": [choice],
-            "usage": used | {"total_tokens": sum(used.values())},
+            "usage": usage | {"total_tokens": sum(usage.values())},
         }
 
 
 def application(endpoint: Endpoint) -> Starlette:
-    """The routes /v1/chat/completions, /v1/models and /health."""
+    """Return the web application with the routes /v1/chat/completions, /v1/models and /health."""
     from starlette.applications import Starlette
     from starlette.requests import Request as HttpRequest
     from starlette.responses import JSONResponse
@@ -191,8 +191,8 @@ def application(endpoint: Endpoint) -> Starlette:
             return JSONResponse(await endpoint.complete(body))
         except (BacktalkError, ValueError, TypeError) as error:
             code = "context_length_exceeded" if isinstance(error, ContextTooLong) else "invalid_request"
-            said = {"message": str(error), "type": "invalid_request_error", "code": code}
-            return JSONResponse({"error": said}, status_code=400)
+            answer = {"message": str(error), "type": "invalid_request_error", "code": code}
+            return JSONResponse({"error": answer}, status_code=400)
 
     async def models(request: HttpRequest) -> JSONResponse:
         return JSONResponse({"object": "list", "data": [{"id": endpoint.name, "object": "model"}]})
@@ -209,7 +209,7 @@ def application(endpoint: Endpoint) -> Starlette:
 
 
 async def serve(endpoint: Endpoint, *, host: str, port: int) -> None:
-    """Until it is cancelled.
+    """Serve until cancelled.
 
     Raises:
         ConfigError: the packages for it are not installed.
@@ -235,10 +235,7 @@ async def serve(endpoint: Endpoint, *, host: str, port: int) -> None:
         raise
 
 
-# ---------------------------------------------------------------- messages of the protocol, and ours
-
-
-def _tool(tool: Mapping[str, Any]) -> ToolSpec:
+def _read_tool(tool: Mapping[str, Any]) -> ToolSpec:
     function = tool.get("function")
     if tool.get("type") != "function" or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ConfigError(f"tool {tool!r} is none of type function with a name")
@@ -248,7 +245,7 @@ def _tool(tool: Mapping[str, Any]) -> ToolSpec:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A reply, and the messages that answer it."""
+    """A reply of the policy as a client's history has it, and the messages that answer it."""
 
     reply: AssistantMessage
     answers: tuple[Message, ...] = ()
@@ -256,61 +253,64 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A history in turns. ``keys`` are what it is remembered by up to each reply: with the calls' ids, and without.
+    """A history in turns. It is remembered up to each reply by two ``keys``: with the ids of the calls, and without.
 
-    The same call may have been sampled in many ways; its id tells which. Where an agent has changed the ids, the last
-    reply of that meaning is taken.
+    The same call may have been sampled in several ways, and its id tells which. If an agent has changed the ids, the
+    last reply of that meaning is taken. ``end`` holds the keys of the whole history.
     """
 
     prompt: tuple[Message, ...]
     turns: tuple[Turn, ...]
     keys: tuple[tuple[str, str], ...]
-    end: tuple[str, str]  # the keys of all of it
+    end: tuple[str, str]
 
     @classmethod
     def of(cls, request: Request) -> Conversation:
-        """Raises ConfigError, or DataError: a message that cannot be served."""
+        """Read the messages of a request.
+
+        Raises:
+            ConfigError, DataError: a message cannot be served.
+        """
         prompt: list[Message] = []
         turns: list[Turn] = []
         for message in request.messages:
             if message.get("role") == "assistant":
                 reply = read_assistant(message)
                 if turns and not turns[-1].answers:  # some agents send text and calls of a reply one after the other
-                    reply = _joined(turns.pop().reply, reply)
+                    reply = _join(turns.pop().reply, reply)
                 turns.append(Turn(reply))
             elif turns:
-                turns[-1] = replace(turns[-1], answers=(*turns[-1].answers, _said(message)))
+                turns[-1] = replace(turns[-1], answers=(*turns[-1].answers, _read_message(message)))
             else:
-                prompt.append(_said(message))
+                prompt.append(_read_message(message))
         tools = [[tool.name, tool.description, tool.parameters] for tool in request.tools]
-        end, keys = _after(("", ""), [tools, _meaning(prompt)]), []
+        end, keys = _extend(("", ""), [tools, _texts(prompt)]), []
         for turn in turns:
-            keys.append(end := _after(end, *_reply_meaning(turn.reply)))
-            end = _after(end, _meaning(turn.answers))
+            keys.append(end := _extend_by_reply(end, turn.reply))
+            end = _extend(end, _texts(turn.answers))
         return cls(tuple(prompt), tuple(turns), tuple(keys), end)
 
     def keys_with(self, reply: Mapping[str, Any]) -> tuple[str, str]:
-        """What this conversation with a reply after it is known by."""
-        return _after(self.end, *_reply_meaning(read_assistant(reply)))
+        """Return the keys of this conversation followed by a reply."""
+        return _extend_by_reply(self.end, read_assistant(reply))
 
 
-def _after(keys: tuple[str, str], meaning: Any, ids: Any = None) -> tuple[str, str]:
-    """Return the keys of what went before and then this: one with the calls' ids, one without."""
+def _extend(keys: tuple[str, str], meaning: Any, ids: Sequence[str | None] = ()) -> tuple[str, str]:
+    """Return the keys of a history and what follows it: one with the calls' ids, one without."""
     exact, loose = (
-        sha256(f"{key}{json.dumps(told, sort_keys=True)}".encode()).hexdigest()
-        for key, told in zip(keys, ([meaning, ids], meaning), strict=True)
+        sha256(f"{key}{json.dumps(content, sort_keys=True)}".encode()).hexdigest()
+        for key, content in zip(keys, ([meaning, ids], meaning), strict=True)
     )
     return exact, loose
 
 
-def _meaning(messages: Sequence[Message]) -> list[list[str]]:
-    return [[message.role, message.text] for message in messages]
-
-
-def _reply_meaning(reply: AssistantMessage) -> tuple[Any, Any]:
-    """Return what a reply says, whichever way it is written, and the ids of its calls."""
+def _extend_by_reply(keys: tuple[str, str], reply: AssistantMessage) -> tuple[str, str]:
     calls = [[call.tool, _same_numbers(call.arguments)] for call in reply.calls]
-    return [reply.text.strip(), calls], list(reply.call_ids)
+    return _extend(keys, [reply.text.strip(), calls], reply.call_ids)
+
+
+def _texts(messages: Sequence[Message]) -> list[list[str]]:
+    return [[message.role, message.text] for message in messages]
 
 
 def _same_numbers(value: Any) -> Any:
@@ -322,7 +322,7 @@ def _same_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _joined(first: AssistantMessage, second: AssistantMessage) -> AssistantMessage:
+def _join(first: AssistantMessage, second: AssistantMessage) -> AssistantMessage:
     return AssistantMessage(
         text="\n".join(filter(None, (first.text, second.text))),
         calls=first.calls + second.calls,
@@ -331,7 +331,7 @@ def _joined(first: AssistantMessage, second: AssistantMessage) -> AssistantMessa
     )
 
 
-def _said(message: Mapping[str, Any]) -> Message:
+def _read_message(message: Mapping[str, Any]) -> Message:
     role = {"developer": "system", "function": "tool"}.get(str(message.get("role")), str(message.get("role")))
     if role not in ("system", "user", "tool"):
         raise ConfigError(f"message role {message.get('role')!r} is not known; use system, user, assistant or tool")
@@ -339,8 +339,8 @@ def _said(message: Mapping[str, Any]) -> Message:
     return Message(role, (Part(text, TokenRole.ENV_OUTPUT),), tool=message.get("name"))
 
 
-def _message(action: ParsedAction, may_call: bool, name: str) -> dict[str, Any]:
-    """The reply as the protocol has it; a call that cannot be read stays text. ``name`` is no other reply's."""
+def _write_reply(action: ParsedAction, may_call: bool, name: str) -> dict[str, Any]:
+    """Return a reply as the protocol has it; an unreadable call stays text. ``name`` makes the ids of calls unique."""
     if not may_call or not action.calls:
         return {"role": "assistant", "content": action.text}
     calls = [write_call(call, f"call_{name}_{position}") for position, call in enumerate(action.calls)]

@@ -1,4 +1,4 @@
-"""Metrics sent to a dashboard as well, while a run goes on. The run folder holds them all in any case."""
+"""Send a run's metrics to a dashboard while it goes on. The run folder holds them all in any case."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ESTIMATES = ("pass_at_1", "pass_at_k", "reward", "env_ce_recorded", "env_ce_own"
 
 
 class Dashboard(StrEnum):
-    """Where metrics can go. Each needs the extra of its name; trackio's is called track."""
+    """Dashboards that metrics can be sent to. Each needs the extra of its name; trackio's is called track."""
 
     TRACKIO = "trackio"
     WANDB = "wandb"
@@ -27,7 +27,7 @@ class Dashboard(StrEnum):
 
 @contextmanager
 def tracking(dashboard: str, folder: Path, settings: Mapping[str, Any]) -> Iterator[OnEvent]:
-    """Open a dashboard for one run; what it yields is one more listener to the run's events.
+    """Open a dashboard for one run; yield a callback for the run's events.
 
     Raises:
         ConfigError: no such dashboard, or the package for it is not installed.
@@ -73,18 +73,18 @@ def _open(dashboard: Dashboard, folder: Path, settings: Mapping[str, Any]) -> tu
 
 
 def _forward(event: Event, log: Log) -> None:
-    """Steps are counted by policy updates: an evaluation before the first update stands at 0."""
+    """Send an event's metrics. The step is the number of updates so far: 0 for an evaluation before the first."""
     match event:
         case StepDone():
             log(event.step + 1, _finite({f"train/{name}": value for name, value in event.metrics.items()}))
         case EvaluationDone():
-            found = {name: getattr(event.evaluation, name) for name in ESTIMATES}
-            values = {f"held_out/{name}": interval.value for name, interval in found.items() if interval is not None}
+            intervals = {name: getattr(event.evaluation, name) for name in ESTIMATES}
+            values = {f"held_out/{name}": interval.value for name, interval in intervals.items() if interval}
             log(event.evaluation.step, _finite(values))
         case _:
             return
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Without what could not be measured in this step: dashboards draw a NaN as a gap or not at all."""
+    """Return the metrics that could be measured in this step: dashboards draw a NaN as a gap or not at all."""
     return {name: float(value) for name, value in metrics.items() if math.isfinite(value)}

@@ -1,20 +1,19 @@
-"""What a run leaves on disk: trajectories, metrics, evaluations, and how they are read back.
+"""Write what a run leaves on disk (trajectories, metrics, evaluations), and read it back.
 
 A run folder holds::
 
     config.yaml                     the resolved settings
-    metrics.jsonl                   one line a training step
+    metrics.jsonl                   one line for each training step
     groups/step_00012.parquet       the trajectories that step 12 was trained on, one row each
-    weights/step_00012.parquet      what each of their tokens weighed in the loss, and their advantages
-    evaluation_step_00012.json      the policy as it stood before step 12
+    weights/step_00012.parquet      the weight of each of their tokens in the loss, and their advantages
+    evaluation_step_00012.json      evaluation of the policy before step 12, and its trajectories as .parquet
     checkpoint/  tokenizer/         written by the engine and by ``train``
-    .lock                           there while a process writes, which alone may
+    .lock                           held by the process that writes
 
-Nothing here may lose what is already written: whole files appear by rename, lines are appended and
-synced, and a line cut off by a kill or a full disk is dropped by the next reader and writer.
+Nothing that is written gets lost: whole files appear by rename, lines are appended and synced, and a line cut off by a
+kill or a full disk is dropped by the next reader and writer.
 """
 
-from backtalk.files import write_bytes
 from backtalk.run.log.folder import RunLog
 from backtalk.run.log.lock import lock_file, lock_folder
 from backtalk.run.log.trajectories import (
@@ -35,6 +34,5 @@ __all__ = [
     "read_trajectories",
     "trajectory_from_dict",
     "trajectory_to_dict",
-    "write_bytes",
     "write_trajectories",
 ]

@@ -1,4 +1,4 @@
-"""One run folder: what is where, and what a resume forgets."""
+"""Read and write one run folder, and forget what a resume makes again."""
 
 from __future__ import annotations
 
@@ -17,51 +17,42 @@ from backtalk.trajectory import TokenWeights, TrajectoryGroup
 
 
 class RunLog:
-    """Reads and writes one run folder; ``RunLog(folder)`` itself touches nothing."""
+    """Reader and writer of one run folder; ``RunLog(folder)`` itself touches nothing."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
+        self.config_path = self.folder / "config.yaml"
+        self.metrics_path = self.folder / "metrics.jsonl"
+        self.checkpoint_path = self.folder / "checkpoint"
+        self.tokenizer_path = self.folder / "tokenizer"
 
     @classmethod
     def of_groups(cls, path: Path) -> tuple[RunLog, int] | None:
-        """Return the run and the step whose trajectories a file holds; None where it is another file."""
+        """Return the run and the step whose trajectories a file holds; None if it is another file."""
         folder, match = path.resolve().parent, re.fullmatch(r"step_(\d+)\.parquet", path.name)
         log = cls(folder.parent)
         return (log, int(match[1])) if match and folder.name == "groups" and log.config_path.is_file() else None
 
-    @property
-    def config_path(self) -> Path:
-        return self.folder / "config.yaml"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.folder / "metrics.jsonl"
-
-    @property
-    def checkpoint_path(self) -> Path:
-        return self.folder / "checkpoint"
-
-    @property
-    def tokenizer_path(self) -> Path:
-        return self.folder / "tokenizer"
-
     def groups_path(self, step: int) -> Path:
+        """Return the path of a step's trajectories."""
         return self.folder / "groups" / f"step_{step:05d}.parquet"
 
     def weights_path(self, step: int) -> Path:
+        """Return the path of a step's token weights."""
         return self.folder / "weights" / f"step_{step:05d}.parquet"
 
     def evaluation_path(self, step: int) -> Path:
+        """Return the path of the evaluation before a step; its trajectories lie beside it as .parquet."""
         return self.folder / f"evaluation_step_{step:05d}.json"
 
-    # writing
-
     def write_config(self, config: Mapping[str, Any]) -> None:
+        """Write the resolved settings."""
         import yaml
 
         write_bytes(self.config_path, yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True).encode())
 
     def write_groups(self, step: int, groups: Iterable[TrajectoryGroup]) -> None:
+        """Write the trajectories that a step trains on."""
         write_trajectories(self.groups_path(step), [trajectory for group in groups for trajectory in group])
 
     def write_weights(self, step: int, groups: Sequence[TrajectoryGroup], weights: Sequence[TokenWeights]) -> None:
@@ -69,39 +60,38 @@ class RunLog:
         write_weights(self.weights_path(step), groups, weights)
 
     def write_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line; what is not finite (a mean over nothing) is null."""
+        """Append the metrics of a step; those that are not finite (a mean over nothing) are null."""
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         append_json_line(self.metrics_path, {"step": step, **finite})
 
     def write_evaluation(
         self, step: int, evaluation: Mapping[str, Any], groups: Iterable[TrajectoryGroup] = ()
     ) -> None:
-        """The trajectories go first, so that an evaluation that can be read is a complete one."""
-        write_trajectories(
-            self.evaluation_path(step).with_suffix(".parquet"), [trajectory for group in groups for trajectory in group]
-        )
-        write_bytes(self.evaluation_path(step), (json.dumps(evaluation, indent=1) + "\n").encode())
+        """Write an evaluation after its trajectories, so that one that can be read is complete."""
+        path = self.evaluation_path(step)
+        write_trajectories(path.with_suffix(".parquet"), [trajectory for group in groups for trajectory in group])
+        write_bytes(path, (json.dumps(evaluation, indent=1) + "\n").encode())
 
     def truncate_after(self, step: int) -> None:
         """Forget what lies beyond ``step``, for a resume from the checkpoint made after it (-1: everything).
 
-        Kept are metrics, groups and weights up to ``step`` and evaluations up to that of the policy it left behind.
+        Kept are metrics, groups and weights up to ``step``, and evaluations up to the one of the policy after it.
         """
         if self.metrics_path.exists():
             kept = [row for row in self.read_metrics() if row["step"] <= step]
             write_bytes(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        for folder in ("groups", "weights"):
-            for number, path in self._numbered(f"{folder}/step_*.parquet"):
-                if number > step:
+        patterns = {"groups/step_*.parquet": step, "weights/step_*.parquet": step, "evaluation_step_*.*": step + 1}
+        for pattern, last in patterns.items():
+            for number, path in self._numbered(pattern):
+                if number > last:
                     path.unlink()
-        for number, path in self._numbered("evaluation_step_*.*"):
-            if number > step + 1:
-                path.unlink()
-
-    # reading
 
     def read_config(self) -> dict[str, Any]:
-        """Raises DataError when the folder is no run, or its config.yaml is not what a training wrote."""
+        """Read the settings.
+
+        Raises:
+            DataError: the folder is no run, or its config.yaml is not what a training wrote.
+        """
         import yaml
 
         if not self.config_path.is_file():
@@ -119,6 +109,11 @@ class RunLog:
         return tree
 
     def read_metrics(self) -> list[dict[str, Any]]:
+        """Read the metrics of every step.
+
+        Raises:
+            DataError: a line is not the metrics of a step.
+        """
         rows = read_json_lines(self.metrics_path) if self.metrics_path.exists() else []
         for number, row in enumerate(rows, start=1):
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
@@ -126,24 +121,29 @@ class RunLog:
         return rows
 
     def last_step(self) -> int:
-        """The last step whose metrics are written; -1 where there is none."""
+        """Return the last step with metrics; -1 if there is none."""
         rows = self.read_metrics()
         return rows[-1]["step"] if rows else -1
 
     def group_steps(self) -> list[int]:
-        """Steps whose trajectories are on disk, ascending."""
+        """Return the steps with trajectories, ascending."""
         return [number for number, _ in self._numbered("groups/step_*.parquet")]
 
     def read_groups(self, step: int) -> list[TrajectoryGroup]:
+        """Read the trajectories of a step.
+
+        Raises:
+            DataError: there are none, or they cannot be read.
+        """
         path = self.groups_path(step)
         if not path.exists():
             steps = self.group_steps()
-            there = f"steps {steps[0]} to {steps[-1]} are there" if steps else "the run has not finished a step yet"
-            raise DataError(f"{self.folder} has no trajectories of step {step}; {there}")
+            present = f"steps {steps[0]} to {steps[-1]} are there" if steps else "the run has not finished a step yet"
+            raise DataError(f"{self.folder} has no trajectories of step {step}; {present}")
         return group_trajectories(read_trajectories(path))
 
     def read_weights(self, step: int, groups: Sequence[TrajectoryGroup]) -> list[list[TokenWeights]] | None:
-        """Read the weights of a step's trajectories; None where the step has changed no model (yet).
+        """Read the weights of a step's trajectories; None if the step has changed no model (yet).
 
         Raises:
             DataError: the file cannot be read, or belongs to other trajectories.
@@ -152,9 +152,15 @@ class RunLog:
         return read_weights(path, groups) if path.exists() else None
 
     def evaluation_steps(self) -> list[int]:
+        """Return the steps with an evaluation, ascending."""
         return [number for number, _ in self._numbered("evaluation_step_*.json")]
 
     def read_evaluation(self, step: int) -> dict[str, Any]:
+        """Read the evaluation before a step.
+
+        Raises:
+            DataError: there is none, or it is not JSON.
+        """
         path = self.evaluation_path(step)
         with reading(path):
             text = path.read_text()
@@ -164,6 +170,7 @@ class RunLog:
             raise DataError(f"{path} is not JSON ({error}); remove it and evaluate again") from error
 
     def read_evaluation_groups(self, step: int) -> list[TrajectoryGroup]:
+        """Read the trajectories of the evaluation before a step."""
         return group_trajectories(read_trajectories(self.evaluation_path(step).with_suffix(".parquet")))
 
     def _numbered(self, pattern: str) -> list[tuple[int, Path]]:

@@ -1,4 +1,4 @@
-"""Let one process at a time write a run folder, a study's folder or an output file; readers are never held up.
+"""Lock a run folder, a study's folder or an output file for one writer at a time; readers are never held up.
 
 The lock is flock(2) on a small file, so it dies with its process and a file that a kill left behind is free. (A POSIX
 record lock would be lost as soon as anything in the process closes the file, and two trainings of one process would

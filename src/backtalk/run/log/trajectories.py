@@ -1,9 +1,10 @@
-"""Trajectories as JSON lines and Parquet, one row each, without loss."""
+"""Write trajectories as JSON lines or Parquet, one row each, and read them back without loss."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +17,18 @@ SCHEMA_VERSION = 3  # 1 had no branches, and 1 and 2 no unsampled actions
 _VERSION_KEY = b"backtalk_trajectories"
 
 
-# ---------------------------------------------------------------- one trajectory as plain data
-
-
 def trajectory_to_dict(trajectory: Trajectory) -> dict[str, Any]:
-    """A trajectory as JSON-ready data, token columns flat and segments as lengths over them.
+    """Return JSON-ready data: columns of tokens, and segments as lengths over them.
 
-    ``logprobs`` holds None where a token was not sampled.
+    ``logprobs`` holds None for tokens that were not sampled.
     """
-    failure = trajectory.failure
     return {
         "task_id": trajectory.task_id,
         "sample_index": trajectory.sample_index,
         "policy_version": trajectory.policy_version,
         "reward": trajectory.reward,
         "stop_reason": trajectory.stop_reason.value,
-        "failure": None
-        if failure is None
-        else {"phase": failure.phase, "error": failure.error, "message": failure.message},
+        "failure": trajectory.failure and asdict(trajectory.failure),
         "token_ids": list(trajectory.token_ids),
         "roles": [int(role) for role in trajectory.roles],
         "logprobs": list(trajectory.logprobs),
@@ -44,20 +39,19 @@ def trajectory_to_dict(trajectory: Trajectory) -> dict[str, Any]:
 
 
 def trajectory_from_dict(data: Mapping[str, Any]) -> Trajectory:
-    """The inverse of :func:`trajectory_to_dict`.
+    """Return the trajectory that :func:`trajectory_to_dict` made plain data of.
 
     Raises:
-        DataError: when a key is missing or the columns do not fit together.
+        DataError: a key is missing, or the columns do not fit together.
     """
     try:
-        failure = data["failure"]
         return Trajectory(
             task_id=data["task_id"],
             sample_index=data["sample_index"],
             policy_version=data["policy_version"],
             reward=data["reward"],
             stop_reason=StopReason(data["stop_reason"]),
-            failure=None if failure is None else Failure(failure["phase"], failure["error"], failure["message"]),
+            failure=None if data["failure"] is None else Failure(**data["failure"]),
             segments=tuple(_segments(data)),
             messages=tuple(data["messages"]),
             stats=dict(data["stats"]),
@@ -84,11 +78,8 @@ def _segments(data: Mapping[str, Any]) -> Iterator[Segment]:
         start = end
 
 
-# ---------------------------------------------------------------- files of trajectories
-
-
 def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> None:
-    """Write one row a trajectory, as JSON lines or Parquet by the suffix; the file appears whole or not at all.
+    """Write one row for each trajectory, as JSON lines or Parquet by the suffix; the file appears whole or not at all.
 
     Raises:
         DataError: another suffix, or the file cannot be written.
@@ -107,9 +98,9 @@ def write_trajectories(path: str | Path, trajectories: Iterable[Trajectory]) -> 
 
 
 def append_trajectory(path: str | Path, trajectory: Trajectory) -> None:
-    """Add one row to a file of trajectories, which is whole and can be read after each; a new file begins with it.
+    """Append one trajectory to a file, which is made if it is not there and can be read after each.
 
-    JSON lines are appended to; Parquet cannot be, and is written anew.
+    Parquet cannot be appended to, and is written anew.
 
     Raises:
         DataError: as :func:`write_trajectories`; what was in the file before is untouched.
@@ -139,7 +130,7 @@ def read_trajectories(path: str | Path) -> list[Trajectory]:
 
 
 def group_trajectories(trajectories: Sequence[Trajectory]) -> list[TrajectoryGroup]:
-    """Rows in written order back into groups: a new one begins with another task or a restarted sample index."""
+    """Return trajectories, in written order, as groups; another task or a restarted sample index begins a new one."""
     groups: list[list[Trajectory]] = []
     for trajectory in trajectories:
         last = groups[-1][-1] if groups else None

@@ -1,4 +1,4 @@
-"""Token weights of a training step as Parquet, one row a trajectory, beside the trajectories that it learned from."""
+"""Write the token weights of a training step as Parquet, one row for each trajectory, and read them back."""
 
 from __future__ import annotations
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from backtalk.errors import DataError
+from backtalk.files import write_bytes
 from backtalk.run.estimates import Interval, interval_text
-from backtalk.run.log import RunLog, write_bytes
+from backtalk.run.log import RunLog
 from backtalk.viewer.web import page
 from backtalk.viewer.web.curves import band, finish, new_figure
 
