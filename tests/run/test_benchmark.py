@@ -59,8 +59,8 @@ async def test_tasks_are_chosen_by_pattern_and_number() -> None:
 
 async def test_as_many_rollouts_at_once_as_in_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both go by what a sandbox may use here: 9,282 MiB * 7/8 / (4 + 2,048/8) = 31; of 512 MiB it would be 119."""
-    room = capacity.Room(cores=64.0, memory_mb=9282.0, processes=100_000, open_files=100_000)
-    monkeypatch.setattr(capacity, "room", lambda: room)
+    room = capacity.Resources(cores=64.0, memory_mb=9282.0, processes=100_000, open_files=100_000)
+    monkeypatch.setattr(capacity, "available_resources", lambda: room)
     used: list[RolloutLimits] = []
 
     async def measure(*_: object, limits: RolloutLimits, **__: object) -> None:

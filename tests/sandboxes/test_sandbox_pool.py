@@ -16,12 +16,12 @@ from backtalk.sandboxes.machine import capacity as capacity_module
 from backtalk.sandboxes.machine.capacity import (
     SHARED_BY,
     Capacity,
-    Room,
+    Resources,
     available_mb,
+    available_resources,
     capacity,
     cores,
     memory_is_short,
-    room,
 )
 from backtalk.sandboxes.pool import PooledBackend
 from sandbox_help import CountingBackend, FakeSandbox, backend_or_skip, children, groups, open_files
@@ -186,7 +186,7 @@ def test_the_scarcest_thing_decides() -> None:
     plenty = {"cores": 64.0, "memory_mb": 1e9, "processes": 10**9, "open_files": 10**9}
 
     def holds(**scarce: float) -> int:
-        return capacity(limits, Room(**(plenty | scarce))).sandboxes  # type: ignore[arg-type]
+        return capacity(limits, Resources(**(plenty | scarce))).sandboxes  # type: ignore[arg-type]
 
     assert holds(cores=2.0) == 256  # 128 for each
     assert holds(cores=0.5) == 64
@@ -194,14 +194,14 @@ def test_the_scarcest_thing_decides() -> None:
     assert holds(processes=4_096) == 240  # (4096 - 256) / (8 + 64/8)
     assert holds(open_files=1_024) == 120  # (1024 - 64) / 8
     assert holds(open_files=50) == holds(memory_mb=0.0) == 1
-    few = Room(cores=2.0, memory_mb=1_700.4, processes=9_000, open_files=245)
+    few = Resources(cores=2.0, memory_mb=1_700.4, processes=9_000, open_files=245)
     assert capacity(limits, few) == Capacity(
         21, "1700 MiB of memory left"
     )  # 1700.4 * 7/8 / 68 = 21.9, before 22 by files
 
 
 def test_this_machine_has_room() -> None:
-    left = room()
+    left = available_resources()
     assert 0 < cores() <= (os.cpu_count() or 1) and left.open_files > 0 and left.processes > 0
     total_mb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / (1 << 20)
     assert 0 < available_mb() < total_mb
@@ -236,8 +236,8 @@ def test_the_memory_limit_of_every_control_group_above_counts(
 
 
 def test_trainings_that_were_started_together_share_all_but_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = room()
+    alone = available_resources()
     monkeypatch.setenv(SHARED_BY, "4")
-    shared = room()
+    shared = available_resources()
     assert shared.cores == alone.cores / 4 and shared.memory_mb < alone.memory_mb / 2
     assert shared.processes < alone.processes / 2 and shared.open_files == alone.open_files

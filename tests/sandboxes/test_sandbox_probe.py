@@ -13,7 +13,7 @@ from backtalk.errors import SandboxUnavailable
 from backtalk.sandboxes import SandboxLimits, local_sandbox
 from backtalk.sandboxes.bubblewrap.layers import inner_argv, outer_argv
 from backtalk.sandboxes.machine.cgroup import CgroupParents, _upwards
-from backtalk.sandboxes.machine.probe import advice, probe, tried
+from backtalk.sandboxes.machine.probe import advice, probe, run_trial
 from backtalk.sandboxes.machine.seccomp import seccomp_program
 
 
@@ -108,4 +108,4 @@ def test_a_trial_that_breaks_in_an_unforeseen_way_passes_nothing() -> None:
         raise NameError("a mistake of ours")
 
     with pytest.raises(NameError):
-        tried(breaks)
+        run_trial(breaks)

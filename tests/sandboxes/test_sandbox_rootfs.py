@@ -28,7 +28,7 @@ from backtalk.sandboxes.bubblewrap.backend import BubblewrapBackend
 from backtalk.sandboxes.conformance import CHECKS, Outcome, conformance
 from backtalk.sandboxes.images.open import open_root
 from backtalk.sandboxes.images.tar import unpack
-from backtalk.sandboxes.root import cache_folder, cached, inside
+from backtalk.sandboxes.root import cache_folder, cached_folder, resolve_inside
 from sandbox_help import backend_or_skip
 
 PROGRAMS = (
@@ -178,7 +178,7 @@ def test_links_are_followed_as_inside(tmp_path: Path) -> None:
         "gone": "/no",
     }.items():
         (tmp_path / link).symlink_to(target)
-    found = [inside(tmp_path, path) for path in ("abs/b", "/up/", "loop", "a/b/out", "gone", "a/../abs", "x")]
+    found = [resolve_inside(tmp_path, path) for path in ("abs/b", "/up/", "loop", "a/b/out", "gone", "a/../abs", "x")]
     assert found == ["a/b", "a/b", None, None, None, "a", None]
 
 
@@ -472,7 +472,8 @@ def test_two_that_want_the_same_build_it_once() -> None:
 
     found: list[bool] = []
     threads = [
-        threading.Thread(target=lambda: found.append((cached("twice", make) / "whole").exists())) for _ in range(4)
+        threading.Thread(target=lambda: found.append((cached_folder("twice", make) / "whole").exists()))
+        for _ in range(4)
     ]
     (cache_folder() / "twice.partial/left").mkdir(parents=True)  # by one that was killed
     for thread in threads:

@@ -45,7 +45,7 @@ class Root:
     how: Literal["overlay", "copy"] = "overlay"
 
 
-def of_folder(folder: Path, machine: Machine, name: str) -> Root:
+def read_root(folder: Path, machine: Machine, name: str) -> Root:
     """Return the root whose files and programs are those of `folder`.
 
     Raises:
@@ -53,7 +53,7 @@ def of_folder(folder: Path, machine: Machine, name: str) -> Root:
     """
     programs = []
     for top in PROGRAM_FOLDERS:
-        found = inside(folder, top)
+        found = resolve_inside(folder, top)
         if found is not None and (folder / found).is_dir():
             if found.split("/")[0] not in PROGRAM_FOLDERS:
                 raise ConfigError(
@@ -77,7 +77,7 @@ def of_folder(folder: Path, machine: Machine, name: str) -> Root:
     )
 
 
-def inside(folder: Path, path: str) -> str | None:
+def resolve_inside(folder: Path, path: str) -> str | None:
     """Resolve `path` and its links as a process would whose root is `folder`; return None where it leads nowhere."""
     todo, done, links = path.strip("/").split("/"), "", 0
     while todo:
@@ -104,11 +104,11 @@ def inside(folder: Path, path: str) -> str | None:
 
 
 def _has(folder: Path, program: str) -> bool:
-    found = (inside(folder, f"{part}/{program}") for part in DEFAULT_PATH.split(":"))
+    found = (resolve_inside(folder, f"{part}/{program}") for part in DEFAULT_PATH.split(":"))
     return any(place and os.access(folder / place, os.X_OK) for place in found)
 
 
-def digest_of_file(path: Path) -> str:
+def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's content, shortened to 32 digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
@@ -122,7 +122,7 @@ def cache_folder() -> Path:
     return folder
 
 
-def cached(key: str, make: Callable[[Path], None]) -> Path:
+def cached_folder(key: str, make: Callable[[Path], None]) -> Path:
     """Return the folder that is cached under `key`, which `make` fills where there is none.
 
     Processes that want the same folder wait for each other. A folder that `make` filled in part is never returned.
@@ -163,4 +163,4 @@ def _tools(bwrap: str) -> Path:
         folder.chmod(0o755)
 
     states = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in (bwrap, *paths)]
-    return cached(f"tools-{hashlib.sha256(repr(states).encode()).hexdigest()[:32]}", make)
+    return cached_folder(f"tools-{hashlib.sha256(repr(states).encode()).hexdigest()[:32]}", make)

@@ -28,7 +28,7 @@ from backtalk.envs.awm.session import Result
 from backtalk.errors import ConfigError, DataError, InfrastructureError, SandboxError, SandboxUnavailable
 from backtalk.messages import ToolSpec
 from backtalk.sandboxes import Sandbox, SandboxBackend, SandboxFile, local_sandbox
-from backtalk.sandboxes.machine.probe import tried
+from backtalk.sandboxes.machine.probe import run_trial
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ class IsolatedScenarios:
             raise ConfigError(missing_package(missing[0]))
         try:
             self.backend = local_sandbox(config.sandbox, readable=readable_folders())
-            tried(self._start_once)
+            run_trial(self._start_once)
         except SandboxUnavailable as error:
             raise SandboxUnavailable(
                 f"the programs in {location} are somebody else's and run in a sandbox only, which cannot be had here: "

@@ -30,7 +30,7 @@ from backtalk.sandboxes.bubblewrap.holder import Holder
 from backtalk.sandboxes.bubblewrap.layers import DISABLE_USERNS_SINCE, SIZE_SINCE
 from backtalk.sandboxes.files import clean_path
 from backtalk.sandboxes.machine.cgroup import watch
-from backtalk.sandboxes.machine.probe import Machine, advice, probe, require_bubblewrap, tried
+from backtalk.sandboxes.machine.probe import Machine, advice, probe, require_bubblewrap, run_trial
 from backtalk.sandboxes.machine.seccomp import seccomp_program
 from backtalk.sandboxes.root import Root
 from backtalk.sandboxes.session.shell import Session
@@ -63,7 +63,7 @@ class BubblewrapSandbox:
         try:
             await self._holder.ready()
         except SandboxError as error:
-            raise SandboxError(f"{error}; {self._session.said() or 'bubblewrap said nothing'}") from error
+            raise SandboxError(f"{error}; {self._session.take_output() or 'bubblewrap said nothing'}") from error
         await self._session.begin()
         if self._root is not None and (self._root.env or self._root.workdir):
             await self._enter(self._root)
@@ -193,7 +193,7 @@ class BubblewrapBackend:
             SandboxUnavailable: it failed; the message says what to do.
         """
         try:
-            tried(self._try_one)
+            run_trial(self._try_one)
         except SandboxUnavailable as error:
             raise SandboxUnavailable(
                 f"bubblewrap is installed but does not work here ({error}); {advice(self._machine)}"

@@ -36,7 +36,7 @@ from backtalk.sandboxes.session.exec_server import (
     holder_program,
     supervisor_program,
 )
-from backtalk.sandboxes.session.pipes import FrameReader, PipePair, moved_up, sealed_file, write_all
+from backtalk.sandboxes.session.pipes import FrameReader, PipePair, sealed_file, with_high_number, write_all
 from backtalk.sandboxes.session.shell import START_TIMEOUT_S, STOP_TIMEOUT_S
 
 _FILES_TIMEOUT_S = 60.0
@@ -123,9 +123,9 @@ class Holder:
                 stack.callback(os.close, descriptor)
                 return descriptor
 
-            inner_info = passed(moved_up(os.dup(pipes.info.theirs)))  # each bwrap closes its own in its child
+            inner_info = passed(with_high_number(os.dup(pipes.info.theirs)))  # each bwrap closes its own in its child
             # Held open by bubblewrap itself, or it dies of a broken pipe if the trainer dies during its start.
-            info_reader = passed(moved_up(os.dup(pipes.info.ours)))
+            info_reader = passed(with_high_number(os.dup(pipes.info.ours)))
             supervisor = passed(sealed_file(supervisor_text.encode()))
             shell = passed(sealed_file(SHELL_PROGRAM.encode()))
             filter_fd = None if rules is None else passed(sealed_file(rules))

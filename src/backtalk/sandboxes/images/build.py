@@ -29,7 +29,7 @@ from backtalk.sandboxes.bubblewrap.layers import (
 from backtalk.sandboxes.images.plan import COPY_SCRIPT, Copy, Plan, Run, Source, Stage, Step, Workdir
 from backtalk.sandboxes.machine.probe import Machine
 from backtalk.sandboxes.machine.seccomp import seccomp_program
-from backtalk.sandboxes.root import Root, cached, digest_of_file, inside, of_folder
+from backtalk.sandboxes.root import Root, cached_folder, file_digest, read_root, resolve_inside
 from backtalk.sandboxes.session.pipes import sealed_file
 
 _FORMAT = "2"  # to be changed when the same Dockerfile is built differently
@@ -70,11 +70,11 @@ def _build_stage(plan: Plan, stage: Stage, open_base: Callable[[str], Root | Non
 
     base = open_base(stage.image) if stage.parent is None else other(stage.parent)
     commands = [command for step in stage.steps for command in _command(plan, step, other)]
-    folder = cached(f"build-{_digest(commands, base)}", lambda new: _build(plan, commands, base, machine, new))
+    folder = cached_folder(f"build-{_digest(commands, base)}", lambda new: _build(plan, commands, base, machine, new))
     name = f"{plan.path} (FROM {stage.image}: {base.name if base else 'programs of this machine'})"
     root = Root(name=name, folder=folder)
     if base is not None and base.programs:
-        root = of_folder(folder, machine, name)
+        root = read_root(folder, machine, name)
     workdir = stage.workdir if stage.has_workdir else base.workdir if base else None
     return replace(root, env={**(base.env if base else {}), **stage.env}, workdir=workdir)
 
@@ -105,7 +105,7 @@ def _of_stage(plan: Plan, step: Copy, source: Source, built: Callable[[Stage], R
     if source.stage is None:
         return source
     folder = built(source.stage).folder
-    if (found := inside(folder, source.text)) is None:
+    if (found := resolve_inside(folder, source.text)) is None:
         raise ConfigError(
             f"{plan.path}, line {step.line}: {step.keyword}: there is no {source.text!r} in that stage, which does not "
             "contain this machine's own programs"
@@ -122,7 +122,7 @@ def _digest(commands: Sequence[_Command], base: Root | None) -> str:
         for source in step.sources:
             digest.update(repr((source.kind, source.name, source.text)).encode())
             for path in _files(source):
-                content = os.readlink(path) if path.is_symlink() else "" if path.is_dir() else digest_of_file(path)
+                content = os.readlink(path) if path.is_symlink() else "" if path.is_dir() else file_digest(path)
                 mode = 0 if path.is_symlink() else path.stat().st_mode & 0o100
                 digest.update(repr((str(path.relative_to(source.path or path)), mode, content)).encode())
     return digest.hexdigest()[:32]

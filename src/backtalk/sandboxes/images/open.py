@@ -14,7 +14,7 @@ from backtalk.sandboxes.images.build import build_root
 from backtalk.sandboxes.images.plan import read_plan
 from backtalk.sandboxes.images.tar import is_tar, unpack
 from backtalk.sandboxes.machine.probe import probe, require_bubblewrap
-from backtalk.sandboxes.root import Root, cached, digest_of_file, of_folder
+from backtalk.sandboxes.root import Root, cached_folder, file_digest, read_root
 
 
 def open_root(choice: str | None, *, images: Mapping[str, str] | None = None) -> Root | None:
@@ -37,7 +37,7 @@ def open_root(choice: str | None, *, images: Mapping[str, str] | None = None) ->
     if path.is_dir() and (path / "Dockerfile").is_file():
         path = path / "Dockerfile"
     if path.is_dir():
-        return of_folder(path, machine, str(path))
+        return read_root(path, machine, str(path))
     if not path.is_file():
         raise ConfigError(
             f"root {choice!r} does not exist; name a folder, a file of `docker export`, a Dockerfile or host"
@@ -48,5 +48,5 @@ def open_root(choice: str | None, *, images: Mapping[str, str] | None = None) ->
         return build_root(plan, lambda image: open_root(given.get(image, "host"), images=images), machine)
     if not is_tar(path):
         raise ConfigError(f"root {path} is neither a folder nor a .tar file nor a Dockerfile")
-    place = cached(f"tar-{digest_of_file(path)}", lambda folder: unpack(path, folder))
-    return of_folder(place, machine, str(path))
+    place = cached_folder(f"tar-{file_digest(path)}", lambda folder: unpack(path, folder))
+    return read_root(place, machine, str(path))

@@ -32,7 +32,7 @@ _KEPT_PROCESSES = 256  # for the trainer: mostly threads of torch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Room:
+class Resources:
     """Resources that are left for this process and its children."""
 
     cores: float
@@ -49,12 +49,12 @@ class Capacity:
     bound: str
 
 
-def capacity(limits: SandboxLimits, left: Room | None = None) -> Capacity:
+def capacity(limits: SandboxLimits, left: Resources | None = None) -> Capacity:
     """Return how many sandboxes with these limits can be alive at once: as many as the scarcest resource allows.
 
     At least 1. `left` None is what this machine has left.
     """
-    left = left or room()
+    left = left or available_resources()
     each_mb = _MEMORY_MB + limits.memory_mb / _AT_LIMITS
     each_processes = _PROCESSES + limits.processes / _AT_LIMITS
     bounds = (
@@ -73,10 +73,10 @@ def memory_is_short(limits: SandboxLimits) -> bool:
     return available_mb() < limits.memory_mb + _MEMORY_MB
 
 
-def room() -> Room:
+def available_resources() -> Resources:
     """Measure what the machine, and every control group above this process, has left for this training."""
     shared_by = max(1, int(os.environ.get(SHARED_BY, 1)))
-    return Room(
+    return Resources(
         cores=cores() / shared_by,
         memory_mb=available_mb() / shared_by,
         processes=_processes_left() // shared_by,

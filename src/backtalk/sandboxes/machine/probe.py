@@ -66,7 +66,7 @@ def require_bubblewrap(machine: Machine) -> None:
         )
 
 
-def tried(start: Callable[[], Coroutine[None, None, None]]) -> None:
+def run_trial(start: Callable[[], Coroutine[None, None, None]]) -> None:
     """Run a trial start, in a thread since the caller may be inside an event loop.
 
     Raises:

@@ -24,7 +24,7 @@ from backtalk.errors import SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import HOME, BackendReport, ExecResult, SandboxFile, SandboxLimits
 from backtalk.sandboxes.bubblewrap.layers import FIXED_FILES, SESSION_FOLDERS
 from backtalk.sandboxes.files import clean_path, remove_tree
-from backtalk.sandboxes.machine.probe import probe, tried
+from backtalk.sandboxes.machine.probe import probe, run_trial
 from backtalk.sandboxes.machine.seccomp import seccomp_program
 from backtalk.sandboxes.sandlock.files import RootedFiles, lock_folder, remove_orphans
 from backtalk.sandboxes.sandlock.keeper import (
@@ -173,7 +173,7 @@ class SandlockBackend:
         self._uids = machine.uid_range
         self._count = itertools.count(os.getpid())
         try:
-            tried(self._try_one)
+            run_trial(self._try_one)
         except SandboxUnavailable as error:
             raise SandboxUnavailable(f"sandlock is installed but does not work here ({error})") from error
 

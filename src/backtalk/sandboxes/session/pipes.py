@@ -44,16 +44,16 @@ class PipePair:
     @classmethod
     def _make(cls, ours: int, theirs: int) -> PipePair:
         os.set_blocking(ours, False)
-        return cls(ours, moved_up(theirs))
+        return cls(ours, with_high_number(theirs))
 
     @classmethod
     def shared_file(cls) -> PipePair:
         """Make a file in memory without a name, open on both sides."""
         ours = os.memfd_create("backtalk-files", os.MFD_CLOEXEC)
-        return cls(ours, moved_up(os.dup(ours)))
+        return cls(ours, with_high_number(os.dup(ours)))
 
 
-def moved_up(descriptor: int) -> int:
+def with_high_number(descriptor: int) -> int:
     """Return the same open file under a number that can be passed to a bash program."""
     if descriptor >= _FIRST_PASSED:
         return descriptor
@@ -68,7 +68,7 @@ def sealed_file(content: bytes) -> int:
     Raises:
         OSError: the kernel refuses.
     """
-    descriptor = moved_up(os.memfd_create("backtalk", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    descriptor = with_high_number(os.memfd_create("backtalk", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
     os.write(descriptor, content)
     os.lseek(descriptor, 0, os.SEEK_SET)
     seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE

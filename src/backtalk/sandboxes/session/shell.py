@@ -92,7 +92,7 @@ class Session:
                 await self._unless_lost(self._shell_id())
         except (TimeoutError, FloodedError, SandboxError, _LostError) as error:
             reason = f"exit code {error.args[0]}" if isinstance(error, _LostError) else "no answer"
-            raise SandboxError(f"the sandbox's shell did not start: {self.said() or reason}") from error
+            raise SandboxError(f"the sandbox's shell did not start: {self.take_output() or reason}") from error
         self._running_since = None
 
     async def _shell_id(self) -> int:
@@ -106,7 +106,7 @@ class Session:
         await self._keeper.end()
         self._output.take()
 
-    def said(self) -> str:
+    def take_output(self) -> str:
         """Return what was printed outside of any command: errors of bubblewrap itself."""
         return self._output.take()[0].strip()
 
