@@ -1,4 +1,4 @@
-"""What a step reports, the signs of trouble in it, and steps that hold nothing."""
+"""Metrics of a step, the warnings read from them, and steps without targets, actions or tokens."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def action(ids: Sequence[int], turn: int = 0, tool: str | None = "bash", logprob
     return Segment(ACTION, tuple(ids), (logprob,) * len(ids), turn=turn, tool=tool)
 
 
-def said(ids: Sequence[int], turn: int = 0, tool: str | None = "bash", role: TokenRole = ENV_OUTPUT) -> Segment:
+def observed(ids: Sequence[int], turn: int = 0, tool: str | None = "bash", role: TokenRole = ENV_OUTPUT) -> Segment:
     return Segment(role, tuple(ids), turn=turn, tool=tool)
 
 
@@ -55,10 +55,10 @@ def test_copied_tokens_by_hand() -> None:
             action((5, 6, 7, 8, 9)),
             Segment(TEMPLATE, (5, 6, 7), turn=0),  # no observation
             #    5 6 7 8: a run of 4;  8 9: a run of 2, too short;  1 2 3: of the context;  7 8 9: ends the text
-            said((5, 6, 7, 8, 40, 8, 9, 41, 1, 2, 3, 7, 8, 9)),
-            said((6, 7, 8, 50), role=WARNING),
+            observed((5, 6, 7, 8, 40, 8, 9, 41, 1, 2, 3, 7, 8, 9)),
+            observed((6, 7, 8, 50), role=WARNING),
             action((20, 21), turn=1),
-            said((5, 6, 7), turn=1),  # of an earlier turn's action
+            observed((5, 6, 7), turn=1),  # of an earlier turn's action
         )
     )
     marks = "".join("x" if copied else "." for copied in copied_mask(sample).tolist())
@@ -66,12 +66,12 @@ def test_copied_tokens_by_hand() -> None:
 
 
 def test_text_is_copied_from_an_action_that_nobody_sampled_too() -> None:
-    sample = only(trajectory(Segment(ACTION, (5, 6, 7), turn=0), said((5, 6, 7, 8))))
+    sample = only(trajectory(Segment(ACTION, (5, 6, 7), turn=0), observed((5, 6, 7, 8))))
     assert copied_mask(sample).tolist() == [False] * 3 + [True] * 3 + [False]
 
 
 def test_runs_do_not_cross_the_edge_of_an_observation() -> None:
-    sample = only(trajectory(action((5, 6, 7)), said((5, 6)), said((7,)), said((4, 5, 6, 7, 5))))
+    sample = only(trajectory(action((5, 6, 7)), observed((5, 6)), observed((7,)), observed((4, 5, 6, 7, 5))))
     assert copied_mask(sample).tolist() == [False] * 6 + [False, True, True, True, False]
     assert copied_mask(only(trajectory())).tolist() == []
 
@@ -86,8 +86,12 @@ def recorded(samples: list[Sample], logprobs: list[Tensor], config: ObjectiveCon
 
 def test_metrics_by_hand() -> None:
     samples = [
-        only(trajectory(Segment(CONTEXT, (1, 2)), action((5, 6, 7)), said((5, 6, 7, 8, 9))), advantage=1.5),
-        only(trajectory(Segment(CONTEXT, (1,)), action((5,)), said((8, 9), tool="submit"), said((3,), role=WARNING))),
+        only(trajectory(Segment(CONTEXT, (1, 2)), action((5, 6, 7)), observed((5, 6, 7, 8, 9))), advantage=1.5),
+        only(
+            trajectory(
+                Segment(CONTEXT, (1,)), action((5,)), observed((8, 9), tool="submit"), observed((3,), role=WARNING)
+            )
+        ),
     ]
     logprobs = [
         torch.tensor([0, 0, -2, -2, -2, -1, -1, -1, -3, -5.0]),  # copied -1, new -3 and -5
@@ -131,14 +135,14 @@ def test_metrics_by_hand() -> None:
 
 
 def test_a_step_without_any_token_has_the_same_names() -> None:
-    full, counts = recorded([only(trajectory(action((5, 6)), said((7,))))], [torch.tensor([0, -1, -1.0])], BOTH)
+    full, counts = recorded([only(trajectory(action((5, 6)), observed((7,))))], [torch.tensor([0, -1, -1.0])], BOTH)
     empty = token_metrics(StepRecord(), TokenCounts.of([]), BOTH, ["bash"])
     assert empty.keys() == token_metrics(full, counts, BOTH, ["bash"]).keys()
     assert math.isnan(empty["entropy"]) and empty["action_tokens"] == 0
 
 
 def test_clip_fraction_follows_the_form_of_the_loss() -> None:
-    """Ratios e^0.5 and e^-0.5 with a positive advantage: one is beyond 1.2. Their geometric mean is 1."""
+    """Use ratios e^0.5 and e^-0.5 with a positive advantage: one is beyond 1.2, and their geometric mean is 1."""
     samples = [only(trajectory(Segment(CONTEXT, (1,)), action((5, 6))))]
     logprobs = [torch.tensor([0, -1.5, -2.5])]
     for options, expected in (
@@ -199,7 +203,7 @@ def make_samples(config: ObjectiveConfig, rewards: Sequence[float | None] = (1.0
         segments = [Segment(CONTEXT, ids(4))]
         for turn in range(2):
             segments += [action(ids(3), turn, logprob=-6.0), Segment(TEMPLATE, ids(2), turn=turn)]
-            segments += [said(ids(noise.randrange(1, 9)), turn), said(ids(2), turn, role=WARNING)]
+            segments += [observed(ids(noise.randrange(1, 9)), turn), observed(ids(2), turn, role=WARNING)]
         return trajectory(*segments, reward=reward, index=index)
 
     group = TrajectoryGroup("t", tuple(one(i, reward) for i, reward in enumerate(rewards)))
@@ -207,7 +211,7 @@ def make_samples(config: ObjectiveConfig, rewards: Sequence[float | None] = (1.0
 
 
 async def test_gradient_norms_are_those_of_either_term_alone(model_dir: Path) -> None:
-    """Oracle: the gradient at the last hidden states of one term at a time, by autograd on the whole logits."""
+    """Compare with the gradient at the last hidden states of one term at a time, by autograd on all logits."""
     samples = make_samples(BOTH)
     metrics = await make_engine(model_dir, max_tokens_per_microbatch=60).train_step(samples, BOTH)
 
@@ -247,7 +251,7 @@ def stripped(sample: Sample, *roles: TokenRole) -> Sample:
 @pytest.mark.parametrize("config", [BOTH, PLAIN, ObjectiveConfig(policy_coeff=0.0)])
 @pytest.mark.parametrize("max_tokens", [1, 8192])
 async def test_steps_without_targets_or_actions(model_dir: Path, config: ObjectiveConfig, max_tokens: int) -> None:
-    """Alone and beside others, in one micro-batch or each in its own: no crash, the same names."""
+    """Check rows without targets or actions, alone and beside others, in one micro-batch or in several."""
     engine = make_engine(model_dir, max_tokens_per_microbatch=max_tokens)
     samples = make_samples(config)
     bare = [stripped(s, ENV_OUTPUT, WARNING) for s in samples]

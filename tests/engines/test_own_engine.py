@@ -43,8 +43,8 @@ async def test_the_example_trains_and_a_resumed_run_goes_on_to_the_same_numbers(
 
 async def test_a_table_of_zeros_scores_every_token_alike() -> None:
     engine = open_engine(load_config(EXAMPLE).engine)
-    said = Trajectory(task_id="t", sample_index=0, segments=(Segment(TokenRole.CONTEXT, (1, 2, 3)),))
-    assert await engine.score([said]) == [pytest.approx([0.0, *[-math.log(len(engine.tokenizer))] * 2])]
+    row = Trajectory(task_id="t", sample_index=0, segments=(Segment(TokenRole.CONTEXT, (1, 2, 3)),))
+    assert await engine.score([row]) == [pytest.approx([0.0, *[-math.log(len(engine.tokenizer))] * 2])]
 
 
 def test_another_engine_takes_the_place_of_the_settings_of_the_one_below() -> None:
@@ -77,7 +77,7 @@ def test_a_pydantic_model_will_do_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("engine", "said"),
+    ("engine", "message"),
     [
         ({"kind": "toch"}, "engine.kind='toch' is no engine; use torch, or my_module:MyEngineConfig"),
         ({"kind": 3}, "engine.kind=3 is no engine"),
@@ -88,7 +88,7 @@ def test_a_pydantic_model_will_do_too() -> None:
         ({"kind": "test_own_engine:ModelConfig", "size": "big"}, "engine.size='big' is not a whole number"),
     ],
 )
-def test_a_kind_that_opens_no_engine_is_refused(engine: dict[str, Any], said: str) -> None:
+def test_a_kind_that_opens_no_engine_is_refused(engine: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         config_from_dict({"engine": engine})
-    assert said in str(caught.value)
+    assert message in str(caught.value)

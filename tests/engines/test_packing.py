@@ -134,7 +134,7 @@ def test_nothing_leaks_between_samples_of_a_row(kind: str, attention: str) -> No
     packed, apart = logprobs(ids_BT, [1, 3]), logprobs(ids_BT, [1, 1, 1, 1])
     torch.testing.assert_close(packed, apart, rtol=0, atol=tolerance)
     others = ids_BT.clone()
-    others[1] = (others[1] + 13) % 90  # the first of its row: what comes after it must not notice
+    others[1] = (others[1] + 13) % 90  # the first of its row, which must not affect the others
     assert torch.equal(logprobs(others, [1, 3])[2:], packed[2:])
     assert not torch.equal(logprobs(others, [1, 3])[1], packed[1])
 
@@ -159,7 +159,7 @@ def test_the_probe_sees_a_leak_in_every_type() -> None:
 
 
 def make_samples(config: ObjectiveConfig, count: int = 8) -> list[Sample]:
-    """Rollouts of very uneven length."""
+    """Make rollouts of very uneven length."""
     noise = random.Random(3)
 
     def ids(n: int) -> tuple[int, ...]:
@@ -181,7 +181,7 @@ def make_samples(config: ObjectiveConfig, count: int = 8) -> list[Sample]:
 
 
 def step_of(engine: TorchEngine, samples: list[Sample], config: ObjectiveConfig) -> tuple[float, list[Tensor], int]:
-    """Loss and gradient of a step that is not taken, and its micro-batches."""
+    """Return loss and gradient of a step without an update, and its number of micro-batches."""
     engine._optimizer.zero_grad()
     losses, _, _ = engine._accumulate(samples, TokenCounts.of(samples, config.world_loss_target), config)
     grads = [p.grad.clone() for p in engine.model.parameters() if p.grad is not None]
@@ -195,7 +195,7 @@ def wider(batch: Batch, columns: int) -> Batch:
 
 @pytest.mark.parametrize("normalizer", ["sequence_mean", "token_mean"])
 def test_no_layout_of_a_step_changes_it(model_dir: Path, normalizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packing, number of micro-batches, order of the rows and amount of padding; float64."""
+    """Vary packing, number of micro-batches, order of the rows and amount of padding; float64."""
     config = ObjectiveConfig(world_model_coeff=0.3, policy_normalizer=normalizer, world_normalizer=normalizer)
     samples = make_samples(config)
     counts: set[int] = set()
@@ -236,7 +236,7 @@ async def test_packing_is_used_where_it_can_be(model_dir: Path) -> None:
     for a, b in zip(packed, padded, strict=True):
         assert a == pytest.approx(b, abs=1e-5)
     attention = engine.model.config._attn_implementation
-    assert attention == "sdpa"  # works out hidden pairs too, so that padding is quicker
+    assert attention == "sdpa"  # computes hidden pairs too, so padding is faster
     assert not TorchEngine(TorchConfig(model=str(model_dir), device="cpu"))._scorer.packs
 
 

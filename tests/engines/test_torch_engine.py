@@ -1,4 +1,4 @@
-"""The embedded engine on a tiny real model: same objective, same bits, whole checkpoints."""
+"""The embedded engine on a tiny real model: same objective, same bits, complete checkpoints."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ EQUAL = (1.0, 1.0, 1.0)
 
 
 def gradients(engine: TorchEngine, samples: list[Sample], config: ObjectiveConfig) -> tuple[float, list[Tensor]]:
-    """Loss and gradient of a step that is never taken."""
+    """Return loss and gradient of a step without an update."""
     engine._optimizer.zero_grad()
     losses, _, _ = engine._accumulate(samples, TokenCounts.of(samples, config.world_loss_target), config)
     return losses["total_loss"], [p.grad.clone() for p in engine.model.parameters() if p.grad is not None]
@@ -75,7 +75,7 @@ def weights(engine: TorchEngine) -> Tensor:
 
 
 def plain_grpo(model: Any, samples: Sequence[Sample], head: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """GRPO written again on the model's own layers, with no word about observations."""
+    """Compute GRPO alone on the model's own layers, without observations."""
     rows = sorted(samples, key=len, reverse=True)
     ids_BT = torch.nn.utils.rnn.pad_sequence([s.token_ids for s in rows], batch_first=True)
     old_BT = torch.nn.utils.rnn.pad_sequence([s.sampling_logprobs for s in rows], batch_first=True)
@@ -118,7 +118,7 @@ async def test_coefficient_zero_still_measures_the_world(model_dir: Path) -> Non
     both = await make_engine(model_dir).train_step(samples, BOTH)
     for name in ("target_ce", "env_output_ce", "warning_ce", "world_model_loss", "policy_loss"):
         assert plain[name] == pytest.approx(both[name], rel=1e-6)
-    assert plain["target_ce"] == pytest.approx(math.log(488), abs=0.1)  # a random model knows nothing
+    assert plain["target_ce"] == pytest.approx(math.log(488), abs=0.1)  # a random model is uniform
     assert plain.keys() == both.keys()
 
 
@@ -271,7 +271,7 @@ async def test_twice_the_coefficient_moves_world_only_steps_twice_as_far(model_d
     assert double / single == pytest.approx(2.0, rel=0.02)
     full = await distance_moved(model_dir, 1.0, 4)
     assert full / single == pytest.approx(50.0, rel=0.1)  # coefficient 1 is a full step
-    # Without the hold, as in a run that has no policy term to be compared with, Adam cancels the coefficient.
+    # Unscaled, as in a run without a policy term to compare with, Adam cancels the coefficient.
     free_single, free_double = [await distance_moved(model_dir, c, 4, policy_coeff=0.0) for c in (0.02, 0.04)]
     assert free_double / free_single == pytest.approx(1.0, rel=0.02)
 

@@ -25,7 +25,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 class Case:
-    """One problem with its answer by plain tensor operations, in float64 unless said otherwise."""
+    """An input of the head, with plain tensor operations as the reference; float64 unless given."""
 
     def __init__(self, *, dtype: torch.dtype = torch.float64, bias: bool = False, frozen: bool = False) -> None:
         noise = torch.Generator().manual_seed(0)
@@ -103,7 +103,7 @@ def test_a_graph_that_is_kept_gives_the_same_twice(chunks: int) -> None:
 
 
 def products(case: Case, grad_hint: Tensor | None) -> int:
-    """Matrix products in units of N rows times the head, forward and backward."""
+    """Count matrix products in units of N rows times the head, forward and backward."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as seen:
         case.gradients(case.fused(grad_hint))
     rows = 0
@@ -165,7 +165,7 @@ def scorer_of(kind: str) -> TokenScorer:
 
 @pytest.mark.parametrize("kind", ["plain", "capped"])
 def test_scores_are_the_models_own_logits(kind: str) -> None:
-    """Models that cap their logits go their own way: value and gradient are right for both."""
+    """Check value and gradient of a model that caps its logits, and of a plain one."""
     scorer = scorer_of(kind)
     assert scorer.has_separate_head == (kind == "plain") == has_separate_head(scorer.model)
     ids_BT = torch.tensor([[3, 4, 5, 6, 7], [8, 9, 10, 0, 0]])

@@ -49,7 +49,7 @@ CONFIGS = {
 
 
 class Attention(nn.Module):
-    """Token embeddings, one causal attention, a head: enough that every token depends on those before it."""
+    """A tiny language model: token embeddings, one causal attention and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ def model() -> Attention:
 
 
 def step_samples(config: ObjectiveConfig) -> list[Sample]:
-    """Two groups of four: rows of all lengths, one each without an observation, an action and a reward."""
+    """Make two groups of four rows of all lengths, one each without an observation, an action and a reward."""
     noise = random.Random(1)
 
     def ids(n: int) -> tuple[int, ...]:
@@ -97,7 +97,7 @@ def step_samples(config: ObjectiveConfig) -> list[Sample]:
 def accumulate(
     net: Attention, samples: list[Sample], counts: TokenCounts, config: ObjectiveConfig, parts: int
 ) -> float:
-    """Gradients of the samples in ``parts`` micro-batches; returns their loss."""
+    """Accumulate the gradients of the samples in ``parts`` micro-batches and return their loss."""
     loss = 0.0
     for part in (samples[i::parts] for i in range(parts)):
         if part:
@@ -170,7 +170,7 @@ def test_gradient_accumulation_and_order_change_nothing(name: str, parts: int) -
 
 
 def left_padded(batch: Batch, extra: int) -> Batch:
-    """The same rows with their padding, and ``extra`` columns more of it, in front."""
+    """Move the padding of a batch to the front, and add ``extra`` columns of it."""
     padding = {
         "token_ids_BT": 0,
         "roles_BT": int(CONTEXT),

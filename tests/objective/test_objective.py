@@ -56,7 +56,7 @@ def toy_samples() -> list[Sample]:
 
 
 def random_logprobs(samples: list[Sample], seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """A trainer's log-probabilities, near the sampler's on actions, so that some ratios clip and some do not."""
+    """Make log-probabilities of a trainer, near the sampler's on actions, so that some ratios clip and some do not."""
     noise = torch.Generator().manual_seed(seed)
     return [
         torch.where(
@@ -69,12 +69,12 @@ def random_logprobs(samples: list[Sample], seed: int = 0, dtype: torch.dtype = t
 
 
 def padded(rows: list[Tensor]) -> Tensor:
-    """Leaf [B, T] with a value in the padding that would show if anything read it."""
+    """Make a leaf [B, T] whose padding would change results if it were read."""
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-77.0).clone().requires_grad_()
 
 
 def plain_python(samples: list[Sample], logprobs: list[Tensor], config: ObjectiveConfig) -> tuple[float, float]:
-    """Both terms, written again from the formulas with loops over tokens."""
+    """Compute both terms from the formulas with loops over tokens."""
     targets = {
         "env_only": {ENV_OUTPUT}, "warning_only": {WARNING}, "warning_plus_env": {ENV_OUTPUT, WARNING},
         "full_observation": {ENV_OUTPUT, WARNING, TEMPLATE},
@@ -115,7 +115,7 @@ def test_world_model_loss_is_a_weighted_sum() -> None:
     ("ratio", "advantage", "expected"),
     [
         (1.5, 2.0, -2.4),  # clipped at 1.2
-        (0.5, 2.0, -1.0),  # a good action that became rarer is pulled back without a limit
+        (0.5, 2.0, -1.0),  # a good action that became less likely is not clipped
         (0.5, -2.0, 1.6),  # clipped at 0.8
         (1.5, -2.0, 3.0),
         (1.0, 2.0, -2.0),
@@ -317,7 +317,7 @@ def test_coefficient_zero_is_plain_grpo_bit_for_bit() -> None:
     total, terms = objective(ours_BT, batch, TokenCounts.of(samples), ObjectiveConfig(world_model_coeff=0.0))
     total.backward()
 
-    theirs_BT = padded(rows)  # GRPO written again, with no word about observations
+    theirs_BT = padded(rows)  # GRPO on its own, without observations
     mask_BT = (batch.roles_BT == ACTION).float()
     ratio_BT = torch.exp((theirs_BT - batch.sampling_logprobs_BT) * mask_BT)
     adv_B1 = batch.advantages_B.unsqueeze(1)

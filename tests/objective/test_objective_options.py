@@ -166,7 +166,7 @@ def test_which_tokens_get_a_gradient(policy_coeff: float, coeff: float, trained:
 
 
 def branched(reward: float = 1.0) -> Trajectory:
-    """Two actions and two observations, the second pair after history was rewritten."""
+    """Make a row of two actions and two observations, the second pair in a second branch."""
     return Trajectory(
         task_id="t",
         sample_index=0,

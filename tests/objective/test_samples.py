@@ -67,8 +67,8 @@ def test_a_failed_row_stays_and_is_outside_the_baseline() -> None:
     assert TokenCounts.of(samples, "warning_plus_env").target_tokens == 12
 
 
-def pulls(samples: Sequence[Sample], config: ObjectiveConfig) -> list[list[float]]:
-    """d(total)/d(logprob) at ratio 1, of each row's two action tokens and its first observation token."""
+def token_gradients(samples: Sequence[Sample], config: ObjectiveConfig) -> list[list[float]]:
+    """Return d(total)/d(logprob) at ratio 1 of each row's two action tokens and first observation token."""
     batch = collate(samples, pad_token_id=0)
     logprobs_BT = batch.sampling_logprobs_BT.clone().requires_grad_()
     total, _ = objective(logprobs_BT, batch, TokenCounts.of(samples), config)
@@ -76,13 +76,13 @@ def pulls(samples: Sequence[Sample], config: ObjectiveConfig) -> list[list[float
     return [[round(x, 6) for x in row] for row in gradient_BT[:, [3, 4, 6]].tolist()]
 
 
-def test_what_a_partial_group_weighs() -> None:
+def test_weights_of_a_partial_group() -> None:
     # Four rows, two of them scored: advantages 0.5 and -0.5 about their own mean. Every row is one of the four that
     # both means divide by, whatever it lacks: an action weighs 1 / (4 * 2), an observation token 1 / (4 * 4).
     rows = (trajectory(0, 1.0), trajectory(1, None, failed=True), trajectory(2, 0.0), trajectory(3, None))
     config = ObjectiveConfig(world_model_coeff=1.0, policy=PolicyOptions(advantage="dr_grpo"))
     world = -1 / 16
-    assert pulls(build_samples(TrajectoryGroup("t", rows), config), config) == [
+    assert token_gradients(build_samples(TrajectoryGroup("t", rows), config), config) == [
         [-0.0625, -0.0625, world],
         [0, 0, world],
         [0.0625, 0.0625, world],
@@ -90,11 +90,11 @@ def test_what_a_partial_group_weighs() -> None:
     ]
     # One scored row has nothing to be compared with.
     lone = TrajectoryGroup("t", (trajectory(0, 1.0), trajectory(1, None)))
-    assert pulls(build_samples(lone, config), config) == [[0, 0, -1 / 8]] * 2
+    assert token_gradients(build_samples(lone, config), config) == [[0, 0, -1 / 8]] * 2
     # token_mean counts the actions of rows without a reward too, so a failure makes no other row heavier: 1 / 8.
     by_token = replace(config, policy_normalizer="token_mean")
     samples = build_samples(TrajectoryGroup("t", rows), by_token)
-    assert [row[0] for row in pulls(samples, by_token)] == [-0.0625, 0, 0.0625, 0]
+    assert [row[0] for row in token_gradients(samples, by_token)] == [-0.0625, 0, 0.0625, 0]
 
 
 def test_length_costs_reward_before_advantages_and_the_recorded_reward_stays() -> None:
@@ -123,7 +123,7 @@ def test_rows_that_are_too_old_keep_the_world_model_term_alone(now: int | None, 
     config = ObjectiveConfig(world_model_coeff=1.0, policy=PolicyOptions(advantage="dr_grpo", max_staleness=bound))
     samples = build_samples(group, config, policy_version=now)
     action = 1 / 8 if trained else 0  # 0.5 / (2 rows * 2 actions)
-    assert pulls(samples, config) == [[-action, -action, -1 / 8], [action, action, -1 / 8]]
+    assert token_gradients(samples, config) == [[-action, -action, -1 / 8], [action, action, -1 / 8]]
     assert row_metrics(samples, config)["staleness"] == (0 if now is None else now - 3)
     assert row_metrics(samples, config)["stale_rows"] == (0 if trained else 2)
 
@@ -166,8 +166,8 @@ def test_targets(target: str, positions: list[int]) -> None:
     assert has_target_role(sample.roles, sample.turns, target).nonzero().flatten().tolist() == positions  # type: ignore
 
 
-def test_sums_weights_and_exports_follow_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a target's roles are is said once: change it there, and losses, selections and records all follow."""
+def test_counts_selection_and_exports_follow_one_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Change the roles of a target in the one place that defines them: losses, selection and exports follow."""
     monkeypatch.setitem(TARGET_ROLES, "env_only", (ACTION,))  # type: ignore[arg-type]
     config = ObjectiveConfig(world=WorldOptions(max_tokens_per_observation=1))
     (sample,) = build_samples(TrajectoryGroup("t", (trajectory(),)), config)

@@ -1,4 +1,4 @@
-"""Which observations teach, and how much: gates, weights, caps and PaW's choices on groups made by hand."""
+"""Selection of observations: gates, weights, caps and PaW's choices on groups made by hand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole
 def rollout(
     index: int = 0, reward: float | None = 1.0, surprises: tuple[float, ...] = (1.0, 2.0), **stats: float
 ) -> Trajectory:
-    """Turn after turn: two action tokens of that surprise in nats, one of template, three of output, one warning."""
+    """Make a turn for each surprise in nats: two action tokens, one of template, three of output, one warning."""
     segments = [Segment(CONTEXT, (1,))]
     for turn, surprise in enumerate(surprises):
         tool = "bash" if turn % 2 == 0 else "search"

@@ -1,4 +1,4 @@
-"""Weights on record: held against what autograd says of the loss, against an engine's own gradients, and by hand."""
+"""Recorded weights against autograd of the loss, an engine's own gradients, and numbers by hand."""
 
 from __future__ import annotations
 
@@ -34,14 +34,16 @@ from tiny import tiny_model_dir
 CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole
 
 
-def rollout(task: str, index: int, reward: float | None, said: int, *, acted: int = 3, version: int = 3) -> Trajectory:
-    """Tokens after the prompt: ``acted`` + 2 + ``said`` + 2."""
+def rollout(
+    task: str, index: int, reward: float | None, num_output: int, *, num_actions: int = 3, version: int = 3
+) -> Trajectory:
+    """Make a rollout with ``num_actions`` + 2 + ``num_output`` + 2 tokens after the prompt."""
     segments = [
         Segment(TEMPLATE, (1, 2)),
         Segment(CONTEXT, (10, 11, 12)),
-        Segment(ACTION, tuple(range(20, 20 + acted)), (-0.5,) * acted, 0),
+        Segment(ACTION, tuple(range(20, 20 + num_actions)), (-0.5,) * num_actions, 0),
         Segment(TEMPLATE, (3,), None, 0, "bash"),
-        Segment(ENV_OUTPUT, tuple(range(40, 40 + said)), None, 0, "bash"),
+        Segment(ENV_OUTPUT, tuple(range(40, 40 + num_output)), None, 0, "bash"),
         Segment(WARNING, (60, 61), None, 0, "bash"),
         Segment(TEMPLATE, (4,), None, 0, "bash"),
     ]
@@ -55,16 +57,16 @@ def rollout(task: str, index: int, reward: float | None, said: int, *, acted: in
     )
 
 
-AGAIN = (  # a history written anew, and a turn in it
+SECOND_BRANCH = (  # after the history was rewritten
     Segment(CONTEXT, (10, 13), branch=1),
     Segment(ACTION, (24, 25), (-0.5, -0.25), 1, branch=1),
     Segment(ENV_OUTPUT, (50, 51, 52), None, 1, "bash", 1),
     Segment(ACTION, (26, 27, 28), None, 2, branch=1),  # which nobody sampled
 )
 FORKED = rollout("a", 0, 1.0, 4)
-FORKED = replace(FORKED, segments=(*FORKED.segments, *AGAIN))
+FORKED = replace(FORKED, segments=(*FORKED.segments, *SECOND_BRANCH))
 GROUPS = [
-    TrajectoryGroup("a", (FORKED, rollout("a", 1, 0.0, 9, acted=5))),
+    TrajectoryGroup("a", (FORKED, rollout("a", 1, 0.0, 9, num_actions=5))),
     TrajectoryGroup("b", (rollout("b", 0, 0.5, 0), rollout("b", 1, None, 6), rollout("b", 2, 0.25, 2))),
     TrajectoryGroup("c", tuple(rollout("c", i, float(i), 3, version=1) for i in range(2))),  # two versions old
 ]
@@ -106,7 +108,7 @@ def samples_of(config: ObjectiveConfig) -> list[Sample]:
 
 
 def gradients(samples: Sequence[Sample], config: ObjectiveConfig) -> list[float]:
-    """-d(loss) / d(logprob) of every token by autograd, at the sampling policy, over two micro-batches."""
+    """Return -d(loss) / d(logprob) of each token by autograd, at the sampling policy, over two micro-batches."""
     counts, found = TokenCounts.of(samples, config.world_loss_target), []
     for part in (samples[:3], samples[3:]):
         batch = collate(part, 0)
@@ -178,7 +180,7 @@ def test_weights_come_back_as_written_and_cost_little(tmp_path: Path) -> None:
     back = [row for rows in found for row in rows]
     assert [row.advantage for row in back] == [row.advantage for row in weights]
     assert flat(back) == pytest.approx(flat(weights), rel=1e-6)
-    long = [TrajectoryGroup("l", tuple(rollout("l", i, float(i), 20_000, acted=2_000) for i in range(2)))]
+    long = [TrajectoryGroup("l", tuple(rollout("l", i, float(i), 20_000, num_actions=2_000) for i in range(2)))]
     log.write_weights(8, long, step_weights(build_samples(long[0]), ObjectiveConfig()))
     assert log.weights_path(8).stat().st_size < 10_000  # of 44,000 tokens
 

@@ -72,18 +72,15 @@ class TorchEngine:
             enable_gradient_checkpointing(self.model)
         packs = config.packing == "on" or (config.packing == "auto" and packing_is_faster(self.model))
         self._scorer = TokenScorer(self.model, try_packing=packs)
-        self._check_packing()
+        if config.packing == "on" and not self._scorer.packs:
+            raise ConfigError(
+                f"packing='on', but {type(self.model).__name__} mixes the samples of one row (it carries a state along "
+                "the row, or ignores position ids); use packing='auto', which pads such models"
+            )
         self._reference: TokenScorer | None = None  # loaded when a KL term first asks for it
         self._tools: set[str] = set()  # seen in samples so far
         self._warned: set[str] = set()  # metrics that the last step warned of
-        self._optimizer = StepOptimizer(
-            self.model.parameters(),
-            learning_rate=config.learning_rate,
-            warmup_steps=config.warmup_steps,
-            weight_decay=config.weight_decay,
-            betas=config.betas,
-            grad_clip_norm=config.grad_clip_norm,
-        )
+        self._optimizer = StepOptimizer(self.model.parameters(), config)
         self._policy_version = 0
         self._stop_token_ids: frozenset[int] | None = None
 
@@ -97,14 +94,6 @@ class TorchEngine:
         """Return the token that fills the ends of rows; no result depends on it."""
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         return pad if pad is not None else end if end is not None else 0
-
-    def _check_packing(self) -> None:
-        """Refuse ``packing='on'`` with ConfigError where samples in one row would affect each other."""
-        if self.config.packing == "on" and not self._scorer.packs:
-            raise ConfigError(
-                f"packing='on', but {type(self.model).__name__} lets samples in one row see each other (a state along "
-                "the row, or position ids that it does not heed); use packing='auto', which pads such models"
-            )
 
     def sampler(self, params: SamplingParams) -> Sampler:
         """Return a batched sampler over the current weights; it may not be used during or after a train step."""

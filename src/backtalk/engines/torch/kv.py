@@ -44,8 +44,8 @@ class KVCache(Protocol):
 
     stats: KVStats
 
-    def begin(self, histories: Sequence[History], others: Sequence[Hashable]) -> tuple[list[int], Tensor]:
-        """Run the new tokens of a wave, and keep the rows of the owners ``others``.
+    def begin(self, histories: Sequence[History]) -> tuple[list[int], Tensor]:
+        """Run the new tokens of a wave, and drop the rows of other owners.
 
         Returns the index of the history in each row, and the logits after its last token, [N, V].
         """
@@ -166,7 +166,7 @@ class PersistentKVCache:
         self._next_M = torch.zeros(0, dtype=torch.long, device=self._device)  # column of the next token
         self._top = 0  # largest of them
 
-    def begin(self, histories: Sequence[History], others: Sequence[Hashable]) -> tuple[list[int], Tensor]:
+    def begin(self, histories: Sequence[History]) -> tuple[list[int], Tensor]:
         starts = [self._reusable(history) for history in histories]
         first: dict[tuple[int, ...], int] = {}  # rows with the same prompt: run it once
         twin = [
@@ -175,7 +175,7 @@ class PersistentKVCache:
         ]
         new = [len(h.token_ids) - start for h, start in zip(histories, starts, strict=True)]
         order = sorted(range(len(histories)), key=lambda i: (twin[i] != i, -new[i], i))
-        self._arrange([histories[i].owner for i in order] + list(others))
+        self._arrange([histories[i].owner for i in order])
         self._top = max(len(h.token_ids) for h in histories)
         self._grow(self._top + 1)  # the last column takes the padding; no token of this wave is there yet
         unique = sum(twin[i] == i for i in order)
@@ -332,7 +332,7 @@ class FreshKVCache:
         self._cache = DynamicCache(config=self._model.config)
         self._mask_MK = torch.zeros((0, 0), dtype=torch.long, device=self._device)
 
-    def begin(self, histories: Sequence[History], others: Sequence[Hashable]) -> tuple[list[int], Tensor]:
+    def begin(self, histories: Sequence[History]) -> tuple[list[int], Tensor]:
         self.clear()
         width = max(len(history.token_ids) for history in histories)
         pads = [width - len(history.token_ids) for history in histories]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backtalk.engines.torch.config import TorchConfig
+
 
 class StepOptimizer:
     """AdamW (arXiv 1711.05101) with linear warm-up, clipping by global norm, and scaled world-only steps.
@@ -26,25 +28,15 @@ class StepOptimizer:
     bit.
     """
 
-    def __init__(
-        self,
-        parameters: Iterable[nn.Parameter],
-        *,
-        learning_rate: float,
-        warmup_steps: int,
-        weight_decay: float,
-        betas: tuple[float, float],
-        grad_clip_norm: float,
-    ) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], config: TorchConfig) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
         self._masters = [p if p.dtype in (torch.float32, torch.float64) else _master(p) for p in self._parameters]
         groups = [  # norms and biases do not decay
-            {"params": [m for m in self._masters if m.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [m for m in self._masters if m.dim() >= 2], "weight_decay": config.weight_decay},
             {"params": [m for m in self._masters if m.dim() < 2], "weight_decay": 0.0},
         ]
-        self._adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=(betas[0], betas[1]))
-        self._learning_rate, self._warmup_steps = learning_rate, warmup_steps
-        self._decay, self._grad_clip_norm = betas[1], grad_clip_norm
+        self._config = config
+        self._adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas)
         self.updates = 0
         self._seen_square = 0.0  # running mean of |g|^2, without bias correction: only the ratio is used
         self._unit_square = 0.0
@@ -68,12 +60,12 @@ class StepOptimizer:
 
         ``world_coeff_ratio`` is world_model_coeff / policy_coeff in a step whose policy gradient is 0, else None.
         """
-        grad_norm = float(nn.utils.clip_grad_norm_(self._masters, self._grad_clip_norm))
+        grad_norm = float(nn.utils.clip_grad_norm_(self._masters, self._config.grad_clip_norm))
         if not math.isfinite(grad_norm):
             return self.idle_metrics() | {"grad_norm": grad_norm}
         scale = self._update_scale(grad_norm, world_coeff_ratio)
-        warmup = min(1.0, (self.updates + 1) / max(self._warmup_steps, 1))
-        rate = self._learning_rate * warmup if world_coeff_ratio is None else self._learning_rate * warmup * scale
+        warmup = min(1.0, (self.updates + 1) / max(self._config.warmup_steps, 1))
+        rate = self._config.learning_rate * warmup * scale
         for group in self._adam.param_groups:
             group["lr"] = rate
         self._adam.step()
@@ -91,10 +83,11 @@ class StepOptimizer:
 
     def _update_scale(self, grad_norm: float, world_coeff_ratio: float | None) -> float:
         """Update both running means and return the factor on the learning rate of a world-only step."""
-        seen = min(grad_norm, self._grad_clip_norm)
-        unit = seen if world_coeff_ratio is None else min(grad_norm / world_coeff_ratio, self._grad_clip_norm)
-        self._seen_square = self._decay * self._seen_square + (1 - self._decay) * seen**2
-        self._unit_square = self._decay * self._unit_square + (1 - self._decay) * max(unit, seen) ** 2
+        max_norm, decay = self._config.grad_clip_norm, self._config.betas[1]
+        seen = min(grad_norm, max_norm)
+        unit = seen if world_coeff_ratio is None else min(grad_norm / world_coeff_ratio, max_norm)
+        self._seen_square = decay * self._seen_square + (1 - decay) * seen**2
+        self._unit_square = decay * self._unit_square + (1 - decay) * max(unit, seen) ** 2
         if world_coeff_ratio is None or self._unit_square == 0:
             return 1.0
         return math.sqrt(self._seen_square / self._unit_square)

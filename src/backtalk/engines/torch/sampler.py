@@ -2,9 +2,8 @@
 
 Rollouts wait for each other: when every open session has asked for its next action, one *wave* samples all of them in a
 worker thread, so the asyncio loop stays free. Which rows share a wave depends on the rollouts alone and not on time, so
-a run is repeatable. With ``max_wait_s`` a wave may start without slow rollouts, which is faster but not repeatable.
-Random numbers depend on (seed, session key, call) and never on the batch, so another batch changes results by rounding
-only.
+a run is repeatable. Random numbers depend on (seed, session key, call) and never on the batch, so another batch changes
+results by rounding only.
 
 Legend: N rows of the wave, M of them still decoding, L most tokens any of them may sample, V vocabulary.
 """
@@ -73,7 +72,6 @@ class TorchSampler:
         policy_version: int = 0,
         device: torch.device | str | None = None,
         persistent_cache: bool = True,
-        max_wait_s: float | None = None,
     ) -> None:
         device = torch.device(device) if device is not None else next(model.parameters()).device
         cache, reason = open_kv_cache(model, pad_token_id, device, persistent_cache)
@@ -81,7 +79,6 @@ class TorchSampler:
             log.warning("%s runs whole histories again on every turn: %s", type(model).__name__, reason)
         self.policy_version = policy_version
         self.params = params
-        self._max_wait_s = max_wait_s
         self._worker = _Worker(model, params, frozenset(stop_token_ids), device, cache)
         threads = torch.get_num_threads()  # a new thread would start with the default number of its own
         self._executor = ThreadPoolExecutor(1, "backtalk-sampler", torch.set_num_threads, (threads,))
@@ -89,7 +86,6 @@ class TorchSampler:
         self._waiting: dict[str, _Request] = {}
         self._wave: list[_Request] = []
         self._check_scheduled = False
-        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def stats(self) -> SamplerStats:
@@ -133,33 +129,16 @@ class TorchSampler:
             asyncio.get_running_loop().call_soon(self._check)
 
     def _check(self) -> None:
-        """Start a wave if every open session waits for one."""
+        """Sample for all open sessions in the worker thread, if every one of them waits."""
         self._check_scheduled = False
         if self._wave:
             return
         if not self._open:
             self._worker.cache.clear()
-        if not self._waiting:
-            self._stop_timer()
         elif len(self._waiting) == len(self._open):
-            self._start_wave()
-        elif self._max_wait_s is not None and self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._max_wait_s, self._start_wave)
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _start_wave(self) -> None:
-        """Sample for all waiting calls in the worker thread."""
-        self._stop_timer()
-        if not self._waiting:  # the last one was cancelled just before the timer fired
-            return
-        self._wave = [self._waiting.pop(key) for key in sorted(self._waiting)]
-        others = [self._open[key] for key in sorted(self._open.keys() - {r.session.key for r in self._wave})]
-        loop = asyncio.get_running_loop()
-        loop.run_in_executor(self._executor, self._worker.run, self._wave, others).add_done_callback(self._finish)
+            self._wave = [self._waiting.pop(key) for key in sorted(self._waiting)]
+            loop = asyncio.get_running_loop()
+            loop.run_in_executor(self._executor, self._worker.run, self._wave).add_done_callback(self._finish)
 
     def _finish(self, done: asyncio.Future[list[Completion]]) -> None:
         """Hand the completions of a wave, or its error, to the sessions."""
@@ -232,13 +211,13 @@ class _Worker:
         self.stats = SamplerStats(kv=cache.stats)
         self._model, self._params, self._stop_ids, self._device = model, params, stop_ids, device
 
-    def run(self, wave: Sequence[_Request], others: Sequence[_Session]) -> list[Completion]:
-        """Sample a wave; ``others`` are open sessions outside of it, whose rows in the cache are kept."""
+    def run(self, wave: Sequence[_Request]) -> list[Completion]:
+        """Sample a wave."""
         was_training = self._model.training
         self._model.eval()
         try:
             with torch.inference_mode():
-                ids, logprobs = self._decode(wave, others)
+                ids, logprobs = self._decode(wave)
             self.cache.end(
                 # The last token was sampled and not yet run, so the cache does not hold it.
                 [History(r.session, r.token_ids + tuple(new[:-1])) for r, new in zip(wave, ids, strict=True)]
@@ -256,11 +235,9 @@ class _Worker:
             for new, lps in zip(ids, logprobs, strict=True)
         ]
 
-    def _decode(
-        self, wave: Sequence[_Request], others: Sequence[_Session]
-    ) -> tuple[list[list[int]], list[list[float]]]:
+    def _decode(self, wave: Sequence[_Request]) -> tuple[list[list[int]], list[list[float]]]:
         """Return the sampled ids and their log-probabilities of each request, in the order of ``wave``."""
-        order, logits_MV = self.cache.begin([History(r.session, r.token_ids) for r in wave], others)
+        order, logits_MV = self.cache.begin([History(r.session, r.token_ids) for r in wave])
         width = max(request.limit for request in wave)
         uniforms_NL = self._uniforms(wave, width)
         limits_N = torch.tensor([request.limit for request in wave], device=self._device)
