@@ -2,8 +2,8 @@
 
     python benchmarks/rollout.py --steps 8
 
-Sampling includes what a rollout waits for its siblings, because a wave is sampled when all of them have asked.
-The split of rollout time is by what the rollouts spent in each; training is wall time.
+Sampling includes the time that a rollout waits for its siblings, because a wave is sampled when all of them have asked.
+The time of rollouts is split into what they spent in sampling and in the sandbox; training is wall time.
 """
 
 from __future__ import annotations

@@ -120,9 +120,6 @@ class Recorder:
             policy_version=policy_version,
             failure=self.failure,
         )
-        counts = {
-            "num_turns": float(trajectory.num_turns),
-            "action_tokens": float(trajectory.count(TokenRole.ACTION)),
-            "env_output_tokens": float(trajectory.count(TokenRole.ENV_OUTPUT)),
-        }
-        return replace(trajectory, stats={**counts, **self.stats})
+        tokens = {"action_tokens": TokenRole.ACTION, "env_output_tokens": TokenRole.ENV_OUTPUT}
+        counts = {"num_turns": trajectory.num_turns} | {name: trajectory.count(role) for name, role in tokens.items()}
+        return replace(trajectory, stats={name: float(value) for name, value in (counts | self.stats).items()})
