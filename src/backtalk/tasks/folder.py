@@ -131,11 +131,16 @@ def write_harbor_task(task: Task, folder: str | Path) -> None:
     if folder.exists() and any(folder.iterdir()):
         raise TaskError(f"{folder} is not empty; give a new folder")
     toml, dockerfile = _toml_of(task), _dockerfile_of(task)
-    for path in task.files:
-        _write_file(folder / "environment/files", path.removeprefix("/"), task.files[path], task)
-    for part, tree in (("tests", task.tests), ("solution", task.solution)):
+    files = {path.removeprefix("/"): file for path, file in task.files.items()}
+    for part, tree in (("environment/files", files), ("tests", task.tests), ("solution", task.solution)):
         for path, file in tree.items():
-            _write_file(folder / part, path, file, task)
+            try:
+                place = folder / part / clean_path(path, relative=True)
+            except ConfigError as error:
+                raise TaskError(f"task {task.id!r}: {error}") from error
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(file.content)
+            place.chmod(0o755 if file.mode & 0o100 else 0o644)
     (folder / "environment").mkdir(parents=True, exist_ok=True)
     (folder / "environment/Dockerfile").write_bytes(dockerfile.encode())
     (folder / "instruction.md").write_bytes(task.instruction.encode())
@@ -199,7 +204,7 @@ def _refuse(folder: Path, toml: Mapping[str, Any]) -> None:
     for (section, key), (harmless, why) in _REFUSED.items():
         value = toml[section].get(key)
         if value and value not in harmless:
-            raise TaskError(f"{folder / 'task.toml'}: [{section}] {key} = {value!r} cannot be had: {why}")
+            raise TaskError(f"{folder / 'task.toml'}: [{section}] {key} = {value!r} is not possible here: {why}")
 
 
 def read_environment(folder: Path, image: str | None, *, host_packages: bool) -> StartState:
@@ -297,16 +302,6 @@ def _without_empty(table: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kept.items() if value not in ({}, [])}
 
 
-def _write_file(root: Path, path: str, file: SandboxFile, task: Task) -> None:
-    try:
-        place = root / clean_path(path, relative=True)
-    except ConfigError as error:
-        raise TaskError(f"task {task.id!r}: {error}") from error
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_bytes(file.content)
-    place.chmod(0o755 if file.mode & 0o100 else 0o644)
-
-
 def _dockerfile_of(task: Task) -> str:
     lines = [f"FROM {task.metadata.get('base_image', DEFAULT_IMAGE)}", 'SHELL ["/bin/bash", "-ec"]']
     if not re.fullmatch(r"/[\w./+@-]*", task.workdir):
@@ -339,15 +334,12 @@ def _dockerfile_of(task: Task) -> str:
 def _toml_of(task: Task) -> str:
     metadata = dict(task.metadata)
     toml: dict[str, Any] = dict(metadata.pop("harbor", {}))
-    own: dict[str, Any] = {"id": task.id}
     states = {
         f"{part}/{path}": {"mode": f"{file.mode:03o}"} | ({} if file.mtime is None else {"mtime": file.mtime})
         for part, tree in (("tests", task.tests), ("solution", task.solution))
         for path, file in tree.items()
         if file.mtime is not None or file.mode not in (0o644, 0o755)
     }
-    if states:
-        own["files"] = states
     is_name = re.fullmatch(r"[\w.-]+/[\w.-]+", task.id, flags=re.ASCII)
     name = task.id if is_name else "backtalk/" + re.sub(r"[^\w.-]", "-", task.id, flags=re.ASCII)
     long_env = {name: value for name, value in task.env.items() if "\n" in value}
@@ -359,7 +351,7 @@ def _toml_of(task: Task) -> str:
     environment = toml.get("environment", {})
     network = {} if {"allow_internet", "network_mode"} & set(environment) else {"network_mode": "no-network"}
     toml["environment"] = environment | network | ({"env": long_env} if long_env else {})
-    toml["metadata"] = metadata | {"backtalk": own}
+    toml["metadata"] = metadata | {"backtalk": {"id": task.id} | ({"files": states} if states else {})}
     try:
         return tomli_w.dumps(toml)
     except TypeError as error:

@@ -254,7 +254,7 @@ def _read_row(row: Any, folder: Path | None, host_packages: bool, world_model_on
         if folder is None:
             raise TaskError("folder: a dataset of the hub cannot name folders of this machine; put files inline")
         if both := sorted(given & {"files", "tests", "solution", "setup", "env", "workdir"}):
-            raise TaskError(f"folder: {', '.join(both)} stand in the row and in the folder; keep one of the two")
+            raise TaskError(f"folder: {', '.join(both)} are in the row and in the folder; keep one of the two")
         path = folder / checked.folder
         if not path.is_dir():
             raise TaskError(f"folder: there is no folder {path}; the path begins where the file of rows lies")
