@@ -33,7 +33,7 @@ DEFAULT_TIMEOUT_S = 600.0  # Harbor's
 
 _SHARED = "tests run in the agent's sandbox, after its processes have ended; take it out if the tests work there"
 _BASH = "the agent has bash and submit, no other tools; take it out if the task can be done with those"
-_ONE_USER = "a sandbox has one ordinary user; take it out if the task does not depend on who works"
+_ONE_USER = "a sandbox has one ordinary user; take it out if the task does not depend on which user works"
 _SCRIPT = "a task is scored by its tests/test.sh alone; let that do it"
 _NO_WATCH = "nothing watches a sandbox; start what it waits for in a RUN line, and take it out"
 # Keys of task.toml that a sandbox cannot serve: values that are harmless, and the reason with what to do.
@@ -308,7 +308,7 @@ def _dockerfile_of(task: Task) -> str:
         raise TaskError(f"task {task.id!r} has workdir {task.workdir!r}; a plain absolute path is needed")
     lines.append(f"WORKDIR {task.workdir}")
     for name, value in task.env.items():
-        if "\n" not in value:  # the others stand in task.toml
+        if "\n" not in value:  # which a Dockerfile cannot hold: those go into task.toml
             escaped = re.sub(r'(["\\$])', r"\\\1", value)
             lines.append(f'ENV {name}="{escaped}"')
     if task.files:

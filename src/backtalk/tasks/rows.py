@@ -182,7 +182,7 @@ class _Row(BaseModel):
     id: Annotated[_Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)] = ""
     """a text or a whole number that no other task has"""
     instruction: _Text = ""
-    """what the agent is told"""
+    """the task, in words for the agent"""
     folder: _Text = ""
     """the path of a task folder, from where the file of rows lies"""
     files: Annotated[_Files, BeforeValidator(_parse_files)] = {}
