@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from backtalk.errors import DataError
 from backtalk.files import append_json_line, read_json_lines, write_bytes
 from backtalk.run.log import RunLog, group_trajectories, read_trajectories, trajectory_to_dict, write_trajectories
+from backtalk.run.log.trajectories import trajectory_from_dict
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, TokenWeights, Trajectory, TrajectoryGroup
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -128,6 +129,16 @@ def test_before_version_3_every_action_was_sampled(tmp_path: Path) -> None:
     (tmp_path / "lost.jsonl").write_text(json.dumps(lines[1]) + "\n")
     with pytest.raises(DataError, match="not a trajectory"):
         read_trajectories(tmp_path / "lost.jsonl")
+
+
+def test_a_failure_has_a_phase_under_its_name_before_version_3_too() -> None:
+    failure = Failure("step", "SandboxError", "gone")
+    data = trajectory_to_dict(
+        Trajectory(task_id="t", sample_index=0, segments=(), failure=failure, stop_reason=StopReason.FAILED)
+    )
+    assert data["failure"] == {"phase": "step", "error": "SandboxError", "message": "gone"}
+    old = {**data, "failure": {"where": "step", "error": "SandboxError", "message": "gone"}}
+    assert trajectory_from_dict(data).failure == trajectory_from_dict(old).failure == failure
 
 
 def test_a_file_of_a_later_version_is_refused(tmp_path: Path) -> None:

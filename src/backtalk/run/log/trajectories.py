@@ -45,13 +45,17 @@ def trajectory_from_dict(data: Mapping[str, Any]) -> Trajectory:
         DataError: a key is missing, or the columns do not fit together.
     """
     try:
+        failure = data["failure"]
+        if failure is not None:
+            phase = failure["where" if "where" in failure else "phase"]  # "where" in records of versions 1 and 2
+            failure = Failure(phase, failure["error"], failure["message"])
         return Trajectory(
             task_id=data["task_id"],
             sample_index=data["sample_index"],
             policy_version=data["policy_version"],
             reward=data["reward"],
             stop_reason=StopReason(data["stop_reason"]),
-            failure=None if data["failure"] is None else Failure(**data["failure"]),
+            failure=failure,
             segments=tuple(_segments(data)),
             messages=tuple(data["messages"]),
             stats=dict(data["stats"]),
