@@ -76,7 +76,7 @@ def main() -> None:
     machine = f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
     print(f"{machine}, Python {platform.python_version()}")
     rows = {"in process": asyncio.run(measure(AwmWorld("shop-ten", AwmConfig()), "shop-ten"))}
-    with tempfile.TemporaryDirectory() as folder:  # a copy of the shop is a stranger's
+    with tempfile.TemporaryDirectory() as folder:  # a folder's programs are untrusted
         write_scenario(open_scenarios("shop").scenarios["shop"], Path(folder))
         rows["sandbox"] = asyncio.run(measure(AwmWorld(folder, AwmConfig()), folder))
     with served() as url:

@@ -5,8 +5,8 @@
 
 Both talk to the same two servers in the same run, in alternation: twenty steps of one, twenty of the other. Theirs is
 GenericEnvClient, which gives a dictionary back; ours is a whole OpenEnvEnv.step, so the roles of the observation's
-fields and its cut to max_observation_chars are in its time. Times are milliseconds of what the caller waited. An
-episode is connect, reset and close. With 32 at once, a time is that of all 32 steps together.
+fields and its cut to max_observation_chars are in its time. Times are milliseconds of what the caller waited. A
+rollout is connect, reset and close. With 32 at once, a time is that of all 32 steps together.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ async def measure(rounds: int) -> str:
     worlds = {name: OpenEnvWorld(str(SERVERS / name), OpenEnvConfig()) for name in ("echo", "tools")}
     urls = {name: world.report.name.split(" at ")[1].split()[0] for name, world in worlds.items()}
 
-    async def our_episode() -> None:
+    async def our_rollout() -> None:
         async with worlds["echo"].open(task) as env:
             await env.reset()
 
-    async def their_episode() -> None:
+    async def their_rollout() -> None:
         async with GenericEnvClient(urls["echo"]) as client:
             await client.reset()
 
@@ -99,7 +99,7 @@ async def measure(rounds: int) -> str:
             await table.alternate(
                 "step of 5 MB", max(1, rounds // 10), 3, lambda: echo.step(flood), lambda: client.step(FLOOD)
             )
-            await table.alternate("episode", rounds, 3, our_episode, their_episode)
+            await table.alternate("rollout", rounds, 3, our_rollout, their_rollout)
         async with AsyncExitStack() as stack:
             envs = [await stack.enter_async_context(worlds["echo"].open(task)) for _ in range(SESSIONS // 2)]
             clients = [await stack.enter_async_context(GenericEnvClient(urls["echo"])) for _ in range(SESSIONS // 2)]

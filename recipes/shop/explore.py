@@ -1,6 +1,6 @@
-"""What the scripted explorers do in the shop: middling attempts at tasks, and looking around.
+"""Play the shop by scripts: middling rollouts of its tasks, and strolls that only look around.
 
-They play in the real world, one call after another; what it says is what the model reads.
+They play in the real environment, one call after another; its observations are what the model reads.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LOOKING_AROUND = "Look around in the shop."
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What was said and done. ``ordinary`` sessions are no attempts at a task."""
+    """A rollout of a script. ``ordinary`` ones only look around."""
 
     id: str
     prompt: tuple[Message, ...]
@@ -32,7 +32,7 @@ class Session:
 
 
 def train_seeds(count: int, first: int = FIRST_SEED) -> Iterator[int]:
-    """Seeds of tasks of the train split, whatever their split is found from."""
+    """Yield ``count`` seeds from ``first`` on whose tasks are of the train split."""
     seed = first
     while count:
         if Task(id=f"shop-{seed}", instruction="").split is Split.TRAIN:
@@ -42,7 +42,7 @@ def train_seeds(count: int, first: int = FIRST_SEED) -> Iterator[int]:
 
 
 async def explore(seeds: Iterable[int], *, skill: float, ordinary: bool) -> list[Session]:
-    """A session for each seed. ``skill`` is the share of attempts that do what the task asks."""
+    """Return a session for each seed. ``skill`` is the share of rollouts that do what the task asks."""
     world = AwmWorld("shop", AwmConfig())
     description = open_scenarios("shop").scenarios["shop"].description
     sessions = []
@@ -54,13 +54,13 @@ async def explore(seeds: Iterable[int], *, skill: float, ordinary: bool) -> list
         task = Task(id=f"shop-{seed}", instruction=text, metadata=metadata)
         async with world.open(task) as env:
             prompt = await env.reset()
-            calls = _stroll(random, shop_task.inserts) if ordinary else _attempt(random, plan, skill)
+            calls = _stroll(random, shop_task.inserts) if ordinary else _rollout(random, plan, skill)
             turns = [(call, (await env.step(call)).messages) for call in calls]
         sessions.append(Session(task.id, prompt, tuple(turns), ordinary))
     return sessions
 
 
-def _attempt(random: Random, plan: Plan, skill: float) -> list[ToolCall]:
+def _rollout(random: Random, plan: Plan, skill: float) -> list[ToolCall]:
     calls = list(plan.solution)
     if random.random() < skill:
         return calls
@@ -81,7 +81,7 @@ def _attempt(random: Random, plan: Plan, skill: float) -> list[ToolCall]:
 
 
 def _mistaken(random: Random, call: ToolCall) -> ToolCall:
-    """The same call with one argument changed. Ids stay: a wrong one would teach to guess, not to look."""
+    """Return the call with one argument changed. Ids stay: a wrong one would teach to guess, not to look."""
     changeable = [name for name in call.arguments if not name.endswith("_id")]
     if not changeable:
         return _any_call(random)
@@ -135,6 +135,7 @@ def _any_call(random: Random, names: Any = (), ids: Any = (), orders: Any = ()) 
 
 
 def texts(session: Session) -> Iterator[str]:
+    """Yield the texts that the tokenizer is trained on."""
     yield from (message.text for message in session.prompt)
     for call, messages in session.turns:
         yield json.dumps({"name": call.tool, "arguments": dict(call.arguments)})

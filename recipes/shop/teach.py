@@ -2,7 +2,7 @@
 
     python recipes/shop/teach.py          # some minutes on one core
 
-What it learns, and why: attempts at tasks of the train split, on the explorers' tokens alone, half of them wrong on
+It learns from rollouts of tasks of the train split, on the scripts' tokens alone, four in ten of them wrong on
 purpose; and looking around in shops, on every token, so that it knows both halves of a conversation with tools.
 """
 
@@ -58,9 +58,10 @@ class Recipe:
 
 
 def train_tokenizer(sessions: list[Session], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Words without the blank before them, and numbers whole: a name or an id is the same tokens wherever it stands.
+    """Train a tokenizer that keeps numbers whole and words apart from blanks.
 
-    Marks and blanks between words may become one token: indented JSON is mostly those.
+    A name or an id then has the same tokens wherever it stands. Marks and blanks between words may become one token:
+    indented JSON is mostly those.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -87,7 +88,7 @@ def train_tokenizer(sessions: list[Session], vocab_size: int) -> PreTrainedToken
 
 
 def copy_of_base(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """The base model with another vocabulary: what both have keeps its embedding, the rest begins anew."""
+    """Return the base model with another vocabulary: shared tokens keep their embedding, the others get random ones."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM.from_pretrained(ASSETS / "base_model", dtype=torch.float32)
     known = AutoTokenizer.from_pretrained(ASSETS / "base_model").get_vocab()
@@ -105,7 +106,7 @@ def copy_of_base(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausa
 
 
 def example(session: Session, renderer: Renderer) -> tuple[Tensor, Tensor]:
-    """(token ids [T], learned [T])."""
+    """Return the token ids [T] of a session, and which of them are learned from [T]."""
     segments = list(renderer.render_prompt(session.prompt))
     for number, (call, messages) in enumerate(session.turns):
         segments.append(Segment(TokenRole.ACTION, renderer.encode_action(call), turn=number))

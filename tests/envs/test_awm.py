@@ -1,4 +1,4 @@
-"""The Agent World Model: its files, our two worlds in them, episodes here and on a server.
+"""The Agent World Model: its files, our two scenarios in them, rollouts here and on a server.
 
 Real FastAPI programs over real SQLite; the server is OpenEnv's, on the loopback.
 """
@@ -37,7 +37,7 @@ from backtalk.trajectory import TokenRole
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "src/backtalk/assets/awm"
 
-# What somebody does who knows the ticket desk: its ten tasks in order.
+# Solutions of the ten tasks of the ticket desk, in order.
 DESK = (
     (("search_tickets", {"words": "router"}), ("list_agents", {}), ("assign_ticket", {"ticket_id": 102, "agent_id": 5}),
      ("done", {"answer": ""})),
@@ -146,9 +146,9 @@ def echo(word: str, share: float = 0.0):
     scenario = open_scenarios("tickets").scenarios["tickets"]
     before = '@app.get("/agents"'
     program = Program(replace(scenario, program=scenario.program.replace(before, tool + before)))
-    reply = await program.call(new_database(), "echo", {"word": "é b%", "share": 0.5})
-    assert reply == ('["é b%",0.5]', 200)
-    assert await program.call(new_database(), "echo", {"word": "a/b"}) == ('{"detail":"Not Found"}', 404)
+    for word, status, text in (("é b%", 200, '["é b%",0.5]'), ("a/b", 404, '{"detail":"Not Found"}')):
+        reply = await program.call(new_database(), "echo", {"word": word, "share": 0.5})
+        assert reply is not None and (reply.status_code, reply.text) == (status, text)
     assert await program.call(new_database(), "nowhere", {}) is None
 
 
@@ -250,7 +250,7 @@ def test_tools_are_what_the_programs_say() -> None:
     assert "$ref" not in json.dumps([dict(tool.parameters) for tool in desk])
 
 
-async def test_episodes_side_by_side_do_not_see_each_other(shop: AwmWorld) -> None:
+async def test_rollouts_side_by_side_do_not_see_each_other(shop: AwmWorld) -> None:
     task = AwmWorld("shop", AwmConfig()).tasks(Split.TRAIN, 1, 0)[0]
     product = plan_product(task)
 
@@ -337,7 +337,7 @@ async def test_a_task_that_nobody_scores_needs_no_verifier(shop: AwmWorld) -> No
     assert reward is None and [step["action"]["tool_name"] for step in env.captured_episode["steps"]] == ["view_cart"]
 
 
-async def test_done_releases_the_episode(shop: AwmWorld) -> None:
+async def test_done_releases_the_database(shop: AwmWorld) -> None:
     session = open_scenarios("shop").session("shop", seed=3)
     assert (await session.start()).reward_type == "reset_ok"
     assert (await session.call("done", {})).done
@@ -369,7 +369,7 @@ def server() -> Iterator[str]:
     thread.join(20)
 
 
-async def test_a_server_plays_the_same_episodes(server: str) -> None:
+async def test_a_server_plays_the_same_rollouts(server: str) -> None:
     tasks = awm_tasks(f"{server}")
     assert [task.id for task in tasks] == [f"{name}/{idx}" for name in ("shop", "tickets") for idx in range(10)]
     assert [task.id for task in awm_tasks(f"{server}#tickets")] == [task.id for task in tasks[10:]]

@@ -1,4 +1,4 @@
-"""Scenarios that somebody else wrote, hostile ones among them, played by real processes in real sandboxes."""
+"""Untrusted scenarios, hostile ones among them, played by real processes in real sandboxes."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def port() -> Iterator[int]:
 
 
 def tickets(*, first: str = "", tools: str = "", **changes: object) -> Scenario:
-    """The ticket desk as a stranger might publish it."""
+    """Return the ticket desk with code of a stranger's in its program."""
     scenario = open_scenarios("tickets").scenarios["tickets"]
     before = '@app.get("/agents"'
     assert scenario.program.count(before) == 1
@@ -313,7 +313,7 @@ async def test_no_name_makes_a_folder_one_of_ours(place: Path, monkeypatch: pyte
 def test_without_a_sandbox_it_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_scenario(tickets(), tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SandboxUnavailable, match=r"somebody else's[\s\S]*install bubblewrap[\s\S]*sandbox: unsafe"):
+    with pytest.raises(SandboxUnavailable, match=r"untrusted[\s\S]*install bubblewrap[\s\S]*sandbox: unsafe"):
         AwmWorld(str(tmp_path), AwmConfig(sandbox="bubblewrap"))
 
 

@@ -81,7 +81,7 @@ async def play(
     reset: dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[Trajectory, ...]:
-    """Attempts at one task by a policy that says what it was told to."""
+    """Return rollouts of one task by a policy with scripted replies."""
     world = OpenEnvWorld(where, OpenEnvConfig(**options))
     try:
         limits = RolloutLimits(max_turns=4, rollout_timeout_s=60, concurrency=concurrency)
@@ -265,10 +265,10 @@ async def test_rollouts_that_wait_for_a_place_hold_up_nobody_at_the_sampler(
     assert [t.num_turns for t in group] == [2] * (PLACES + 8)
 
 
-async def test_an_attempt_waits_for_a_place(
+async def test_a_rollout_waits_for_a_place(
     urls: dict[str, str], renderer: Renderer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Others hold every place; when they leave, the attempt is played."""
+    """Others hold every place; when they leave, the rollout is played."""
     held = []
     try:
         while len(held) < PLACES:
@@ -520,7 +520,7 @@ def test_rows_of_a_file_are_tasks(tmp_path: Path) -> None:
         openenv_tasks("http://127.0.0.1:1", config, split=Split.TRAIN, count=9)
 
 
-# --- an environment that nobody here wrote ---
+# --- an environment of another project ---
 
 
 @pytest.mark.skipif(not HAS_TEXTWORLD, reason="needs textworld-express and Java")

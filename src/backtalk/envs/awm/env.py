@@ -62,7 +62,7 @@ class AwmEnv:
             kind = result.reward_type or "no reward_type"
             raise AwmError(f"task {self.task.id!r} cannot be started: {kind}: {reason}")
         if any(tool.name == DONE.name for tool in self._session.tools):
-            raise TaskError(f"task {self.task.id!r} is in a world with a tool called done, which ends our episodes")
+            raise TaskError(f"task {self.task.id!r} has a tool called done, which is the call that ends a rollout here")
         system = self.task.metadata.get("description") or "Call tools to do the task, then call done."
         texts = (("system", system), ("user", self.task.instruction.strip()))
         return tuple(Message(role, (Part(text, TokenRole.CONTEXT),)) for role, text in texts)

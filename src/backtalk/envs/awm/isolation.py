@@ -70,7 +70,7 @@ class IsolatedScenarios:
             run_trial(self._start_once)
         except SandboxUnavailable as error:
             raise SandboxUnavailable(
-                f"the programs in {location} are somebody else's and run in a sandbox only, which cannot be had here: "
+                f"the programs in {location} are untrusted and run in a sandbox only, which cannot be had here: "
                 f"{error}\nA sandbox shows {', '.join(readable_folders()) or sys.base_prefix}, which its user has to "
                 "be able to read. Else play on a server in a container (awm:http://HOST:PORT), or, for programs that "
                 "you would run yourself, set options: {sandbox: unsafe}"
@@ -224,7 +224,7 @@ class IsolatedSession:
 
     async def _ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         if self._child is None:
-            raise InfrastructureError("the episode was not begun; call start first")
+            raise InfrastructureError("the rollout was not started; call start first")
         return await self._child.ask({"do": do, "session": self._number, **arguments})
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 import httpx2
@@ -71,13 +71,6 @@ def build_image(schema: Iterable[str], inserts: Iterable[str]) -> bytes:
         database.release()
 
 
-class Reply(NamedTuple):
-    """A program's HTTP response: its text and status."""
-
-    text: str
-    status: int
-
-
 @dataclass(frozen=True, slots=True)
 class Operation:
     """The HTTP operation behind a tool, and which arguments go into its "path" or "query"."""
@@ -131,7 +124,7 @@ class Program:
             return self._image
         return build_image(self.scenario.schema, task.inserts)
 
-    async def call(self, database: RolloutDatabase, tool: str, arguments: Mapping[str, Any]) -> Reply | None:
+    async def call(self, database: RolloutDatabase, tool: str, arguments: Mapping[str, Any]) -> httpx2.Response | None:
         """Carry out one call in a rollout's database; return None if there is no such tool."""
         operation = self._operations.get(tool)
         if operation is None:
@@ -139,10 +132,11 @@ class Program:
         bound = current_database.set(database)
         try:
             response = await self._transport.handle_async_request(operation.request(arguments))
-            return Reply((await response.aread()).decode("utf-8", "replace"), response.status_code)
+            await response.aread()
+            return response
         except Exception:  # as a server answers where the program raises
             database.close()
-            return Reply("Internal Server Error", 500)
+            return httpx2.Response(500, text="Internal Server Error")
         finally:
             current_database.reset(bound)
 

@@ -58,7 +58,7 @@ class RemoteSession:
 
     async def call(self, tool: str, arguments: Mapping[str, Any]) -> Result:
         if self._session is None:
-            raise InfrastructureError("no episode was begun on the server; call start first")
+            raise InfrastructureError("the rollout was not started; call start first")
         answer = await self._session.call_tool(tool, arguments)
         return Result(answer.observation, answer.reward, answer.done)
 

@@ -107,9 +107,10 @@ class LocalSession:
             return self._failed("timeout", tool, f"Tool call timed out after {self._timeout_s}s")
         if reply is None:
             return self._failed("tool_not_found", tool, f"Unknown tool: {tool}")
-        if reply.status >= 400:
-            kind = {422: "invalid_args"}.get(reply.status, "server_error" if reply.status >= 500 else "tool_error")
-            error = f"Error calling {tool}. Status code: {reply.status}. Response: {reply.text}"
+        if reply.status_code >= 400:
+            status = reply.status_code
+            kind = {422: "invalid_args"}.get(status, "server_error" if status >= 500 else "tool_error")
+            error = f"Error calling {tool}. Status code: {status}. Response: {reply.text}"
             return self._failed(kind, tool, error)
         return self._result("tool_call_ok", 0.0, tool_name=tool, tool_result=_indented(reply.text))
 

@@ -61,7 +61,7 @@ class LocalScenarios:
             verifiers = {**program.scenario.task(task.task_idx).verifiers, **task.verifiers}
             task = replace(task, verifiers=verifiers)
         else:
-            raise DataError(f"an episode of {scenario} needs a task_idx, or for the shop that ships here a seed")
+            raise DataError(f"a rollout of {scenario} needs a task_idx, or for the shop that ships here a seed")
         return LocalSession(program, task, call_timeout_s=self._timeout_s)
 
     def listed(self) -> list[dict[str, Any]]:

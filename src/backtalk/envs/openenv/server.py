@@ -35,7 +35,7 @@ LOCAL_DOCKER = "openenv.core.containers.runtime.providers:LocalDockerProvider"
 
 
 class Server:
-    """A server at a URL that somebody else runs; subclasses start their own. Only ``start`` blocks."""
+    """A server that already runs at a URL; subclasses start their own. Only ``start`` blocks."""
 
     def __init__(self, name: str, url: str = "") -> None:
         self.name, self._url = name, url
