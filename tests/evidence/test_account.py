@@ -83,7 +83,7 @@ def test_text_that_stands_first_in_a_turn_is_not_taken_for_an_action() -> None:
 def test_every_branch_has_a_first_token_that_does_not_count() -> None:
     rewritten = replace(EPISODE, segments=(*EPISODE.segments[:4], Segment(ENV, (8, 9), turn=0, tool="x", branch=1)))
     assert tally(stretches(rewritten)).tokens["env_output"] == 1
-    assert [(part.start, part.end) for part in stretches(rewritten)] == [(1, 2), (2, 3), (3, 5), (5, 6), (7, 8)]
+    assert [(start, end) for start, end, _ in stretches(rewritten)] == [(1, 2), (2, 3), (3, 5), (5, 6), (7, 8)]
 
 
 def test_the_three_losses_by_hand() -> None:

@@ -41,32 +41,32 @@ def tables(
 
 def _side_by_side(title: str, accounts: Sequence[Account], total: Account, rows: Rows) -> Table:
     columns = [*(accounts if len(accounts) <= COLUMNS else ()), *([total] if len(accounts) > 1 else ())]
-    table = _table(title, [one.name for one in columns])
+    table = _table(title, [account.name for account in columns])
     for label, cell in rows:
         table.add_row(label, *map(cell, columns))
     return table
 
 
 def _token_rows() -> Rows:
-    yield "reward", lambda one: _number(one.reward, "g")
-    yield "turns", lambda one: f"{one.num_turns:,}"
+    yield "reward", lambda account: _number(account.reward, "g")
+    yield "turns", lambda account: f"{account.num_turns:,}"
     for kind in KINDS:
-        yield kind, lambda one, kind=kind: f"{one.whole.tokens[kind]:,}"
-    yield "learnable", lambda one: f"{one.whole.learnable:,}"
-    yield "discarded by RL", lambda one: f"{one.whole.tokens['env_output']:,}"
-    yield "share discarded", lambda one: _number(one.whole.discarded_share, ".1%")
-    yield "per action token", lambda one: _ratio(one.whole)
+        yield kind, lambda account, kind=kind: f"{account.whole.tokens[kind]:,}"
+    yield "learnable", lambda account: f"{account.whole.learnable:,}"
+    yield "discarded by RL", lambda account: f"{account.whole.tokens['env_output']:,}"
+    yield "share discarded", lambda account: _number(account.whole.discarded_share, ".1%")
+    yield "per action token", lambda account: _ratio(account.whole)
 
 
 def _loss_rows(coeff: float) -> Rows:
-    yield "advantage", lambda one: _number(one.advantage, "+.3f")
+    yield "advantage", lambda account: _number(account.advantage, "+.3f")
     for kind in SPOKEN:
-        yield f"CE of {kind}", lambda one, kind=kind: _number(one.whole.cross_entropy(kind), ".4f")
+        yield f"CE of {kind}", lambda account, kind=kind: _number(account.whole.cross_entropy(kind), ".4f")
     for name, label in (("grpo", "GRPO"), ("echo", f"ECHO, {coeff:g}"), ("verifier_free", "verifier-free")):
-        yield label, lambda one, name=name: _of(one, name, lambda loss: f"{loss.total:+.4f}")
+        yield label, lambda account, name=name: _of(account, name, lambda loss: f"{loss.total:+.4f}")
         yield (
             "  on tokens",
-            lambda one, name=name: _of(one, name, _gradients),
+            lambda account, name=name: _of(account, name, _gradients),
         )
 
 
@@ -89,17 +89,17 @@ def _notes(accounts: Sequence[Account], scored: Sequence[Account]) -> Iterator[s
     yield "learnable: action + env_output. Ordinary RL trains on action alone and discards the rest"
     if scored:
         yield "CE: nats a token at temperature 1. On tokens: action + observed tokens with a gradient that is not 0"
-    unsampled = sum(one.whole.unsampled for one in accounts)
+    unsampled = sum(account.whole.unsampled for account in accounts)
     if unsampled:
         yield (
             f"{unsampled:,} tokens of the agent have no logprobs (a script's, a person's, an imported text, or other "
             "tokens than were sampled). They count as actions here; training never gives them to the policy term"
         )
-    if any(one.whole.unsampled and one.advantage is not None for one in scored):
+    if any(account.whole.unsampled and account.advantage is not None for account in scored):
         yield "GRPO takes their ratio to be 1, as if the model had just sampled them"
-    if scored and all(one.advantage == one.reward for one in scored):
+    if scored and all(account.advantage == account.reward for account in scored):
         yield "the advantage is the reward: an episode without siblings has no other; --advantage sets one"
-    gap = max((one.gap for one in scored if one.gap is not None), default=0.0)
+    gap = max((account.gap for account in scored if account.gap is not None), default=0.0)
     if gap > MUCH:
         yield (
             f"the recorded logprobs are {gap:.2f} nats a token away from this model's at temperature 1, so it is not "
@@ -107,8 +107,8 @@ def _notes(accounts: Sequence[Account], scored: Sequence[Account]) -> Iterator[s
         )
 
 
-def _of(one: Account, name: str, text: Callable[[Loss], str]) -> str:
-    return next((text(loss) for loss in one.losses if loss.name == name), "-")
+def _of(account: Account, name: str, text: Callable[[Loss], str]) -> str:
+    return next((text(loss) for loss in account.losses if loss.name == name), "-")
 
 
 def _ratio(found: Tally) -> str:

@@ -236,10 +236,10 @@ async def _play(
     """Play one rollout after the other, each handed to ``keep`` as it ends."""
     from backtalk.capture.rollout import capture_episode
     from backtalk.language.renderer import Renderer
-    from backtalk.language.tokenizer import load_tokenizer, model_location
+    from backtalk.language.tokenizer import model_location
     from backtalk.run.worlds import open_worlds
 
-    renderer = Renderer(load_tokenizer(model_location(tokenizer)), (), config.renderer)
+    renderer = Renderer.from_pretrained(model_location(tokenizer), (), config.renderer)
     async with open_worlds(config) as worlds:
         task = _find_task(worlds, world, name, seed)
         if config.rollout.rollout_timeout_s == PERSON_TIMEOUT_S:  # a task's own limit is a machine's

@@ -1,4 +1,4 @@
-"""A study: arms times seeds, each one training run of its own process, compared with intervals.
+"""Run a study: arms times seeds, each a training run in a process of its own, compared with intervals.
 
 Every run is the command line's own ``train``, so what a study measures is what a user gets. Runs that are
 finished are not run again: a study that was stopped goes on where it was.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from backtalk.errors import BacktalkError, ConfigError, merge_repeats
-from backtalk.evidence.compare import Comparison, compare
+from backtalk.evidence.compare import Comparison, Evaluations, compare
 from backtalk.files import write_bytes
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict, setting_schemas
 from backtalk.run.log import RunLog, lock_folder
@@ -50,13 +50,15 @@ class Study:
             raise ConfigError(f"study {self.name!r} has a seed twice in {list(self.seeds)}; a seed is one run an arm")
 
     def config(self, arm: str, seed: int) -> TrainConfig:
-        """The settings of one run."""
+        """Return the settings of one run."""
         overrides = {**self.settings, **self.arms[arm], "seed": seed}
         return config_from_dict(read_settings(self.base, self.folder), overrides)
 
 
 @dataclass(frozen=True, slots=True)
 class StudyStarted:
+    """A study has begun."""
+
     folder: Path
     runs: tuple[str, ...]
     finished: tuple[str, ...]  # from an earlier start, not run again
@@ -75,12 +77,16 @@ class StudyProgress:
 
 @dataclass(frozen=True, slots=True)
 class StudyRunDone:
+    """The process of a run has ended."""
+
     run: str
     exit_code: int
 
 
 @dataclass(frozen=True, slots=True)
 class StudyDone:
+    """A study has ended."""
+
     folder: Path
     comparison: Comparison
 
@@ -90,7 +96,7 @@ OnStudyEvent = Callable[[StudyEvent], None]
 
 
 def load_study(source: str | Path, *, seeds: Sequence[int] | None = None, overrides: Sequence[str] = ()) -> Study:
-    """A study from a preset's name or a YAML file; ``overrides`` are settings of every arm.
+    """Return the study of a preset's name or a YAML file; ``overrides`` are settings of every arm.
 
     Raises:
         ConfigError: no such file, unknown keys, or settings that no run could have.
@@ -134,19 +140,21 @@ async def run_study(
         return await _run_study(study, folder, parallel, on_event or (lambda event: None))
 
 
-async def _run_study(study: Study, folder: Path, parallel: int | None, tell: OnStudyEvent) -> Comparison:
-    jobs = [_Job(f"{arm}_seed{seed}", study.config(arm, seed), folder) for seed in study.seeds for arm in study.arms]
+async def _run_study(study: Study, folder: Path, parallel: int | None, on_event: OnStudyEvent) -> Comparison:
+    jobs = [_Job((arm, seed), study.config(arm, seed), folder) for seed in study.seeds for arm in study.arms]
     for job in jobs:
         job.check_same()
     cores = len(os.sched_getaffinity(0))
     parallel = max(1, min(parallel or cores, len(jobs)))
-    tell(StudyStarted(folder, tuple(j.name for j in jobs), tuple(j.name for j in jobs if j.is_finished()), parallel))
+    on_event(
+        StudyStarted(folder, tuple(j.name for j in jobs), tuple(j.name for j in jobs if j.is_finished()), parallel)
+    )
     places = asyncio.Semaphore(parallel)
 
     async def run(job: _Job) -> None:
         async with places:
             if not job.is_finished():
-                await job.run(parallel, tell)
+                await job.run(parallel, on_event)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -160,27 +168,17 @@ async def _run_study(study: Study, folder: Path, parallel: int | None, tell: OnS
             f"{', '.join(job.name for job in failed)} did not finish; the end of {failed[0].log_path} is:\n"
             f"{failed[0].log_tail()}\nStart the study again to repeat only what is missing"
         )
-    comparison = collect(study, folder)
+    comparison = compare(study.name, tuple(study.arms), study.seeds, {job.key: job.evaluations() for job in jobs})
     write_bytes(folder / "study.json", (json.dumps(comparison.to_dict(), indent=1) + "\n").encode())
-    tell(StudyDone(folder, comparison))
+    on_event(StudyDone(folder, comparison))
     return comparison
-
-
-def collect(study: Study, folder: str | Path) -> Comparison:
-    """Compare the runs of a study that is finished."""
-    runs = {}
-    for arm in study.arms:
-        for seed in study.seeds:
-            log = RunLog(Path(folder) / f"{arm}_seed{seed}")
-            steps = study.config(arm, seed).steps
-            runs[arm, seed] = (log.read_evaluation(0), log.read_evaluation(steps))
-    return compare(study.name, tuple(study.arms), study.seeds, runs)
 
 
 class _Job:
     """One run of a study: its folder, and its process."""
 
-    def __init__(self, name: str, config: TrainConfig, study_folder: Path) -> None:
+    def __init__(self, key: tuple[str, int], config: TrainConfig, study_folder: Path) -> None:
+        self.key, name = key, f"{key[0]}_seed{key[1]}"
         if config.evaluation.tasks == 0:
             raise ConfigError(
                 f"run {name} measures nothing (evaluation.tasks=0), so it cannot be compared; set it above 0"
@@ -193,8 +191,11 @@ class _Job:
     def is_finished(self) -> bool:
         return self.log.evaluation_path(self.config.steps).exists()
 
+    def evaluations(self) -> Evaluations:
+        return self.log.read_evaluation(0), self.log.read_evaluation(self.config.steps)
+
     def check_same(self) -> None:
-        """A folder that holds another run would be taken for a finished one."""
+        """Raise ConfigError for a folder with another run, which would be taken for a finished one."""
         if self.log.config_path.exists() and self.log.read_config() != config_to_dict(self.config):
             raise ConfigError(
                 f"{self.log.folder} holds a run with other settings; choose a new folder for this study with --out"
@@ -204,7 +205,7 @@ class _Job:
         text = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
         return text[-LOG_TAIL_CHARS:].strip() or "(it wrote nothing)"
 
-    async def run(self, parallel: int, tell: OnStudyEvent) -> None:
+    async def run(self, parallel: int, on_event: OnStudyEvent) -> None:
         import yaml
 
         write_bytes(self.config_path, yaml.safe_dump(config_to_dict(self.config), sort_keys=False).encode())
@@ -218,8 +219,8 @@ class _Job:
                 now = self._done()
                 if now != seen:
                     seen = now
-                    tell(StudyProgress(self.name, now[0], self.config.steps, now[1]))
-        tell(StudyRunDone(self.name, process.returncode or 0))
+                    on_event(StudyProgress(self.name, now[0], self.config.steps, now[1]))
+        on_event(StudyRunDone(self.name, process.returncode or 0))
 
     def _done(self) -> tuple[int, dict[str, Any]]:
         rows = self.log.read_metrics()
@@ -228,7 +229,7 @@ class _Job:
 
 @asynccontextmanager
 async def _process(command: Sequence[str], log_path: Path, parallel: int) -> AsyncIterator[Any]:
-    """A child that ends when we do: asked first, killed after a while, and by the kernel if we die."""
+    """Start a process that ends when we do: interrupted, killed after a while, or by the kernel if we die."""
     environment = {**os.environ, SHARED_BY: str(parallel)}
     if parallel > 1:  # runs side by side would fight over the cores, and a waiting thread must not spin
         environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}

@@ -42,7 +42,6 @@ def to_rfc010(trajectory: Trajectory, world_loss_target: Rfc010Target = "env_onl
     """
     target = _our_target(world_loss_target)
     roles = trajectory.roles
-    failure = trajectory.failure
     return {
         "token_ids": list(trajectory.token_ids),
         "roles": [ROLE_NAMES[role] for role in roles],
@@ -53,15 +52,19 @@ def to_rfc010(trajectory: Trajectory, world_loss_target: Rfc010Target = "env_onl
         "world_loss_target": world_loss_target,
         "reward": trajectory.reward,
         "messages": [dict(message) for message in trajectory.messages],
-        "metadata": {
-            "task_id": trajectory.task_id,
-            "sample_index": trajectory.sample_index,
-            "policy_version": trajectory.policy_version,
-            "stop_reason": trajectory.stop_reason.value,
-            "failure": failure and asdict(failure),
-            "stats": dict(trajectory.stats),
-            "segments": [segment.to_dict() for segment in trajectory.segments],
-        },
+        "metadata": {**facts(trajectory), "segments": [segment.to_dict() for segment in trajectory.segments]},
+    }
+
+
+def facts(trajectory: Trajectory) -> dict[str, Any]:
+    """Return what formats of others have no field for, apart from segments."""
+    return {
+        "task_id": trajectory.task_id,
+        "sample_index": trajectory.sample_index,
+        "policy_version": trajectory.policy_version,
+        "stop_reason": trajectory.stop_reason.value,
+        "failure": trajectory.failure and asdict(trajectory.failure),
+        "stats": dict(trajectory.stats),
     }
 
 

@@ -7,10 +7,10 @@ demo counts too.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar, get_args
 
-from backtalk.trajectory import TokenRole, Trajectory
+from backtalk.trajectory import Segment, TokenRole, Trajectory
 
 Kind = Literal["context", "template", "action", "env_output", "warning"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -18,21 +18,7 @@ SPOKEN: tuple[Kind, ...] = ("action", "env_output", "warning")
 
 _KIND_OF: Mapping[TokenRole, Kind] = dict(zip(TokenRole, KINDS, strict=True))
 Key = TypeVar("Key", bound=Hashable)
-
-
-@dataclass(frozen=True, slots=True)
-class Stretch:
-    """Tokens ``start`` to ``end`` (exclusive) of a trajectory, of one kind.
-
-    ``sampled`` says of an action whether its logprobs are known. ``tool`` of an action is the one that answered it.
-    """
-
-    start: int
-    end: int
-    kind: Kind
-    sampled: bool
-    turn: int | None
-    tool: str | None
+Stretch = tuple[int, int, Segment]  # positions of some tokens, the last exclusive, and the segment that they are of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +65,10 @@ class Tally:
 
 
 def stretches(trajectory: Trajectory) -> list[Stretch]:
-    """Return a trajectory's tokens that have one before them in their branch, in order."""
+    """Return the spans of a trajectory's tokens that have one before them in their branch, in order.
+
+    The segment of an action has the tool that answered it.
+    """
     answered: dict[int | None, str | None] = {}
     for segment in trajectory.segments:
         if segment.tool is not None:
@@ -89,10 +78,9 @@ def stretches(trajectory: Trajectory) -> list[Stretch]:
     for start, end, segment in trajectory.spans():
         if segment.branch != branch and end > start:
             branch, start = segment.branch, start + 1
-        if end == start:
-            continue
         tool = answered.get(segment.turn) if segment.role is TokenRole.ACTION else segment.tool
-        found.append(Stretch(start, end, _KIND_OF[segment.role], segment.is_sampled, segment.turn, tool))
+        if end > start:
+            found.append((start, end, replace(segment, tool=tool)))
     return found
 
 
@@ -101,20 +89,21 @@ def tally(parts: Iterable[Stretch], logprobs: Sequence[float] | None = None) -> 
     tokens: dict[Kind, int] = dict.fromkeys(KINDS, 0)
     nats: dict[Kind, float] = dict.fromkeys(KINDS, 0.0)
     unsampled = 0
-    for part in parts:
-        tokens[part.kind] += part.end - part.start
-        unsampled += (part.end - part.start) * (part.kind == "action" and not part.sampled)
-        nats[part.kind] -= 0.0 if logprobs is None else sum(logprobs[part.start : part.end])
+    for start, end, segment in parts:
+        kind = _KIND_OF[segment.role]
+        tokens[kind] += end - start
+        unsampled += (end - start) * (kind == "action" and not segment.is_sampled)
+        nats[kind] -= 0.0 if logprobs is None else sum(logprobs[start:end])
     return Tally(tokens=tokens, unsampled=unsampled, nats=None if logprobs is None else nats)
 
 
 def tallies(
-    parts: Iterable[Stretch], key: Callable[[Stretch], Key], logprobs: Sequence[float] | None = None
+    parts: Iterable[Stretch], key: Callable[[Segment], Key], logprobs: Sequence[float] | None = None
 ) -> dict[Key, Tally]:
     """Return a tally for each value of ``key``, in order of first appearance."""
     groups: dict[Key, list[Stretch]] = {}
     for part in parts:
-        groups.setdefault(key(part), []).append(part)
+        groups.setdefault(key(part[2]), []).append(part)
     return {name: tally(group, logprobs) for name, group in groups.items()}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from backtalk.evidence.account.ledger import Stretch, Tally, merged, stretches, tallies, tally
 from backtalk.evidence.account.losses import Loss, three_losses
-from backtalk.trajectory import Trajectory
+from backtalk.trajectory import Segment, Trajectory
 
 Place = tuple[int, str]  # turn and tool
 
@@ -60,7 +60,7 @@ def account_of(
     ``logprobs`` are a model's at temperature 1, one for each token, in nats; without them there are no losses.
     """
     parts = stretches(trajectory)
-    played = [part for part in parts if part.turn is not None]
+    played = [part for part in parts if part[2].turn is not None]
     losses: list[Loss] = []
     if logprobs is not None:
         losses = three_losses([trajectory], [logprobs], [advantage], world_model_coeff=world_model_coeff)
@@ -70,7 +70,7 @@ def account_of(
         num_turns=trajectory.num_turns,
         whole=tally(parts, logprobs),
         turns=tallies(played, _place, logprobs),
-        tools=tallies(played, lambda part: part.tool or "-", logprobs),
+        tools=tallies(played, lambda segment: segment.tool or "-", logprobs),
         advantage=advantage,
         losses=tuple(losses),
         gap=None if logprobs is None else _gap(trajectory, parts, logprobs),
@@ -90,12 +90,12 @@ def total_of(accounts: Sequence[Account], losses: Sequence[Loss] = ()) -> Accoun
     )
 
 
-def _place(part: Stretch) -> Place:
-    return (-1 if part.turn is None else part.turn, part.tool or "-")
+def _place(segment: Segment) -> Place:
+    return (-1 if segment.turn is None else segment.turn, segment.tool or "-")
 
 
 def _gap(trajectory: Trajectory, parts: Sequence[Stretch], logprobs: Sequence[float]) -> float | None:
     recorded = trajectory.logprobs
-    places = [t for part in parts for t in range(part.start, part.end)]
-    gaps = [abs(known - logprobs[t]) for t in places if (known := recorded[t]) is not None]
+    positions = [t for start, end, _ in parts for t in range(start, end)]
+    gaps = [abs(known - logprobs[t]) for t in positions if (known := recorded[t]) is not None]
     return sum(gaps) / len(gaps) if gaps else None

@@ -7,11 +7,12 @@ Written against ``harbor.models.trajectories`` of harbor 0.24.0 and held to it b
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from backtalk import __version__
 from backtalk.errors import DataError
+from backtalk.exchange.rfc010 import facts
 from backtalk.exchange.write.turns import (
     CallsOf,
     branch_starts,
@@ -147,16 +148,9 @@ def _extra(trajectory: Trajectory) -> dict[str, Any]:
     segments = trajectory.segments
     last = max((i for i, segment in enumerate(segments) if segment.role is TokenRole.ACTION), default=-1)
     after = segments[last + 1 :] if last >= 0 else ()
-    extra: dict[str, Any] = {
-        "task_id": trajectory.task_id,
-        "sample_index": trajectory.sample_index,
-        "policy_version": trajectory.policy_version,
+    return {
+        **{name: value for name, value in facts(trajectory).items() if value is not None},
         "reward": trajectory.reward,
-        "stop_reason": trajectory.stop_reason.value,
-        "stats": dict(trajectory.stats),
         "segments": [[s.role.name, len(s), s.turn, s.tool, s.branch] for s in segments],
         "last_observation_token_ids": [token for segment in after for token in segment.token_ids],
     }
-    if trajectory.failure is not None:
-        extra["failure"] = asdict(trajectory.failure)
-    return extra
