@@ -199,7 +199,7 @@ class ObjectiveConfig:
         if not all(0 <= c < math.inf for c in coefficients) or not any(coefficients):
             raise ConfigError(
                 f"policy_coeff={self.policy_coeff}, world_model_coeff={self.world_model_coeff}: a negative coefficient "
-                "unlearns what its term teaches, and two zeros leave nothing to learn; use >= 0 and one of them above 0"
+                "reverses its gradient, and two zeros leave nothing to learn; use >= 0 and one of them above 0"
             )
         if isinstance(coeff, Schedule) and self.policy_coeff == 0:
             raise ConfigError(

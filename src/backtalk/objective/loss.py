@@ -1,4 +1,4 @@
-"""The objective on one page: GRPO on actions + lambda * cross-entropy on what the world answered (ECHO).
+"""The objective on one page: GRPO on action tokens + lambda * cross-entropy on environment output (ECHO).
 
     policy = sum_t p_t * -min(r_t * adv, clip(r_t, 1 - eps_low, 1 + eps_high) * adv),  r_t = exp(logp_t - old_logp_t)
     world  = sum_t w_t * -logp_t
@@ -7,7 +7,7 @@
 over sampled action tokens (p_t > 0) and target tokens (w_t > 0). The weights hold every denominator, and every
 denominator comes from one row or from the ``TokenCounts`` of the whole optimizer step: B rows, A_i sampled
 action tokens of row i, O_i its observation tokens (environment output + warnings), O'_i its target tokens, L =
-``max_seq_len``. So losses of micro-batches add up to the loss of the step.
+``max_seq_len``. So the losses of micro-batches sum to the loss of the step.
 
     normalizer                p_t             w_t / s_t
     sequence_mean             1 / (B |A_i|)   1 / (B |O_i|)       the published one for the world term
@@ -144,7 +144,7 @@ def world_model_loss_from_masks(
     if target == "full_observation":
         raise ConfigError("target='full_observation' needs the roles of template tokens; use objective() on a Batch")
     roles_BT = roles_from_masks(env_mask_BT, warning_mask_BT, shape=logprobs_BT.shape)
-    target_BT = has_target_role(roles_BT, roles_BT, target)
+    target_BT = has_target_role(roles_BT, torch.zeros_like(roles_BT), target)
     weights_BT = token_weights(
         target_BT,
         is_observation(roles_BT).sum(-1),

@@ -79,7 +79,7 @@ def open_kv_cache(
     Raises:
         ConfigError: a model without any attention layer.
     """
-    # transformers 5.24: a Mamba takes a cache, and goes wrong after a left-padded history; hybrids do not.
+    # transformers 5.24: a Mamba takes a cache, but is wrong after a left-padded history; hybrids are right.
     if _cache_argument(model) is None or {kind.__name__ for kind in _layer_kinds(model)} == {"LinearAttentionLayer"}:
         raise ConfigError(
             f"{type(model).__name__} has no attention layer, so its state cannot be carried from token to token "
@@ -316,7 +316,7 @@ def _row_groups(new: Sequence[int], max_tokens: int, max_padding: int) -> list[s
 class FreshKVCache:
     """A cache for one wave at a time: every wave runs whole histories again, padded on the left.
 
-    Slower, and right for any causal model, also one with sliding-window, linear or other layers whose state cannot be
+    Slower, but right for any causal model, also one with sliding-window, linear or other layers whose state cannot be
     cut at a position.
     """
 
