@@ -7,7 +7,7 @@ With N at once, all N sandboxes do the same thing at the same time, and so do N 
 alternation. Times are medians in milliseconds of what each of them waited; in brackets the ratio to the bare
 subprocess at the same N, which is what stays comparable on a busy or slow machine.
 
-A rollout is a whole episode of a terminal task without a policy: a fresh sandbox, files, four commands, a restart,
+A rollout is one of a terminal task without a policy: a fresh sandbox, files, four commands, a restart,
 tests, a reward. The bare rollout is the same commands and tests, each in a `bash -c` of its own in a temporary folder.
 """
 
@@ -53,7 +53,7 @@ class Table:
         self.samples: defaultdict[tuple[str, int], list[float]] = defaultdict(list)
         self.cells: dict[tuple[str, int], str] = {}
 
-    async def together(self, row: str, n: int, operations: Iterable[Callable[[], Awaitable[object]]]) -> None:
+    async def time_concurrently(self, row: str, n: int, operations: Iterable[Callable[[], Awaitable[object]]]) -> None:
         """Start all at once and record how long each waited."""
 
         async def timed(operation: Callable[[], Awaitable[object]]) -> None:
@@ -83,8 +83,8 @@ async def bare() -> None:
     await process.wait()
 
 
-async def run_true(box: Sandbox, command: str) -> None:
-    result = await box.exec(command, timeout_s=120)
+async def run_true(sandbox: Sandbox, command: str) -> None:
+    result = await sandbox.exec(command, timeout_s=120)
     if result.exit_code != 0:
         raise RuntimeError(f"{command!r} answered {result}")
 
@@ -110,27 +110,37 @@ async def operations(table: Table, name: str, backend: SandboxBackend, n: int, r
     """Measure each operation in `n` concurrent sandboxes, `rounds` times."""
     file = {"/srv/new/file": SandboxFile(b"x" * 1000)}
     for _ in range(rounds):
-        boxes: list[Sandbox] = []
+        sandboxes: list[Sandbox] = []
         stacks = [AsyncExitStack() for _ in range(n)]
 
-        async def start(stack: AsyncExitStack, boxes: list[Sandbox] = boxes) -> None:
-            boxes.append(await stack.enter_async_context(backend.open(LIMITS)))
+        async def start(stack: AsyncExitStack, sandboxes: list[Sandbox] = sandboxes) -> None:
+            sandboxes.append(await stack.enter_async_context(backend.open(LIMITS)))
 
-        await table.together(BARE, n, [bare] * n)
+        await table.time_concurrently(BARE, n, [bare] * n)
         began = time.perf_counter()
-        await table.together(f"{name}: start", n, [lambda stack=stack: start(stack) for stack in stacks])
+        await table.time_concurrently(f"{name}: start", n, [lambda stack=stack: start(stack) for stack in stacks])
         table.cells[f"{name}: starts a second", n] = f"{n / (time.perf_counter() - began):.0f}"
         table.cells[f"{name}: memory of its processes each, MiB", n] = f"{memory_mib() / n:.1f}"
         for _ in range(3 if n > 64 else 6):
-            await table.together(BARE, n, [bare] * n)
-            await table.together(f"{name}: exec `true`", n, [lambda box=box: run_true(box, "true") for box in boxes])
-            await table.together(
-                f"{name}: exec `/bin/true`", n, [lambda box=box: run_true(box, "/bin/true") for box in boxes]
+            await table.time_concurrently(BARE, n, [bare] * n)
+            await table.time_concurrently(
+                f"{name}: exec `true`", n, [lambda sandbox=sandbox: run_true(sandbox, "true") for sandbox in sandboxes]
             )
-        await table.together(f"{name}: put", n, [lambda box=box: box.put(file) for box in boxes])
-        await table.together(f"{name}: get", n, [lambda box=box: box.get("/srv/new/file") for box in boxes])
-        await table.together(f"{name}: restart", n, [lambda box=box: box.restart() for box in boxes])
-        await table.together(f"{name}: stop", n, [lambda stack=stack: stack.aclose() for stack in stacks])
+            await table.time_concurrently(
+                f"{name}: exec `/bin/true`",
+                n,
+                [lambda sandbox=sandbox: run_true(sandbox, "/bin/true") for sandbox in sandboxes],
+            )
+        await table.time_concurrently(
+            f"{name}: put", n, [lambda sandbox=sandbox: sandbox.put(file) for sandbox in sandboxes]
+        )
+        await table.time_concurrently(
+            f"{name}: get", n, [lambda sandbox=sandbox: sandbox.get("/srv/new/file") for sandbox in sandboxes]
+        )
+        await table.time_concurrently(
+            f"{name}: restart", n, [lambda sandbox=sandbox: sandbox.restart() for sandbox in sandboxes]
+        )
+        await table.time_concurrently(f"{name}: stop", n, [lambda stack=stack: stack.aclose() for stack in stacks])
 
 
 async def rollout(backend: SandboxBackend) -> float:
@@ -174,8 +184,8 @@ async def ends(table: Table, name: str, backend: SandboxBackend, count: int) -> 
     seconds = []
     for _ in range(count):
         stack = AsyncExitStack()
-        box = await stack.enter_async_context(backend.open(LIMITS))
-        await box.exec(BOMB, timeout_s=5)
+        sandbox = await stack.enter_async_context(backend.open(LIMITS))
+        await sandbox.exec(BOMB, timeout_s=5)
         began = time.perf_counter()
         await stack.aclose()
         seconds.append(time.perf_counter() - began)
@@ -212,15 +222,15 @@ class Podman:
             async def start(stack: AsyncExitStack) -> None:
                 names.append(await stack.enter_async_context(self.container(root)))
 
-            await table.together("podman: start", n, [lambda stack=stack: start(stack) for stack in stacks])
-            await table.together(BARE, n, [bare] * n)
+            await table.time_concurrently("podman: start", n, [lambda stack=stack: start(stack) for stack in stacks])
+            await table.time_concurrently(BARE, n, [bare] * n)
             for _ in range(3):
-                await table.together(
+                await table.time_concurrently(
                     "podman: exec `/bin/true`",
                     n,
                     [lambda name=name: self._podman("exec", name, "true") for name in names],
                 )
-            await table.together("podman: stop", n, [lambda stack=stack: stack.aclose() for stack in stacks])
+            await table.time_concurrently("podman: stop", n, [lambda stack=stack: stack.aclose() for stack in stacks])
 
     async def _podman(self, *arguments: str) -> str:
         pipe = asyncio.subprocess.PIPE
@@ -234,31 +244,35 @@ class Podman:
 async def measure(args: argparse.Namespace) -> str:
     table, backend = Table(), local_sandbox()
     name = backend.report.name
-    for n in args.at_once:
+    for n in args.concurrency:
         await operations(table, name, backend, n, max(2, args.starts // n))
-    for n in args.at_once:
+    for n in args.concurrency:
         await rollouts(table, "bare: rollouts a second", n, bare_rollout)
         await rollouts(table, f"{name}: rollouts a second", n, lambda: rollout(backend))
         pool = PooledBackend(backend)
         await rollouts(table, f"{name} in a pool: rollouts a second", n, lambda pool=pool: rollout(pool))
     await ends(table, name, backend, args.ends)
     if shutil.which("podman"):
-        for n in (n for n in args.at_once if n <= args.podman):
+        for n in (n for n in args.concurrency if n <= args.podman):
             await Podman().measure(table, n)
-    return table.markdown(args.at_once)
+    return table.markdown(args.concurrency)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 16, 64, 256])
-    parser.add_argument("--starts", type=int, default=64, help="sandboxes to start at least, for each number at once")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16, 64, 256])
+    parser.add_argument(
+        "--starts", type=int, default=64, help="least number of sandboxes to start, for each concurrency"
+    )
     parser.add_argument("--ends", type=int, default=40, help="sandboxes to end with a fork bomb in them")
-    parser.add_argument("--podman", type=int, default=16, help="most containers at once; 0 leaves podman out")
+    parser.add_argument("--podman", type=int, default=16, help="highest concurrency of containers; 0 leaves podman out")
     args = parser.parse_args()
     load = os.getloadavg()[0]
-    who = "root" if os.getuid() == 0 else f"uid {os.getuid()}"
+    user = "root" if os.getuid() == 0 else f"uid {os.getuid()}"
     found = asyncio.run(measure(args))
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, as {who}, load {load:.1f} before")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, as {user}, load {load:.1f} before"
+    )
     print(f"podman: {'beside it' if shutil.which('podman') and args.podman else 'not measured'}\n\n{found}")
 
 

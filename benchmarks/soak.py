@@ -128,14 +128,14 @@ def replies(key: str, renderer: Renderer) -> list[tuple[int, ...]]:
     """Return the actions of the policy in the rollout of a key, "seed/step/kind/step/index/sample"."""
     chance = random.Random(key)
     task_id = "/".join(key.split("/")[2:5])
-    said = []
+    actions = []
     for command in kind_of(task_id).commands:
         command = command.replace("{random}", " ".join(chance.choices(WORDS.split(), k=chance.randint(1, 9))))
         command = command.replace("{garbage}", "".join(map(chr, chance.choices(range(1, 0x250), k=60))))
         command = command.replace("{token}", token_of(task_id)).replace("{v}", "/logs/verifier")
         call = ToolCall("bash", {"command": command})
-        said.append(renderer.encode_action(call) if command else renderer.encode_text("I wonder."))
-    return [*said, renderer.encode_action(ToolCall("submit", {"answer": ""}))]
+        actions.append(renderer.encode_action(call) if command else renderer.encode_text("I wonder."))
+    return [*actions, renderer.encode_action(ToolCall("submit", {"answer": ""}))]
 
 
 # The trainer
@@ -244,19 +244,19 @@ class Soak:
         self.states.append([])
         step_s, last_s = 1.0, time.monotonic()
         for line in child.stdout:
-            said = json.loads(line)
-            self.states[-1].append(said)
-            if "written" not in said:
+            report = json.loads(line)
+            self.states[-1].append(report)
+            if "written" not in report:
                 continue
-            self.digests[said["written"]] = said["digest"]
+            self.digests[report["written"]] = report["digest"]
             step_s, last_s = 0.5 * (step_s + time.monotonic() - last_s), time.monotonic()
-            if kill_after is not None and said["written"] >= kill_after:
+            if kill_after is not None and report["written"] >= kill_after:
                 time.sleep(self.chance.uniform(0, step_s))
                 child.kill()
-                for rest in child.stdout:  # what it said before it died counts
+                for rest in child.stdout:  # what it reported before it died counts
                     with suppress(ValueError):
-                        said = json.loads(rest)
-                        self.digests[said["written"]] = said["digest"]
+                        report = json.loads(rest)
+                        self.digests[report["written"]] = report["digest"]
         child.stdout.close()
         code = child.wait()
         self.check(f"trainer {len(self.trainers)} ended with", code, code == (0 if kill_after is None else -9))
@@ -293,7 +293,9 @@ class Soak:
         self.check("rollouts read back, of", f"{read}, {wanted}", read == wanted)
         for name in KINDS:
             found = {outcome: count for (kind, outcome), count in sorted(kinds.items()) if kind == name}
-            self.check(f'"{name}", reward {KINDS[name].reward}', found, not any("WRONG" in each for each in found))
+            self.check(
+                f'"{name}", reward {KINDS[name].reward}', found, not any("WRONG" in outcome for outcome in found)
+            )
 
 
 def judge(trajectory: Trajectory) -> str:
@@ -315,7 +317,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rollouts", type=int, default=10_000)
     parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--tasks", type=int, default=16, help="of a step; each is tried 4 times")
+    parser.add_argument("--tasks", type=int, default=16, help="of a step; each has 4 rollouts")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trainer", type=Path, help="be the trainer that writes into this folder")
     args = parser.parse_args()
