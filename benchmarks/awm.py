@@ -53,6 +53,7 @@ async def measure(world: AwmWorld, source: str) -> dict[str, list[float]]:
 
 @contextmanager
 def served() -> Iterator[str]:
+    """Run our server on a free port; yield its URL."""
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = str(place.getsockname()[1])

@@ -35,7 +35,7 @@ config = load_config(Path(__file__).with_name("textworld.yaml"))
 
 
 def winning_commands(tasks: list[Task]) -> dict[str, list[str]]:
-    """What TextWorld-Express itself says wins each game."""
+    """Return the commands that win each game, by task id, as TextWorld-Express itself finds them."""
     games, game = TextWorldExpressEnv(), source.options["reset"]
     games.load(game["game"], game["params"])
     commands = {}
@@ -56,7 +56,7 @@ async def play(renderer: Renderer) -> list[Trajectory]:
     def encode(command: str) -> tuple[int, ...]:
         return shown.encode_action(ToolCall("bash", {"command": command}))
 
-    def replies(key: str) -> list[str]:  # a key is run/task/attempt, and a task's id has slashes too
+    def replies(key: str) -> list[str]:  # a key is run/task/rollout, and a task's id has slashes too
         return commands[key.partition("/")[2].rpartition("/")[0]]
 
     try:
@@ -69,7 +69,7 @@ async def play(renderer: Renderer) -> list[Trajectory]:
 
 
 def loss_of(model: torch.nn.Module, trajectories: list[Trajectory]) -> torch.Tensor:
-    """Cross-entropy in nats a token, of what the policy said and of what the game said, each a half of it."""
+    """Return the mean of two cross-entropies in nats a token: of the policy's tokens and of the game's."""
     shape = (len(trajectories), max(map(len, trajectories)))
     ids, roles = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     for row, trajectory in enumerate(trajectories):

@@ -29,11 +29,13 @@ class TextWorldObservation(Observation):
 
 @cache
 def java() -> Any:
-    """One Java machine for all games; each game is an object in it."""
+    """Return the one Java machine, in which each game is an object."""
     return TextWorldExpressEnv()
 
 
 class TextWorld(Environment):
+    """One game at a time for one client."""
+
     SUPPORTS_CONCURRENT_SESSIONS = True
     REQUIRES_SINGLE_THREAD_EXECUTOR = True  # the games share tables in Java; a step takes a millisecond
 
