@@ -19,7 +19,7 @@ from backtalk.exchange.rfc010 import from_rfc010, to_rfc010
 from backtalk.exchange.write.openenv import to_episode_record, to_training_trace
 from backtalk.messages import ToolCall
 from backtalk.run.log import read_trajectories, write_trajectories
-from backtalk.run.log.sources import read_episodes, rendered
+from backtalk.run.log.sources import read_rollouts, record_reader
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory
 
 CONTEXT, TEMPLATE, ACTION, ENV, WARNING = TokenRole
@@ -240,7 +240,7 @@ def test_files_of_ours_and_of_others_are_read_together(tmp_path: Path) -> None:
     write_trajectories(tmp_path / "ours.parquet", [SAMPLED])
     lines = [wire(to_rfc010(SAMPLED)), wire(to_rfc010(SAMPLED)), {"x": 1}]
     (tmp_path / "theirs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{\n")
-    found = read_episodes([tmp_path / "ours.parquet", tmp_path / "theirs.jsonl"], rendered(no_renderer))
+    found = read_rollouts([tmp_path / "ours.parquet", tmp_path / "theirs.jsonl"], record_reader(no_renderer))
     assert found.trajectories[0] == SAMPLED
     assert [one.sample_index for one in found.trajectories[1:]] == [1, 2]  # attempts at one task
     assert [refusal.where.rpartition(":")[2] for refusal in found.refusals] == ["3", "4"]

@@ -96,7 +96,7 @@ def _read(files: Sequence[Path], source: Format | None, unit: str, model: str) -
         DataError: no rollout can be read.
     """
     from backtalk.evidence.account.characters import characters, recounted, transcribed
-    from backtalk.run.log.sources import read_episodes, rendered
+    from backtalk.run.log.sources import read_rollouts, record_reader
 
     origin = _renderer(model)
     target = None if unit == CHARACTERS else origin if unit == model else _renderer(unit)
@@ -110,15 +110,15 @@ def _read(files: Sequence[Path], source: Format | None, unit: str, model: str) -
     def read(record: Any, kind: Format | None, place: str) -> Trajectory:
         written = None if kind is None else transcribed(record, kind, place)
         if written is not None:
-            return written if target is None else rendered(target.for_tools)(record, kind, place)
-        found = rendered(origin.for_tools)(record, kind, place)
+            return written if target is None else record_reader(target.for_tools)(record, kind, place)
+        found = record_reader(origin.for_tools)(record, kind, place)
         if (largest := max(found.token_ids, default=0)) >= size:
             raise DataError(
                 f"token id {largest} is none of the {size} of {model}; pass the --model that these tokens are of"
             )
         return found if target is origin else recounted(found, origin.encoder.decode, encode)
 
-    found = read_episodes(files, read, source)
+    found = read_rollouts(files, read, source)
     if not found.trajectories:
         reasons = "; ".join(f"{refusal.where}: {refusal.reason}" for refusal in found.refusals)
         raise DataError(f"there is no episode to account for. {reasons or 'The files are empty'}")

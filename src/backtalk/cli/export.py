@@ -45,12 +45,12 @@ def export(
     from backtalk.files import write_bytes
     from backtalk.language.renderer import Renderer, RendererConfig
     from backtalk.language.tokenizer import model_location
-    from backtalk.run.log.sources import read_episodes, rendered
+    from backtalk.run.log.sources import read_rollouts, record_reader
 
     if out.suffix != ".jsonl":
         raise ConfigError(f"--out {out} ends in {out.suffix!r}; end the name in .jsonl, one record a line")
     renderer = Renderer.from_pretrained(model_location(model), (), RendererConfig(on_drift="fork"))
-    read = read_episodes(files, rendered(renderer.for_tools), source)
+    read = read_rollouts(files, record_reader(renderer.for_tools), source)
     write = _writer(target, loss_target, model)
     lines: list[str] = []
     refused = [f"{refusal.where}: {refusal.reason}" for refusal in read.refusals]

@@ -27,19 +27,17 @@ def serve(
     config, checkpoint = policy_settings(folder, model, base, list(settings or []))
     from backtalk.engines.choose import open_engine
     from backtalk.language.renderer import Renderer
-    from backtalk.rollout.sampler import SamplingParams
     from backtalk.run.serve import Endpoint
     from backtalk.run.serve import serve as serve_forever
 
     engine = open_engine(config.engine, seed=config.seed)
     if checkpoint is not None:
         engine.load(checkpoint)
-    limits = config.rollout
     endpoint = Endpoint(
         Renderer(engine.tokenizer, (), config.renderer),
         engine.sampler,
-        SamplingParams(temperature=config.temperature, max_tokens=limits.max_tokens_per_turn, seed=config.seed),
-        max_tokens=limits.max_tokens,
+        config.sampling_params,
+        max_tokens=config.rollout.max_tokens,
     )
     typer.echo(f"Serving {folder or model} at http://{host}:{port}/v1; Ctrl-C ends it.", err=True)
     try:

@@ -14,7 +14,6 @@ from backtalk.envs.terminal import TerminalWorld
 from backtalk.errors import ConfigError
 from backtalk.language.renderer import Renderer
 from backtalk.rollout.groups import fit_concurrency
-from backtalk.rollout.sampler import SamplingParams
 from backtalk.run.config import TrainConfig
 from backtalk.run.estimates import Interval, pass_at_k, ratio_interval
 from backtalk.run.evaluate import Evaluation, evaluate
@@ -86,7 +85,6 @@ async def run_benchmark(
     tasks = await benchmark_tasks(benchmark, notice)
     num_rollouts = len(tasks) * benchmark.samples_per_task
     limits = config.rollout
-    params = SamplingParams(temperature=config.temperature, max_tokens=limits.max_tokens_per_turn, seed=config.seed)
     world = _open_world(config, benchmark)
     try:
         engine = open_engine(config.engine, seed=config.seed)
@@ -100,7 +98,7 @@ async def run_benchmark(
             report_rollouts(world.open, "evaluation", 0, num_rollouts, on_event),
             Renderer(engine.tokenizer, (), config.renderer),
             limits=limits,
-            params=params,
+            params=config.sampling_params,
             samples_per_task=benchmark.samples_per_task,
             step=engine.policy_version,
             key=f"benchmark/{benchmark.dataset}",

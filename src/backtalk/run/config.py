@@ -17,6 +17,7 @@ from backtalk.errors import ConfigError
 from backtalk.language.renderer import RendererConfig
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.rollout.limits import RolloutLimits
+from backtalk.rollout.sampler import SamplingParams
 from backtalk.run.settings_file import parse_overrides, read_settings, set_dotted
 from backtalk.sandboxes import SandboxChoice
 
@@ -160,6 +161,12 @@ class TrainConfig(Generic[E]):
                 "group_size=1 makes every advantage 0, so the policy term learns nothing; "
                 "use group_size >= 2, or set objective.policy_coeff=0 to learn from observations alone"
             )
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        """Return the parameters with which a run samples its actions."""
+        max_tokens = self.rollout.max_tokens_per_turn
+        return SamplingParams(temperature=self.temperature, max_tokens=max_tokens, seed=self.seed)
 
 
 def load_config(source: str | Path, overrides: Mapping[str, Any] | Sequence[str] = ()) -> TrainConfig:

@@ -18,7 +18,6 @@ from backtalk.language.renderer import Renderer
 from backtalk.objective.samples import build_samples
 from backtalk.objective.weights import step_weights
 from backtalk.rollout.groups import run_groups
-from backtalk.rollout.sampler import SamplingParams
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict
 from backtalk.run.evaluate import Evaluation, evaluate
 from backtalk.run.events import EvaluationDone, Notice, OnEvent, RunDone, RunStarted, StepDone, report_rollouts
@@ -157,9 +156,7 @@ class Run:
         self.held_out = held_out_tasks(config, worlds)
         self.engine = open_engine(config.engine, seed=config.seed)
         self.renderer = Renderer(self.engine.tokenizer, (), config.renderer)  # each rollout adds its tools
-        self.params = SamplingParams(
-            temperature=config.temperature, max_tokens=config.rollout.max_tokens_per_turn, seed=config.seed
-        )
+        self.params = config.sampling_params
         self.limits = worlds.fit_concurrency(self.notice)
         self.recorded = recorded_trajectories(config, len(self.engine.tokenizer), self.notice)
         self.saved_version = 0  # policy version of the checkpoint; 0 is the model itself and has none

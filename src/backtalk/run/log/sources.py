@@ -18,7 +18,7 @@ ReadRecord = Callable[[Any, Format | None, str], Trajectory]
 OPTIONS = ImportOptions(on_drift="fork")
 
 
-def rendered(renderer_of: RendererOf) -> ReadRecord:
+def record_reader(renderer_of: RendererOf) -> ReadRecord:
     """Return a reader of records that renders messages by a model's chat template and keeps token ids."""
 
     def read(record: Any, source: Format | None, place: str) -> Trajectory:
@@ -27,7 +27,7 @@ def rendered(renderer_of: RendererOf) -> ReadRecord:
     return read
 
 
-def read_episodes(paths: Sequence[Path], read: ReadRecord, source: Format | None = None) -> Imported:
+def read_rollouts(paths: Sequence[Path], read: ReadRecord, source: Format | None = None) -> Imported:
     """Read the rollouts of some files: our own trajectories, or records of a format that `backtalk import` reads.
 
     Without ``source`` the format of each record is detected. A record that cannot be read costs only itself.
