@@ -103,7 +103,7 @@ async def test_a_world_starts_as_docker_would_start_it(tmp_path: Path, kind: str
 @pytest.mark.parametrize(
     ("dockerfile", "reason"),
     [
-        ("FROM x\nRUN true\nUSER user\n", r"line 3: USER: 'user' .* one ordinary user; take it out"),
+        ("FROM x\nRUN true\nUSER user\n", r"line 3: USER: 'user' .* one ordinary user; leave it out"),
         ("FROM x\nRUN true && useradd -m user\n", r"line 2: RUN: 'useradd -m user' makes or changes users.*\|\| true"),
         ("FROM x\nCOPY a.txt /usr/local/bin/tool\n", r"line 2: COPY: /usr/local/bin/tool is among this machine's own"),
         ("FROM x\nRUN true\nADD a.txt /bin/\n", r"line 3: ADD: /bin/ is among"),

@@ -227,7 +227,7 @@ REFUSED: dict[str, tuple[dict[str, str | None], str]] = {
     ),
     "tools": ({"task.toml": '[[environment.mcp_servers]]\nname = "x"\nurl = "http://mcp"\n'}, "bash and submit"),
     "another system": ({"task.toml": '[environment]\nos = "windows"\n'}, "a sandbox is Linux"),
-    "another user": ({"task.toml": '[agent]\nuser = "bob"\n'}, "one ordinary user; take it out"),
+    "another user": ({"task.toml": '[agent]\nuser = "bob"\n'}, "one ordinary user; leave it out"),
     "a watch": (
         {"task.toml": '[environment.healthcheck]\ncommand = "true"\n'},
         "start what it waits for in a RUN line",

@@ -23,7 +23,7 @@ import tomli_w
 from backtalk.errors import ConfigError, TaskError
 from backtalk.sandboxes.base import HOME, SandboxFile
 from backtalk.sandboxes.files import clean_path
-from backtalk.sandboxes.images.start_state import StartState, read_dockerfile, read_tree
+from backtalk.sandboxes.images.start_state import ONE_USER, StartState, read_dockerfile, read_tree
 from backtalk.tasks.scripts import find_test_modules, make_tests_offline
 from backtalk.tasks.task import Task
 
@@ -33,13 +33,12 @@ DEFAULT_TIMEOUT_S = 600.0  # Harbor's
 
 _SHARED = "tests run in the agent's sandbox, after its processes have ended; take it out if the tests work there"
 _BASH = "the agent has bash and submit, no other tools; take it out if the task can be done with those"
-_ONE_USER = "a sandbox has one ordinary user; take it out if the task does not depend on which user works"
 _SCRIPT = "a task is scored by its tests/test.sh alone; let that do it"
 _NO_WATCH = "nothing watches a sandbox; start what it waits for in a RUN line, and take it out"
 # Keys of task.toml that a sandbox cannot serve: values that are harmless, and the reason with what to do.
 _REFUSED: Mapping[tuple[str, str], tuple[tuple[object, ...], str]] = {
-    ("agent", "user"): (("root", 0), _ONE_USER),
-    ("verifier", "user"): (("root", 0), _ONE_USER),
+    ("agent", "user"): (("root", 0), ONE_USER),
+    ("verifier", "user"): (("root", 0), ONE_USER),
     ("verifier", "env"): ((), "tests get the environment's variables; put them under [environment.env]"),
     ("verifier", "environment"): ((), _SHARED),
     ("verifier", "environment_mode"): (("shared",), _SHARED),

@@ -32,7 +32,7 @@ _AFTER_PACKAGES = re.compile(r"(?:rm\s+-rf\s+/var/lib/apt/lists/?\*?|ln\s+-sf?\s
 _NETWORK = re.compile(r"\b(?:curl|wget|git\s+clone)\b.*\bhttps?://(?!localhost|127\.)")
 _FILE_STATE = re.compile(r"(chmod) ([0-7]{3,4}) (.+)|(touch) -d @(-?\d+) (.+)")
 _MAKES_USERS = re.compile(r"(?:useradd|adduser|usermod|userdel|groupadd|addgroup|groupmod|chpasswd|passwd)\s")
-_ONE_USER = "a sandbox has one ordinary user; leave it out if the task does not depend on the user"
+ONE_USER = "a sandbox has one ordinary user; leave it out if the task does not depend on the user"
 _IN_EVERY_IMAGE = ("/", "/etc", "/home", "/mnt", "/opt", "/root", "/srv", "/tmp", "/var")
 
 
@@ -116,7 +116,7 @@ def _carry_out(state: StartState, step: Step) -> None:
                 state.setup.append(("/", f"mkdir -p {shlex.quote(path)}"))
             state.folders.add(path)
         case User(name=name) if not step.is_root:
-            raise TaskError(f"{name!r} cannot be carried out: {_ONE_USER}")
+            raise TaskError(f"{name!r} cannot be carried out: {ONE_USER}")
         case Shell(words=words) if posixpath.basename(words[0]) not in ("sh", "bash"):
             raise TaskError(f"commands are run by bash, and {' '.join(words)} is another shell")
         case Copy():
@@ -180,7 +180,7 @@ def _run(state: StartState, run: Run) -> None:
     if _NETWORK.search(outside):
         raise TaskError(f"{kept[:200]!r} needs the network, and a sandbox has none; put the files there with COPY")
     if found := [part for _, part in parts if _MAKES_USERS.match(part) and "||" not in part]:
-        raise TaskError(f"{found[0]!r} makes or changes users, and {_ONE_USER}, or let it fail: {found[0]} || true")
+        raise TaskError(f"{found[0]!r} makes or changes users, and {ONE_USER}, or let it fail: {found[0]} || true")
     if run.before:
         state.notes.append(f"a sandbox's one user owns every file: chown and chgrp do nothing in {outside[:200]}")
     if re.fullmatch(r"mkdir -p( [\w./-]+)+", kept):
