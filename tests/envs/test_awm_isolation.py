@@ -131,11 +131,9 @@ def tickets(*, first: str = "", tools: str = "", **changes: object) -> Scenario:
 
 
 @asynccontextmanager
-async def playing(
-    folder: Path, scenario: Scenario, timeout_s: float = 1.0
-) -> AsyncIterator[tuple[AwmWorld, list[Task]]]:
+async def playing(folder: Path, scenario: Scenario) -> AsyncIterator[tuple[AwmWorld, list[Task]]]:
     write_scenario(scenario, folder / "data")
-    world = AwmWorld(str(folder / "data"), AwmConfig(call_timeout_s=timeout_s))
+    world = AwmWorld(str(folder / "data"), AwmConfig(call_timeout_s=60.0))
     try:
         yield world, awm_tasks(str(folder / "data"))
     finally:
@@ -259,7 +257,7 @@ async def test_what_a_program_prints_is_no_answer(place: Path) -> None:
 
 async def test_a_rollout_that_is_given_up_takes_no_other_with_it(place: Path) -> None:
     async with (
-        playing(place, tickets(tools=HOSTILE_TOOLS), timeout_s=20.0) as (world, tasks),
+        playing(place, tickets(tools=HOSTILE_TOOLS)) as (world, tasks),
         world.open(tasks[6]) as env,
     ):
         await env.reset()
