@@ -16,7 +16,7 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "world_model"
 
 def test_a_small_run_writes_its_results_and_learns(tmp_path: Path) -> None:
     backend_or_skip()
-    small = "--boxes 4 --sessions 2 --held-out 3 --steps 4 --every 4 --show 1".split()
+    small = "--machines 4 --sessions 2 --held-out 3 --steps 4 --every 4 --show 1".split()
     command = [sys.executable, str(RECIPE / "run.py"), "--out", str(tmp_path / "out"), *small]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -1,7 +1,7 @@
 """Write trajectories as Harbor's ATIF (Agent Trajectory Interchange Format): plain dicts, nothing of Harbor needed.
 
 Written against ``harbor.models.trajectories`` of harbor 0.24.0 and held to it by the tests. Reading ATIF is
-`backtalk.exchange.read.trajectory_from_atif`.
+`backtalk.exchange.read.atif.trajectory_from_atif`.
 """
 
 from __future__ import annotations
