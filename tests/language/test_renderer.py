@@ -6,7 +6,6 @@ The properties over many families are in test_renderer_families.py, actions in t
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -144,12 +143,11 @@ def test_lone_surrogates_are_replaced_and_pairs_are_joined() -> None:
         ("llama2", "a" * 300_000),
     ],
 )
-def test_a_megabyte_takes_seconds(kind: str, text: str) -> None:
+def test_a_megabyte_is_rendered(kind: str, text: str) -> None:
+    """A renderer whose time grew with the square of the text would not end here; benchmarks/renderer.py measures it."""
     family = Family(CHAT_TEMPLATE, FAMILIES["chatml"].controls, "<|im_end|>", kind=kind)
     r = Renderer(wrap(backend_of(family), family), ())
-    start = time.perf_counter()
     seen = observe(r, (text, ENV))
-    assert time.perf_counter() - start < 20  # some 2 s on one idle core
     assert text_of(r, seen, ENV).strip() == text.strip()
 
 
