@@ -15,6 +15,7 @@ import pytest
 
 from backtalk import __version__
 from backtalk.cli import explain, main
+from backtalk.cli.train import _resolve
 from backtalk.errors import ConfigError, DataError
 from backtalk.tasks.load import load_tasks
 from backtalk.tasks.task import Split
@@ -208,3 +209,10 @@ def test_what_is_explained_and_what_is_left_to_a_traceback() -> None:
     assert explain(ExceptionGroup("runs", [ConfigError("a"), ConfigError("b"), ConfigError("a")])) == "a; b"
     assert explain(KeyError("a bug")) is None
     assert explain(ExceptionGroup("runs", [ConfigError("a"), KeyError("a bug")])) is None
+
+
+def test_the_tasks_alone_say_what_to_train() -> None:
+    config = _resolve(None, None, ["tasks.source=openenv:http://127.0.0.1:1", "steps=3"], None, False)
+    assert [source.name for source in config.tasks.sources] == ["openenv:http://127.0.0.1:1"] and config.steps == 3
+    with pytest.raises(ConfigError, match="nothing says what to train"):
+        _resolve(None, None, ["steps=3"], None, False)

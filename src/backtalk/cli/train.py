@@ -81,11 +81,15 @@ def _resolve(
     if resume and out is None:
         raise ConfigError("--resume needs to know which run; type `backtalk train --out RUN --resume`")
     source = preset or config
-    if source is None and not resume:
-        raise ConfigError("nothing says what to train; type `backtalk train --preset triage`, or name a CONFIG.yaml")
+    names_tasks = any(override.partition("=")[0].strip() == "tasks.source" for override in overrides)
+    if source is None and not resume and not names_tasks:
+        raise ConfigError(
+            "nothing says what to train; type `backtalk train --preset triage`, name a CONFIG.yaml, or give the tasks "
+            "with --openenv WHERE or --set tasks.source=WHERE"
+        )
     from backtalk.run.config import config_from_dict, load_config
     from backtalk.run.log import RunLog
 
-    if source is not None or out is None:
-        return load_config(str(source), overrides)
-    return config_from_dict(RunLog(out).read_config(), overrides)
+    if source is not None:
+        return load_config(source, overrides)
+    return config_from_dict(RunLog(out).read_config() if resume and out is not None else {}, overrides)
