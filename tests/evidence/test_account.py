@@ -264,7 +264,7 @@ def test_what_cannot_be_accounted_for_is_said(tiny: Path, tmp_path: Path) -> Non
     assert "2060 tokens and the context of" in str(runner.invoke(app, asked).exception)
     (tmp_path / "mixed.jsonl").write_text(json.dumps([{"role": "user", "content": "x"}]) + "\n{}\n")
     asked = ["account", str(tmp_path / "mixed.jsonl"), "--tokenizer", "characters"]
-    assert "there is no episode to account for" in str(runner.invoke(app, asked).exception)
+    assert "there is no rollout to account for" in str(runner.invoke(app, asked).exception)
 
 
 def test_one_refused_record_costs_itself(tiny: Path, tmp_path: Path) -> None:

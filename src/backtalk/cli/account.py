@@ -42,12 +42,12 @@ def account(
     advantage: Annotated[
         float | None,
         typer.Option(
-            help="Of every episode. Without it: that of the training step, else by the group, else the reward itself."
+            help="Of every rollout. Without it: that of the training step, else by the group, else the reward itself."
         ),
     ] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all of it to this file.")] = None,
 ) -> None:
-    """Count an episode's tokens by who made them, and say how many learnable ones ordinary RL throws away.
+    """Count a rollout's tokens by who made them, and say how many learnable ones ordinary RL throws away.
 
     With --model: the loss of GRPO, of ECHO and of the world term alone, and the cross-entropy, from one forward pass.
     Token ids in a file are those of --model, or of base. Exits with 1 where a record was refused.
@@ -121,14 +121,14 @@ def _read(files: Sequence[Path], source: Format | None, unit: str, model: str) -
     found = read_rollouts(files, read, source)
     if not found.trajectories:
         reasons = "; ".join(f"{refusal.where}: {refusal.reason}" for refusal in found.refusals)
-        raise DataError(f"there is no episode to account for. {reasons or 'The files are empty'}")
+        raise DataError(f"there is no rollout to account for. {reasons or 'The files are empty'}")
     return found
 
 
 def _advantages(
     files: Sequence[Path], episodes: Imported, advantage: float | None
 ) -> tuple[list[float | None], list[str]]:
-    """Return each episode's advantage, and notes: as asked for, as a run was trained with, or by the group."""
+    """Return each rollout's advantage, and notes: as asked for, as a run was trained with, or by the group."""
     from backtalk.evidence.account.losses import advantages_of
     from backtalk.run.log import RunLog
 

@@ -13,7 +13,7 @@ from backtalk.evidence.account.ledger import KINDS, SPOKEN, Tally
 from backtalk.evidence.account.losses import Loss
 from backtalk.evidence.account.report import Account, total_of
 
-COLUMNS = 4  # so many episodes have a column each; of more only the sum is shown
+COLUMNS = 4  # so many rollouts have a column each; of more only the sum is shown
 MUCH = 0.1  # nats a token between recorded logprobs and the model's
 
 Rows = Iterable[tuple[str, Callable[[Account], str]]]
@@ -98,7 +98,7 @@ def _notes(accounts: Sequence[Account], scored: Sequence[Account]) -> Iterator[s
     if any(account.whole.unsampled and account.advantage is not None for account in scored):
         yield "GRPO takes their ratio to be 1, as if the model had just sampled them"
     if scored and all(account.advantage == account.reward for account in scored):
-        yield "the advantage is the reward: an episode without siblings has no other; --advantage sets one"
+        yield "the advantage is the reward: a rollout without siblings has no other; --advantage sets one"
     gap = max((account.gap for account in scored if account.gap is not None), default=0.0)
     if gap > MUCH:
         yield (

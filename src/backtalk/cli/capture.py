@@ -53,14 +53,14 @@ def capture(
     ] = "base",
     episodes: Annotated[int, typer.Option(min=1, help="How many, one after the other.")] = 1,
     temperature: Annotated[float, typer.Option(min=0, help="Of the endpoint's model.")] = 1.0,
-    max_turns: Annotated[int | None, typer.Option(min=1, help="Where an episode ends at the latest.")] = None,
+    max_turns: Annotated[int | None, typer.Option(min=1, help="Where a rollout ends at the latest.")] = None,
     seed: Annotated[int, typer.Option(help="Of tasks that are drawn: triage, and an OpenEnv environment's.")] = 0,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting of a run, or options.KEY of the world's own."),
     ] = None,
 ) -> None:
-    """Record real episodes, with the same rollout that training uses, as trajectories with who made each token.
+    """Record real rollouts as trajectories with who made each token, with the code that training uses.
 
     An action is kept as one that can be trained only where a server says which ids it sampled, with which logprobs,
     from just our tokens. All others have no logprobs; what the world said is learned from all the same.
