@@ -9,10 +9,13 @@ import pytest
 from backtalk.envs.terminal import TerminalConfig, open_terminal_env
 from backtalk.errors import TaskError
 from backtalk.messages import ToolCall
+from backtalk.run.config import config_from_dict
+from backtalk.run.worlds import open_worlds
 from backtalk.tasks.folder import load_harbor_tasks, read_harbor_task, write_harbor_task
 from backtalk.tasks.load import read_tasks
 from backtalk.tasks.needs import missing_tools
 from backtalk.tasks.scripts import find_test_modules, find_test_programs, make_script_offline
+from backtalk.tasks.task import Split
 from sandbox_help import backend_or_skip
 
 OLD_TOML = """\
@@ -171,6 +174,18 @@ def test_without_what_its_tests_import_it_is_left_out_and_named(tmp_path: Path) 
     again = read_harbor_task(tmp_path / "a", host_packages=True)
     write_harbor_task(again, tmp_path / "written")
     assert read_harbor_task(tmp_path / "written").metadata == again.metadata
+
+
+async def test_a_run_reads_its_tasks_once_and_names_once_what_it_leaves_out(tmp_path: Path) -> None:
+    lines = "uvx -w not_there_at_all pytest /tests/test_outputs.py\necho 1 > /logs/verifier/reward.txt\n"
+    folder_of(tmp_path / "a", {"tests/test.sh": lines, "tests/test_outputs.py": "import not_there_at_all\n"})
+    folder_of(tmp_path / "b", {"tests/test.sh": "echo 1 > /logs/verifier/reward.txt\n"})
+    source = {"name": str(tmp_path), "host_packages": True}
+    config = config_from_dict({"sandbox": "unsafe", "tasks": {"source": [source]}})
+    notices: list[str] = []
+    async with open_worlds(config, notices.append) as worlds:
+        tasks = [task for split in Split for task in worlds.tasks(split, 9, 0)[0]]
+    assert [task.id for task in tasks] == ["b"] and len(notices) == 1
 
 
 PLAIN = "echo 1 > /logs/verifier/reward.txt\n"

@@ -6,11 +6,11 @@ import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 from backtalk.envs.base import Env, World, WorldReport
-from backtalk.envs.terminal import TerminalWorld
+from backtalk.envs.terminal import LoadTasks, TerminalWorld
 from backtalk.errors import ConfigError
 from backtalk.rollout.groups import fit_concurrency
 from backtalk.rollout.limits import RolloutLimits
@@ -18,7 +18,7 @@ from backtalk.run.config import TaskSource, TrainConfig
 from backtalk.sandboxes import SandboxBackend, local_sandbox
 from backtalk.sandboxes.pool import PooledBackend
 from backtalk.settings import import_object
-from backtalk.tasks.load import check_unique_ids, load_tasks
+from backtalk.tasks.load import check_unique_ids, draw_tasks, load_tasks, read_tasks
 from backtalk.tasks.task import Split, Task
 
 IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*:[A-Za-z_]\w*")  # package.module:World
@@ -105,17 +105,25 @@ def _open_world(
         case _ if IMPORT_PATH.fullmatch(source.name) and kind != "hf":
             return _open_own_world(source)
         case _:
-            load = partial(
-                load_tasks,
-                source.name,
-                levels=source.levels or (),
-                host_packages=source.host_packages,
-                world_model_only=source.world_model_only,
-                on_skip=on_notice,
-            )
-            return TerminalWorld(
-                sandboxes(), config.terminal, lambda split, count, seed: load(split=split, count=count, seed=seed)
-            )
+            return TerminalWorld(sandboxes(), config.terminal, _task_loader(source, on_notice))
+
+
+def _task_loader(source: TaskSource, on_notice: OnNotice) -> LoadTasks:
+    """Return the loader of a terminal's tasks; what is on disk is read once, whatever the number of splits."""
+    if source.name == "triage":
+        levels = source.levels or ()
+        return lambda split, count, seed: load_tasks("triage", split=split, count=count, seed=seed, levels=levels)
+
+    @cache
+    def tasks() -> list[Task]:
+        return read_tasks(
+            source.name,
+            host_packages=source.host_packages,
+            world_model_only=source.world_model_only,
+            on_skip=on_notice,
+        )
+
+    return lambda split, count, seed: draw_tasks(tasks(), split, count, seed)
 
 
 def _open_own_world(source: TaskSource) -> World:
