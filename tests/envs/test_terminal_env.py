@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -254,6 +255,33 @@ async def test_rewards(backend: SandboxBackend, test: str, reward: float) -> Non
 
 
 @pytest.mark.parametrize(
+    ("fields", "metrics"),
+    [
+        ('"some_flag": false, "another": true', {"verifier/some_flag": 0.0, "verifier/another": 1.0}),
+        ('"style": 0.25, "notes": "fine", "list": [1]', {"verifier/style": 0.25}),
+    ],
+)
+async def test_what_stands_beside_the_reward_is_kept_as_metrics(
+    backend: SandboxBackend, fields: str, metrics: Mapping[str, float]
+) -> None:
+    task = task_of(reward_of(f'{{"reward": 1.0, {fields}}}'))
+    async with open_terminal_env(task, backend, CONFIG) as env:
+        await env.reset()
+        assert await env.score() == 1.0 and env.metrics == metrics
+
+
+async def test_only_the_harness_own_places_are_emptied_before_the_tests(backend: SandboxBackend) -> None:
+    """A task may ask for files in /solution, where Harbor puts a task's own solution: nothing else is cleared."""
+    left = "/solution/answer.txt /logs/mine /app/a /root/b"
+    task = task_of(f"cat {left} > /tmp/seen && echo $(grep -c 42 /tmp/seen) > /logs/verifier/reward.txt")
+    task = replace(task, solution={"solve.sh": SandboxFile(b"true")})
+    async with open_terminal_env(task, backend, CONFIG) as env:
+        await env.reset()
+        await parts_of(env, f"mkdir -p /solution; for f in {left}; do echo 42 > $f; done")
+        assert await env.score() == 4.0
+
+
+@pytest.mark.parametrize(
     ("test", "reason"),
     [
         ("echo why; exit 1", r"wrote neither(.|\n)*why"),
@@ -267,6 +295,8 @@ async def test_rewards(backend: SandboxBackend, test: str, reward: float) -> Non
         (reward_of('{"reward": true}'), "reward.json"),
         (reward_of('{"reward": 1, "other": Infinity}'), "reward.json"),
         (reward_of('{"reward": {"deep": 1}}'), "reward.json"),
+        (reward_of('{"style": 1.0, "flag": false}'), "reward.json"),
+        (reward_of('{"style": 1.0, "notes": "fine"}'), "reward.json"),
         (reward_of("{}"), "reward.json"),
         (reward_of("[1]"), "reward.json"),
         ("echo 1 > /logs/verifier/reward.txt; sleep 60", "did not end within 1 s"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -121,6 +121,10 @@ class _Watched:
     @property
     def tools(self) -> tuple[ToolSpec, ...]:
         return self._env.tools
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        return getattr(self._env, "metrics", {})
 
     async def reset(self) -> tuple[Message, ...]:
         messages = await self._env.reset()

@@ -33,6 +33,8 @@ class WorldReport:
 class Env(Protocol):
     """An environment for one rollout of one task.
 
+    One may also have ``metrics``, numbers by name that are kept in the trajectory's stats beside the reward.
+
     Raises:
         InfrastructureError: from any method, when the environment broke. A failed command is a Step.
     """

@@ -61,10 +61,11 @@ _TEST_ENV = {
 
 # Run in the fresh process namespace, before the tests. The agent may have made any of these places a link, a
 # file, or a folder that cannot be removed as it is. pytest reads settings from the folders above its tests.
+# Nothing else is cleared: any other folder, /solution too, may hold what the agent was asked to write.
 _CLEAR = """\
 cd /
 if [ -L /logs ] || [ ! -d /logs ]; then rm -rf /logs; elif [ ! -w /logs ] || [ ! -x /logs ]; then chmod u+rwx /logs; fi
-set -- /tests /solution /logs/verifier /logs/agent
+set -- /tests /logs/verifier /logs/agent
 set -- "$@" /conftest.py /pytest.ini /.pytest.ini /pyproject.toml /tox.ini /setup.cfg
 rm -rf "$@" 2>/dev/null || { chmod -fR u+rwX "$@"; rm -rf "$@"; }
 mkdir -p /logs/verifier
@@ -126,6 +127,7 @@ class TerminalEnv:
         self.config = config
         self._sandbox = sandbox
         self._answer: str | None = None
+        self.metrics: Mapping[str, float] = {}  # of the verifier beside the reward, once it has scored
 
     @property
     def tools(self) -> tuple[ToolSpec, ...]:
@@ -191,7 +193,8 @@ class TerminalEnv:
             content = await self._sandbox.get(path)
             if content is None:
                 continue
-            if (reward := _parse_reward(path, content)) is not None:
+            if (parsed := _parse_reward(path, content)) is not None:
+                reward, self.metrics = parsed
                 return reward
             found = repr(content[:200].decode("utf-8", "replace")) if content.strip() else "nothing"
             raise VerifierError(
@@ -301,15 +304,30 @@ def _warn(call: ToolCall, text: str) -> Step:
     return Step((Message("tool", (Part(text, TokenRole.WARNING),), tool=call.tool),))
 
 
-def _parse_reward(path: str, content: bytes) -> float | None:
-    """Parse a number, or in JSON numbers by name: "reward", or their mean without that name. None if not finite."""
-    from pydantic import FiniteFloat, TypeAdapter
+def _parse_reward(path: str, content: bytes) -> tuple[float, dict[str, float]] | None:
+    """Parse the reward, and metrics by name such as "verifier/style"; None if there is no finite reward.
 
+    A text is one number. JSON is a number, or an object: its "reward" is the reward, and its other numbers, true and
+    false are metrics; without a "reward" all have to be numbers, of which the mean is the reward.
+    """
     try:
-        value = float(content.decode()) if path.endswith(".txt") else json.loads(content)
-        checked = TypeAdapter(FiniteFloat | dict[str, FiniteFloat]).validate_python(value, strict=True)
+        value = (
+            float(content.decode()) if path.endswith(".txt") else json.loads(content, parse_constant=_refuse_constant)
+        )
     except (ValueError, OverflowError, RecursionError):
         return None
-    numbers = checked if isinstance(checked, dict) else {"reward": checked}
-    reward = numbers.get("reward", sum(numbers.values()) / max(len(numbers), 1))
-    return reward if numbers and math.isfinite(reward) else None
+    fields = value if isinstance(value, dict) else {"reward": value}
+    rewards = [fields["reward"]] if "reward" in fields else list(fields.values())
+    if not rewards or not all(type(number) in (int, float) for number in rewards):
+        return None
+    others = {name: value for name, value in fields.items() if name != "reward" and isinstance(value, int | float)}
+    try:
+        reward = math.fsum(rewards) / len(rewards)
+        metrics = {f"verifier/{name}": float(number) for name, number in others.items()}
+    except OverflowError:
+        return None
+    return (reward, metrics) if math.isfinite(reward) else None
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not JSON")

@@ -97,6 +97,7 @@ async def _run_once(
             if recorder.stop_reason is not StopReason.DEADLINE:
                 with recorder.in_phase("score"):
                     recorder.reward = await _score(env, limits)
+                    recorder.stats.update(getattr(env, "metrics", {}))
             recorder.phase = "close"
     except InfrastructureError as error:
         if recorder.phase != "close":  # the rollout is complete by then
