@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,10 @@ from backtalk.engines.checkpoint import find_checkpoint, write_atomically
 from backtalk.engines.torch import head as torch_head
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.engine import TorchEngine
+from backtalk.engines.torch.optimizer import StepOptimizer
 from backtalk.errors import ConfigError, DataError
 from backtalk.objective.batch import TokenCounts
-from backtalk.objective.config import ObjectiveConfig
+from backtalk.objective.config import ObjectiveConfig, WorldOptions
 from backtalk.objective.samples import Sample, build_samples, to_samples
 from backtalk.rollout.sampler import SamplingParams
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
@@ -32,6 +34,7 @@ from tiny import tiny_model_dir
 CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole
 PLAIN = ObjectiveConfig(world_model_coeff=0.0)
 BOTH = ObjectiveConfig(world_model_coeff=0.3)
+FULL = replace(BOTH, world=WorldOptions(zero_advantage_steps="full"))
 
 
 def make_engine(model_dir: Path, **settings: Any) -> TorchEngine:
@@ -286,6 +289,38 @@ async def test_the_hold_lets_go_where_policy_steps_set_the_scale(model_dir: Path
     fresh = await make_engine(model_dir).train_step(equal, config)
     assert fresh["update_scale"] < 0.2
     assert fresh["learning_rate"] == pytest.approx(1e-4 * fresh["update_scale"])
+
+
+async def test_a_full_world_only_step_is_plain_adam(model_dir: Path) -> None:
+    """Compare with a run that has no policy term, whose steps are never scaled: the same weights to the bit."""
+    samples, moved = build_samples(make_group(EQUAL)), []
+    for config in (FULL, replace(BOTH, policy_coeff=0.0), BOTH):
+        engine = make_engine(model_dir, learning_rate=1e-3, grad_clip_norm=math.inf)
+        scales = [(await engine.train_step(samples, config))["update_scale"] for _ in range(3)]
+        assert scales == ([1.0] * 3 if config is not BOTH else pytest.approx([0.3] * 3, rel=0.05))
+        moved.append(weights(engine))
+    assert torch.equal(moved[0], moved[1])
+    assert not torch.equal(moved[0], moved[2])
+
+
+def test_scaled_and_full_world_only_steps_by_hand() -> None:
+    """One weight and beta_1 = 0: with beta_2 = 0.5 the running mean of g^2 is that of the steps so far, by halves."""
+    config = TorchConfig(learning_rate=0.1, betas=(0.0, 0.5), grad_clip_norm=10.0)
+    moves = {}
+    for name, ratio in (("scaled", 0.25), ("full", None)):
+        weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        optimizer, places = StepOptimizer([weight], config), [0.0]
+        for grad, world_only in ((0.5, True), (2.0, False), (0.5, True)):
+            weight.grad = torch.full_like(weight, grad)
+            optimizer.step(ratio if world_only else None)
+            places.append(weight.item())
+        moves[name] = [before - after for before, after in pairwise(places)]
+    # Means of g^2, corrected for the start: 0.25; then (0.125 / 2 + 2) / 0.75 = 2.75; then (1.03125 + 0.125) / 0.875.
+    full = [0.1, 0.1 * 2 / math.sqrt(2.75), 0.1 * 0.5 / math.sqrt(1.15625 / 0.875)]
+    assert moves["full"] == pytest.approx(full, rel=1e-6)
+    # At coefficient 1 the gradients of world-only steps are 0.5 / 0.25 = 2: means of 2, 3 and 3.5 beside those above.
+    scales = [0.25, 1.0, math.sqrt(1.15625 / 3.5)]
+    assert moves["scaled"] == pytest.approx([a * b for a, b in zip(full, scales, strict=True)], rel=1e-6)
 
 
 async def test_same_seed_same_bits(model_dir: Path) -> None:

@@ -18,6 +18,7 @@ PolicyLoss = Literal["clip", "gspo", "cispo"]
 WorldLoss = Literal["cross_entropy", "clipped_mae"]
 PolicyNormalizer = Literal["sequence_mean", "token_mean", "fixed_length"]
 WorldNormalizer = Literal["sequence_mean", "sequence_mean_selected", "token_mean", "fixed_length"]
+ZeroAdvantageSteps = Literal["scaled", "full"]
 
 ROLE_NAMES = {target: tuple(role.name.lower() for role in roles) for target, roles in TARGET_ROLES.items()}
 TOOL_PREFIX = "tool:"  # of a tool's name in WorldOptions.weights
@@ -117,7 +118,7 @@ class PolicyOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorldOptions:
-    """Selection and weights of target tokens, beyond ``world_loss_target``. The default is ECHO's: all weigh the same.
+    """Options of the world-model term, beyond ``world_loss_target``. The default is ECHO's: all targets weigh the same.
 
     None of these settings changes a denominator other than the count of target tokens: a row whose targets are all
     deselected adds 0 and stays in the mean.
@@ -141,6 +142,8 @@ class WorldOptions:
     """PaW: multiply by 1 - the group's mean reward."""
     temperature: Literal["one", "sampling"] = "one"
     """Temperature of the log-probabilities of target tokens: 1, or that of sampling."""
+    zero_advantage_steps: ZeroAdvantageSteps = "scaled"
+    """Update of a step whose advantages are all 0: scaled by world_model_coeff, or a full step of the optimizer."""
 
     def __post_init__(self) -> None:
         check_choices(self)

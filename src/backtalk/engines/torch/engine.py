@@ -156,8 +156,9 @@ class TorchEngine:
         """Take an optimizer step and return its metrics."""
         counts = TokenCounts.of(samples, config.world_loss_target)
         losses, record, has_gradient = self._accumulate(samples, counts, config)
-        held = config.policy_coeff > 0 and config.world_coeff > 0 and record.policy_square == 0
-        ratio = config.world_coeff / config.policy_coeff if held else None
+        world_only = config.policy_coeff > 0 and config.world_coeff > 0 and record.policy_square == 0
+        scaled = world_only and config.world.zero_advantage_steps == "scaled"
+        ratio = config.world_coeff / config.policy_coeff if scaled else None
         update = self._optimizer.step(ratio) if has_gradient else self._optimizer.idle_metrics()
         self._optimizer.zero_grad()  # frees memory for the sampler
         self._policy_version += 1

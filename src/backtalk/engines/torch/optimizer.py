@@ -18,14 +18,14 @@ class StepOptimizer:
     Parameters in bfloat16 get float32 masters, as an update of 1e-6 would round away in them. Gradients of
     micro-batches are summed in the masters' precision.
 
-    World-only steps. Adam divides by the gradient's own running size, so when the policy gradient is 0 (all rewards of
-    a step equal) it turns *any* coefficient of the world-model term into a full step. The intended step is that of
-    coefficient 1, times the coefficient. So two running means with Adam's own beta_2 are kept: of |g|^2 as Adam saw it,
-    and of |g|^2 as it would have been with both terms at equal coefficients in such steps. The learning rate of a
-    world-only step is multiplied by the square root of their ratio. In a run of world-only steps that is the
-    coefficient itself, so twice the coefficient moves the weights twice as far. Where other steps have set Adam's scale
-    it tends to 1, and there plain Adam is proportional already. Steps with a policy gradient are plain AdamW, bit for
-    bit.
+    World-only steps are those whose policy gradient is 0 (all rewards equal). Adam divides by the gradient's own
+    running size, so there it turns *any* coefficient of the world-model term into a full step. Unless
+    ``objective.world.zero_advantage_steps`` is full, the step is that of coefficient 1, times the coefficient. So two
+    running means with Adam's own beta_2 are kept: of |g|^2 as Adam saw it, and of |g|^2 as it would have been with both
+    terms at equal coefficients in such steps. The learning rate of a world-only step is multiplied by the square root
+    of their ratio. In a run of world-only steps that is the coefficient itself, so twice the coefficient moves the
+    weights twice as far. Where other steps have set Adam's scale it tends to 1, and there plain Adam is proportional
+    already. Steps with a policy gradient are plain AdamW, bit for bit.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], config: TorchConfig) -> None:
@@ -58,7 +58,8 @@ class StepOptimizer:
     def step(self, world_coeff_ratio: float | None = None) -> dict[str, float]:
         """Update the weights and return metrics. A gradient that is not finite changes nothing and gives ``skipped`` 1.
 
-        ``world_coeff_ratio`` is world_model_coeff / policy_coeff in a step whose policy gradient is 0, else None.
+        ``world_coeff_ratio`` is world_model_coeff / policy_coeff in a step that is to be scaled because its policy
+        gradient is 0; None is plain AdamW.
         """
         grad_norm = float(nn.utils.clip_grad_norm_(self._masters, self._config.grad_clip_norm))
         if not math.isfinite(grad_norm):
