@@ -339,7 +339,7 @@ TERMINAL = (
 def test_terminus_is_split_into_harness_and_world() -> None:
     parts = TERMINUS.split(TERMINAL, ["ls -a\n"])
     assert "".join(part.text for part in parts) == TERMINAL
-    assert [part.text for part in parts if part.role is ENV] == ["root@a:/# ", "\n.\nls -a\nroot@a:/#"]
+    assert [part.text for part in parts if part.role is ENV] == [".\nls -a\n"]
     failed = "Previous response had parsing errors:\nERROR: x\nWARNINGS: - y\n\nPlease fix these issues and provide a "
     assert {part.role for part in TERMINUS.split(failed + "proper JSON response.")} == {WARNING}
     asked = (
@@ -422,8 +422,8 @@ def test_atif_with_ids_keeps_them_and_learns_from_the_last_observation() -> None
     trajectory = import_record(record, "atif", renderer_of, ImportOptions(user_role=ENV))
     assert trajectory.token_ids[: len(ids)] == ids
     assert trajectory.task_id == "s"
-    assert text_of_role(trajectory, ENV) == "$ \nnotes.txt$ done"
-    assert text_of_role(trajectory, WARNING) == "New Terminal Output:\n\nlsNew Terminal Output:\n\n"
+    assert text_of_role(trajectory, ENV) == "notes.txt$ done"
+    assert text_of_role(trajectory, WARNING) == "New Terminal Output:\n\n$ ls\nNew Terminal Output:\n\n"
     assert {s.tool for s in trajectory.segments if s.role is ENV} == {"bash"}
     assert trajectory.num_turns == 2
     assert import_record({**record, "subagent_trajectories": [{}]}, "atif", renderer_of).stats["subagents"] == 1

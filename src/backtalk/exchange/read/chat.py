@@ -6,6 +6,8 @@ it alone, and what the environment answered is trained as anywhere else.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +22,8 @@ from backtalk.language.openai_chat import content_text, read_call, reasoning_tex
 from backtalk.language.renderer import Renderer
 from backtalk.messages import Message, Part, ToolCall
 from backtalk.trajectory import Segment, TokenRole, Trajectory
+
+_KEYSTROKES = re.compile(r'"keystrokes"\s*:\s*("(?:[^"\\]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*")')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,8 +40,10 @@ class ChatMessage:
 
     @property
     def commands(self) -> tuple[str, ...]:
-        """Return every text that the agent gave to a tool."""
-        return tuple(x for call in self.calls for x in call.arguments.values() if isinstance(x, str))
+        """Return every text that the agent gave to a tool, or that it wrote as keystrokes of a terminal."""
+        written = () if self.calls else _KEYSTROKES.findall(self.text)
+        given = (x for call in self.calls for x in call.arguments.values() if isinstance(x, str))
+        return (*given, *(json.loads(text, strict=False) for text in written))
 
 
 def trajectory_from_chat(messages: Sequence[ChatMessage], about: About, observations: Observations) -> Trajectory:
@@ -57,6 +63,7 @@ def trajectory_from_chat(messages: Sequence[ChatMessage], about: About, observat
     prompt = [Message(m.role, (Part(m.text, TokenRole.CONTEXT),)) for m in messages[:first]]
     history = History()
     segments = list(history.begin(prompt, renderer))
+    earlier: list[str] = []
     starts = [i for i, message in enumerate(messages) if message.role == "assistant"]
     for start, end in pairwise([*starts, len(messages)]):
         assistant, answers = messages[start], messages[start + 1 : end]
@@ -66,7 +73,8 @@ def trajectory_from_chat(messages: Sequence[ChatMessage], about: About, observat
         role = TokenRole.CONTEXT if assistant.given else TokenRole.ACTION
         segments.append(Segment(role, ids, turn=history.turns, branch=history.branch))
         history.act(ids)
-        observed = [_observation(message, assistant, observations) for message in answers]
+        observed = [_observation(message, assistant, earlier, observations) for message in answers]
+        earlier += assistant.commands
         segments += history.observe(observed, renderer) if observed else ()
     after = messages[first:]
     return about.trajectory(
@@ -77,12 +85,14 @@ def trajectory_from_chat(messages: Sequence[ChatMessage], about: About, observat
     )
 
 
-def _observation(message: ChatMessage, assistant: ChatMessage, observations: Observations) -> Message:
+def _observation(
+    message: ChatMessage, assistant: ChatMessage, earlier: Sequence[str], observations: Observations
+) -> Message:
     if assistant.given or message.given or message.role == "system":
         return Message(message.role, (Part(message.text, TokenRole.CONTEXT),), message.tool)
     if message.parts:
         return Message(message.role, message.parts, message.tool)
-    return observations.message(message.role, message.text, message.tool, assistant.commands)
+    return observations.message(message.role, message.text, message.tool, assistant.commands, earlier)
 
 
 def assistant_ids(message: ChatMessage, renderer: Renderer, *, keep_reasoning: bool = False) -> tuple[int, ...]:

@@ -56,16 +56,19 @@ class Observations:
         closed: bool,
         tools: Sequence[str | None] = (),
         commands: Sequence[str] = (),
+        earlier: Sequence[str] = (),
         branch: int = 0,
     ) -> tuple[Segment, ...]:
-        """Return the ids as segments. ``tools`` name each message's tool, ``commands`` are what the agent had typed.
+        """Return the ids as segments.
+
+        ``tools`` name each message's tool, ``commands`` are what the agent typed before it, ``earlier`` in other turns.
 
         Raises:
             DataError: the scaffold is not found and no ``role`` was given.
         """
         if not ids:
             return ()
-        for candidate in self._candidates(ids, tools, commands):
+        for candidate in self._candidates(ids, tools, commands, earlier):
             for end in (closed, not closed):  # some servers leave the stop token out of a completion
                 found = self.render(candidate, turn=turn, closed=end, branch=branch)
                 if found is not None and tuple(token for s in found for token in s.token_ids) == tuple(ids):
@@ -86,14 +89,16 @@ class Observations:
             return None
         return tuple(replace(segment, branch=branch) for segment in segments)
 
-    def message(self, role: str, text: str, tool: str | None, commands: Sequence[str] = ()) -> Message:
+    def message(
+        self, role: str, text: str, tool: str | None, commands: Sequence[str] = (), earlier: Sequence[str] = ()
+    ) -> Message:
         """Return an observation's message in parts with a role each."""
         if role == "tool" or self.user_role is TokenRole.ENV_OUTPUT:
-            return Message(role, self.wrappers.split(text, commands), tool)
+            return Message(role, self.wrappers.split(text, commands, earlier), tool)
         return Message(role, (Part(text, self.user_role),), tool)
 
     def _candidates(
-        self, ids: Sequence[int], tools: Sequence[str | None], commands: Sequence[str]
+        self, ids: Sequence[int], tools: Sequence[str | None], commands: Sequence[str], earlier: Sequence[str]
     ) -> Iterator[list[Message]]:
         """Yield messages that these ids may be, by what the scaffold leaves of their text."""
         if self.renderer is None:
@@ -108,7 +113,7 @@ class Observations:
                 split = core.split(between) if between else [core]
                 for bodies in (split, [core], *filter(None, map(_from_json, (split, [core])))):
                     names = tools if len(tools) == len(bodies) else [_only(tools)] * len(bodies)
-                    yield [self.message(role, b, t, commands) for b, t in zip(bodies, names, strict=True)]
+                    yield [self.message(role, b, t, commands, earlier) for b, t in zip(bodies, names, strict=True)]
 
     def _unknown(self, ids: Sequence[int], turn: int) -> str:
         if self.renderer is None:

@@ -101,6 +101,7 @@ def trajectory_from_turns(turns: Sequence[Turn], about: About, observations: Obs
                 closed=_closed(before, observations),
                 tools=[message.tool for message in before.observation],
                 commands=before.commands,
+                earlier=[command for past in turns[: t - 1] for command in past.commands],
                 branch=branch,
             )
         elif observations.on_drift == "fork":

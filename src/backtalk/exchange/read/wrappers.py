@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from backtalk.exchange.plain import runs
+from backtalk.exchange.read.echoes import harness_spans
 from backtalk.messages import Part
 from backtalk.trajectory import TokenRole
 
@@ -19,41 +20,25 @@ from backtalk.trajectory import TokenRole
 class Wrappers:
     """A harness's phrases: every match of ``patterns`` in an observation is WARNING, the rest is ENV_OUTPUT.
 
-    ``echoes`` also takes a command that a terminal repeats after its prompt, up to the end of that line: it was the
-    agent's. Patterns are searched with MULTILINE and DOTALL.
+    ``echoes`` also takes a terminal's prompts and what it repeats of the agent's typing. Patterns are searched with
+    MULTILINE and DOTALL.
     """
 
     patterns: tuple[str, ...] = ()
     echoes: bool = False
 
-    def split(self, text: str, commands: Sequence[str] = ()) -> tuple[Part, ...]:
-        """Return the text in parts; ``commands`` are what the agent had typed before it."""
+    def split(self, text: str, commands: Sequence[str] = (), earlier: Sequence[str] = ()) -> tuple[Part, ...]:
+        """Return the text in parts; ``commands`` are what the agent had typed before it, ``earlier`` in other turns."""
         harness = bytearray(len(text))
         for pattern in self.patterns:
             for match in re.finditer(pattern, text, re.MULTILINE | re.DOTALL):
                 harness[match.start() : match.end()] = b"\1" * (match.end() - match.start())
-        for start, end in _echoes(text, commands) if self.echoes else ():
+        for start, end in harness_spans(text, commands, earlier) if self.echoes else ():
             harness[start:end] = b"\1" * (end - start)
         return tuple(
             Part(text[start:end], TokenRole.WARNING if is_harness else TokenRole.ENV_OUTPUT)
             for is_harness, start, end in runs(harness or b"\0")
         )
-
-
-def _echoes(text: str, commands: Sequence[str]) -> list[tuple[int, int]]:
-    """Return the spans in which a terminal repeats a command's lines, in order, after a prompt that ends in $, # or >.
-
-    A line counts once.
-    """
-    spans: list[tuple[int, int]] = []
-    position = 0
-    for command in commands:
-        for line in filter(None, map(str.rstrip, command.split("\n"))):
-            match = re.compile(rf"[#$>] {re.escape(line)}(?=\n|\Z)").search(text, position)
-            if match is not None:
-                spans.append((match.start() + 2, match.end()))
-                position = match.end()
-    return spans
 
 
 NO_WRAPPERS = Wrappers()
