@@ -106,6 +106,11 @@ def test_the_demo_is_two_arms_that_differ_in_the_world_term_alone() -> None:
         ("arms: {a: {}}\nseed: 3\n", r"unknown keys \['seed'\]"),
         ("base: triage\nsteps: 3\n", r"is a run, not a study; start it with: backtalk train"),
         ("base: triage\n", "needs arms"),
+        ("arms: [1, 2]\n", "needs arms"),
+        ("arms: [grpo, grpo]\n", r"\['grpo'\] twice"),
+        ("arms: [grpo, shufled]\n", "did you mean 'shuffled'"),
+        ("arms: {plain:}\n", "arm 'plain' is 'plain', which is no built-in arm; use one of grpo, echo"),
+        ("arms: {a: {arm: 3}}\n", "arm 'a' is 3"),
         ("arms: {a: {}}\nseeds: []\n", "0 seeds"),
         ("arms: {a: {}}\nseeds: [1, 1]\n", "a seed twice"),
         ("arms: {a: {stpes: 3}}\n", "did you mean 'steps'"),
@@ -116,6 +121,31 @@ def test_a_wrong_study_is_told_before_anything_runs(tmp_path: Path, text: str, s
     (tmp_path / "study.yaml").write_text(text)
     with pytest.raises(ConfigError, match=said):
         load_study(tmp_path / "study.yaml")
+
+
+def test_arms_by_name_are_the_settings_of_the_study_but_for_one_thing(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(
+        "settings: {objective.world_model_coeff: 0.03}\n"
+        "arms: {grpo: , mine: echo, control: shuffled, world: env_only, paw: paw,\n"
+        "  strong: {arm: shuffled, objective.world_model_coeff: 0.5}, own: {steps: 7}}\n"
+    )
+    study = load_study(tmp_path / "study.yaml")
+    arms = {name: study.config(name, 3) for name in study.arms}
+    echo = arms["mine"]
+    assert (echo.objective.world_model_coeff, echo.objective.policy_coeff, echo.seed) == (0.03, 1.0, 3)
+    assert arms["grpo"] == replace(echo, objective=replace(echo.objective, world_model_coeff=0.0))
+    assert arms["world"] == replace(echo, objective=replace(echo.objective, policy_coeff=0.0))
+    shuffled = replace(echo.objective, world=replace(echo.objective.world, observations="shuffled"))
+    assert arms["control"] == replace(echo, objective=shuffled)
+    assert arms["strong"] == replace(echo, objective=replace(shuffled, world_model_coeff=0.5))
+    assert arms["paw"].objective.world.loss == "clipped_mae"
+    assert arms["own"] == replace(echo, steps=7)
+
+
+def test_arms_may_be_a_list_of_names(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text("arms: [grpo, echo, shuffled]\n")
+    study = load_study(tmp_path / "study.yaml")
+    assert list(study.arms) == ["grpo", "echo", "shuffled"] and study.arms["echo"] == {}
 
 
 # ---------------------------------------------------------------- a whole study

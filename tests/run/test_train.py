@@ -297,6 +297,20 @@ async def test_a_killed_run_resumes_to_the_same_numbers(
     assert left.evaluation_steps() == [0, 2, 4, 6]
 
 
+async def test_shuffled_observations_are_those_of_an_unbroken_run_after_a_resume(
+    model: Path, sandbox: str, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"objective.world.observations": "shuffled", "evaluation.tasks": 0}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    await train(tiny_config(model, sandbox, steps=3, **changes), whole)
+    await train(tiny_config(model, sandbox, steps=2, **changes), broken)
+    await train(tiny_config(model, sandbox, steps=3, **changes), broken, resume=True)
+    assert comparable(broken) == comparable(whole)
+    rows = RunLog(whole).read_metrics()
+    assert all(row["target_tokens"] == row["env_output_tokens"] > 0 for row in rows)
+    assert all(row["target_ce"] != row["env_output_ce"] for row in rows)
+
+
 def threads() -> int:
     import torch
 

@@ -82,7 +82,8 @@ def _cross_entropies(
     logprobs_BT: Tensor, samples: Sequence[Sample], batch: Batch, config: ObjectiveConfig, tools: Iterable[str]
 ) -> dict[str, float]:
     """Compute cross-entropies by role, by tool and by copied text, in nats a token, and shares of tokens by role."""
-    real_BT = torch.arange(batch.roles_BT.shape[1]) < batch.lengths_B[:, None]
+    own_B1 = torch.tensor([not sample.shuffled for sample in samples])[:, None]
+    real_BT = (torch.arange(batch.roles_BT.shape[1]) < batch.lengths_B[:, None]) & own_B1
 
     def ce(selected_BT: Tensor) -> float:
         return _mean(-logprobs_BT, selected_BT)
@@ -99,7 +100,7 @@ def _cross_entropies(
             "env_output_ce_copied": ce(output_BT & copied_BT),
             "env_output_ce_new": ce(output_BT & ~copied_BT),
             "warning_ce": ce(has_role(TokenRole.WARNING)),
-            "template_ce": ce(target_BT & has_role(TokenRole.TEMPLATE)),
+            "template_ce": ce(target_BT & (batch.roles_BT == TokenRole.TEMPLATE)),
             "copied_share": _mean(copied_BT.double(), output_BT),
         }
         | {f"env_output_ce/{tool}": ce(output_BT & _of_tool(samples, tool)) for tool in tools}

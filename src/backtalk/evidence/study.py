@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from backtalk.errors import BacktalkError, ConfigError, merge_repeats
+from backtalk.evidence.arms import read_arms
 from backtalk.evidence.compare import Comparison, Evaluations, compare
 from backtalk.files import write_bytes
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict, setting_schemas
@@ -107,16 +108,10 @@ def load_study(source: str | Path, *, seeds: Sequence[int] | None = None, overri
     known = {"name", "base", "seeds", "settings", "arms"}
     if unknown := sorted(tree.keys() - known):
         raise ConfigError(f"unknown keys {unknown} in study {source}; a study has {', '.join(sorted(known))}")
-    arms = tree.get("arms")
-    if not isinstance(arms, dict) or not all(isinstance(arm, dict | None) for arm in arms.values()):
-        raise ConfigError(
-            f"study {source} needs arms, each with its settings, for example "
-            "'arms: {grpo: {objective.world_model_coeff: 0}, echo: {objective.world_model_coeff: 0.05}}'"
-        )
     study = Study(
         name=str(tree.get("name", Path(str(source)).stem)),
         base=str(tree.get("base", "triage")),
-        arms={str(name): flatten(arm or {}) for name, arm in arms.items()},
+        arms=read_arms(tree.get("arms"), str(source)),
         seeds=tuple(tree.get("seeds", (0,)) if seeds is None else seeds),
         settings=flatten(tree.get("settings") or {}) | parse_overrides(overrides),
         folder=folder,

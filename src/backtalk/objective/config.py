@@ -144,6 +144,8 @@ class WorldOptions:
     """Temperature of the log-probabilities of target tokens: 1, or that of sampling."""
     zero_advantage_steps: ZeroAdvantageSteps = "scaled"
     """Update of a step whose advantages are all 0: scaled by world_model_coeff, or a full step of the optimizer."""
+    observations: Literal["own", "shuffled"] = "own"
+    """Observations learned after an action: its own; shuffled, as a control, those of other actions of the step."""
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -70,6 +70,7 @@ class Sample:
     policy_version: int = 0
     staleness: int = 0  # updates since that version
     length_penalty: float = 0.0  # taken off the reward before advantages
+    shuffled: bool = False  # a copy with observations of other actions, see ``shuffle_observations``
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)
@@ -141,11 +142,11 @@ def build_samples(
         if scale is not None:
             parts = torch.tensor(scale, dtype=torch.float32).split([len(branch) for branch in branches])
             branches = [replace(branch, world_scale=part) for branch, part in zip(branches, parts, strict=True)]
-        samples += _with_other_branches(branches, config.world_loss_target)
+        samples += with_other_branches(branches, config.world_loss_target)
     return samples
 
 
-def _with_other_branches(branches: list[Sample], target: WorldLossTarget) -> list[Sample]:
+def with_other_branches(branches: list[Sample], target: WorldLossTarget) -> list[Sample]:
     """Fill in ``other_branches`` of the samples of one row."""
     if len(branches) == 1:
         return branches

@@ -16,6 +16,7 @@ from backtalk.engines.guard import step_warnings
 from backtalk.errors import ConfigError, DataError
 from backtalk.language.renderer import Renderer
 from backtalk.objective.samples import build_samples
+from backtalk.objective.shuffled import shuffle_observations
 from backtalk.objective.weights import step_weights
 from backtalk.rollout.groups import run_groups
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict
@@ -197,6 +198,8 @@ class Run:
             for group in groups
             for sample in build_samples(group, objective, temperature=config.temperature, policy_version=version)
         ]
+        if objective.world.observations == "shuffled":
+            samples = shuffle_observations(samples, objective.world_loss_target, key=f"{config.seed}/{step}")
         metrics = await engine.train_step(samples, objective)
         if not metrics.get("skipped"):
             log.write_weights(step, groups, step_weights(samples, objective))
