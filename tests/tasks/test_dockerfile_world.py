@@ -9,8 +9,10 @@ import pytest
 from backtalk.envs.terminal import TerminalConfig, open_terminal_env
 from backtalk.errors import TaskError
 from backtalk.messages import ToolCall
+from backtalk.sandboxes.images.commands import program_written_to
+from backtalk.sandboxes.images.shellwords import split_list
 from backtalk.sandboxes.images.start_state import read_dockerfile
-from backtalk.tasks.folder import read_harbor_task
+from backtalk.tasks.folder import read_harbor_task, write_harbor_task
 from sandbox_help import backend_or_skip
 
 # (Dockerfile, command, what it prints): the numbers and words are what `docker build` and `docker run` give.
@@ -54,6 +56,44 @@ KINDS = {
         "RUN <<EOF\nset -e\nchgrp nobody /home/user\necho ok >/home/user/f\nEOF\nWORKDIR /home/user\n",
         "ls; echo >a/mine && cat f",
         "a\nf\nok\n",
+    ),
+    "the user that it ends with": (
+        "FROM ubuntu:22.04\nRUN useradd -m -d /home/user -s /bin/bash user\n"
+        "RUN echo hi >/home/user/a && chown -R user:user /home/user\nWORKDIR /home/user\nUSER user\n",
+        "whoami; id -un user; echo $HOME $USER; stat -c %U:%G a; chown user:user a && cd ~ && pwd",
+        "user\nuser\n/home/user user\nuser:user\n/home/user\n",
+    ),
+    "users and groups of every spelling": (
+        "FROM ubuntu:24.04\nARG WHO=dev\nRUN groupadd -g 1001 team && useradd -rm -d /srv/dev -g team -u 1001 $WHO\n"
+        "RUN if ! id bob; then adduser --disabled-password --gecos '' bob; fi; /usr/sbin/usermod -aG team bob\n"
+        'RUN ["chown", "bob:team", "/srv"]\nRUN echo "bob:secret" | chpasswd && groupdel nogroup\nUSER bob:team\n',
+        "whoami; getent group team | cut -d: -f3; ls -d /srv/dev ~; getent passwd dev | cut -d: -f1,3,6",
+        "bob\n1000\n/home/bob\n/srv/dev\ndev:1000:/srv/dev\n",
+    ),
+    "users that the image has": (
+        "FROM node:20\nUSER node\nWORKDIR /home/node\n",
+        "whoami; pwd; touch x && ls",
+        "node\n/home/node\nx\n",
+    ),
+    "alternatives": (
+        "FROM ubuntu:22.04\nRUN update-alternatives --install /usr/bin/python3 python3 /usr/bin/python3.11 1\n",
+        "echo fine",
+        "fine\n",
+    ),
+    "a link called python": (
+        "FROM x\nRUN ln -s /usr/bin/python3 /usr/bin/python && python -c 'print(1)' >/f\n",
+        "cat /f; python -c 'print(2)'",
+        "1\n2\n",
+    ),
+    "folders that images have": (
+        "FROM x\nRUN echo '* * * * * root true' >/etc/cron.d/job\nRUN echo x >/etc/profile.d/x.sh\n",
+        "ls /etc/cron.d /etc/profile.d; ls -d /etc/cron.daily /var/spool/cron/crontabs /var/www",
+        "/etc/cron.d:\njob\n\n/etc/profile.d:\nx.sh\n/etc/cron.daily\n/var/spool/cron/crontabs\n/var/www\n",
+    ),
+    "a folder below /usr": (
+        "FROM x\nWORKDIR /usr/src/app\nCOPY a.txt .\nCOPY --chown=me:me sub ./sub\nRUN echo made >made\n",
+        "pwd; cat a.txt sub/b made; echo more >more && cat more",
+        "/usr/src/app\nfrom a\nfrom b\nmade\nmore\n",
     ),
     "a pipeline that fails": (
         'FROM x\nSHELL ["/bin/bash", "-o", "pipefail", "-c"]\nRUN if false | true; then echo passed; fi >/f\n'
@@ -103,10 +143,21 @@ async def test_a_world_starts_as_docker_would_start_it(tmp_path: Path, kind: str
 @pytest.mark.parametrize(
     ("dockerfile", "reason"),
     [
-        ("FROM x\nRUN true\nUSER user\n", r"line 3: USER: 'user' .* one ordinary user; leave it out"),
-        ("FROM x\nRUN true && useradd -m user\n", r"line 2: RUN: 'useradd -m user' makes or changes users.*\|\| true"),
+        ("FROM ubuntu:22.04\nRUN true\nUSER user\n", r"line 3: USER: no line above makes the user 'user'.*useradd -m"),
+        (
+            "FROM python:3.12\nUSER ubuntu\n",
+            r"line 2: USER: no line above makes the user 'ubuntu', and the image p",
+        ),
         ("FROM x\nCOPY a.txt /usr/local/bin/tool\n", r"line 2: COPY: /usr/local/bin/tool is among this machine's own"),
         ("FROM x\nRUN true\nADD a.txt /bin/\n", r"line 3: ADD: /bin/ is among"),
+        ("FROM x\nWORKDIR /usr/local/app\n", r"line 2: WORKDIR: /usr/local/app is among"),
+        ("FROM x\nRUN echo '#!/bin/sh' >/usr/local/bin/t\n", r"line 2: RUN: .* /usr/local/bin/t is among"),
+        ("FROM x\nRUN cat <<E | tee -a /usr/bin/t\nx\nE\n", r"line 2: RUN: .* /usr/bin/t is among"),
+        ("FROM x\nRUN true && cp -r /opt/a /opt/b /usr/share/\n", r"line 2: RUN: .* /usr/share/ is among"),
+        ("FROM x\nRUN mkdir -p /opt/a /usr/lib/a\n", r"line 2: RUN: .* /usr/lib/a is among"),
+        ("FROM x\nRUN ln -sf /opt/a /usr/bin/a\n", r"line 2: RUN: .* /usr/bin/a is among"),
+        ("FROM x\nRUN if true; then sed -i s/a/b/ /usr/lib/x; fi\n", r"line 2: RUN: .* /usr/lib/x is among"),
+        ("FROM x\nRUN /opt/v/bin/pip install jq\n", r"line 2: RUN: '/opt/v/bin/pip install jq' needs the network"),
         ("FROM x\nSHELL bash\n", r"line 2: SHELL: "),
         ("FROM x\nENV A-B=1\n", r"line 2: ENV: 'A-B' is no name that bash can set"),
         ("RUN true\n", r"line 1: RUN: the first instruction must be FROM"),
@@ -116,6 +167,44 @@ async def test_a_world_starts_as_docker_would_start_it(tmp_path: Path, kind: str
 def test_what_a_world_cannot_have_is_refused_by_line(tmp_path: Path, dockerfile: str, reason: str) -> None:
     with pytest.raises(TaskError, match=rf"{tmp_path}/environment/Dockerfile.*{reason}"):
         read_dockerfile(folder_of(tmp_path, dockerfile) / "environment", host_packages=False)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "cp /usr/share/dict/words /opt/",
+        "ln -sf /usr/share/zoneinfo/UTC /etc/localtime",
+        "tar -cf /opt/a.tar /usr/share/a",
+        "sed -n 1p /usr/share/a >/opt/b 2>/dev/null",
+        "rm -f /usr/bin/x || true",
+        "echo '/usr/bin/x > y'",
+        "if [ ! -e /usr/bin/python ]; then ln -s /usr/bin/python3 /usr/bin/python; fi",
+    ],
+)
+def test_what_only_reads_programs_is_no_write_among_them(command: str) -> None:
+    assert [path for _, part in split_list(command) if (path := program_written_to(part))] == []
+
+
+def test_what_one_user_cannot_have_is_noted(tmp_path: Path) -> None:
+    folder_of(tmp_path, "FROM x\nCOPY --chown=a:b a.txt /opt/\nRUN useradd a; chown a /opt\n")
+    task = read_harbor_task(tmp_path)
+    assert task.metadata["world_notes"] == [
+        "a sandbox's one user owns every file: --chown does nothing",
+        "users share the one uid of a sandbox: useradd only names it",
+        "a sandbox's one user owns every file: chown does nothing",
+    ]
+    assert task.files["/etc/passwd"].content.startswith(b"root:x:0:0:root:/root:/bin/bash\na:x:1000:1000:a:/home/a:")
+    write_harbor_task(task, tmp_path / "written")
+    assert read_harbor_task(tmp_path / "written") == task
+
+
+async def test_an_environment_of_its_own_sees_the_packages_of_this_machine(tmp_path: Path) -> None:
+    folder_of(tmp_path, "FROM x\nRUN python3 -m venv /opt/v && /opt/v/bin/pip install jq\nENV PATH=/opt/v/bin:$PATH\n")
+    task = read_harbor_task(tmp_path, host_packages=True)
+    async with open_terminal_env(task, backend_or_skip(), TerminalConfig()) as env:
+        await env.reset()
+        step = await env.step(ToolCall("bash", {"command": "which python; grep include-system-site /opt/v/pyvenv.cfg"}))
+    assert step.messages[0].text == "/opt/v/bin/python\ninclude-system-site-packages = true\n"
 
 
 def test_what_the_image_installs_and_the_tests_import_is_needed(tmp_path: Path) -> None:

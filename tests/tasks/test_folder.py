@@ -229,7 +229,6 @@ def test_what_looks_like_a_heredoc_and_is_none() -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("USER user", "one ordinary user"),
         ('ENTRYPOINT ["x"]', "nothing is started"),
         ("FROM y", "several stages"),
         ("COPY --from=base /a /b", "no image to copy from"),

@@ -258,7 +258,7 @@ REFUSED: dict[str, tuple[dict[str, str | None], str]] = {
         {"environment/Dockerfile": "FROM a AS b\nRUN x\nFROM c\nCOPY --from=b /x /y\n"},
         "several stages",
     ),
-    "a user of the image": ({"environment/Dockerfile": "FROM a\nUSER bob\n"}, "one ordinary user"),
+    "a user of the image": ({"environment/Dockerfile": "FROM ubuntu\nUSER bob\n"}, "no line above makes the user"),
     "packages of the world": ({"environment/Dockerfile": "FROM a\nRUN apt-get install -y jq\n"}, "host_packages=True"),
 }
 

@@ -21,6 +21,7 @@ from backtalk.envs.base import Step, WorldReport
 from backtalk.errors import ConfigError, SandboxError, TaskError, VerifierError
 from backtalk.messages import Message, Part, ToolCall, ToolSpec, truncate_text
 from backtalk.sandboxes.base import DEFAULT_PATH, HOME, ExecResult, Sandbox, SandboxBackend, SandboxFile, SandboxLimits
+from backtalk.sandboxes.images.users import PASSWD
 from backtalk.settings import check_choices
 from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import TokenRole
@@ -244,6 +245,8 @@ async def set_up_task(sandbox: Sandbox, task: Task) -> None:
         SandboxError: the sandbox broke, or a setup command failed.
     """
     await sandbox.put(task.files)
+    if PASSWD in task.files:
+        await _take_over_users(sandbox)
     for number, command in enumerate(_setup_commands(task)):
         result = await sandbox.exec(command, timeout_s=SETUP_TIMEOUT_S)
         if result.timed_out or result.exit_code != 0:
@@ -252,6 +255,13 @@ async def set_up_task(sandbox: Sandbox, task: Task) -> None:
                 f"setup command {number} of task {task.id!r} {what}, so the task cannot start; it runs "
                 f"offline and as one ordinary user:\n{command[:500]}\n{result.output[-1000:]}"
             )
+
+
+async def _take_over_users(sandbox: Sandbox) -> None:
+    """Begin a new session, since one keeps the table of users that it began with; its variables and folder stay."""
+    state = await sandbox.exec("export -p; printf 'cd %q\\n' \"$PWD\"", timeout_s=SETUP_TIMEOUT_S)
+    await sandbox.restart()
+    await sandbox.exec(state.output, timeout_s=SETUP_TIMEOUT_S)
 
 
 def _setup_commands(task: Task) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,16 @@ RESERVE_BYTES = 1 << 20
 _PROGRAMS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")  # on most systems links into /usr
 # bubblewrap in a chosen root. It lies in "/" itself, so that an agent can rename no folder above it.
 _TOOLS = "/.bwrap"
-_FOLDERS = (HOME, "/app", "/logs", "/opt", "/root", "/run", "/srv", "/tests", "/var/cache", "/var/lib", "/var/log")
+USR_SRC = "/usr/src"  # without programs, so that a session has one of its own there, to write to
+_OWN_USR_SRC = "/run/usr-src"
+# Folders that images have and that programs of this machine would look for.
+IMAGE_FOLDERS = (
+    "/app", "/logs", "/mnt", "/opt", "/root", "/srv", "/tests", "/var/backups", "/var/cache", "/var/lib", "/var/log",
+    "/var/mail", "/var/spool/cron/crontabs", "/var/www",
+    *(f"/etc/cron.{name}" for name in ("d", "daily", "hourly", "monthly", "weekly")),
+    *(f"/etc/{name}" for name in ("default", "init.d", "logrotate.d", "profile.d", "sudoers.d", "systemd/system")),
+)  # fmt: skip
+_FOLDERS = (HOME, "/run", *IMAGE_FOLDERS)
 LINKS_OF_HOST = {"/etc/localtime": "/usr/share/zoneinfo/UTC", "/etc/os-release": "../usr/lib/os-release"}
 _SHARED_FOLDERS = ("/run/shm", "/tmp", "/var/tmp")
 # Written by the holder; the session mounts them read-only.
@@ -44,7 +54,8 @@ FIXED_FILES = {
     "/etc/ld.so.preload": "",
     RESERVE_FILE: "",
 }
-SESSION_FOLDERS = (HOME, "/tmp", "/run/shm", "/etc", "/var/tmp")  # no session, or no verifier, works without them
+# No session, or no verifier, works without them.
+SESSION_FOLDERS = (HOME, "/tmp", "/run/shm", "/etc", "/var/tmp", _OWN_USR_SRC)
 
 
 def outer_argv(
@@ -102,7 +113,20 @@ def programs_of_host(machine: Machine) -> list[str]:
     argv += ["--proc", "/proc", "--dev", "/dev", "--dir", "/etc"]
     for path in sorted(str(path) for pattern in ETC_WITH_CODE for path in Path("/etc").glob(pattern)):
         argv += ["--ro-bind", path, path]
-    return argv
+    return argv + _python_of_host()
+
+
+def _python_of_host() -> list[str]:
+    """Return options that show this machine's python3 as python too, where it has none: in a folder that is empty."""
+    python3, empty = shutil.which("python3", path=DEFAULT_PATH), "/usr/local/sbin"
+    if python3 is None or shutil.which("python", path=DEFAULT_PATH) or not os.path.isdir(empty) or os.listdir(empty):
+        return []
+    return ["--tmpfs", empty, "--symlink", python3, f"{empty}/python", "--remount-ro", empty]
+
+
+def gives_python() -> bool:
+    """Return whether sandboxes have a python that this machine has not."""
+    return bool(_python_of_host())
 
 
 def _programs_of_root(root: Root) -> list[str]:
@@ -165,6 +189,9 @@ def inner_argv(machine: Machine, *, info_fd: int, root: Root | None = None) -> l
     argv += ["--as-pid-1", "--json-status-fd", str(info_fd), "--bind", "/", "/", "--bind", "/etc", "/etc"]
     for path in FIXED_FILES:
         argv += ["--ro-bind", path if path != RESERVE_FILE else "/dev/null", path]
+    usr_src = Path(USR_SRC) if root is None or not root.programs else root.folder / USR_SRC[1:]
+    if usr_src.is_dir() and (root is None or not root.programs or not any(usr_src.iterdir())):
+        argv += ["--bind", _OWN_USR_SRC, USR_SRC]
     argv += ["--proc", "/proc", "--remount-ro", "/proc"]
     argv += ["--dev", "/dev", "--bind", "/run/shm", "/dev/shm", "--remount-ro", "/dev"]
     argv += ["--chdir", HOME, "--clearenv"]

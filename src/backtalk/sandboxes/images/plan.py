@@ -100,6 +100,7 @@ class Copy(Step):
     sources: tuple[Source, ...]
     to: str
     mode: int | None = None
+    owner: str = ""  # of --chown
 
     @property
     def arguments(self) -> tuple[str, ...]:
@@ -293,7 +294,7 @@ def _read_copy(plan: Plan, instruction: Instruction) -> Copy:
     """Return the step of a COPY or an ADD."""
     stage, folder, is_add = plan.last, plan.path.parent, instruction.keyword == "ADD"
     flags, text = split_flags(instruction.text)
-    mode, origin = None, None
+    mode, origin, owner = None, None, ""
     for name, _, value in (flag.partition("=") for flag in flags):
         if name == "chmod":
             mode = int(value, 8)
@@ -304,7 +305,9 @@ def _read_copy(plan: Plan, instruction: Instruction) -> Copy:
                     f"--from={value} cannot be carried out: no stage above has that name, and there is no "
                     "image to copy from"
                 )
-        elif name not in ("chown", "link"):  # there is one user, and nothing to link to
+        elif name == "chown":
+            owner = value
+        elif name != "link":  # there is nothing to link to
             raise ValueError(
                 f"--{name} cannot be carried out; leave it out, and name the files to {instruction.keyword}"
             )
@@ -334,6 +337,7 @@ def _read_copy(plan: Plan, instruction: Instruction) -> Copy:
         sources=named,
         to=to + "/" if is_folder and to != "/" else to,
         mode=mode,
+        owner=owner,
     )
 
 

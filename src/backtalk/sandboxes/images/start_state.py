@@ -7,8 +7,9 @@ read-only, has no network, and one ordinary user who owns every file. So here, a
     COPY, ADD   write plain files before anything runs, or in their turn if a command ran before;
                 archives, links to folders and paths among this machine's programs are refused
     RUN         is run by ``bash -e``. Package managers are refused, or left out if this machine has the packages
-                (``host_packages``); downloads are refused; so is making users, unless ``||`` follows
-    USER        may name root, which stands for the one user
+                (``host_packages``); downloads are refused; so are writes among this machine's programs. Users that it
+                makes are names of the one user (`users`)
+    USER        names the one user, who is root in name until then
     SHELL       may name sh and bash
 """
 
@@ -17,21 +18,28 @@ from __future__ import annotations
 import posixpath
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from backtalk.errors import ConfigError, TaskError
 from backtalk.sandboxes.base import DEFAULT_PATH, SandboxFile
+from backtalk.sandboxes.images.commands import (
+    PACKAGES,
+    PYTHON_LINK,
+    WHY_NOT_THERE,
+    is_program_path,
+    program_written_to,
+    with_host_packages,
+    writable_program_folders,
+)
 from backtalk.sandboxes.images.plan import COPY_SCRIPT, Copy, Run, Shell, Source, Step, User, Workdir, read_plan
 from backtalk.sandboxes.images.shellwords import split_list
-from backtalk.sandboxes.root import PROGRAM_FOLDERS
+from backtalk.sandboxes.images.users import PASSWD, Users
 
-_PACKAGES = re.compile(r"(?:\w+=\S+\s+)*(?:apt-get|apt|apk|yum|dnf|npm|pip3?|python3?\s+-m\s+pip|uv\s+pip|conda)\s")
-_AFTER_PACKAGES = re.compile(r"(?:rm\s+-rf\s+/var/lib/apt/lists/?\*?|ln\s+-sf?\s+/usr/bin/python3\s+/usr/bin/python)$")
+_AFTER_PACKAGES = re.compile(r"rm\s+-rf\s+/var/lib/apt/lists/?\*?$")
 _NETWORK = re.compile(r"\b(?:curl|wget|git\s+clone)\b.*\bhttps?://(?!localhost|127\.)")
 _FILE_STATE = re.compile(r"(chmod) ([0-7]{3,4}) (.+)|(touch) -d @(-?\d+) (.+)")
-_MAKES_USERS = re.compile(r"(?:useradd|adduser|usermod|userdel|groupadd|addgroup|groupmod|chpasswd|passwd)\s")
 ONE_USER = "a sandbox has one ordinary user; leave it out if the task does not depend on the user"
 _IN_EVERY_IMAGE = ("/", "/etc", "/home", "/mnt", "/opt", "/root", "/srv", "/tmp", "/var")
 
@@ -51,12 +59,15 @@ class StartState:
     folders: set[str] = field(default_factory=lambda: {*_IN_EVERY_IMAGE})  # known, which decides what COPY x /y means
     notes: list[str] = field(default_factory=list)
     installs: list[str] = field(default_factory=list)  # commands left out, because this machine has what they install
+    needs: list[str] = field(default_factory=list)  # commands that the image would have, and this machine has to have
+    users: Users = field(default_factory=Users)
 
     def commands(self, workdir: str) -> tuple[str, ...]:
         """Return the setup commands of a task whose commands start in ``workdir``."""
         setup = list(self.setup)
-        if setup and not _is_below(workdir, self.workdir):
-            setup.insert(0, ("/", f"mkdir -p {shlex.quote(self.workdir)}"))
+        made = [] if _is_below(workdir, self.workdir) else [self.workdir]
+        if made := list(dict.fromkeys([*self.users.to_make, *made])):
+            setup.insert(0, ("/", shlex.join(["mkdir", "-p", *made])))
         return tuple(command if at == workdir else f"cd {shlex.quote(at)}\n{command}" for at, command in setup)
 
 
@@ -82,7 +93,20 @@ def read_dockerfile(folder: Path, *, host_packages: bool) -> StartState:
             _carry_out(state, step)
         except (TaskError, ValueError) as error:  # ValueError: shlex
             raise TaskError(f"{path}, line {step.line}: {step.keyword}: {error}") from error
+    _settle_users(state, plan.last.steps)
     return state
+
+
+def _settle_users(state: StartState, steps: Sequence[Step]) -> None:
+    """Add the tables of users, and the variables of the user whom the last USER names."""
+    if PASSWD in state.files:  # the task brings its own
+        state.users.to_make.clear()
+        return
+    state.files |= {path: SandboxFile(text.encode()) for path, text in state.users.tables().items()}
+    last = next((step for step in reversed(steps) if isinstance(step, User)), None)
+    if last is not None and not last.is_root and state.users.homes and not last.name[0].isdigit():
+        name, home = next(iter(state.users.homes.items()))
+        state.env = {"HOME": home, "USER": name, "LOGNAME": name} | state.env
 
 
 def read_file(path: Path, root: Path) -> SandboxFile:
@@ -111,12 +135,14 @@ def read_tree(folder: Path, root: Path | None = None) -> dict[str, SandboxFile]:
 def _carry_out(state: StartState, step: Step) -> None:
     """Add one step to the start state."""
     match step:
+        case Workdir(path=path) if is_program_path(path):
+            raise TaskError(f"{path} {WHY_NOT_THERE}")
         case Workdir(path=path):
             if path not in state.folders and not _is_below(state.workdir, path):
                 state.setup.append(("/", f"mkdir -p {shlex.quote(path)}"))
             state.folders.add(path)
         case User(name=name) if not step.is_root:
-            raise TaskError(f"{name!r} cannot be carried out: {ONE_USER}")
+            state.users.enter(name, state.image or "", installs=bool(state.installs))
         case Shell(words=words) if posixpath.basename(words[0]) not in ("sh", "bash"):
             raise TaskError(f"commands are run by bash, and {' '.join(words)} is another shell")
         case Copy():
@@ -128,9 +154,12 @@ def _carry_out(state: StartState, step: Step) -> None:
 def _copy(state: StartState, copy: Copy) -> None:
     """Add the files of a COPY, or the command that copies them in its turn."""
     trees = [(source, _read_source(state, source, copy.mode)) for source in copy.sources]
-    if copy.to.split("/")[1] in PROGRAM_FOLDERS:
-        raise TaskError(f"{copy.to} is among this machine's own programs, which a sandbox cannot change; use /opt")
-    if state.ran:  # a command may have made any folder, so that only then is it known whether the destination is one
+    if is_program_path(copy.to):
+        raise TaskError(f"{copy.to} {WHY_NOT_THERE}")
+    if copy.owner:
+        state.notes.append("a sandbox's one user owns every file: --chown does nothing")
+    # A command may have made any folder, so that only then is it known whether the destination is one.
+    if state.ran or copy.to.startswith(writable_program_folders()):
         stage = f"/.copy-{copy.line}"
         for source, tree in trees:
             state.files |= {f"{stage}/{source.name}/{path}".rstrip("/"): file for path, file in tree}
@@ -179,15 +208,17 @@ def _run(state: StartState, run: Run) -> None:
         return
     if _NETWORK.search(outside):
         raise TaskError(f"{kept[:200]!r} needs the network, and a sandbox has none; put the files there with COPY")
-    if found := [part for _, part in parts if _MAKES_USERS.match(part) and "||" not in part]:
-        raise TaskError(f"{found[0]!r} makes or changes users, and {ONE_USER}, or let it fail: {found[0]} || true")
-    if run.before:
-        state.notes.append(f"a sandbox's one user owns every file: chown and chgrp do nothing in {outside[:200]}")
+    for _, part in parts:
+        if path := program_written_to(part):
+            raise TaskError(f"{part[:200]!r} cannot write there: {path} {WHY_NOT_THERE}")
+    before, notes = state.users.stand_in(outside, {**run.args, **run.env})
+    state.notes += notes
+    state.needs += state.users.commands
     if re.fullmatch(r"mkdir -p( [\w./-]+)+", kept):
         state.folders |= {posixpath.normpath(posixpath.join(run.workdir, word)) for word in kept.split()[2:]}
     else:
         state.ran = True
-    state.setup.append((run.workdir, _shell_state(state, run) + run.before + kept))
+    state.setup.append((run.workdir, _shell_state(state, run) + before + kept))
 
 
 def _shell_state(state: StartState, run: Run) -> str:
@@ -219,10 +250,14 @@ def _set_file_states(state: StartState, command: str) -> bool:
 
 def _without_packages(state: StartState, command: str, parts: list[tuple[str, str]]) -> str | None:
     """Return the command without package managers, which cannot run offline; None if nothing is left."""
-    packages = [part for _, part in parts if _PACKAGES.match(part)]
-    if not packages:
+    links = [part for _, part in parts if PYTHON_LINK.match(part)]
+    state.needs += ["python"] * bool(links)
+    packages = [part for _, part in parts if PACKAGES.match(part)]
+    if state.host_packages:
+        command, parts = with_host_packages(command), [(before, with_host_packages(part)) for before, part in parts]
+    if not packages and (not links or "\n" in command):
         return command
-    if not state.host_packages:
+    if packages and not state.host_packages:
         raise TaskError(
             f"{packages[0]!r} needs the network, and a sandbox has none; install the packages on this machine, then "
             "read the task with host_packages=True, and the line is left out"
@@ -231,7 +266,8 @@ def _without_packages(state: StartState, command: str, parts: list[tuple[str, st
         raise TaskError(f"{packages[0]!r} stands in a script; give it a RUN line of its own, to be left out")
     state.installs += packages
     state.notes += [f"left out, this machine's packages are used: {part}" for part in packages]
-    kept = [(before, part) for before, part in parts if not _PACKAGES.match(part) and not _AFTER_PACKAGES.match(part)]
+    left_out = [PYTHON_LINK, *([PACKAGES, _AFTER_PACKAGES] if packages else [])]
+    kept = [(before, part) for before, part in parts if not any(pattern.match(part) for pattern in left_out)]
     return "".join(part if not at else f" {before} {part}" for at, (before, part) in enumerate(kept)) or None
 
 

@@ -22,7 +22,7 @@ from types import MappingProxyType
 
 from backtalk.errors import SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import HOME, BackendReport, ExecResult, SandboxFile, SandboxLimits
-from backtalk.sandboxes.bubblewrap.layers import FIXED_FILES, SESSION_FOLDERS
+from backtalk.sandboxes.bubblewrap.layers import FIXED_FILES, IMAGE_FOLDERS, SESSION_FOLDERS
 from backtalk.sandboxes.files import clean_path, remove_tree
 from backtalk.sandboxes.machine.probe import probe, run_trial
 from backtalk.sandboxes.machine.seccomp import seccomp_program
@@ -37,7 +37,6 @@ from backtalk.sandboxes.sandlock.keeper import (
 from backtalk.sandboxes.session.shell import Session
 
 _NO_ENV: Mapping[str, str] = MappingProxyType({})
-_FOLDERS = ("/app", "/logs", "/opt", "/root", "/srv", "/tests", "/var/cache", "/var/lib", "/var/log")
 _SHARED = ("/tmp", "/var/tmp", "/run/shm")
 _PREFIX = "backtalk-sandlock-"
 _INSTALL = "pip install 'backtalk[sandlock]'"
@@ -90,7 +89,7 @@ class SandlockSandbox:
 
     async def start(self) -> None:
         """Start the first session. Called once, by the backend."""
-        for path in _FOLDERS:
+        for path in IMAGE_FOLDERS:
             self._files.make_folder(path)
         await self._session.begin()
 
