@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import pkgutil
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, reduce
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -189,6 +191,7 @@ def _repair(plain: Any, mistake: ErrorDetails) -> bool:
 
 def _explain(kind: Any, plain: Any, mistakes: list[ErrorDetails], prefix: str) -> ConfigError:
     """Return the error to raise for the deepest mistake, as a union gives one for each of its members."""
+    mistakes = _of_nearest_alternatives(plain, mistakes)
     paths = [_path(plain, mistake) + [*mistake["loc"][-1:]] * (mistake["type"] == "missing") for mistake in mistakes]
     telling = ("value_error", "extra_forbidden", "unexpected_keyword_argument")
     deepest = max(range(len(paths)), key=lambda n: (len(paths[n]), mistakes[n]["type"] in telling))
@@ -216,6 +219,24 @@ def _explain(kind: Any, plain: Any, mistakes: list[ErrorDetails], prefix: str) -
             problem = _WRONG_KIND.get(other.partition("_")[0], f"cannot work: {mistake['msg']}")
             message = f"{key or 'the file'}={value!r} {problem}"
     return ConfigError(message)
+
+
+def _of_nearest_alternatives(plain: Any, mistakes: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Leave out the mistakes of an alternative, such as a schedule, whose keys the data has less of than another's."""
+    wrong_keys: dict[tuple[Any, ...], dict[Any, float]] = defaultdict(lambda: defaultdict(float))
+    places: list[tuple[tuple[Any, ...], Any]] = []
+    for mistake in mistakes:  # at a key of the data, then the name of the alternative, or nothing
+        loc, depth = mistake["loc"], 0
+        while depth < len(loc) and _path(plain, {**mistake, "loc": loc[: depth + 1]}) == [*loc[: depth + 1]]:
+            depth += 1
+        place, name = loc[:depth], loc[depth] if depth < len(loc) else None
+        places.append((place, name))
+        if mistake["type"].endswith("_type") and depth == len(loc) - 1:
+            wrong_keys[place][name] = math.inf
+        else:
+            wrong_keys[place][name] += mistake["type"] in ("missing", "extra_forbidden", "unexpected_keyword_argument")
+    least = {place: min(names.values()) for place, names in wrong_keys.items()}
+    return [m for m, (place, name) in zip(mistakes, places, strict=True) if wrong_keys[place][name] == least[place]]
 
 
 def _unknown_setting(kind: Any, key: str, prefix: str) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from backtalk.errors import ConfigError
 from backtalk.objective.batch import TokenCounts, collate, token_temperatures, trained_mask
-from backtalk.objective.config import ObjectiveConfig, PolicyOptions, Schedule, WorldOptions
+from backtalk.objective.coefficient import Schedule
+from backtalk.objective.config import ObjectiveConfig, PolicyOptions, WorldOptions
 from backtalk.objective.forms import (
     cispo_surrogate,
     clipped_mae,

@@ -15,12 +15,12 @@ from backtalk.engines.torch.engine import TorchConfig, TorchEngine
 from backtalk.errors import DataError
 from backtalk.objective import objective
 from backtalk.objective.batch import TokenCounts, collate
+from backtalk.objective.coefficient import Schedule
 from backtalk.objective.config import (
     LengthPenalty,
     ObjectiveConfig,
     PolicyNormalizer,
     PolicyOptions,
-    Schedule,
     WorldNormalizer,
     WorldOptions,
 )

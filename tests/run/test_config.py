@@ -10,7 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from backtalk.errors import ConfigError
-from backtalk.objective.config import Schedule
+from backtalk.objective.coefficient import Schedule, Share
 from backtalk.run.config import (
     TrainConfig,
     config_from_dict,
@@ -219,3 +219,27 @@ def test_a_coefficient_may_be_a_schedule() -> None:
     assert load_config("triage", one_by_one).objective.world_model_coeff == Schedule({0: 0.1, 50: 0.0})
     with pytest.raises(ConfigError, match=r"world_model_coeff\.shap"):
         load_config("triage", ["objective.world_model_coeff={shap: steps, points: {0: 0.1}}"])
+
+
+def test_a_coefficient_may_be_a_share() -> None:
+    config = load_config("triage", ["objective.world_model_coeff={share: 0.2, max: 1e-1}"])
+    assert config.objective.world_model_coeff == Share(0.2, max=0.1)
+    assert config_from_dict(config_to_dict(config)) == config
+    falls = load_config("triage", ["objective.world_model_coeff={share: {points: {0: 0.3, 100: 0}, shape: linear}}"])
+    assert falls.objective.world_model_coeff == Share(Schedule({0: 0.3, 100: 0.0}))
+    assert config_from_dict(config_to_dict(falls)) == falls
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("{shar: 0.2}", r"'objective.world_model_coeff.shar'; did you mean 'objective.world_model_coeff.share'"),
+        ("{share: 0.2, mx: 1}", r"coeff.mx'; did you mean 'objective.world_model_coeff.max'"),
+        ("{share: high}", r"objective.world_model_coeff.share='high' is not a number"),
+        ("{share: 1.5}", r"share=1.5 of world_model_coeff leaves nothing"),
+        ("{share: {points: {4: 0.1}}}", r"schedule points are at steps \[4\]"),
+    ],
+)
+def test_a_mistake_in_a_share_is_told_as_one(value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config("triage", [f"objective.world_model_coeff={value}"])

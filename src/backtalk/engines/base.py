@@ -31,7 +31,11 @@ class Engine(Protocol):
         ...
 
     async def train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
-        """Take one optimizer step over all samples and return its metrics. The version goes up by 1."""
+        """Take one optimizer step over all samples and return its metrics. The version goes up by 1.
+
+        An engine with a true attribute ``measures_gradients`` takes a ``Share`` as the world-model coefficient, and
+        returns the coefficient that it used as the metric ``world_model_coeff``.
+        """
         ...
 
     async def score(self, trajectories: Sequence[Trajectory]) -> list[list[float]]:

@@ -16,6 +16,7 @@ from backtalk.engines.copied import copied_mask
 from backtalk.objective.batch import Batch, TokenCounts, collate, policy_mask, target_mask
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.forms import kl_to_reference, sequence_ratio
+from backtalk.objective.gradients import TermGradients
 from backtalk.objective.loss import policy_weights, world_weights
 from backtalk.objective.samples import Sample, to_samples
 from backtalk.trajectory import TokenRole, Trajectory
@@ -158,8 +159,9 @@ def _balance(gradients_BT: Tensor, batch: Batch, counts: TokenCounts, config: Ob
 def _gradient_norms(record: StepRecord, batch: Batch, config: ObjectiveConfig) -> dict[str, float]:
     """Compute each term's gradient norm at the last hidden states.
 
-    There the state before a token belongs to the term of that token alone, so the terms can be told apart at no cost;
-    in the layers below their gradients mix.
+    There the state before a token belongs to the term of that token alone, so the terms can be told apart at no cost.
+    In the weights below they are sums over tokens, in which policy gradients of either sign cancel and those of a
+    cross-entropy add up, so the ratio over the weights (``term_metrics``) is several times this one.
     """
     has_policy = config.policy_coeff > 0 and bool(policy_mask(batch).any())
     has_world = config.world_coeff > 0 and bool(target_mask(batch, config).any())
@@ -169,6 +171,16 @@ def _gradient_norms(record: StepRecord, batch: Batch, config: ObjectiveConfig) -
         "policy_grad_norm": policy,
         "world_grad_norm": world,
         "grad_norm_ratio": world / policy if policy else math.nan,  # a policy gradient of 0 has nothing to compare
+    }
+
+
+def term_metrics(terms: TermGradients | None, coeff: float) -> dict[str, float]:
+    """Return the metrics of both terms' gradients over the trained weights; NaN in a step that did not measure them."""
+    return {
+        "policy_grad_norm_weights": math.nan if terms is None else terms.policy_norm,
+        "world_grad_norm_weights": math.nan if terms is None else terms.world_norm,
+        "world_grad_share": math.nan if terms is None else terms.world_share(coeff),
+        "grad_cosine": math.nan if terms is None else terms.cosine,
     }
 
 

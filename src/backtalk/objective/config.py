@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Literal
 
 from backtalk.errors import ConfigError
 from backtalk.objective.advantages import AdvantageEstimator
+from backtalk.objective.coefficient import Schedule, Share
 from backtalk.objective.roles import TARGET_ROLES, WorldLossTarget
 from backtalk.settings import check_choices
 
@@ -21,35 +20,11 @@ WorldNormalizer = Literal["sequence_mean", "sequence_mean_selected", "token_mean
 ZeroAdvantageSteps = Literal["scaled", "full"]
 
 ROLE_NAMES = {target: tuple(role.name.lower() for role in roles) for target, roles in TARGET_ROLES.items()}
+NO_SHARE = (
+    "world_model_coeff is a share of the gradient, which only an engine that measures both terms' gradients can turn "
+    "into a number; use engine.kind=torch with engine.measure_gradients_every above 0, or a number, for example 0.05"
+)
 TOOL_PREFIX = "tool:"  # of a tool's name in WorldOptions.weights
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """A coefficient over the training steps: interpolated (``linear``), or constant between points (``steps``).
-
-    ``points`` maps steps to values, from step 0 on; after the last point the value stays.
-    """
-
-    points: Mapping[int, float]
-    shape: Literal["linear", "steps"] = "linear"
-
-    def __post_init__(self) -> None:
-        steps = list(self.points)
-        if steps[:1] != [0] or any(a >= b for a, b in pairwise(steps)):
-            raise ConfigError(f"schedule points are at steps {steps}; start at 0 and go up, as in {{0: 0.05, 100: 0}}")
-        if not all(math.isfinite(value) and value >= 0 for value in self.points.values()):
-            raise ConfigError(f"schedule values {list(self.points.values())} must be finite and >= 0")
-        check_choices(self)
-
-    def at(self, step: int) -> float:
-        """Return the value at a training step, counted from 0."""
-        steps, values = list(self.points), list(self.points.values())
-        k = bisect_right(steps, max(step, 0)) - 1
-        if self.shape == "steps" or k + 1 == len(steps):
-            return values[k]
-        share = (step - steps[k]) / (steps[k + 1] - steps[k])
-        return values[k] + share * (values[k + 1] - values[k])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,8 +158,9 @@ class ObjectiveConfig:
 
     policy_coeff: float = 1.0
     """0 learns from observations alone and needs no verifier."""
-    world_model_coeff: float | Schedule = 0.05
-    """Lambda: a number, or a schedule {points: {0: 0.05, 100: 0}, shape: linear or steps}."""
+    world_model_coeff: float | Schedule | Share = 0.05
+    """Lambda: a number, a schedule {points: {0: 0.05, 100: 0}, shape: linear or steps}, or a {share: 0.2} of the
+    gradient over the weights."""
     clip: tuple[float, float] = (0.2, 0.2)
     """eps_low, eps_high of the ratio."""
     policy_normalizer: PolicyNormalizer = "sequence_mean"
@@ -200,7 +176,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         coeff = self.world_model_coeff
-        coefficients = (self.policy_coeff, max(coeff.points.values()) if isinstance(coeff, Schedule) else coeff)
+        coefficients = (self.policy_coeff, coeff.largest if isinstance(coeff, Schedule | Share) else coeff)
         if not all(0 <= c < math.inf for c in coefficients) or not any(coefficients):
             raise ConfigError(
                 f"policy_coeff={self.policy_coeff}, world_model_coeff={self.world_model_coeff}: a negative coefficient "
@@ -210,6 +186,11 @@ class ObjectiveConfig:
             raise ConfigError(
                 "policy_coeff=0 with a schedule of world_model_coeff: the optimizer takes the scale of a lone term out "
                 "again; use a constant, and schedule the learning rate instead"
+            )
+        if isinstance(coeff, Share) and self.policy_coeff == 0:
+            raise ConfigError(
+                "policy_coeff=0 with a share of world_model_coeff: the world-model term is then all of the gradient; "
+                "use a number, for example world_model_coeff=1"
             )
         eps_low, eps_high = self.clip
         if not (0 <= eps_low <= 1 and 0 <= eps_high < math.inf):
@@ -231,21 +212,33 @@ class ObjectiveConfig:
             )
 
     def at(self, step: int) -> ObjectiveConfig:
-        """Return a copy with the coefficient of a training step, counted from 0, in place of a schedule."""
+        """Return a copy with the coefficient of a training step, counted from 0, in place of a schedule.
+
+        A share stays: an engine that measures gradients puts the coefficient of the step in its place.
+        """
         if not isinstance(self.world_model_coeff, Schedule):
             return self
         return replace(self, world_model_coeff=self.world_model_coeff.at(step))
+
+    def has_world_term(self, step: int) -> bool:
+        """Return whether the world-model term has a coefficient, or a share, above 0 at a training step."""
+        coeff = self.world_model_coeff
+        return (coeff.at(step) if isinstance(coeff, Schedule | Share) else coeff) > 0
 
     @property
     def world_coeff(self) -> float:
         """Return ``world_model_coeff`` as a number.
 
         Raises:
-            ConfigError: it is a schedule, so it depends on the step.
+            ConfigError: it is a schedule, so it depends on the step, or a share, so it depends on gradients.
         """
-        if isinstance(self.world_model_coeff, Schedule):
-            raise ConfigError("world_model_coeff is a schedule, which has no one value; pass config.at(step)")
-        return self.world_model_coeff
+        match self.world_model_coeff:
+            case Schedule():
+                raise ConfigError("world_model_coeff is a schedule, which has no one value; pass config.at(step)")
+            case Share():
+                raise ConfigError(NO_SHARE)
+            case number:
+                return number
 
 
 def require_max_seq_len(max_seq_len: int | None) -> int:

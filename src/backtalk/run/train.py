@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +16,8 @@ from backtalk.engines.choose import open_engine
 from backtalk.engines.guard import step_warnings
 from backtalk.errors import ConfigError, DataError
 from backtalk.language.renderer import Renderer
+from backtalk.objective.coefficient import Share
+from backtalk.objective.config import NO_SHARE
 from backtalk.objective.samples import build_samples
 from backtalk.objective.shuffled import shuffle_observations
 from backtalk.objective.weights import step_weights
@@ -156,6 +159,10 @@ class Run:
         self.pools = train_tasks(config, worlds)
         self.held_out = held_out_tasks(config, worlds)
         self.engine = open_engine(config.engine, seed=config.seed)
+        if isinstance(config.objective.world_model_coeff, Share) and not getattr(
+            self.engine, "measures_gradients", False
+        ):
+            raise ConfigError(NO_SHARE)
         self.renderer = Renderer(self.engine.tokenizer, (), config.renderer)  # each rollout adds its tools
         self.params = config.sampling_params
         self.limits = worlds.fit_concurrency(self.notice)
@@ -184,7 +191,7 @@ class Run:
             group_size=config.group_size,
             key=f"train/{step}",
         )
-        check_rollouts(groups, f"step {step}", observations_teach=config.objective.at(step).world_coeff > 0)
+        check_rollouts(groups, f"step {step}", observations_teach=config.objective.has_world_term(step))
         return groups, time.monotonic() - started
 
     async def train_step(
@@ -201,6 +208,8 @@ class Run:
         if objective.world.observations == "shuffled":
             samples = shuffle_observations(samples, objective.world_loss_target, key=f"{config.seed}/{step}")
         metrics = await engine.train_step(samples, objective)
+        used = metrics.get("world_model_coeff", objective.world_model_coeff)  # a number, where it was a share
+        objective = replace(objective, world_model_coeff=used)
         if not metrics.get("skipped"):
             log.write_weights(step, groups, step_weights(samples, objective))
         rolled = rollout_metrics(groups)

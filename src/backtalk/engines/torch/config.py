@@ -38,6 +38,8 @@ class TorchConfig:
     """Put several samples into one row; auto does where attention is made for it."""
     gradient_checkpointing: bool = False
     """Use less memory, for one more forward pass."""
+    measure_gradients_every: int = 16
+    """Steps between exact measurements of both terms' gradients over all trained weights; 0 for none."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 trains every weight."""
     threads: int | None = None
@@ -49,6 +51,7 @@ class TorchConfig:
             "warmup_steps": 0,
             "weight_decay": 0,
             "max_tokens_per_microbatch": 1,
+            "measure_gradients_every": 0,
             "lora_rank": 0,
             "threads": 1,
         }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from backtalk.engines.guard import step_warnings
-from backtalk.engines.metrics import StepRecord, token_metrics
+from backtalk.engines.metrics import StepRecord, term_metrics, token_metrics
 from backtalk.engines.torch import checkpoint as checkpoints
 from backtalk.engines.torch.config import TorchConfig
+from backtalk.engines.torch.gradients import GradientSum
 from backtalk.engines.torch.logprobs import Scores, TokenScorer
 from backtalk.engines.torch.model import (
     add_lora,
@@ -39,7 +40,9 @@ from backtalk.errors import ConfigError, DataError
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.language.tokenizer import load_tokenizer, model_location
 from backtalk.objective.batch import Batch, TokenCounts, collate, measured_mask, token_temperatures, trained_mask
-from backtalk.objective.config import ObjectiveConfig
+from backtalk.objective.coefficient import CoefficientController, Share
+from backtalk.objective.config import NO_SHARE, ObjectiveConfig
+from backtalk.objective.gradients import TermGradients, term_gradients
 from backtalk.objective.loss import objective, world_weights
 from backtalk.objective.samples import Sample, to_samples
 from backtalk.rollout.sampler import Sampler, SamplingParams
@@ -81,6 +84,8 @@ class TorchEngine:
         self._tools: set[str] = set()  # seen in samples so far
         self._warned: set[str] = set()  # metrics that the last step warned of
         self._optimizer = StepOptimizer(self.model.parameters(), config)
+        self._controller = CoefficientController()
+        self._measured_at: int | None = None  # step of the last measurement of both terms' gradients
         self._policy_version = 0
         self._stop_token_ids: frozenset[int] | None = None
 
@@ -88,6 +93,11 @@ class TorchEngine:
     def policy_version(self) -> int:
         """Return the number of train steps taken so far, skipped ones included."""
         return self._policy_version
+
+    @property
+    def measures_gradients(self) -> bool:
+        """Return whether ``train_step`` measures both terms' gradients, and so takes a share as the coefficient."""
+        return self.config.measure_gradients_every > 0
 
     @property
     def pad_token_id(self) -> int:
@@ -116,8 +126,10 @@ class TorchEngine:
         Returns the metrics listed in ``backtalk.run.log.metrics``, with the same names in every step (tools: those seen
         so far); NaN where there was nothing to measure.
         """
-        config = config.at(self._policy_version)
-        metrics = await self._in_worker(lambda: self._train_step(samples, config))
+        if isinstance(config.world_model_coeff, Share) and not self.measures_gradients:
+            raise ConfigError(NO_SHARE)
+        metrics = await self._in_worker(lambda: self._train_step(samples, config.at(self._policy_version)))
+        config = replace(config, world_model_coeff=metrics["world_model_coeff"])
         if metrics["skipped"]:
             log.warning(
                 "step %d changed nothing: %d rows with a reward, %d target tokens, gradient norm %s",
@@ -155,6 +167,10 @@ class TorchEngine:
     def _train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
         """Take an optimizer step and return its metrics."""
         counts = TokenCounts.of(samples, config.world_loss_target)
+        terms = self._measure(samples, counts, config) if self._is_measured(samples, config) else None
+        if isinstance(config.world_model_coeff, Share):
+            coeff = self._controller.coefficient(config.world_model_coeff, self._policy_version)
+            config = replace(config, world_model_coeff=coeff)
         losses, record, has_gradient = self._accumulate(samples, counts, config)
         world_only = config.policy_coeff > 0 and config.world_coeff > 0 and record.policy_square == 0
         scaled = world_only and config.world.zero_advantage_steps == "scaled"
@@ -164,7 +180,36 @@ class TorchEngine:
         self._policy_version += 1
         self._tools.update(span.tool for sample in samples for span in sample.spans if span.tool is not None)
         tokens = token_metrics(record, counts, config, sorted(self._tools))
-        return losses | {"world_model_coeff": config.world_coeff} | tokens | update
+        coeff = config.world_coeff
+        return losses | {"world_model_coeff": coeff} | tokens | term_metrics(terms, coeff) | update
+
+    def _is_measured(self, samples: Sequence[Sample], config: ObjectiveConfig) -> bool:
+        """Return whether this step measures both terms' gradients: one is due, and the policy term has a gradient."""
+        every, last = self.config.measure_gradients_every, self._measured_at
+        if every == 0 or config.policy_coeff == 0 or (last is not None and self._policy_version - last < every):
+            return False
+        return any(s.has_reward and (s.advantage != 0 or config.policy.kl_coeff > 0) for s in samples)
+
+    def _measure(self, samples: Sequence[Sample], counts: TokenCounts, config: ObjectiveConfig) -> TermGradients:
+        """Measure both terms' gradients over the trained weights and tell the controller.
+
+        One forward and two backward passes of their own, so that the update's stay the same to the bit. They take two
+        more tensors the size of the trained weights.
+        """
+        both = replace(config, world_model_coeff=1.0)
+        policy_alone, world_alone = replace(config, world_model_coeff=0.0), replace(both, policy_coeff=0.0)
+        policy, world = GradientSum(self.model.parameters()), GradientSum(self.model.parameters())
+        self.model.train(self.config.gradient_checkpointing)
+        for _, batch, row_sizes in self._batches(samples, both):
+            logprobs_BT = self._scores(self._scorer, batch, row_sizes, both, counts).logprobs_BT
+            if logprobs_BT.requires_grad:
+                world.add(objective(logprobs_BT, batch, counts, world_alone)[0], keep_graph=True)
+                policy.add(objective(logprobs_BT, batch, counts, policy_alone)[0])
+        self.model.eval()
+        measured = term_gradients(policy.sums, world.sums)
+        self._controller.observe(measured.policy_norm, measured.world_norm)
+        self._measured_at = self._policy_version
+        return measured
 
     def _accumulate(
         self, samples: Sequence[Sample], counts: TokenCounts, config: ObjectiveConfig
@@ -173,10 +218,7 @@ class TorchEngine:
         losses: dict[str, float] = {"policy_loss": 0.0, "world_model_loss": 0.0, "total_loss": 0.0}
         record, has_gradient = StepRecord(), False
         self.model.train(self.config.gradient_checkpointing)  # which only works in that mode; dropout is 0 anyway
-        for part in self._micro_batches(samples):
-            batch, row_sizes = self._collate(part)
-            if config.policy.kl_coeff > 0:
-                batch = replace(batch, reference_logprobs_BT=self._reference_logprobs(batch, row_sizes, config))
+        for part, batch, row_sizes in self._batches(samples, config):
             scores = self._scores(self._scorer, batch, row_sizes, config, counts).keep_gradients()
             loss, terms = objective(scores.logprobs_BT, batch, counts, config)
             if loss.requires_grad:
@@ -190,6 +232,16 @@ class TorchEngine:
                 record.add_states(scores.states_ND.grad, batch.sampled_BT[scores.trained_BT])
         self.model.eval()
         return losses, record, has_gradient
+
+    def _batches(
+        self, samples: Sequence[Sample], config: ObjectiveConfig
+    ) -> Iterator[tuple[MicroBatch, Batch, list[int]]]:
+        """Yield the micro-batches of a step, with the reference's log-probabilities where the KL term reads them."""
+        for part in self._micro_batches(samples):
+            batch, row_sizes = self._collate(part)
+            if config.policy.kl_coeff > 0:
+                batch = replace(batch, reference_logprobs_BT=self._reference_logprobs(batch, row_sizes, config))
+            yield part, batch, row_sizes
 
     def _micro_batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
         return plan_micro_batches(samples, self.config.max_tokens_per_microbatch, packing=self._scorer.packs)
@@ -265,6 +317,7 @@ class TorchEngine:
                 copy.deepcopy(self._peft).merge_and_unload().save_pretrained(folder / "model")
             self.tokenizer.save_pretrained(folder / "model")
         state = {"policy_version": self._policy_version, "lora_rank": self.config.lora_rank, "model": self.config.model}
+        state |= {"measured_at": self._measured_at, "coefficient": self._controller.state_dict()}
         checkpoints.write_state(folder, state, self._optimizer.state_dict())
 
     def _read(self, folder: Path) -> None:
@@ -287,3 +340,6 @@ class TorchEngine:
                 f"checkpoint {folder} does not fit model={self.config.model!r}, dtype={self._dtype}: {error}"
             ) from error
         self._policy_version = state["policy_version"]
+        if "coefficient" in state:  # not in a checkpoint of an older version
+            self._measured_at = state["measured_at"]
+            self._controller.load_state_dict(state["coefficient"])

@@ -29,7 +29,7 @@ METRICS = {
     "policy_loss": "policy term",
     "world_model_loss": "world-model term",
     "total_loss": "both, with their coefficients",
-    "world_model_coeff": "of this step",
+    "world_model_coeff": "as used in this step",
     # Tokens.
     "sequences": "rows of the step",
     "rewarded_sequences": "rows with a reward",
@@ -61,7 +61,13 @@ METRICS = {
     "world_pull_share": "of the world-model term in the L1 norm of d(loss)/d(logprobs)",
     "policy_grad_norm": "at the last hidden states (the logits of a model that caps them), where the terms do not mix",
     "world_grad_norm": "at the same place",
-    "grad_norm_ratio": "the second over the first",
+    "grad_norm_ratio": "the second over the first, in every step; biased: over the weights the ratio is several times "
+    "larger, as policy gradients of either sign cancel between tokens there and those of a cross-entropy add up",
+    # Exact, over all trained weights, every engine.measure_gradients_every steps; else null.
+    "policy_grad_norm_weights": "of the policy term, policy_coeff included",
+    "world_grad_norm_weights": "of the world-model term at coefficient 1, whatever its coefficient is",
+    "world_grad_share": "w / (w + policy_grad_norm_weights), w = world_model_coeff * world_grad_norm_weights",
+    "grad_cosine": "between both terms' gradients: below 0 they pull against each other",
     "grad_norm": "of all weights, before clipping",
     "learning_rate": "as used",
     "update_scale": "below 1 where a step of the world-model term alone is held back",
