@@ -41,6 +41,13 @@ async def test_the_example_trains_and_a_resumed_run_goes_on_to_the_same_numbers(
     assert (measured.step, (await evaluate_run(tmp_path / "whole", base=True)).step) == (2, 0)
 
 
+async def test_a_share_needs_an_engine_that_measures_gradients(tmp_path: Path) -> None:
+    config = load_config(EXAMPLE, SMALL | {"steps": 1, "objective.world_model_coeff": {"share": 0.2}})
+    with pytest.raises(ConfigError, match=r"share of the gradient.*use engine.kind=torch"):
+        await train(config, tmp_path / "run")
+    assert not RunLog(tmp_path / "run").group_steps()
+
+
 async def test_a_table_of_zeros_scores_every_token_alike() -> None:
     engine = open_engine(load_config(EXAMPLE).engine)
     row = Trajectory(task_id="t", sample_index=0, segments=(Segment(TokenRole.CONTEXT, (1, 2, 3)),))

@@ -265,8 +265,9 @@ asyncio.run(train(config_from_dict(config), folder, on_event=on_event))
 
 @pytest.fixture(scope="module")
 def longer(model: Path, sandbox: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path]:
-    """An unbroken run of six steps with a checkpoint and an evaluation every second one."""
-    config = tiny_config(model, sandbox, steps=6, checkpoint_every=2, **{"evaluation.every": 2})
+    """An unbroken run of six steps, a coefficient by share, a checkpoint and an evaluation every second step."""
+    share = {"objective.world_model_coeff": {"share": 0.2}, "engine.measure_gradients_every": 1}
+    config = tiny_config(model, sandbox, steps=6, checkpoint_every=2, **{"evaluation.every": 2}, **share)
     return config, asyncio.run(train(config, tmp_path_factory.mktemp("longer") / "run"))
 
 
@@ -292,6 +293,8 @@ async def test_a_killed_run_resumes_to_the_same_numbers(
     assert next(e for e in events if isinstance(e, RunStarted)).first_step == 4
     assert said(folder) == said(whole)
     assert comparable(folder) == comparable(whole)
+    coeffs = [row["world_model_coeff"] for row in RunLog(whole).read_metrics()]
+    assert len({*coeffs[4:]}) == 2  # the controller went on after the checkpoint
     for step in left.evaluation_steps():
         assert measured(left.read_evaluation(step)) == measured(RunLog(whole).read_evaluation(step))
     assert left.evaluation_steps() == [0, 2, 4, 6]
