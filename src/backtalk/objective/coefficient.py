@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -48,6 +48,10 @@ class Schedule:
         share = (step - steps[k]) / (steps[k + 1] - steps[k])
         return values[k] + share * (values[k + 1] - values[k])
 
+    def times(self, factor: float) -> Schedule:
+        """Return a schedule of ``factor`` times the values."""
+        return replace(self, points={step: value * factor for step, value in self.points.items()})
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -86,6 +90,11 @@ class Share:
     def at(self, step: int) -> float:
         """Return the share at a training step, counted from 0."""
         return self.share.at(step) if isinstance(self.share, Schedule) else self.share
+
+    def times(self, factor: float) -> Share:
+        """Return ``factor`` (0 to 1) times the share; the coefficients that do not follow from it fall with it."""
+        share = self.share.times(factor) if isinstance(self.share, Schedule) else self.share * factor
+        return replace(self, share=share, min=self.min * factor, initial=self.initial * factor)
 
 
 class CoefficientController:

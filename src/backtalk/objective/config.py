@@ -18,6 +18,7 @@ WorldLoss = Literal["cross_entropy", "clipped_mae"]
 PolicyNormalizer = Literal["sequence_mean", "token_mean", "fixed_length"]
 WorldNormalizer = Literal["sequence_mean", "sequence_mean_selected", "token_mean", "fixed_length"]
 ZeroAdvantageSteps = Literal["scaled", "full"]
+OnTrouble = Literal["warn", "halve", "off"]
 
 ROLE_NAMES = {target: tuple(role.name.lower() for role in roles) for target, roles in TARGET_ROLES.items()}
 NO_SHARE = (
@@ -121,6 +122,9 @@ class WorldOptions:
     """Update of a step whose advantages are all 0: scaled by world_model_coeff, or a full step of the optimizer."""
     observations: Literal["own", "shuffled"] = "own"
     """Observations learned after an action: its own; shuffled, as a control, those of other actions of the step."""
+    on_trouble: OnTrouble = "warn"
+    """What an alarm does (a large share of the gradient, invalid calls, ...): warn, and halve world_model_coeff, or
+    switch it off."""
 
     def __post_init__(self) -> None:
         check_choices(self)
@@ -192,6 +196,11 @@ class ObjectiveConfig:
                 "policy_coeff=0 with a share of world_model_coeff: the world-model term is then all of the gradient; "
                 "use a number, for example world_model_coeff=1"
             )
+        if self.policy_coeff == 0 and self.world.on_trouble != "warn":
+            raise ConfigError(
+                f"policy_coeff=0 with world.on_trouble={self.world.on_trouble!r}: the world-model term is all there is "
+                "to learn from; use on_trouble='warn'"
+            )
         eps_low, eps_high = self.clip
         if not (0 <= eps_low <= 1 and 0 <= eps_high < math.inf):
             raise ConfigError(f"clip={list(self.clip)}: use [eps_low, eps_high], 0 <= eps_low <= 1, eps_high >= 0")
@@ -219,6 +228,11 @@ class ObjectiveConfig:
         if not isinstance(self.world_model_coeff, Schedule):
             return self
         return replace(self, world_model_coeff=self.world_model_coeff.at(step))
+
+    def times(self, factor: float) -> ObjectiveConfig:
+        """Return a copy with ``factor`` (0 to 1) times the coefficient: a number, the values of a schedule, a share."""
+        coeff = self.world_model_coeff
+        return replace(self, world_model_coeff=coeff * factor if isinstance(coeff, int | float) else coeff.times(factor))
 
     def has_world_term(self, step: int) -> bool:
         """Return whether the world-model term has a coefficient, or a share, above 0 at a training step."""

@@ -13,11 +13,10 @@ from typing import Any, TypeVar
 
 from backtalk.engines.checkpoint import find_checkpoint, write_atomically
 from backtalk.engines.choose import open_engine
-from backtalk.engines.guard import step_warnings
 from backtalk.errors import ConfigError, DataError
 from backtalk.language.renderer import Renderer
 from backtalk.objective.coefficient import Share
-from backtalk.objective.config import NO_SHARE
+from backtalk.objective.config import NO_SHARE, ObjectiveConfig
 from backtalk.objective.samples import build_samples
 from backtalk.objective.shuffled import shuffle_observations
 from backtalk.objective.weights import step_weights
@@ -25,6 +24,7 @@ from backtalk.rollout.groups import run_groups
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict
 from backtalk.run.evaluate import Evaluation, evaluate
 from backtalk.run.events import EvaluationDone, Notice, OnEvent, RunDone, RunStarted, StepDone, report_rollouts
+from backtalk.run.guard import Guard
 from backtalk.run.log import RunLog, lock_folder
 from backtalk.run.rollouts import check_rollouts, rollout_metrics, row_metrics, time_metrics
 from backtalk.run.tasks import held_out_tasks, mixed_tasks_of_step, recorded_trajectories, train_tasks
@@ -167,11 +167,16 @@ class Run:
         self.params = config.sampling_params
         self.limits = worlds.fit_concurrency(self.notice)
         self.recorded = recorded_trajectories(config, len(self.engine.tokenizer), self.notice)
+        self.guard = Guard(config.objective)
         self.saved_version = 0  # policy version of the checkpoint; 0 is the model itself and has none
 
     def notice(self, text: str) -> None:
         """Tell the user."""
         self.on_event(Notice(text))
+
+    def objective(self) -> ObjectiveConfig:
+        """Return the objective, with its coefficient as the guard has it now."""
+        return self.config.objective.times(self.guard.factor)
 
     async def rollouts(self, step: int) -> tuple[list[TrajectoryGroup], float]:
         """Run the rollouts of one step; return their groups and the seconds they took.
@@ -191,7 +196,7 @@ class Run:
             group_size=config.group_size,
             key=f"train/{step}",
         )
-        check_rollouts(groups, f"step {step}", observations_teach=config.objective.has_world_term(step))
+        check_rollouts(groups, f"step {step}", observations_teach=self.objective().has_world_term(step))
         return groups, time.monotonic() - started
 
     async def train_step(
@@ -199,7 +204,7 @@ class Run:
     ) -> None:
         """Make one optimizer step, write its weights and metrics, and a checkpoint if one is due."""
         config, engine, started = self.config, self.engine, time.monotonic()
-        objective, version = config.objective.at(step), engine.policy_version
+        objective, version = self.objective().at(step), engine.policy_version
         samples = [
             sample
             for group in groups
@@ -208,15 +213,15 @@ class Run:
         if objective.world.observations == "shuffled":
             samples = shuffle_observations(samples, objective.world_loss_target, key=f"{config.seed}/{step}")
         metrics = await engine.train_step(samples, objective)
-        used = metrics.get("world_model_coeff", objective.world_model_coeff)  # a number, where it was a share
+        used = metrics.setdefault("world_model_coeff", objective.world_model_coeff)  # a number, where it was a share
         objective = replace(objective, world_model_coeff=used)
         if not metrics.get("skipped"):
             log.write_weights(step, groups, step_weights(samples, objective))
-        rolled = rollout_metrics(groups)
-        for line in step_warnings(rolled, objective):  # the engine logs those of its own metrics
-            self.notice(f"step {step}: {line}")
         seconds = time_metrics(groups, rollout_seconds, time.monotonic() - started)
-        metrics = rolled | row_metrics(samples, objective) | metrics | seconds
+        metrics = rollout_metrics(groups) | row_metrics(samples, objective) | metrics | seconds
+        for line in self.guard.read(step, metrics):
+            self.notice(f"step {step}: {line}")
+        metrics["alarms"] = len(self.guard.alarms)
         log.write_metrics(step, metrics)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             self._checkpoint(log)
@@ -275,6 +280,8 @@ class Run:
                 f"use steps >= {first}, or start a new folder"
             )
         log.truncate_after(first - 1)
+        for row in log.read_metrics():
+            self.guard.read(row["step"], row)
         return first
 
     def checkpoint_if_consistent(self, log: RunLog) -> None:

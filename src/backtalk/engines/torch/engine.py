@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from backtalk.engines.guard import step_warnings
 from backtalk.engines.metrics import StepRecord, term_metrics, token_metrics
 from backtalk.engines.torch import checkpoint as checkpoints
 from backtalk.engines.torch.config import TorchConfig
@@ -82,7 +81,6 @@ class TorchEngine:
             )
         self._reference: TokenScorer | None = None  # loaded when a KL term first asks for it
         self._tools: set[str] = set()  # seen in samples so far
-        self._warned: set[str] = set()  # metrics that the last step warned of
         self._optimizer = StepOptimizer(self.model.parameters(), config)
         self._controller = CoefficientController()
         self._measured_at: int | None = None  # step of the last measurement of both terms' gradients
@@ -138,10 +136,6 @@ class TorchEngine:
                 metrics["target_tokens"],
                 metrics["grad_norm"],
             )
-        warnings = {warning.partition("=")[0]: warning for warning in step_warnings(metrics, config)}
-        for name in sorted(warnings.keys() - self._warned):
-            log.warning("step %d: %s", self._policy_version, warnings[name])
-        self._warned = set(warnings)
         return metrics
 
     async def score(self, trajectories: Sequence[Trajectory]) -> list[list[float]]:

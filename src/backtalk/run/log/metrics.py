@@ -72,6 +72,7 @@ METRICS = {
     "learning_rate": "as used",
     "update_scale": "below 1 where a step of the world-model term alone is held back",
     "skipped": "1 where the weights did not change: no token carries weight, or the gradient is not finite",
+    "alarms": "metrics in which the guard sees trouble, see backtalk.run.guard",
     # Time.
     "rollout_seconds": "of the step's rollouts",
     "train_seconds": "of its update",

@@ -1,8 +1,7 @@
-"""Metrics of a step, the warnings read from them, and steps without targets, actions or tokens."""
+"""Metrics of a step, and steps without targets, actions or tokens."""
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from backtalk.engines.copied import copied_mask
-from backtalk.engines.guard import step_warnings
 from backtalk.engines.metrics import StepRecord, token_metrics
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.engine import TorchEngine
@@ -162,33 +160,6 @@ def test_role_confusion_is_a_share_of_turns() -> None:
     assert math.isnan(rollout_metrics([TrajectoryGroup("t", (trajectory(),))])["role_confusion"])
 
 
-GOOD = {
-    "sequences": 8.0, "target_tokens": 90.0, "grad_norm_ratio": 0.4, "effective_obs_weight": 0.1, "role_confusion": 0.0,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("change", "begins", "says"),
-    [
-        ({"target_tokens": 0.0}, "target_tokens=0", "world_loss_target='env_only'"),
-        ({"grad_norm_ratio": 10.5}, "grad_norm_ratio=10.5", "lower objective.world_model_coeff (now 0.3)"),
-        ({"effective_obs_weight": 1.5}, "effective_obs_weight=1.5", "token_mean"),
-        ({"role_confusion": 0.03}, "role_confusion=0.03", "the policy begins to write observations itself"),
-    ],
-)
-def test_every_sign_of_trouble_is_one_sentence(change: dict[str, float], begins: str, says: str) -> None:
-    assert step_warnings(GOOD, BOTH) == []
-    (line,) = step_warnings(GOOD | change, BOTH)
-    assert line.startswith(f"{begins}:") and says in line
-
-
-def test_the_guard_is_silent_where_nothing_is_known() -> None:
-    assert step_warnings({}, BOTH) == []
-    assert step_warnings(dict.fromkeys(GOOD, math.nan), BOTH) == []
-    assert step_warnings(GOOD | {"target_tokens": 0.0}, PLAIN) == []  # no world term, so none is missed
-    assert step_warnings(GOOD | {"target_tokens": 0.0, "sequences": 0.0}, BOTH) == []
-
-
 def make_engine(model_dir: Path, **settings: Any) -> TorchEngine:
     return TorchEngine(TorchConfig(model=str(model_dir), device="cpu", **{"dtype": "float64", **settings}))
 
@@ -273,16 +244,6 @@ async def test_a_row_without_targets_adds_nothing_to_the_world_term(model_dir: P
     without = await make_engine(model_dir).train_step(samples[1:], BOTH)
     assert with_row["world_model_loss"] == pytest.approx(without["world_model_loss"] * 3 / 4, rel=1e-12)
     assert with_row["target_ce"] == pytest.approx(without["target_ce"], rel=1e-12)
-
-
-async def test_the_engine_warns_once_until_it_is_well_again(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
-    engine, samples = make_engine(model_dir), make_samples(BOTH)
-    bare = [stripped(s, ENV_OUTPUT) for s in samples]
-    with caplog.at_level(logging.WARNING):
-        for step in (bare, bare, samples, bare):
-            await engine.train_step(step, BOTH)
-    lines = [record.getMessage() for record in caplog.records if "target_tokens=0" in record.getMessage()]
-    assert [line.split(":")[0] for line in lines] == ["step 1", "step 4"]
 
 
 KL = ObjectiveConfig(world_model_coeff=0.0, policy=PolicyOptions(kl_coeff=0.5))
