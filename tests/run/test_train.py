@@ -340,6 +340,37 @@ async def test_a_stopped_run_resumes_with_more_steps(
     assert comparable(folder) == comparable(whole[0])
 
 
+async def test_an_alarm_halves_the_coefficient_and_a_resumed_run_goes_on_alike(
+    model: Path, sandbox: str, tmp_path: Path
+) -> None:
+    """At 5 the world-model term is nearly all of the gradient, wherever both terms are measured."""
+    changes = {"objective.world_model_coeff": 5.0, "objective.world.on_trouble": "halve", "evaluation.tasks": 0}
+    config = tiny_config(model, sandbox, **changes, **{"engine.measure_gradients_every": 1})
+    events: list[Event] = []
+    whole = RunLog(await train(config, tmp_path / "whole", on_event=events.append))
+    rows = whole.read_metrics()
+    first = next(row["step"] for row in rows if row["world_grad_share"] is not None)
+    assert first < 2 and rows[first]["world_grad_share"] > 0.9
+    assert [row["world_model_coeff"] for row in rows] == [5.0] * (first + 1) + [2.5] * (3 - first)
+    told = [e.text for e in events if isinstance(e, Notice) and e.text.startswith(f"step {first}: world_")]
+    assert [line.split("=")[0] for line in told] == [
+        f"step {first}: world_grad_share",
+        f"step {first}: world_model_coeff",
+    ]
+
+    stop = threading.Event()
+
+    def stop_after_two(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 1:
+            stop.set()
+
+    folder = await train(config, tmp_path / "stopped", on_event=stop_after_two, stop=stop)
+    assert RunLog(folder).last_step() == 1
+    await train(config, folder, resume=True, on_event=events.append)
+    assert comparable(folder) == comparable(whole.folder)
+    assert not any("halved" in e.text for e in events[-20:] if isinstance(e, Notice))
+
+
 async def test_a_cancelled_run_leaves_a_checkpoint_of_its_last_whole_step(
     config: TrainConfig, whole: tuple[Path, list[Event]], tmp_path: Path
 ) -> None:

@@ -230,9 +230,10 @@ class ObjectiveConfig:
         return replace(self, world_model_coeff=self.world_model_coeff.at(step))
 
     def times(self, factor: float) -> ObjectiveConfig:
-        """Return a copy with ``factor`` (0 to 1) times the coefficient: a number, the values of a schedule, a share."""
+        """Return a copy with ``factor`` (0 to 1) times the coefficient, be it a number, a schedule or a share."""
         coeff = self.world_model_coeff
-        return replace(self, world_model_coeff=coeff * factor if isinstance(coeff, int | float) else coeff.times(factor))
+        lower = coeff.times(factor) if isinstance(coeff, Schedule | Share) else coeff * factor
+        return replace(self, world_model_coeff=lower)
 
     def has_world_term(self, step: int) -> bool:
         """Return whether the world-model term has a coefficient, or a share, above 0 at a training step."""

@@ -127,7 +127,6 @@ class TorchEngine:
         if isinstance(config.world_model_coeff, Share) and not self.measures_gradients:
             raise ConfigError(NO_SHARE)
         metrics = await self._in_worker(lambda: self._train_step(samples, config.at(self._policy_version)))
-        config = replace(config, world_model_coeff=metrics["world_model_coeff"])
         if metrics["skipped"]:
             log.warning(
                 "step %d changed nothing: %d rows with a reward, %d target tokens, gradient norm %s",
