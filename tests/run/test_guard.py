@@ -107,6 +107,11 @@ def test_a_share_that_was_not_measured_halves_nothing() -> None:
     assert read_all(watching, rows[10:], first=10) == [["world_model_coeff"]] and watching.factor == 0.25
 
 
+def test_a_step_without_a_policy_gradient_says_nothing_of_the_share() -> None:
+    alone = {"world_grad_share": 1.0, "policy_grad_norm_weights": 0.0}
+    assert read_all(guard("off"), [alone, alone | {"policy_grad_norm_weights": 0.01}])[0] == []
+
+
 def test_off_is_for_good_and_warnings_go_on() -> None:
     watching = guard("off")
     told = read_all(watching, [{}] * 4 + [{"world_grad_share": 0.8}])

@@ -343,8 +343,9 @@ async def test_a_stopped_run_resumes_with_more_steps(
 async def test_an_alarm_halves_the_coefficient_and_a_resumed_run_goes_on_alike(
     model: Path, sandbox: str, tmp_path: Path
 ) -> None:
-    """At 5 the world-model term is nearly all of the gradient, wherever both terms are measured."""
+    """At 5 the world-model term is nearly all of the gradient; a penalty on length makes rewards unequal."""
     changes = {"objective.world_model_coeff": 5.0, "objective.world.on_trouble": "halve", "evaluation.tasks": 0}
+    changes |= {"objective.policy.length_penalty": {"per_1000_tokens": 100, "max_penalty": 9.0}}
     config = tiny_config(model, sandbox, **changes, **{"engine.measure_gradients_every": 1})
     events: list[Event] = []
     whole = RunLog(await train(config, tmp_path / "whole", on_event=events.append))

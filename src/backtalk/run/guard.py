@@ -78,7 +78,8 @@ class Guard:
                 "world-model term learned nothing; do observations reach the history as ENV_OUTPUT, and do the gates "
                 "and weights of objective.world leave any?",
             )
-        if (share := known.get("world_grad_share")) is not None:
+        share, has_policy = known.get("world_grad_share"), known.get("policy_grad_norm_weights", math.nan) != 0
+        if share is not None and has_policy:  # alone, the world-model term is always all of the gradient
             signs["world_grad_share"] = (
                 share > MAX_WORLD_GRAD_SHARE,
                 f"world_grad_share={share:.3g}: the world-model term is more than {MAX_WORLD_GRAD_SHARE:g} of the "
