@@ -11,6 +11,7 @@ import pytest
 from backtalk.errors import ConfigError
 from backtalk.objective.coefficient import Schedule, Share
 from backtalk.objective.config import ObjectiveConfig, OnTrouble, WorldOptions
+from backtalk.run.config import TrainConfig
 from backtalk.run.guard import Guard
 
 GOOD = {
@@ -158,5 +159,6 @@ def test_the_factor_is_on_a_number_a_schedule_or_a_share() -> None:
 
 @pytest.mark.parametrize("on_trouble", ["halve", "off"])
 def test_a_term_that_is_alone_is_not_switched_off(on_trouble: OnTrouble) -> None:
-    with pytest.raises(ConfigError, match=rf"policy_coeff=0 with world.on_trouble='{on_trouble}': .*'warn'"):
-        ObjectiveConfig(policy_coeff=0.0, world=WorldOptions(on_trouble=on_trouble))
+    objective = ObjectiveConfig(policy_coeff=0.0, world=WorldOptions(on_trouble=on_trouble))
+    with pytest.raises(ConfigError, match=rf"policy_coeff=0 with objective.world.on_trouble='{on_trouble}': .*'warn'"):
+        TrainConfig(objective=objective)

@@ -196,11 +196,6 @@ class ObjectiveConfig:
                 "policy_coeff=0 with a share of world_model_coeff: the world-model term is then all of the gradient; "
                 "use a number, for example world_model_coeff=1"
             )
-        if self.policy_coeff == 0 and self.world.on_trouble != "warn":
-            raise ConfigError(
-                f"policy_coeff=0 with world.on_trouble={self.world.on_trouble!r}: the world-model term is all there is "
-                "to learn from; use on_trouble='warn'"
-            )
         eps_low, eps_high = self.clip
         if not (0 <= eps_low <= 1 and 0 <= eps_high < math.inf):
             raise ConfigError(f"clip={list(self.clip)}: use [eps_low, eps_high], 0 <= eps_low <= 1, eps_high >= 0")

@@ -156,6 +156,11 @@ class TrainConfig(Generic[E]):
                 f"temperature={self.temperature} samples the same rollout every time, so a group has nothing to "
                 "compare; use temperature > 0, for example 1.0"
             )
+        if self.objective.policy_coeff == 0 and self.objective.world.on_trouble != "warn":
+            raise ConfigError(
+                f"objective.policy_coeff=0 with objective.world.on_trouble={self.objective.world.on_trouble!r}: the "
+                "world-model term is all there is to learn from; use on_trouble='warn'"
+            )
         if self.group_size == 1 and self.objective.policy_coeff > 0:
             raise ConfigError(
                 "group_size=1 makes every advantage 0, so the policy term learns nothing; "
