@@ -343,7 +343,7 @@ async def test_a_stopped_run_resumes_with_more_steps(
 async def test_an_alarm_halves_the_coefficient_and_a_resumed_run_goes_on_alike(
     model: Path, sandbox: str, tmp_path: Path
 ) -> None:
-    """At 5 the world-model term is nearly all of the gradient; a penalty on length makes rewards unequal."""
+    """At 5 the world-model term is most of the gradient; a penalty on length makes rewards unequal."""
     changes = {"objective.world_model_coeff": 5.0, "objective.world.on_trouble": "halve", "evaluation.tasks": 0}
     changes |= {"objective.policy.length_penalty": {"per_1000_tokens": 100, "max_penalty": 9.0}}
     config = tiny_config(model, sandbox, **changes, **{"engine.measure_gradients_every": 1})
@@ -351,7 +351,7 @@ async def test_an_alarm_halves_the_coefficient_and_a_resumed_run_goes_on_alike(
     whole = RunLog(await train(config, tmp_path / "whole", on_event=events.append))
     rows = whole.read_metrics()
     first = next(row["step"] for row in rows if row["world_grad_share"] is not None)
-    assert first < 2 and rows[first]["world_grad_share"] > 0.9
+    assert first < 2 and rows[first]["world_grad_share"] > 0.5
     assert [row["world_model_coeff"] for row in rows] == [5.0] * (first + 1) + [2.5] * (3 - first)
     told = [e.text for e in events if isinstance(e, Notice) and e.text.startswith(f"step {first}: world_")]
     assert [line.split("=")[0] for line in told] == [
