@@ -10,6 +10,7 @@ import typer
 from backtalk import __version__
 from backtalk.cli.account import account
 from backtalk.cli.capture import capture
+from backtalk.cli.check import check
 from backtalk.cli.doctor import doctor
 from backtalk.cli.evaluate import evaluate
 from backtalk.cli.export import export
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, show, report, evaluate, study, settings, serve, capture, account, export, doctor):
+for command in (train, show, report, evaluate, study, settings, serve, capture, account, export, doctor, check):
     app.command()(command)
 app.command("import")(import_trajectories)
 app.add_typer(tasks_app, name="tasks")
