@@ -11,10 +11,12 @@ from backtalk.errors import TaskError
 from backtalk.messages import ToolCall
 from backtalk.run.config import config_from_dict
 from backtalk.run.worlds import open_worlds
+from backtalk.sandboxes.root import Root
 from backtalk.tasks.folder import load_harbor_tasks, read_harbor_task, write_harbor_task
 from backtalk.tasks.load import read_tasks
+from backtalk.tasks.modules import find_test_commands, find_test_modules, find_unexplained_modules
 from backtalk.tasks.needs import missing_tools
-from backtalk.tasks.scripts import find_test_modules, find_test_programs, make_script_offline
+from backtalk.tasks.scripts import find_test_programs, make_script_offline
 from backtalk.tasks.task import Split
 from sandbox_help import backend_or_skip
 
@@ -335,8 +337,105 @@ def test_which_programs_and_modules_tests_need() -> None:
         "python:pytest",
     }
     lines = ["pip install 'PyYAML>=6' numpy==2.1 pandas[all] never-imported\nuvx -w scikit-learn pytest\n"]
-    sources = ["import yaml\nfrom numpy import array\nimport json, solution\n", "from sklearn.svm import SVC\n"]
-    assert find_test_modules(lines, sources) == ["python3:numpy", "python3:sklearn", "python3:yaml"]
+    lines += ["apt-get install -y python3-lxml", "/opt/v/bin/pip3.11 install psycopg2-binary python-dotenv -r /a/x.txt"]
+    sources = {
+        "a.py": "import yaml\nfrom numpy import array\nimport json, solution, lxml.etree\ntry:\n import pandas\n"
+        "except ImportError:\n pandas = None\n",
+        "b/c.py": "from sklearn.svm import SVC\nimport a\ndef f():\n    import dotenv, psycopg2\n",
+        "test.sh": "python3 - <<'E'\nfrom PIL import Image\nE\npython -c 'import requests'\n",
+    }
+    requirements = {"/a/x.txt": "# two\npillow==1\nrequests\n"}
+    names = "PIL dotenv lxml numpy psycopg2 requests sklearn yaml"
+    assert find_test_modules(lines, sources, requirements.get) == [f"python3:{name}" for name in names.split()]
+    assert find_unexplained_modules(sources, ["use numpy, yaml, PIL, requests, lxml and dotenv", "solution.py"]) == [
+        "python3:psycopg2",
+        "python3:sklearn",
+    ]
+    assert find_test_commands(["apt-get install -y jq git curl"], ["if cat a | jq .; then git log; fi # curl\n"]) == [
+        "git",
+        "jq",
+    ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "RUN pip3 install pytest not_there",
+        "RUN apt-get update && apt-get install -y python3-not-there",
+        "RUN python3 -m venv /opt/v && /opt/v/bin/pip install -r requirements.txt",
+        "RUN true",  # the image would have had it, and no text of the task speaks of it
+    ],
+)
+def test_a_module_that_the_image_would_have_and_the_tests_import_is_needed(tmp_path: Path, line: str) -> None:
+    files: dict[str, str | None] = {
+        "environment/Dockerfile": f"FROM ubuntu:24.04\n{line}\nWORKDIR /work\n",
+        "environment/requirements.txt": "not-there>=2\n",
+        "environment/data.csv": None,
+        "tests/test.sh": "python3 -m unittest /tests/test_it.py && echo 1 >/logs/verifier/reward.txt\n",
+        "tests/test_it.py": "import not_there\n",
+        "tests/test_outputs.py": None,
+    }
+    folder = folder_of(tmp_path / "task", files)
+    with pytest.raises(TaskError, match="install python3:not_there on this machine"):
+        read_tasks(str(folder), host_packages=True)
+    (folder / "instruction.md").write_text("Write /work/not_there.py.\n")  # then it is the agent's to write
+    if line == "RUN true":
+        assert len(read_tasks(str(folder), host_packages=True)) == 1
+
+
+def test_needs_are_looked_for_in_the_root_that_sandboxes_start_from(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "set/task", {"tests/test.sh": PLAIN, "tests/test_outputs.py": None})
+    (folder / "task.toml").write_text('[metadata]\nneeds = ["bash", "tool-of-the-root", "python3:in_the_root"]\n')
+    tree = tmp_path / "root"
+    for name in ("bash", "python3", "tool-of-the-root"):
+        (tree / "usr/bin").mkdir(parents=True, exist_ok=True)
+        (tree / "usr/bin" / name).write_text("")
+        (tree / "usr/bin" / name).chmod(0o755)
+    (tree / "usr/lib/python3/dist-packages/in_the_root").mkdir(parents=True)
+    root = Root(name="mine", folder=tree, programs=(("usr", "/usr"),))
+    assert [task.id for task in read_tasks(str(folder), root=root)] == ["task"]
+    (tree / "usr/bin/tool-of-the-root").unlink()
+    with pytest.raises(TaskError, match="install tool-of-the-root on the root mine"):
+        read_tasks(str(folder), root=root)
+    with pytest.raises(TaskError, match="install python3:in_the_root, tool-of-the-root on this machine"):
+        read_tasks(str(folder))
+
+
+def test_folders_that_cannot_be_read_are_skipped_by_choice_and_named_with_their_reasons(tmp_path: Path) -> None:
+    for name, dockerfile in {
+        "good": "FROM ubuntu:22.04\n",
+        "bad": "FROM ubuntu:22.04\nUSER postgres\n",
+        "worse": "FROM ubuntu:22.04\nRUN true\nUSER mysql\n",
+        "other": "FROM a\nENTRYPOINT x\n",
+    }.items():
+        folder_of(tmp_path / name, {"environment/Dockerfile": dockerfile, "tests/test.sh": PLAIN})
+    with pytest.raises(TaskError, match=r"3 of 4 tasks in .*(.|\n)*All: bad other worse\nTo go on .*--on-refuse skip"):
+        read_tasks(str(tmp_path))
+    said: list[str] = []
+    assert [task.id for task in read_tasks(str(tmp_path), on_refuse="skip", on_skip=said.append)] == ["good"]
+    assert len(said) == 4
+    assert said[0].startswith("task folder 'bad' is left out: ") and "line 2: USER: no line above makes" in said[0]
+    assert said[3].startswith(
+        f"3 of 4 task folders of {tmp_path} are left out: "
+        "2 x environment/Dockerfile: USER: no line above makes the user ..., and the image ... has none of that name; "
+        "1 x environment/Dockerfile: ENTRYPOINT: ... cannot be carried out: "
+    )
+    source = {"name": str(tmp_path), "on_refuse": "skip"}
+    assert config_from_dict({"tasks": {"source": [source]}}).tasks.sources[0].on_refuse == "skip"
+
+
+def test_a_list_of_folders_is_a_source(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        folder_of(tmp_path / "set" / name, {"tests/test.sh": PLAIN, "tests/test_outputs.py": None})
+    listed = tmp_path / "good.txt"
+    listed.write_text(f"# two of three\nset/c\n\n{tmp_path}/set/a\n")
+    assert [task.id for task in read_tasks(str(listed))] == ["c", "a"]
+    listed.write_text("set/d\n")
+    with pytest.raises(TaskError, match=r"good\.txt names '.*set/d', which is no folder"):
+        read_tasks(str(listed))
+    listed.write_text("# none\n")
+    with pytest.raises(TaskError, match="names no task folder"):
+        read_tasks(str(listed))
 
 
 def test_a_folder_of_the_older_format_is_seen(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backtalk.cli.interrupts import run
+from backtalk.cli.options import HostPackages
 from backtalk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def capture(
         str | None,
         typer.Option(help="In a terminal: workbench/NAME, triage, or a task folder. Else an id; or one is drawn."),
     ] = None,
+    host_packages: HostPackages = False,
     script: Annotated[Path | None, typer.Option(help="Play this file: one action a line.")] = None,
     human: Annotated[bool, typer.Option("--human", help="Play yourself, at the prompt; Ctrl-D leaves.")] = False,
     endpoint: Annotated[
@@ -80,7 +82,7 @@ def capture(
     console = Console()
     lines = [] if script is None else read_script(script)
     authors = _authors(lines, endpoint, model, tokens, temperature, console)
-    config = _config(world, _source(world, task), list(settings or []), max_turns, len(lines), human)
+    config = _config(world, _source(world, task), list(settings or []), max_turns, len(lines), human, host_packages)
     play = partial(_play, world, task, seed, authors, config, tokenizer, episodes)
     with lock_file(out):
         _refuse_unless_new(out)  # again, as it may have been written meanwhile
@@ -159,7 +161,13 @@ def _show(console: Console, message: Message) -> None:
 
 
 def _config(
-    world: str, source: str, overrides: Sequence[str], max_turns: int | None, script_lines: int, human: bool
+    world: str,
+    source: str,
+    overrides: Sequence[str],
+    max_turns: int | None,
+    script_lines: int,
+    human: bool,
+    host_packages: bool = False,
 ) -> TrainConfig:
     from backtalk.run.config import config_from_dict
     from backtalk.run.settings_file import parse_overrides, set_dotted
@@ -177,7 +185,8 @@ def _config(
         set_dotted(tree, "rollout.max_turns", max_turns)
     if world == "terminal" and options:
         raise ConfigError(f"{OPTIONS}{next(iter(options))} is of no terminal; its settings are terminal.KEY")
-    tree["tasks"] = {**tree.get("tasks", {}), "source": [{"name": source, "options": options}]}
+    given = {"host_packages": True} if host_packages else {}
+    tree["tasks"] = {**tree.get("tasks", {}), "source": [{"name": source, "options": options} | given]}
     return config_from_dict(tree)
 
 

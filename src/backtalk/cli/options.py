@@ -20,6 +20,11 @@ Settings = Annotated[
     typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be given many times."),
 ]
 
+HostPackages = Annotated[
+    bool,
+    typer.Option("--host-packages", help="This machine has what the tasks install: leave out what installs packages."),
+]
+
 
 def new_console() -> Console:
     """Return a console on standard output."""

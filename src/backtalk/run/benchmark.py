@@ -20,7 +20,8 @@ from backtalk.run.evaluate import Evaluation, evaluate
 from backtalk.run.events import Notice, OnEvent, report_rollouts
 from backtalk.run.rollouts import check_rollouts
 from backtalk.run.worlds import OnNotice, open_sandboxes
-from backtalk.tasks.load import read_tasks
+from backtalk.sandboxes.images.open import open_root
+from backtalk.tasks.load import OnRefuse, read_tasks
 from backtalk.tasks.task import Task
 from backtalk.trajectory import TrajectoryGroup
 
@@ -40,6 +41,8 @@ class Benchmark:
     samples_per_task: int = 5
     names: tuple[str, ...] = ()  # patterns such as git-*; without any, all tasks
     count: int | None = None  # at most so many tasks, the first by id
+    host_packages: bool = False  # of folders: skip what installs packages, which this machine has
+    on_refuse: OnRefuse = "stop"  # about folders that cannot be read
 
     def __post_init__(self) -> None:
         if self.samples_per_task < 1 or (self.count is not None and self.count < 1):
@@ -82,7 +85,7 @@ async def run_benchmark(
     def notice(text: str) -> None:
         on_event(Notice(text))
 
-    tasks = await benchmark_tasks(benchmark, notice)
+    tasks = await benchmark_tasks(benchmark, notice, config.terminal.root)
     num_rollouts = len(tasks) * benchmark.samples_per_task
     limits = config.rollout
     world = _open_world(config, benchmark)
@@ -119,8 +122,12 @@ def pass_at_every_k(evaluation: Evaluation) -> dict[int, Interval]:
     return intervals
 
 
-async def benchmark_tasks(benchmark: Benchmark, on_notice: OnNotice = lambda text: None) -> list[Task]:
+async def benchmark_tasks(
+    benchmark: Benchmark, on_notice: OnNotice = lambda text: None, root: str | None = None
+) -> list[Task]:
     """Return the tasks of a benchmark by id; ``on_notice`` is called with a line for each that cannot run here.
+
+    ``root`` is the root file system that sandboxes start from, in which what tasks need is looked for.
 
     Raises:
         ConfigError: there is no such dataset, or none of its tasks has such a name.
@@ -135,7 +142,14 @@ async def benchmark_tasks(benchmark: Benchmark, on_notice: OnNotice = lambda tex
             f"{benchmark.dataset} is a dataset of Harbor's registry, whose tasks bring images of their own; add "
             "--environment docker (or podman, daytona, e2b, modal, ...), or give a folder of tasks"
         )
-    tasks = sorted(read_tasks(benchmark.dataset, on_skip=on_notice), key=lambda task: task.id)
+    tasks = read_tasks(
+        benchmark.dataset,
+        host_packages=benchmark.host_packages,
+        on_skip=on_notice,
+        on_refuse=benchmark.on_refuse,
+        root=open_root(root),
+    )
+    tasks = sorted(tasks, key=lambda task: task.id)
     chosen = [task for task in tasks if not benchmark.names or _matches(task, benchmark.names)]
     if not chosen:
         raise ConfigError(f"none of the {len(tasks)} tasks in {benchmark.dataset} is called {benchmark.names}")

@@ -20,6 +20,7 @@ from backtalk.rollout.limits import RolloutLimits
 from backtalk.rollout.sampler import SamplingParams
 from backtalk.run.settings_file import parse_overrides, read_settings, set_dotted
 from backtalk.sandboxes import SandboxChoice
+from backtalk.tasks.load import OnRefuse
 
 # Groups of settings that most runs leave alone, each listed as one choice; NO_OPTIONS are listed by themselves.
 OPTION_GROUPS = ("objective.policy", "objective.world", "renderer", "terminal", "engine")
@@ -33,8 +34,8 @@ class TaskSource:
     """A source of tasks, its weight among several, and the options of its world."""
 
     name: str
-    """triage, workbench, a folder, a .jsonl or .parquet file, hf:owner/name[:split], openenv:WHERE, awm:WHICH, or the
-    import path of a world of your own, package.module:World."""
+    """triage, workbench, a folder, a .txt list of folders, a .jsonl or .parquet file, hf:owner/name[:split],
+    openenv:WHERE, awm:WHICH, or the import path of a world of your own, package.module:World."""
     weight: float = 1.0
     """Divided by the sum of all weights, its share of the tasks of a step."""
     levels: tuple[int, ...] | None = None
@@ -43,6 +44,8 @@ class TaskSource:
     """Score none of its tasks: they teach through the world-model term alone."""
     host_packages: bool = False
     """Skip setup steps that install packages: this machine has them already."""
+    on_refuse: OnRefuse = "stop"
+    """What to do about task folders that cannot be read: stop, or skip them, each named with its reason."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Settings of its world: OpenEnvConfig's, AwmConfig's, or the arguments of a class of your own."""
 

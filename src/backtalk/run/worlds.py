@@ -16,6 +16,7 @@ from backtalk.rollout.groups import fit_concurrency
 from backtalk.rollout.limits import RolloutLimits
 from backtalk.run.config import TaskSource, TrainConfig
 from backtalk.sandboxes import SandboxBackend, local_sandbox
+from backtalk.sandboxes.images.open import open_root
 from backtalk.sandboxes.pool import PooledBackend
 from backtalk.settings import import_object
 from backtalk.tasks.load import check_unique_ids, draw_tasks, load_tasks, read_tasks
@@ -105,11 +106,14 @@ def _open_world(
         case _ if IMPORT_PATH.fullmatch(source.name) and kind != "hf":
             return _open_own_world(source)
         case _:
-            return TerminalWorld(sandboxes(), config.terminal, _task_loader(source, on_notice))
+            return TerminalWorld(sandboxes(), config.terminal, _task_loader(source, config.terminal.root, on_notice))
 
 
-def _task_loader(source: TaskSource, on_notice: OnNotice) -> LoadTasks:
-    """Return the loader of a terminal's tasks; what is on disk is read once, whatever the number of splits."""
+def _task_loader(source: TaskSource, root: str | None, on_notice: OnNotice) -> LoadTasks:
+    """Return the loader of a terminal's tasks; what is on disk is read once, whatever the number of splits.
+
+    What they need is looked for in ``root``, the root file system of ``terminal.root``, where there is one.
+    """
     if source.name == "triage":
         levels = source.levels or ()
         return lambda split, count, seed: load_tasks("triage", split=split, count=count, seed=seed, levels=levels)
@@ -121,6 +125,8 @@ def _task_loader(source: TaskSource, on_notice: OnNotice) -> LoadTasks:
             host_packages=source.host_packages,
             world_model_only=source.world_model_only,
             on_skip=on_notice,
+            on_refuse=source.on_refuse,
+            root=open_root(root),
         )
 
     return lambda split, count, seed: draw_tasks(tasks(), split, count, seed)

@@ -44,6 +44,10 @@ class Root:
     workdir: str | None = None
     how: Literal["overlay", "copy"] = "overlay"
 
+    def has(self, program: str) -> bool:
+        """Return whether a program is in one of the folders of programs."""
+        return _has(self.folder, program)
+
 
 def read_root(folder: Path, machine: Machine, name: str) -> Root:
     """Return the root whose files and programs are those of `folder`.

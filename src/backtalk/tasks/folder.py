@@ -13,8 +13,7 @@ import math
 import re
 import shlex
 import tomllib
-from collections.abc import Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,10 @@ import tomli_w
 from backtalk.errors import ConfigError, TaskError
 from backtalk.sandboxes.base import HOME, SandboxFile
 from backtalk.sandboxes.files import clean_path
+from backtalk.sandboxes.images.commands import PASS_HOST_PACKAGES
 from backtalk.sandboxes.images.start_state import ONE_USER, StartState, read_dockerfile, read_tree
-from backtalk.tasks.scripts import find_test_modules, make_tests_offline
+from backtalk.tasks.needs import add_needs, texts_of
+from backtalk.tasks.scripts import make_tests_offline
 from backtalk.tasks.task import Task
 
 SCHEMA_VERSION = "1.4"
@@ -88,8 +89,11 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False, world_mod
     name = toml["task"].pop("name", None)
     trees = {part: _read_part(folder, part, own.get("files", {})) for part in ("tests", "solution")}
     if is_scored:
-        add_needs(metadata, trees["tests"], state.installs)
-        trees["tests"], notes = make_tests_offline(folder / "tests", trees["tests"], host_packages)
+        texts = [instruction, *(command for _, command in state.setup), *texts_of(trees["solution"] | state.files)]
+        add_needs(metadata, trees["tests"], texts, state.installs, state.needs, folder / "environment")
+        trees["tests"], notes = make_tests_offline(
+            folder / "tests", trees["tests"], host_packages, image_installs=bool(state.installs)
+        )
         state.notes += notes
     workdir = toml["environment"].pop("workdir", None) or state.workdir
     if not str(workdir).startswith("/"):
@@ -146,31 +150,68 @@ def write_harbor_task(task: Task, folder: str | Path) -> None:
     (folder / "task.toml").write_bytes(toml.encode())
 
 
-def load_harbor_tasks(source: str | Path, *, host_packages: bool = False, world_model_only: bool = False) -> list[Task]:
+def load_harbor_tasks(
+    source: str | Path,
+    *,
+    host_packages: bool = False,
+    world_model_only: bool = False,
+    on_refused: Callable[[Path, str], None] | None = None,
+) -> list[Task]:
     """Read the task in a folder, or the tasks in the folders within it, by name; the options of ``read_harbor_task``.
 
+    ``on_refused`` is called with each folder that cannot be read, and the reason; without it one refuses them all.
+
     Raises:
-        TaskError: there is none, or some cannot be read; the message names each.
+        TaskError: there is none, or none can be read, or, without ``on_refused``, some cannot; the message names each.
     """
-    folder = Path(source)
-    read = partial(read_harbor_task, host_packages=host_packages, world_model_only=world_model_only)
+    folders = find_harbor_folders(Path(source))
+    return read_folders(
+        folders, str(source), host_packages=host_packages, world_model_only=world_model_only, on_refused=on_refused
+    )
+
+
+def find_harbor_folders(folder: Path) -> list[Path]:
+    """Return the folder itself where it is a task, else the task folders in it, by name.
+
+    Raises:
+        TaskError: there is none.
+    """
     if (folder / "task.toml").is_file() or (folder / "instruction.md").is_file():
-        return [read(folder)]
+        return [folder]
     marks = ("task.toml", "instruction.md", *_TERMINAL_BENCH)
-    candidates = [d for d in sorted(folder.iterdir()) if any((d / mark).exists() for mark in marks)]
-    if not candidates:
+    found = [d for d in sorted(folder.iterdir()) if any((d / mark).exists() for mark in marks)]
+    if not found:
         raise TaskError(f"{folder} holds no task folder (one with task.toml and instruction.md)")
+    return found
+
+
+def read_folders(
+    folders: Sequence[Path],
+    source: str,
+    *,
+    host_packages: bool,
+    world_model_only: bool = False,
+    on_refused: Callable[[Path, str], None] | None = None,
+) -> list[Task]:
+    """Read task folders, which ``source`` named; see ``load_harbor_tasks``."""
     tasks: list[Task] = []
     errors: dict[str, str] = {}
-    for candidate in candidates:
+    for folder in folders:
         try:
-            tasks.append(read(candidate))
+            tasks.append(read_harbor_task(folder, host_packages=host_packages, world_model_only=world_model_only))
         except TaskError as error:
-            errors[candidate.name] = str(error)
-    if errors:
+            errors[folder.name] = str(error)
+            if len(folders) == 1:
+                raise
+            if on_refused is not None:
+                on_refused(folder, str(error))
+    if errors and (on_refused is None or not tasks):
         reasons = "\n".join(list(errors.values())[:3])
         names = " ".join(errors)
-        raise TaskError(f"{len(errors)} of {len(candidates)} tasks in {folder} cannot run:\n{reasons}\nAll: {names}")
+        advice = "" if on_refused else "\nTo go on without them: --on-refuse skip (on_refuse: skip of the source)"
+        raise TaskError(
+            f"{len(errors)} of {len(folders)} tasks in {source} cannot run:\n{reasons}\nAll: {names}{advice}"
+        )
     return tasks
 
 
@@ -223,7 +264,7 @@ def read_environment(folder: Path, image: str | None, *, host_packages: bool) ->
     if image and not host_packages:
         raise TaskError(
             f"{folder} has no Dockerfile, only the ready-made image {image!r}, which cannot be opened here; write the "
-            "Dockerfile, or read the task with host_packages=True if nothing in that image matters"
+            f"Dockerfile, or {PASS_HOST_PACKAGES} if nothing in that image matters"
         )
     notes = [f"no Dockerfile: this machine stands in for the image {image}"] if image else []
     return StartState(workdir=HOME, notes=notes)
@@ -237,16 +278,6 @@ def _read_part(folder: Path, part: str, states: Mapping[str, Any]) -> dict[str, 
         mode = int(state["mode"], 8) if "mode" in state else file.mode
         files[path] = SandboxFile(file.content, mode=mode, mtime=state.get("mtime"))
     return files
-
-
-def add_needs(metadata: dict[str, Any], tests: Mapping[str, SandboxFile], installs: Iterable[str] = ()) -> None:
-    """Add to ``metadata["needs"]`` the modules that tests import and their scripts or ``installs`` install."""
-    texts = {path: file.content.decode("utf-8", "replace") for path, file in tests.items()}
-    scripts, sources = ([text for path, text in texts.items() if path.endswith(end)] for end in (".sh", ".py"))
-    declared = metadata.get("needs", [])
-    found = find_test_modules([*scripts, *installs], sources)
-    if isinstance(declared, list) and (new := [name for name in found if name not in declared]):
-        metadata["needs"] = [*declared, *new]
 
 
 def _read_seconds(folder: Path, toml: dict[str, Any], section: str, default: float) -> float:

@@ -24,8 +24,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from backtalk.errors import ConfigError, DataError, TaskError
 from backtalk.parquet import parquet_rows
 from backtalk.sandboxes.base import HOME, SandboxFile
+from backtalk.sandboxes.bubblewrap.layers import USR_SRC
 from backtalk.sandboxes.files import clean_path
-from backtalk.tasks.folder import DEFAULT_TIMEOUT_S, add_needs, read_harbor_task
+from backtalk.sandboxes.images.commands import is_program_path
+from backtalk.tasks.folder import DEFAULT_TIMEOUT_S, read_harbor_task
+from backtalk.tasks.needs import add_needs, texts_of
 from backtalk.tasks.scripts import make_tests_offline
 from backtalk.tasks.task import Task
 
@@ -269,6 +272,8 @@ def _read_row(row: Any, folder: Path | None, host_packages: bool, world_model_on
         files = getattr(checked, part).items()
         try:
             own[part] = {clean_path(posixpath.join(base, path), relative=not base): file for path, file in files}
+            if base and (wrong := [path for path in own[part] if is_program_path(path) or path.startswith(USR_SRC)]):
+                raise TaskError(f"{part}: {wrong[0]} is among this machine's own programs; use /opt")
         except ConfigError as error:
             raise TaskError(f"{part}: {error}") from error
     own.setdefault("verifier_timeout_s", DEFAULT_TIMEOUT_S)
@@ -279,5 +284,5 @@ def _read_row(row: Any, folder: Path | None, host_packages: bool, world_model_on
         raise TaskError("tests: there is no test.sh to score the task; give the script, or world_model_only: true")
     tests, notes = make_tests_offline(Path("tests"), task.tests, host_packages)
     metadata = dict(task.metadata) | ({"world_notes": notes} if notes else {})
-    add_needs(metadata, task.tests)
+    add_needs(metadata, task.tests, [task.instruction, *task.setup, *texts_of({**task.solution, **task.files})])
     return replace(task, tests=tests, metadata=metadata)

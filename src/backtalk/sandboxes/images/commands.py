@@ -12,6 +12,10 @@ from backtalk.sandboxes.root import PROGRAM_FOLDERS
 
 WHY_NOT_THERE = "is among this machine's own programs, which a sandbox cannot change; use /opt, or /usr/src"
 
+PASS_HOST_PACKAGES = (
+    "pass --host-packages (in a run's settings host_packages: true of the source, in Python host_packages=True)"
+)
+
 _WORDS_BEFORE = r"(?:(?:\w+=\S+|sudo|then|do|else|if|!)\s+)*"
 PACKAGES = re.compile(
     rf"{_WORDS_BEFORE}(?:\S*/)?(?:apt-get|apt|apk|yum|dnf|npm|pip[\d.]*|python[\d.]*\s+-m\s+pip|uv\s+(?:pip|add|sync)"

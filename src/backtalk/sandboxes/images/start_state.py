@@ -26,6 +26,7 @@ from backtalk.errors import ConfigError, TaskError
 from backtalk.sandboxes.base import DEFAULT_PATH, SandboxFile
 from backtalk.sandboxes.images.commands import (
     PACKAGES,
+    PASS_HOST_PACKAGES,
     PYTHON_LINK,
     WHY_NOT_THERE,
     is_program_path,
@@ -260,7 +261,7 @@ def _without_packages(state: StartState, command: str, parts: list[tuple[str, st
     if packages and not state.host_packages:
         raise TaskError(
             f"{packages[0]!r} needs the network, and a sandbox has none; install the packages on this machine, then "
-            "read the task with host_packages=True, and the line is left out"
+            f"{PASS_HOST_PACKAGES}, and the line is left out"
         )
     if "\n" in command:
         raise TaskError(f"{packages[0]!r} stands in a script; give it a RUN line of its own, to be left out")

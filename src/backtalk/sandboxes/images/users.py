@@ -91,7 +91,7 @@ class Users:
         bare = image.removeprefix("docker.io/").removeprefix("library/").partition(":")[0].partition("@")[0]
         if not known and bare in _BARE_IMAGES and not name == bare == "ubuntu":
             raise ValueError(
-                f"no line above makes the user {name!r}, and the image {image} has none of that name; write RUN "
+                f"no line above makes the user {name!r}, and the image {image!r} has none of that name; write RUN "
                 f"useradd -m {name} above it"
             )
         home = self.homes.pop(name, f"/home/{name}")
