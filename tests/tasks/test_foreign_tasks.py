@@ -199,7 +199,7 @@ DIFFERENT: dict[str, dict[str, str | None]] = {
     "root": {"task.toml": '[agent]\nuser = "root"\n'},
     "things to keep": {"task.toml": 'artifacts = ["/app/out"]\n[solution.env]\nKEY = "x"\n'},
     "a byte order mark": {"task.toml": "\ufeff" + OLD_TOML, "instruction.md": "\ufeffWrite Hello.\n"},
-    "a service of its own": {"tests/test.sh": f"curl -s http://localhost:8080/ | grep ok\n{PLAIN}"},
+    "a service of its own": {"tests/test.sh": f"bash /app/s.sh &\ncurl -s http://localhost:8080/ | grep ok\n{PLAIN}"},
     "words about the network": {"tests/test.sh": f'grep -q "curl https://example.org" /app/get.sh && {PLAIN}'},
     "a virtual environment offline": {"tests/test.sh": f"python3 -m venv /tmp/v && . /tmp/v/bin/activate\n{PLAIN}"},
 }

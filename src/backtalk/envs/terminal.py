@@ -129,6 +129,7 @@ class TerminalEnv:
         self._sandbox = sandbox
         self._answer: str | None = None
         self.metrics: Mapping[str, float] = {}  # of the verifier beside the reward, once it has scored
+        self.test_output = ""  # what the tests printed, once they ran
 
     @property
     def tools(self) -> tuple[ToolSpec, ...]:
@@ -184,6 +185,7 @@ class TerminalEnv:
         await self._sandbox.put(files)
         command = _test_command(task, stage, answered=self._answer is not None)
         result = await self._sandbox.exec(command, timeout_s=task.verifier_timeout_s)
+        self.test_output = result.output
         output = f"; their output ended:\n{result.output[-1000:]}" if result.output else ""
         if result.timed_out:
             raise VerifierError(

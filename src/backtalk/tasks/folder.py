@@ -26,6 +26,7 @@ from backtalk.sandboxes.images.commands import PASS_HOST_PACKAGES
 from backtalk.sandboxes.images.start_state import ONE_USER, StartState, read_dockerfile, read_tree
 from backtalk.tasks.needs import add_needs, texts_of
 from backtalk.tasks.scripts import make_tests_offline
+from backtalk.tasks.services import refuse_services
 from backtalk.tasks.task import Task
 
 SCHEMA_VERSION = "1.4"
@@ -35,7 +36,9 @@ DEFAULT_TIMEOUT_S = 600.0  # Harbor's
 _SHARED = "tests run in the agent's sandbox, after its processes have ended; take it out if the tests work there"
 _BASH = "the agent has bash and submit, no other tools; take it out if the task can be done with those"
 _SCRIPT = "a task is scored by its tests/test.sh alone; let that do it"
-_NO_WATCH = "nothing watches a sandbox; start what it waits for in a RUN line, and take it out"
+_NO_WATCH = (
+    "nothing watches a sandbox; start what it waits for in a RUN line, and again in tests/test.sh, and take it out"
+)
 # Keys of task.toml that a sandbox cannot serve: values that are harmless, and the reason with what to do.
 _REFUSED: Mapping[tuple[str, str], tuple[tuple[object, ...], str]] = {
     ("agent", "user"): (("root", 0), ONE_USER),
@@ -89,6 +92,7 @@ def read_harbor_task(path: str | Path, *, host_packages: bool = False, world_mod
     name = toml["task"].pop("name", None)
     trees = {part: _read_part(folder, part, own.get("files", {})) for part in ("tests", "solution")}
     if is_scored:
+        refuse_services(f"{folder}/tests", trees["tests"], metadata)
         texts = [instruction, *(command for _, command in state.setup), *texts_of(trees["solution"] | state.files)]
         add_needs(metadata, trees["tests"], texts, state.installs, state.needs, folder / "environment")
         trees["tests"], notes = make_tests_offline(
@@ -257,7 +261,7 @@ def read_environment(folder: Path, image: str | None, *, host_packages: bool) ->
         if (folder / name).exists():
             raise TaskError(
                 f"{folder / name} asks for several machines, and a sandbox is one; start what its other services do in "
-                "RUN lines of the Dockerfile, and remove it"
+                "RUN lines of the Dockerfile for the agent, and again in tests/test.sh for the tests, and remove it"
             )
     if (folder / "Dockerfile").is_file():
         return read_dockerfile(folder, host_packages=host_packages)

@@ -30,6 +30,7 @@ from backtalk.sandboxes.images.commands import is_program_path
 from backtalk.tasks.folder import DEFAULT_TIMEOUT_S, read_harbor_task
 from backtalk.tasks.needs import add_needs, texts_of
 from backtalk.tasks.scripts import make_tests_offline
+from backtalk.tasks.services import refuse_services
 from backtalk.tasks.task import Task
 
 SUFFIXES = (".jsonl", ".parquet")
@@ -282,6 +283,7 @@ def _read_row(row: Any, folder: Path | None, host_packages: bool, world_model_on
         return task
     if "test.sh" not in task.tests:
         raise TaskError("tests: there is no test.sh to score the task; give the script, or world_model_only: true")
+    refuse_services("tests", task.tests, task.metadata)
     tests, notes = make_tests_offline(Path("tests"), task.tests, host_packages)
     metadata = dict(task.metadata) | ({"world_notes": notes} if notes else {})
     add_needs(metadata, task.tests, [task.instruction, *task.setup, *texts_of({**task.solution, **task.files})])

@@ -13,7 +13,8 @@ HEREDOC_MARK = re.compile(r"\d*<<(-?)[ \t]*(['\"]?)([A-Za-z_][\w.]*)\2")
 SCRIPT = re.compile(r"<<-?\s*(['\"]?)[A-Za-z_][\w.]*\1")  # the whole text of a RUN line whose heredoc is the script
 NO_EFFECT = ("LABEL", "MAINTAINER", "EXPOSE", "CMD", "STOPSIGNAL")  # on files and commands
 WHY_NOT = {
-    "ENTRYPOINT": "nothing is started in a sandbox but the agent's shell; start it in a RUN line with '&'",
+    "ENTRYPOINT": "nothing is started in a sandbox but the agent's shell; start what the agent is to find in a RUN "
+    "line with '&', and in tests/test.sh what the tests are to find: every process ends before them",
     "HEALTHCHECK": "nothing watches a sandbox",
     "VOLUME": "a sandbox is one private tree, gone after the rollout",
     "ONBUILD": "no image is built from this one",
