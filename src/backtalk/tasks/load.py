@@ -107,7 +107,7 @@ def reason_kind(reason: str, folder: Path) -> str:
     """Return what the reasons of one kind share: without the folder, the line, what is quoted and the advice."""
     reason = reason.replace(f"{folder.absolute()}", "").replace(f"{folder}", "").partition("\n")[0]
     reason = re.sub(r"'[^']*'|\"[^\"]*\"|(?<!\S)/(?=\S*/)\S+", "...", re.sub(r", line \d+", "", reason).lstrip("/: "))
-    return re.split(r";|\. |: the ", reason)[0]
+    return re.split(r";|(?<!\.)\. |: the reward ", reason)[0]
 
 
 def read_list(path: Path) -> list[Path]:
