@@ -1,12 +1,14 @@
-"""Time and memory of a train step: its head, packing, and a world-model coefficient above 0.
+"""Time and memory of a train step: its head, packing, a world-model coefficient above 0, and measured gradients.
 
     python benchmarks/objective.py head      # memory and time of hidden states -> log-probabilities and back
     python benchmarks/objective.py packing   # several samples in a row against padding
     python benchmarks/objective.py lambda    # a whole step at world_model_coeff 0.05 against 0
+    python benchmarks/objective.py norms     # a step that measures both terms' gradients against one that does not
 
 `head` runs each method in a process of its own, one at a time, in alternation. Memory is the peak of the resident set
-above that of the inputs, gradients included. `packing` and `lambda` run pairs of steps in alternation and print a
-bootstrap interval of the ratio. CPU seconds are those of the whole process. Wall-clock seconds need an idle machine.
+above that of the inputs, gradients included. The others run pairs of steps in alternation and print a bootstrap
+interval of the ratio, `norms` of CPU seconds. CPU seconds are those of the whole process. Wall-clock seconds need an
+idle machine.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from backtalk.engines.torch.config import TorchConfig
-from backtalk.engines.torch.engine import TorchEngine
+from backtalk.engines.torch.engine import MEASURE_EVERY, TorchEngine
 from backtalk.engines.torch.head import head_logprobs
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.samples import Sample, build_samples
+from backtalk.run.log import RunLog
 from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
 
 MIB = 2**20
@@ -307,9 +310,36 @@ def coefficient(args: argparse.Namespace, folder: Path) -> None:
         )
 
 
+def norms(args: argparse.Namespace) -> None:
+    """Measure the CPU seconds of a step with measured gradients, and what that is of the updates and steps of a run."""
+    print(f"\nnorms: CPU seconds of a step, gradients measured / not (95 % interval), {args.threads} threads")
+
+    def cpu_seconds(engine: TorchEngine, samples: list[Sample], config: ObjectiveConfig) -> float:
+        started = time.process_time()
+        asyncio.run(engine.train_step(samples, config))
+        return time.process_time() - started
+
+    for coeff in (0.0, 0.05):
+        engines = [engine_of("base", measure_gradients_every=n) for n in (1, 0)]
+        samples = rollouts(args.samples, len(engines[0].tokenizer), 2)
+        config = ObjectiveConfig(world_model_coeff=coeff)
+        runs = [partial(cpu_seconds, engine, samples, config) for engine in engines]
+        pairs = alternating(runs[0], runs[1], args.pairs)
+        added = sum(a for a, _ in pairs) / sum(b for _, b in pairs) - 1
+        print(
+            f"coefficient {coeff:<5}{ratio_line(pairs)}; one in {MEASURE_EVERY}: {added / MEASURE_EVERY:.1%} of updates"
+        )
+        if args.run:
+            rows = RunLog(args.run).read_metrics()
+            update = sum(row["train_seconds"] for row in rows)
+            whole = update + sum(row["rollout_seconds"] for row in rows)
+            share = update / whole
+            print(f"    updates are {share:.0%} of {args.run}'s steps, so that is {added / MEASURE_EVERY * share:.1%}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["head", "packing", "lambda"])
+    parser.add_argument("what", nargs="*", default=["head", "packing", "lambda", "norms"])
     for name, default in {
         "batch": 4,
         "length": 2048,
@@ -320,8 +350,10 @@ def main() -> None:
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--repeats", type=int, default=2, help="passes in each process of `head`; the best counts")
-    parser.add_argument("--pairs", type=int, default=10, help="pairs of steps of `packing` and `lambda`")
+    parser.add_argument("--pairs", type=int, default=10, help="pairs of steps of `packing`, `lambda` and `norms`")
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.5], help="of tokens that carry weight")
+    parser.add_argument("--samples", type=int, default=64, help="rollouts of a step of `norms`")
+    parser.add_argument("--run", help="run folder, for `norms`: how much of a run updates take")
     for name in ("one", "save", "selected"):
         parser.add_argument(f"--{name}", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -336,6 +368,8 @@ def main() -> None:
                 head(args)
             elif what == "packing":
                 packing(args, Path(folder, "model"))
+            elif what == "norms":
+                norms(args)
             else:
                 coefficient(args, Path(folder, "model"))
 

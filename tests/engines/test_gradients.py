@@ -136,6 +136,18 @@ async def test_a_measurement_waits_for_a_policy_gradient(model_dir: Path) -> Non
     assert rows[0].keys() == rows[1].keys()
 
 
+async def test_a_share_is_measured_more_often_than_a_number(model_dir: Path) -> None:
+    samples, due = make_samples(), {}
+    for config in (BOTH, FIFTH):
+        engine = make_engine(model_dir, measure_gradients_every=None)
+        engine._measured_at = 5
+        due[config] = []
+        for engine._policy_version in range(5, 50):
+            if engine._is_measured(samples, config):
+                due[config].append(engine._policy_version)
+    assert (due[BOTH][0], due[FIFTH][0]) == (45, 15)
+
+
 async def test_a_resumed_controller_goes_on_to_the_bit(model_dir: Path, tmp_path: Path) -> None:
     steps = [make_samples(rewards, i) for i, rewards in enumerate((MIXED, EQUAL, MIXED, MIXED, MIXED))]
     settings: dict[str, Any] = {"measure_gradients_every": 2, "learning_rate": 1e-3, "dtype": "float32"}
@@ -149,9 +161,7 @@ async def test_a_resumed_controller_goes_on_to_the_bit(model_dir: Path, tmp_path
     again = [await second.train_step(step, FIFTH) for step in steps[2:]]
     assert [row["world_model_coeff"] for row in again] == [row["world_model_coeff"] for row in expected[2:]]
     assert len({row["world_model_coeff"] for row in expected}) == 3
-    assert again == expected[2:] and torch.equal(
-        weights(second), weights(whole)
-    )
+    assert again == expected[2:] and torch.equal(weights(second), weights(whole))
 
 
 async def test_observations_alone_have_nothing_to_compare(model_dir: Path) -> None:

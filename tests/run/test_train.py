@@ -41,7 +41,7 @@ from backtalk.tasks.load import load_tasks
 from backtalk.tasks.task import Split
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 from backtalk.viewer.data import find_rollout
-from backtalk.viewer.web.curves import BEHAVIOUR, GRAD_NORMS, ROLE_METRICS, draw_run
+from backtalk.viewer.web.curves import BEHAVIOUR, GRAD_NORMS, ROLE_METRICS, SHARES, draw_run
 from taught import taught_model_dir
 
 HERE = Path(__file__).parents[1]
@@ -167,15 +167,17 @@ async def test_every_curve_is_drawn_of_a_real_run(whole: tuple[Path, list[Event]
     assert {axis.get_title(): axis.get_legend_handles_labels()[1] for axis in figure.axes} == {
         "reward": ["reward of the step", "share solved", "held-out pass@1"],
         "env-output cross-entropy, nats/token": ["training rollouts", "held-out, recorded", "held-out, own"],
-        "gradient norm": [*GRAD_NORMS.values()],
+        "gradient norm over all weights": [*GRAD_NORMS.values()],
+        "gradient of the world-model term": [*SHARES.values()],
         "tokens a step, by role": ["action", "env output", "warning"],
         "seconds a step": ["sampling", "sandbox", "training"],
         "per rollout, on average": [*BEHAVIOUR.values()],
+        "world_model_coeff": ["as used"],
     }
-    assert {*GRAD_NORMS, *BEHAVIOUR, *ROLE_METRICS} <= set(METRICS)
-    for axis in figure.axes[:3]:  # each line has numbers that are drawn
+    assert {*GRAD_NORMS, *SHARES, *BEHAVIOUR, *ROLE_METRICS} <= set(METRICS)
+    for axis in figure.axes[:4]:  # each line has numbers that are drawn
         assert all(len(line.get_xdata()) for line in axis.get_lines())
-    for axis in figure.axes[3:5]:
+    for axis in figure.axes[4:6]:
         assert all(area.get_paths()[0].get_extents().height > 0 for area in axis.collections)
 
 

@@ -38,8 +38,9 @@ class TorchConfig:
     """Put several samples into one row; auto does where attention is made for it."""
     gradient_checkpointing: bool = False
     """Use less memory, for one more forward pass."""
-    measure_gradients_every: int = 16
-    """Steps between exact measurements of both terms' gradients over all trained weights; 0 for none."""
+    measure_gradients_every: int | None = None
+    """Steps between exact measurements of both terms' gradients over all trained weights; 0 for none, null is 10 where
+    world_model_coeff is a share and 40 elsewhere."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 trains every weight."""
     threads: int | None = None

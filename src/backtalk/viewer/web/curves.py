@@ -16,10 +16,11 @@ ROLE_METRICS = {
 }
 # Metric: label.
 GRAD_NORMS = {
-    "grad_norm": "of all weights, before clipping",
-    "policy_grad_norm": "policy term, at the last hidden states",
-    "world_grad_norm": "world-model term, at the last hidden states",
+    "grad_norm": "both terms, before clipping",
+    "policy_grad_norm_weights": "policy term",
+    "world_grad_norm_weights": "world-model term at coefficient 1",
 }
+SHARES = {"world_grad_share": "its share", "grad_cosine": "cosine with the policy term's"}
 BEHAVIOUR = {"num_turns": "turns", "invalid_calls": "invalid calls", "command_timeouts": "time-outs"}
 
 
@@ -29,12 +30,15 @@ def run_curves(metrics: Rows, evaluations: Mapping[int, Mapping[str, Any]]) -> b
 
 
 def draw_run(metrics: Rows, evaluations: Mapping[int, Mapping[str, Any]]) -> Any:
-    """Return a figure of six panels over training steps: reward, cross-entropy, gradient norm, tokens, time, behaviour.
+    """Return a figure of eight panels over training steps.
+
+    They show reward, cross-entropy, gradient norms, the world-model term's share of them, tokens, time, behaviour and
+    coefficient.
 
     Metrics and estimates that the run did not measure have no curve.
     """
-    figure, axes = new_figure(2, 3)
-    (reward, ce, norm), (tokens, seconds, behaviour) = axes
+    figure, axes = new_figure(2, 4)
+    (reward, ce, norm, share), (tokens, seconds, behaviour, coeff) = axes
     steps = [row["step"] for row in metrics]
     _line(reward, metrics, "reward", "reward of the step")
     _line(reward, metrics, "solved", "share solved", dashed=True)  # dashed, because both curves often coincide
@@ -44,17 +48,20 @@ def draw_run(metrics: Rows, evaluations: Mapping[int, Mapping[str, Any]]) -> Any
     _points(ce, evaluations, "env_ce_recorded", "held-out, recorded")
     _points(ce, evaluations, "env_ce_own", "held-out, own")
     ce.set(title="env-output cross-entropy, nats/token", ylim=(0, None))
-    for axis, lines in ((norm, GRAD_NORMS), (behaviour, BEHAVIOUR)):
+    for axis, lines in ((norm, GRAD_NORMS), (share, SHARES), (behaviour, BEHAVIOUR)):
         for name, label in lines.items():
             _line(axis, metrics, name, label)
-    norm.set(title="gradient norm", ylim=(0, None))
+    norm.set(title="gradient norm over all weights", yscale="log")
+    share.set(title="gradient of the world-model term", ylim=(None, 1.02))
+    _line(coeff, metrics, "world_model_coeff", "as used")
+    coeff.set(title="world_model_coeff", ylim=(0, None))
     columns = {label: _column(metrics, name) for name, (label, _) in ROLE_METRICS.items()}
     stack(tokens, steps, columns, [color for _, color in ROLE_METRICS.values()])
     tokens.set(title="tokens a step, by role")
     stack(seconds, steps, _time_parts(metrics), ["#8250df", "#bf8700", "#8c959f"])
     seconds.set(title="seconds a step")
     behaviour.set(title="per rollout, on average", ylim=(0, None))
-    for axis in (tokens, seconds, behaviour):
+    for axis in (tokens, seconds, behaviour, coeff):
         axis.set_xlabel("training step", fontsize=8)
     return figure
 

@@ -51,10 +51,14 @@ def _summary(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]]) ->
     rollouts = sum(int(row.get("rollouts") or 0) for row in metrics)
     seconds = sum((row.get("rollout_seconds") or 0.0) + (row.get("train_seconds") or 0.0) for row in metrics)
     objective = config["objective"]
+    coeff = objective["world_model_coeff"]
+    if isinstance(coeff, Mapping):  # a schedule or a share
+        used = [row["world_model_coeff"] for row in metrics if row.get("world_model_coeff") is not None]
+        coeff = f"{dict(coeff)}" + (f" ({min(used):.3g} to {max(used):.3g})" if used else "")
     return (
         f"{len(metrics)} of {config['steps']} steps, {rollouts} rollouts, {seconds / 60:.1f} minutes of training. "
         f"Model {config['engine']['model']}, tasks {config['tasks']['source']}, policy_coeff "
-        f"{objective['policy_coeff']}, world_model_coeff {objective['world_model_coeff']} on "
+        f"{objective['policy_coeff']}, world_model_coeff {coeff} on "
         f"{objective['world_loss_target']} tokens."
     )
 
