@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from backtalk.errors import ConfigError
 from backtalk.objective import objective
 from backtalk.objective.batch import TokenCounts, collate
 from backtalk.objective.coefficient import Share
-from backtalk.objective.config import ObjectiveConfig, PolicyOptions
+from backtalk.objective.config import ObjectiveConfig, PolicyOptions, WorldOptions
 from backtalk.objective.samples import Sample, build_samples
 from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
 
@@ -136,16 +137,15 @@ async def test_a_measurement_waits_for_a_policy_gradient(model_dir: Path) -> Non
     assert rows[0].keys() == rows[1].keys()
 
 
-async def test_a_share_is_measured_more_often_than_a_number(model_dir: Path) -> None:
-    samples, due = make_samples(), {}
-    for config in (BOTH, FIFTH):
+async def test_a_coefficient_that_follows_is_measured_more_often(model_dir: Path) -> None:
+    samples, halves, due = make_samples(), replace(BOTH, world=WorldOptions(on_trouble="halve")), {}
+    for config in (BOTH, FIFTH, halves):
         engine = make_engine(model_dir, measure_gradients_every=None)
         engine._measured_at = 5
-        due[config] = []
         for engine._policy_version in range(5, 50):
             if engine._is_measured(samples, config):
-                due[config].append(engine._policy_version)
-    assert (due[BOTH][0], due[FIFTH][0]) == (45, 15)
+                due.setdefault(config, engine._policy_version)
+    assert due == {BOTH: 45, FIFTH: 15, halves: 15}
 
 
 async def test_a_resumed_controller_goes_on_to_the_bit(model_dir: Path, tmp_path: Path) -> None:

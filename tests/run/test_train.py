@@ -295,8 +295,7 @@ async def test_a_killed_run_resumes_to_the_same_numbers(
     assert next(e for e in events if isinstance(e, RunStarted)).first_step == 4
     assert said(folder) == said(whole)
     assert comparable(folder) == comparable(whole)
-    coeffs = [row["world_model_coeff"] for row in RunLog(whole).read_metrics()]
-    assert len({*coeffs[4:]}) == 2  # the controller went on after the checkpoint
+    assert RunLog(whole).read_metrics()[4]["world_model_coeff"] != 0.05  # no longer the initial one
     for step in left.evaluation_steps():
         assert measured(left.read_evaluation(step)) == measured(RunLog(whole).read_evaluation(step))
     assert left.evaluation_steps() == [0, 2, 4, 6]

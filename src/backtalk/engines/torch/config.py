@@ -40,7 +40,7 @@ class TorchConfig:
     """Use less memory, for one more forward pass."""
     measure_gradients_every: int | None = None
     """Steps between exact measurements of both terms' gradients over all trained weights; 0 for none, null is 10 where
-    world_model_coeff is a share and 40 elsewhere."""
+    the coefficient follows from them (a share, or world.on_trouble) and 40 elsewhere."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 trains every weight."""
     threads: int | None = None

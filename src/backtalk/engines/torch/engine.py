@@ -47,9 +47,10 @@ from backtalk.objective.samples import Sample, to_samples
 from backtalk.rollout.sampler import Sampler, SamplingParams
 from backtalk.trajectory import Trajectory
 
-# A measured step takes about 2.7 times as long as another, an update about half of a step of triage. So one in 40 costs
-# 2 % of a run. A share needs its norms more often, as they change fastest in the first steps; one in 10 costs 7 %.
-MEASURE_EVERY, MEASURE_EVERY_WITH_SHARE = 40, 10
+# With forward : backward as 1 : 2, a measured step takes 2.7 times as long as another, and an update is about half of a
+# step of triage. So one in 40 costs 2 % of a run. One in 10 costs 8 %: for a coefficient that follows the norms, which
+# change fastest in the first steps.
+MEASURE_EVERY, MEASURE_EVERY_TO_FOLLOW = 40, 10
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -184,7 +185,8 @@ class TorchEngine:
         """Return whether this step measures both terms' gradients: one is due, and the policy term has a gradient."""
         every, last = self.config.measure_gradients_every, self._measured_at
         if every is None:
-            every = MEASURE_EVERY_WITH_SHARE if isinstance(config.world_model_coeff, Share) else MEASURE_EVERY
+            follows = isinstance(config.world_model_coeff, Share) or config.world.on_trouble != "warn"
+            every = MEASURE_EVERY_TO_FOLLOW if follows else MEASURE_EVERY
         if every == 0 or config.policy_coeff == 0 or (last is not None and self._policy_version - last < every):
             return False
         return any(s.has_reward and (s.advantage != 0 or config.policy.kl_coeff > 0) for s in samples)
