@@ -55,6 +55,7 @@ class Echo:
     reward: float | None = 1.0
     events: list[str] = field(default_factory=list)
     tools: tuple[ToolSpec, ...] = TOOLS
+    metrics: dict[str, float] = field(default_factory=dict)
 
     async def _enter(self, phase: str) -> None:
         self.events.append(phase)
@@ -181,6 +182,11 @@ async def test_the_renderer_speaks_of_the_tools_of_the_world_it_is_in() -> None:
     t = await rollout(Echo(tools=(shout,)), "<bash>hello</bash>", limits=RolloutLimits(max_turns=1))
     assert t.stats["invalid_calls"] == 1
     assert text_of(t, ENV) == []
+
+
+async def test_what_the_verifier_says_beside_the_reward_is_among_the_stats() -> None:
+    t = await rollout(Echo(metrics={"verifier/style": 0.25}), "<submit>1</submit>")
+    assert (t.reward, t.stats["verifier/style"]) == (1.0, 0.25)
 
 
 async def test_nobody_scores() -> None:

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from backtalk.errors import ConfigError
+from backtalk.cli.app import app
+from backtalk.errors import ConfigError, TaskError
 from backtalk.rollout.limits import RolloutLimits
 from backtalk.run.benchmark import Benchmark, benchmark_tasks, pass_at_every_k, run_benchmark
 from backtalk.run.config import config_from_dict
@@ -55,6 +57,36 @@ async def test_tasks_are_chosen_by_pattern_and_number() -> None:
         await benchmark_tasks(Benchmark(dataset="workbench", names=("nothing-*",)))
     with pytest.raises(ConfigError, match="--environment docker"):
         await benchmark_tasks(Benchmark(dataset="terminal-bench@2.0"))
+
+
+async def test_folders_that_install_or_cannot_be_read(tmp_path: Path) -> None:
+    for name, line in {"installs": "RUN pip install pip", "bad": "USER nobody-made-it"}.items():
+        for path, text in {
+            "task.toml": "",
+            "instruction.md": "Do it.\n",
+            "environment/Dockerfile": f"FROM ubuntu\n{line}\n",
+            "tests/test.sh": "echo 1 >/logs/verifier/reward.txt\n",
+        }.items():
+            (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / path).write_text(text)
+    said: list[str] = []
+    with pytest.raises(TaskError, match=r"pass --host-packages(.|\n)*--on-refuse skip"):
+        await benchmark_tasks(Benchmark(dataset=str(tmp_path)))
+    chosen = Benchmark(dataset=str(tmp_path), host_packages=True, on_refuse="skip")
+    assert [task.id for task in await benchmark_tasks(chosen, said.append)] == ["installs"]
+    assert len(said) == 2 and "'bad' is left out" in said[0] and said[1].startswith("1 of 2 task folders")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--host-packages",), "about the tasks of a --dataset"),
+        (("--dataset", "workbench", "--model", "x", "--on-refuse", "perhaps"), "use stop or skip"),
+    ],
+)
+def test_options_about_folders_are_of_a_dataset(options: tuple[str, ...], reason: str) -> None:
+    result = CliRunner().invoke(app, ["evaluate", *options])
+    assert result.exit_code != 0 and reason in str(result.exception)
 
 
 async def test_as_many_rollouts_at_once_as_in_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backtalk.cli.interrupts import run
-from backtalk.cli.options import HostPackages, OptionalRunFolder, Settings, new_console
+from backtalk.cli.options import (
+    HostPackages,
+    OnRefuseChoice,
+    OptionalRunFolder,
+    Settings,
+    new_console,
+    on_refuse_choice,
+)
 from backtalk.cli.policy import policy_settings
 from backtalk.errors import ConfigError
 
@@ -34,9 +41,7 @@ def evaluate(
         list[str] | None, typer.Option("--task", metavar="PATTERN", help="Tasks of a dataset; may be given many times.")
     ] = None,
     host_packages: HostPackages = False,
-    on_refuse: Annotated[
-        str, typer.Option(help="About tasks of a dataset that cannot be read: stop, or skip and name them.")
-    ] = "stop",
+    on_refuse: OnRefuseChoice = "stop",
     model: Annotated[str | None, typer.Option(help="Measure this model instead of a run's.")] = None,
     settings: Settings = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Also write all of it to this file.")] = None,
@@ -49,13 +54,6 @@ def evaluate(
     With --dataset, on tasks that others wrote, five rollouts each: `backtalk evaluate runs/mine --dataset my_tasks`, or
     `backtalk evaluate --model Qwen/Qwen3-8B --dataset terminal-bench@2.0 --environment docker`.
     """
-    if on_refuse not in ("stop", "skip"):
-        raise ConfigError(f"--on-refuse {on_refuse} is unknown; use stop or skip")
-    if dataset is None and (host_packages or on_refuse != "stop"):
-        raise ConfigError(
-            "--host-packages and --on-refuse are about the tasks of a --dataset; those of a run are read as its "
-            "settings say (host_packages, on_refuse of a source)"
-        )
     if dataset is not None:
         config, checkpoint = policy_settings(folder, model, base, list(settings or []))
         from backtalk.run.benchmark import Benchmark
@@ -68,9 +66,14 @@ def evaluate(
             names=wanted,
             count=tasks,
             host_packages=host_packages,
-            on_refuse="skip" if on_refuse == "skip" else "stop",
+            on_refuse=on_refuse_choice(on_refuse),
         )
         result = _on_dataset(config, benchmark, checkpoint, trajectories)
+    elif host_packages or on_refuse != "stop":
+        raise ConfigError(
+            "--host-packages and --on-refuse are about the tasks of a --dataset; those of a run are read as its "
+            "settings say (host_packages, on_refuse of a source)"
+        )
     elif folder is None:
         raise ConfigError("nothing says what to measure; name a RUN, or a --dataset with a RUN or a --model")
     elif model is not None:

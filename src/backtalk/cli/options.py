@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
+
+from backtalk.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +26,22 @@ HostPackages = Annotated[
     bool,
     typer.Option("--host-packages", help="This machine has what the tasks install: leave out what installs packages."),
 ]
+
+OnRefuseChoice = Annotated[
+    str, typer.Option("--on-refuse", help="About task folders that cannot be read: stop, or skip and name them.")
+]
+
+
+def on_refuse_choice(given: str) -> Literal["stop", "skip"]:
+    """Return what --on-refuse says.
+
+    Raises:
+        ConfigError: it is neither stop nor skip.
+    """
+    match given:
+        case "stop" | "skip":
+            return given
+    raise ConfigError(f"--on-refuse {given} is unknown; use stop or skip")
 
 
 def new_console() -> Console:
