@@ -17,6 +17,7 @@ from backtalk.tasks.task import Split, Task
 
 OnRefuse = Literal["stop", "skip"]  # of a source with folders that cannot be read
 LIST_SUFFIX = ".txt"  # of a list of task folders
+_VARIES = re.compile(r"(?<!\w)'[^']*'(?!\w)|\"[^\"]*\"|(?<!\S)/(?=\S*/)\S+")  # what is quoted, and paths
 SHIPPED = ("workbench",)  # datasets of task folders that come with the package
 
 
@@ -106,7 +107,7 @@ def read_tasks(
 def reason_kind(reason: str, folder: Path) -> str:
     """Return what the reasons of one kind share: without the folder, the line, what is quoted and the advice."""
     reason = reason.replace(f"{folder.absolute()}", "").replace(f"{folder}", "").partition("\n")[0]
-    reason = re.sub(r"'[^']*'|\"[^\"]*\"|(?<!\S)/(?=\S*/)\S+", "...", re.sub(r", line \d+", "", reason).lstrip("/: "))
+    reason = _VARIES.sub("...", re.sub(r", line \d+", "", reason).lstrip("/: "))
     return re.split(r";|(?<!\.)\. |: the reward ", reason)[0]
 
 
