@@ -22,10 +22,12 @@ from pathlib import Path
 from statistics import median, quantiles
 from urllib.request import urlopen
 
-from backtalk.envs.awm import AwmConfig, AwmEnv, AwmWorld, awm_tasks, write_scenario
-from backtalk.envs.awm.world import open_scenarios
+from backtalk.envs.awm.config import AwmConfig
+from backtalk.envs.awm.env import AwmEnv
+from backtalk.envs.awm.world import AwmWorld, awm_tasks, open_scenarios
 from backtalk.messages import ToolCall
 
+ROOT = Path(__file__).parents[1]
 ROLLOUTS, CALLS = 40, 25
 SEARCH = ToolCall("search_products", {"category": "lamps", "sort_by": "price"})
 
@@ -57,7 +59,7 @@ def served() -> Iterator[str]:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         port = str(place.getsockname()[1])
-    command = (sys.executable, "-m", "uvicorn", "--factory", "backtalk.envs.awm.server:make_app")
+    command = (sys.executable, "-m", "uvicorn", "--factory", "examples.awm_server:make_app", "--app-dir", str(ROOT))
     process = subprocess.Popen([*command, "--port", port, "--log-level", "error"])
     try:
         for _ in range(600):
@@ -78,6 +80,9 @@ def main() -> None:
     print(f"{machine}, Python {platform.python_version()}")
     rows = {"in process": asyncio.run(measure(AwmWorld("shop-ten", AwmConfig()), "shop-ten"))}
     with tempfile.TemporaryDirectory() as folder:  # a folder's programs are untrusted
+        sys.path.append(str(ROOT / "recipes/shop"))
+        from scenario_files import write_scenario
+
         write_scenario(open_scenarios("shop").scenarios["shop"], Path(folder))
         rows["sandbox"] = asyncio.run(measure(AwmWorld(folder, AwmConfig()), folder))
     with served() as url:

@@ -25,7 +25,8 @@ from typing import Any
 
 from openenv.core.generic_client import GenericEnvClient
 
-from backtalk.envs.openenv import OpenEnvConfig, OpenEnvWorld
+from backtalk.envs.openenv.config import OpenEnvConfig
+from backtalk.envs.openenv.env import OpenEnvWorld
 from backtalk.messages import ToolCall
 from backtalk.tasks.task import Task
 

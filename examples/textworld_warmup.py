@@ -19,7 +19,8 @@ from textworld_express import TextWorldExpressEnv
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from backtalk.envs.openenv import OpenEnvConfig, OpenEnvWorld
+from backtalk.envs.openenv.config import OpenEnvConfig
+from backtalk.envs.openenv.env import OpenEnvWorld
 from backtalk.language.renderer import Renderer
 from backtalk.messages import ToolCall
 from backtalk.rollout.groups import run_groups

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from backtalk.envs.awm import AwmConfig, AwmWorld
+from backtalk.envs.awm.config import AwmConfig
 from backtalk.envs.awm.shop import ADJECTIVES, CATEGORIES, CODES, REASONS, STATUSES, Plan, generate_task
-from backtalk.envs.awm.world import open_scenarios
+from backtalk.envs.awm.world import AwmWorld, open_scenarios
 from backtalk.messages import Message, ToolCall
 from backtalk.tasks.task import Split, Task
 

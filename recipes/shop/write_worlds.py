@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from backtalk.envs.awm.files import Scenario, write_scenario
+from backtalk.envs.awm.files import Scenario
 from backtalk.envs.awm.shop import KINDS, code_verifier, generate_task, insert_statement
+from scenario_files import write_scenario
 
 HERE = Path(__file__).parent
 ASSETS = HERE.parents[1] / "src/backtalk/assets/awm"

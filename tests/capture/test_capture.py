@@ -22,8 +22,7 @@ from typer.testing import CliRunner
 
 from backtalk.capture.author import Author, Left, Reply, Seen
 from backtalk.capture.endpoint import Endpoint, EndpointConfig
-from backtalk.capture.lines import read_action
-from backtalk.capture.people import Script, read_script
+from backtalk.capture.people import Script, read_action, read_script
 from backtalk.capture.rollout import capture_episode
 from backtalk.cli import app
 from backtalk.envs.base import Step

@@ -21,11 +21,12 @@ import pytest
 pytest.importorskip("fastapi", reason="pip install 'backtalk[awm]'")
 pytest.importorskip("sqlalchemy", reason="pip install 'backtalk[awm]'")
 
-from backtalk.envs.awm import AwmConfig, AwmEnv, AwmWorld, awm_tasks, read_scenarios, write_scenario
-from backtalk.envs.awm.files import FILES, Scenario
+from backtalk.envs.awm.config import AwmConfig
+from backtalk.envs.awm.env import AwmEnv
+from backtalk.envs.awm.files import FILES, Scenario, read_scenarios
 from backtalk.envs.awm.program import Program, new_database
 from backtalk.envs.awm.shop import KINDS, Plan, generate_task, make_shop
-from backtalk.envs.awm.world import LocalScenarios, open_scenarios
+from backtalk.envs.awm.world import AwmWorld, LocalScenarios, awm_tasks, open_scenarios
 from backtalk.envs.base import Step
 from backtalk.errors import ConfigError, DataError, InfrastructureError, VerifierError
 from backtalk.exchange.read.openenv import awm_messages
@@ -33,6 +34,7 @@ from backtalk.messages import ToolCall
 from backtalk.run.config import load_config
 from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import TokenRole
+from scenario_files import write_scenario
 
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "src/backtalk/assets/awm"
@@ -69,8 +71,42 @@ def solution(task: Task) -> Plan:
     return generate_task(seed, kind)[1]
 
 
+class Recorded:
+    """A session that keeps its calls with their observations, in the form of OpenEnv's captured episodes."""
+
+    def __init__(self, session: Any) -> None:
+        self._session, self.about, self.steps, self.reward = session, {}, [], None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    async def start(self) -> Any:
+        result = await self._session.start()
+        self.about = result.observation
+        return result
+
+    async def call(self, tool: str, arguments: Any) -> Any:
+        result = await self._session.call(tool, arguments)
+        if tool == "verify":
+            self.reward = result.reward
+        action = {"tool_name": tool, "arguments": dict(arguments)}
+        self.steps.append({"action": action, "observation": {"done": result.done, **result.observation}})
+        return result
+
+    def episode(self, task: Task) -> dict[str, Any]:
+        about = {"scenario": self.about["scenario"], "task": task.instruction, "task_idx": self.about["task_idx"]}
+        tools = [tool.name for tool in self._session.tools]
+        return {**about, "tools": tools, "steps": self.steps, "reward": self.reward}
+
+
+def record(env: AwmEnv) -> Recorded:
+    env._session = Recorded(env._session)
+    return env._session
+
+
 async def play(world: AwmWorld, task: Task, plan: list[ToolCall] | tuple[ToolCall, ...]) -> tuple[float | None, AwmEnv]:
     async with world.open(task) as env:
+        record(env)
         await env.reset()
         for call in plan:
             await env.step(call)
@@ -305,10 +341,11 @@ async def test_a_captured_episode_imports_as_it_was_played(shop: AwmWorld) -> No
     task = AwmWorld("shop", AwmConfig()).tasks(Split.TRAIN, 1, 0)[0]
     said = []
     async with shop.open(task) as env:
+        recorded = record(env)
         await env.reset()
         for call in (*calls(("get_product", {"product_id": 9999})), *solution(task).solution):
             said.append((await env.step(call)).messages[0])
-        episode = json.loads(json.dumps(env.captured_episode))
+        episode = json.loads(json.dumps(recorded.episode(task)))
     imported = [message for message in awm_messages(episode) if message.role == "tool"]
     assert [message.parts for message in imported] == [message.parts for message in said]
     assert [step["action"]["tool_name"] for step in episode["steps"]][-1] == "verify"
@@ -334,7 +371,7 @@ async def test_a_task_that_nobody_scores_needs_no_verifier(shop: AwmWorld) -> No
     task = shop.tasks(Split.TRAIN, 1, 0)[0]
     task = replace(task, metadata={**task.metadata, "world_model_only": True})
     reward, env = await play(shop, task, calls(("view_cart", {}), ("done", {"answer": ""})))
-    assert reward is None and [step["action"]["tool_name"] for step in env.captured_episode["steps"]] == ["view_cart"]
+    assert reward is None and [step["action"]["tool_name"] for step in env._session.steps] == ["view_cart", "done"]
 
 
 async def test_done_releases_the_database(shop: AwmWorld) -> None:
@@ -354,7 +391,8 @@ def server() -> Iterator[str]:
     pytest.importorskip("openenv", reason="pip install 'backtalk[openenv]'")
     import uvicorn
 
-    from backtalk.envs.awm.server import make_app
+    sys.path.insert(0, str(ROOT))
+    from examples.awm_server import make_app
 
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
@@ -379,7 +417,7 @@ async def test_a_server_plays_the_same_rollouts(server: str) -> None:
         (reward, remote), (expected, local) = await play(there, task, plan), await play(here, task, plan)
         assert reward == expected == 1.0
         assert remote.tools == local.tools
-        assert remote.captured_episode == local.captured_episode  # byte for byte, but for what neither holds
+        assert remote._session.steps == local._session.steps  # byte for byte, but for what neither holds
     assert (await play(there, tasks[15], calls(*DESK[5])))[0] == 1.0
     with pytest.raises(InfrastructureError, match=r"reset_error: there is no scenario 'nowhere'"):
         await play(there, replace(tasks[0], metadata={"scenario": "nowhere", "task_idx": 0}), [])

@@ -17,15 +17,16 @@ import pytest
 pytest.importorskip("fastapi", reason="pip install 'backtalk[awm]'")
 pytest.importorskip("sqlalchemy", reason="pip install 'backtalk[awm]'")
 
-from backtalk.envs.awm import AwmConfig, AwmWorld, awm_tasks, write_scenario
+from backtalk.envs.awm.config import AwmConfig
 from backtalk.envs.awm.files import Scenario
 from backtalk.envs.awm.isolation import NUM_CHILDREN, Child, IsolatedScenarios, read_result, readable_folders
-from backtalk.envs.awm.world import open_scenarios
+from backtalk.envs.awm.world import AwmWorld, awm_tasks, open_scenarios
 from backtalk.errors import InfrastructureError, SandboxUnavailable, VerifierError
 from backtalk.messages import ToolCall
 from backtalk.sandboxes.base import ExecResult
 from backtalk.tasks.task import Task
 from sandbox_help import backend_or_skip
+from scenario_files import write_scenario
 
 SECRET = "s3cret-7d1f"
 HOSTILE_TOOLS = r"""

@@ -21,9 +21,12 @@ import pytest
 
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.engine import TorchEngine
-from backtalk.envs.openenv import OpenEnvConfig, OpenEnvError, OpenEnvRefusal, OpenEnvWorld, connect, openenv_tasks
+from backtalk.envs.openenv.config import OpenEnvConfig
+from backtalk.envs.openenv.env import OpenEnvWorld
 from backtalk.envs.openenv.messages import is_tool_environment, mcp_actions, observation_parts, typed_actions
 from backtalk.envs.openenv.server import LocalServer, find_app
+from backtalk.envs.openenv.session import OpenEnvError, OpenEnvRefusal, connect
+from backtalk.envs.openenv.tasks import openenv_tasks
 from backtalk.errors import ConfigError, TaskError
 from backtalk.language.renderer import Renderer
 from backtalk.messages import Part, ToolCall

@@ -289,7 +289,7 @@ async def test_no_process_of_a_session_survives_the_trainers_end() -> None:
 async def test_a_guard_that_somebody_ends_leaves_nothing() -> None:
     async with sandlock_or_skip().open(SandboxLimits()) as sandbox:
         await out(sandbox, "(setsid env -i sleep 6111 &); echo kept >f")
-        guard = sandbox._keeper._guard
+        guard = sandbox._guarded._guard
         assert guard is not None
         guard.kill()
         async with asyncio.timeout(

@@ -103,11 +103,7 @@ class Endpoint:
         return Reply(text=reply.text, call=call, sampled=sampled, cut=choice.get("finish_reason") == "length")
 
     def _read(self, message: Any) -> AssistantMessage:
-        """Return a reply with its first call; one that cannot be read is text, so that the model is told about it.
-
-        Raises:
-            SamplerError: the reply holds something other than text, such as an image.
-        """
+        """Return a reply with its first call; one that cannot be read is text, so that the model is told about it."""
         fields: dict[str, Any] = dict(message) if isinstance(message, Mapping) else {}
         if isinstance(fields.get("tool_calls"), list):
             fields["tool_calls"] = fields["tool_calls"][:1]
@@ -141,11 +137,7 @@ class Endpoint:
         return Reply(sampled=sampled)
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
-        """Return status and answer, after as many requests as it takes or is allowed.
-
-        Raises:
-            SamplerError: the server cannot be reached, or stays busy or broken.
-        """
+        """Return status and answer, after as many requests as it takes or is allowed."""
         key = os.environ.get(self.config.key_variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         problem = ""

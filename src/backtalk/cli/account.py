@@ -90,11 +90,7 @@ def _renderer(name: str) -> Renderer:
 
 
 def _read(files: Sequence[Path], source: Format | None, unit: str, model: str) -> Imported:
-    """Return the rollouts in tokens of ``unit``. Token ids in the files are those of ``model``.
-
-    Raises:
-        DataError: no rollout can be read.
-    """
+    """Return the rollouts in tokens of ``unit``. Token ids in the files are those of ``model``."""
     from backtalk.evidence.account.characters import characters, recounted, transcribed
     from backtalk.run.log.sources import read_rollouts, record_reader
 

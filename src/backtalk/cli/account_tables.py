@@ -85,7 +85,6 @@ def _breakdown(title: str, tallies: Mapping[str, Tally]) -> Table:
 
 
 def _notes(accounts: Sequence[Account], scored: Sequence[Account]) -> Iterator[str]:
-    """Yield notes on what the rows mean and what was assumed."""
     yield "learnable: action + env_output. Ordinary RL trains on action alone and discards the rest"
     if scored:
         yield "CE: nats a token at temperature 1. On tokens: action + observed tokens with a gradient that is not 0"

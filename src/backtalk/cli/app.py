@@ -17,10 +17,9 @@ from backtalk.cli.export import export
 from backtalk.cli.import_trajectories import import_trajectories
 from backtalk.cli.interrupts import Interrupted, disk_is_full
 from backtalk.cli.options import fail
-from backtalk.cli.report import report
 from backtalk.cli.serve import serve
 from backtalk.cli.settings import settings
-from backtalk.cli.show import show
+from backtalk.cli.show import report, show
 from backtalk.cli.study import study
 from backtalk.cli.tasks import tasks_app
 from backtalk.cli.train import train

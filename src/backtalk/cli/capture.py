@@ -132,7 +132,6 @@ def _authors(
     temperature: float,
     console: Console,
 ) -> Callable[[], Author]:
-    """Return a function that makes an author for each rollout."""
     from backtalk.capture.endpoint import Endpoint, EndpointConfig
     from backtalk.capture.people import Person, Script
 
@@ -191,11 +190,7 @@ def _config(
 
 
 def _source(world: str, task: str | None) -> str:
-    """Return the task source that the world and the task's name stand for, as ``tasks.source`` has it.
-
-    Raises:
-        ConfigError: there is no such world, or nothing names a task in the terminal.
-    """
+    """Return the task source that the world and the task's name stand for, as ``tasks.source`` has it."""
     if ":" in world:
         return world
     if world != "terminal":
@@ -208,11 +203,7 @@ def _source(world: str, task: str | None) -> str:
 
 
 def _find_task(worlds: Worlds, world: str, name: str | None, seed: int) -> Task:
-    """Return the task to play: the one of that id, or one of the train split, drawn by ``seed``.
-
-    Raises:
-        ConfigError: there is no such task, or nothing says which of several in the terminal.
-    """
+    """Return the task to play: the one of that id, or one of the train split, drawn by ``seed``."""
     from backtalk.tasks.task import Split
 
     drawn = name == "triage" if world == "terminal" else name is None
@@ -242,7 +233,6 @@ async def _play(
     episodes: int,
     keep: Keep,
 ) -> None:
-    """Play one rollout after the other, each handed to ``keep`` as it ends."""
     from backtalk.capture.rollout import capture_episode
     from backtalk.language.renderer import Renderer
     from backtalk.language.tokenizer import model_location
@@ -258,7 +248,6 @@ async def _play(
 
 
 def _summary(trajectory: Trajectory) -> str:
-    """Return a line about a rollout: turns, reward, ending and tokens."""
     from backtalk.trajectory import TokenRole
 
     turns, unsampled, failure = trajectory.num_turns, trajectory.num_unsampled_turns, trajectory.failure

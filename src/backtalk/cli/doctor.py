@@ -164,7 +164,6 @@ def _packages() -> Iterator[Finding]:
 
 
 def _device() -> Finding:
-    """Return the device that training would use."""
     if find_spec("torch") is None:
         return Finding("Device", State.MISSING, "no PyTorch", f"{sys.executable} -m pip install torch")
     import torch
@@ -216,7 +215,6 @@ def _sandbox() -> Iterator[Finding]:
 
 
 def _capacity() -> Finding:
-    """Return how many sandboxes can be alive at once, and what bounds it."""
     from backtalk.sandboxes.machine.capacity import capacity
 
     found = capacity(SandboxLimits())
@@ -227,11 +225,7 @@ def _capacity() -> Finding:
 
 
 async def _try_sandbox(backend: SandboxBackend) -> None:
-    """Run one command in a sandbox.
-
-    Raises:
-        SandboxError: it did not end as it should.
-    """
+    """Run one command in a sandbox."""
     async with backend.open(SandboxLimits()) as sandbox:
         result = await sandbox.exec("echo hello", timeout_s=10.0)
     if result.exit_code != 0 or result.output.strip() != "hello":

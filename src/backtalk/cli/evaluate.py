@@ -16,8 +16,8 @@ from backtalk.cli.options import (
     Settings,
     new_console,
     on_refuse_choice,
+    policy_settings,
 )
-from backtalk.cli.policy import policy_settings
 from backtalk.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -70,7 +70,6 @@ def export(
 
 
 def _writer(target: Target, loss_target: LossTarget, model: str) -> Callable[[Trajectory], dict[str, Any]]:
-    """Return the function that writes a trajectory in a format."""
     from backtalk.exchange.rfc010 import to_rfc010
     from backtalk.exchange.write.atif import to_atif
     from backtalk.exchange.write.openenv import to_episode_record, to_training_trace

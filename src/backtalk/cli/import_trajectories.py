@@ -85,11 +85,7 @@ def import_trajectories(
 
 
 def _write(out: Path, imported: Imported, options: ImportOptions) -> None:
-    """Write the trajectories and print what was imported; exit with 1 where a record was refused.
-
-    Raises:
-        ConfigError: there is no trajectory.
-    """
+    """Write the trajectories and print what was imported; exit with 1 where a record was refused."""
     from rich.console import Console
 
     from backtalk.run.log import write_trajectories
@@ -105,11 +101,7 @@ def _write(out: Path, imported: Imported, options: ImportOptions) -> None:
 
 
 def _wrappers(harness: Harness, warnings: Sequence[str]) -> Wrappers | None:
-    """Return the phrases of a harness and more of them; None where each record says which harness it was.
-
-    Raises:
-        ConfigError: a phrase that is no regular expression, or that would be added to no known harness.
-    """
+    """Return the phrases of a harness and more of them; None where each record says which harness it was."""
     from backtalk.exchange.read.wrappers import NO_WRAPPERS, TERMINUS, Wrappers
 
     for pattern in warnings:
@@ -167,7 +159,6 @@ def _print(imported: Imported, options: ImportOptions, console: Console) -> None
 
 
 def _notes(imported: Imported, options: ImportOptions) -> list[str]:
-    """Return notes on what was decided about the records."""
     total = imported.total
     unsampled = sum(trajectory.num_unsampled_turns for trajectory in imported.trajectories)
     cut = sum(trajectory.stats.get("cut_tokens", 0) > 0 for trajectory in imported.trajectories)

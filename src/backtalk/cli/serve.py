@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from backtalk.cli.interrupts import Interrupted, run
-from backtalk.cli.options import OptionalRunFolder, Settings
-from backtalk.cli.policy import policy_settings
+from backtalk.cli.options import OptionalRunFolder, Settings, policy_settings
 
 
 def serve(

@@ -1,4 +1,4 @@
-"""`backtalk show`: one rollout of a run in the terminal."""
+"""`backtalk show` and `backtalk report`: one rollout of a run in the terminal, or the page of a run or a study."""
 
 from __future__ import annotations
 
@@ -35,3 +35,13 @@ def show(
             raise ConfigError(f"no task {task!r} in that step; it has {', '.join(ids)}")
         group = ids.index(task)
     new_console().print(render(find_rollout(folder, step=step, group=group, sample=index, evaluation=evaluation)))
+
+
+def report(folder: RunFolder) -> None:
+    """Write report.html and the curves of a run again, or those of a study."""
+    if (folder / "study.json").exists():
+        from backtalk.viewer.web.study import write_study_report as write
+    else:
+        from backtalk.viewer.web.report import write_report as write
+
+    typer.echo(f"Report: {write(folder)}")

@@ -9,7 +9,7 @@ import typer
 
 from backtalk.cli.interrupts import Interrupted, run
 from backtalk.cli.options import Settings, new_console, new_folder
-from backtalk.cli.report import report
+from backtalk.cli.show import report
 
 
 def study(

@@ -10,7 +10,7 @@ import typer
 
 from backtalk.cli.interrupts import Interrupted, run
 from backtalk.cli.options import Settings, new_console, new_folder
-from backtalk.cli.report import report
+from backtalk.cli.show import report
 from backtalk.errors import ConfigError
 
 if TYPE_CHECKING:

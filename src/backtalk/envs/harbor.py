@@ -57,11 +57,7 @@ async def load_harbor_dataset(dataset: str, *, names: Sequence[str] = (), count:
 
 
 def _read_task(folder: Path) -> Task:
-    """Read one task with Harbor, which also builds its environment: the task has no files and no setup.
-
-    Raises:
-        TaskError: the folder is no task of Harbor's, or one that cannot run here.
-    """
+    """Read one task with Harbor, which also builds its environment: the task has no files and no setup."""
     from harbor.models.task.task import Task as HarborTask  # pyright: ignore[reportMissingImports]
 
     try:

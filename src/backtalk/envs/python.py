@@ -126,11 +126,7 @@ class PythonWorld:
 
 @cache
 def _specs(kind: type[PythonEnv]) -> dict[str, ToolSpec]:
-    """Return the tools of a class by name, in the order in which they are written.
-
-    Raises:
-        ConfigError: a method's arguments have no JSON schema, or there is no tool.
-    """
+    """Return the tools of a class by name, in the order in which they are written."""
     from pydantic import TypeAdapter
     from pydantic.errors import PydanticUserError
 

@@ -295,7 +295,6 @@ def _test_command(task: Task, stage: str, *, answered: bool) -> str:
 
 
 def _observation(result: ExecResult, config: TerminalConfig) -> tuple[tuple[Part, ...], bool]:
-    """Return the parts of a command's observation, and whether some of its output was left out."""
     output, notices = result.output, []
     parts = truncate_text(output, config.max_output_chars, TokenRole.ENV_OUTPUT, config.truncate)
     if result.dropped_bytes:

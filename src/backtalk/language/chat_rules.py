@@ -53,11 +53,7 @@ class ChatRules:
 
     def merge_roles(self, roles: Iterable[str]) -> Roles:
         """Return the roles of what :meth:`merge` returns for messages of these roles."""
-        merged: list[str] = []
-        for role in map(self._accepted_role, roles):
-            if not (merged and self._is_merged(merged[-1], role)):
-                merged.append(role)
-        return tuple(merged)
+        return tuple(message.role for message in self.merge(ChatMessage(role, ()) for role in roles))
 
     def _accepted_role(self, role: str) -> str:
         if role == "tool":

@@ -33,7 +33,6 @@ def content_text(content: Any, what: str = "a message") -> str:
 
 
 def _part_text(part: Any, what: str) -> str:
-    """Return the text of one part of a message's content; empty for thinking."""
     if isinstance(part, str):
         return part
     kind: Any = type(part).__name__

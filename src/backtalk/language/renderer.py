@@ -248,7 +248,6 @@ class Renderer:
         return (*self._encode(self._split_controls(text)), self.end_of_turn_id)
 
     def _encode_written(self, pieces: Iterable[str]) -> tuple[int, ...]:
-        """Return the ids of text and ``Mark`` pieces, with the stop token."""
         split = (self._split_controls(piece) if isinstance(piece, Mark) else (piece,) for piece in pieces)
         return (*self._encode(chain.from_iterable(split)), self.end_of_turn_id)
 
@@ -268,7 +267,6 @@ class Renderer:
     def _segments(
         self, pieces: Iterable[Piece], *, turn: int | None = None, at_start: bool = False
     ) -> tuple[Segment, ...]:
-        """Encode pieces; return runs of tokens with the same role and tool as segments."""
         tokens = self.encoder.encode(pieces, at_start=at_start)
         return tuple(
             Segment(role, tuple(token for token, _ in run), turn=turn, tool=tool)
@@ -285,7 +283,6 @@ class Renderer:
                 yield piece._replace(content=escape_json(clean_text(str(piece.content)))) if escaped else piece
 
     def _encode(self, items: Iterable[int | str]) -> list[int]:
-        """Return the ids of control tokens and of plain text in turn."""
         return [token for token, _ in self.encoder.encode(self._pieces(items, TokenRole.TEMPLATE))]
 
     @staticmethod
@@ -320,7 +317,6 @@ class Renderer:
         )
 
     def _roles(self, conversation: Iterable[Message | Action]) -> Roles:
-        """Return the chat roles of a conversation as the template gets it."""
         return self._rules.merge_roles(item.role if isinstance(item, Message) else "assistant" for item in conversation)
 
     def _without_stop(self, token_ids: Sequence[int]) -> Sequence[int]:

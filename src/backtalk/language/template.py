@@ -125,11 +125,7 @@ class ChatTemplate:
         return True
 
     def _scaffold(self, roles: Roles) -> Scaffold:
-        """Return the scaffold of a conversation of these roles, the generation prompt included.
-
-        Raises:
-            RenderError: the template raises, or it drops, rewrites, moves or repeats a message.
-        """
+        """Return the scaffold of a conversation of these roles, the generation prompt included."""
         # Private-use characters at the edges, which templates do not trim; between them what JSON and HTML escape.
         bodies = [f'\ue000{number}\n"\\<&\ue001' for number in range(len(roles))]
         rest = self.render([{"role": role, "content": body} for role, body in zip(roles, bodies, strict=True)])

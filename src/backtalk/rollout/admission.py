@@ -101,7 +101,6 @@ class _Arrival(Arrival):
         self._admission.move(self, waiting=False)
 
     def extend_deadline(self) -> None:
-        """Give back the time that was spent waiting."""
         now = asyncio.get_running_loop().time()
         self._deadline.postpone(now - self.waits_since)
         self.waits_since = now

@@ -122,7 +122,6 @@ def _drop_other_engine(tree: dict[str, Any], kind: Any) -> None:
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with ``changes`` in it, group by group."""
     merged = dict(base)
     for key, value in changes.items():
         old = merged.get(key)

@@ -96,11 +96,11 @@ def _open_world(
     kind, _, address = source.name.partition(":")
     match kind:
         case "openenv":
-            from backtalk.envs.openenv import OpenEnvWorld
+            from backtalk.envs.openenv.env import OpenEnvWorld
 
             return OpenEnvWorld(address, source.env_config())
         case "awm":
-            from backtalk.envs.awm import AwmWorld
+            from backtalk.envs.awm.world import AwmWorld
 
             return AwmWorld(address, source.env_config())
         case _ if IMPORT_PATH.fullmatch(source.name) and kind != "hf":
@@ -133,7 +133,6 @@ def _task_loader(source: TaskSource, root: str | None, on_notice: OnNotice) -> L
 
 
 def _open_own_world(source: TaskSource) -> World:
-    """Return a world that a user wrote, named by its import path and made with the source's options."""
     kind: Any = import_object(source.name, "tasks.source")
     if not isinstance(kind, type) or not all(hasattr(kind, name) for name in ("tasks", "open", "close", "report")):
         raise ConfigError(

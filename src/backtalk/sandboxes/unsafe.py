@@ -22,19 +22,17 @@ import subprocess
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
-from types import MappingProxyType
 
 from backtalk.errors import SandboxError, SandboxUnavailable
-from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, SandboxLimits
+from backtalk.sandboxes.base import BackendReport, SandboxFile, SandboxLimits
 from backtalk.sandboxes.files import clean_path, read_regular, remove_tree
 from backtalk.sandboxes.machine.probe import probe
 from backtalk.sandboxes.session.exec_server import SHELL_PROGRAM, supervisor_program
 from backtalk.sandboxes.session.pipes import PipePair, sealed_file
-from backtalk.sandboxes.session.shell import Session
+from backtalk.sandboxes.session.sandbox import SessionSandbox
 
-_NO_ENV: Mapping[str, str] = MappingProxyType({})
 _MARK = "BACKTALK_UNSAFE_SANDBOX"  # in the environment of all its processes, by which they are found
 _END_TIMEOUT_S = 5.0
 _WARNING = (
@@ -132,37 +130,28 @@ class _ProcessKeeper:
             if fields[0] not in "ZX":
                 yield int(folder.name), int(fields[19])
 
-    def close(self) -> None:
-        """Close the pipes' ends that the session had."""
-        for pair in (self.commands, self.reports, self.output):
-            os.close(pair.theirs)
+    async def close(self) -> None:
+        try:
+            await self.end()
+        finally:
+            for pair in (self.commands, self.reports, self.output):
+                os.close(pair.theirs)
 
 
-class UnsafeSandbox:
+class UnsafeSandbox(SessionSandbox):
     """A sandbox that is a temporary folder and a shell. Made by `UnsafeBackend.open`."""
 
     def __init__(self, folder: Path, limits: SandboxLimits, uid: int | None) -> None:
-        self._folder = folder
-        self._uid = uid
+        self._folder, self._uid = folder, uid
         self._make_folder(folder / "home" / "agent")
         drop = [] if uid is None else ["setpriv", "--reuid", str(uid), "--regid", str(uid), "--clear-groups"]
-        self._keeper = keeper = _ProcessKeeper(folder, limits, drop)
+        keeper = _ProcessKeeper(folder, limits, drop)
         if uid is not None:
             os.fchown(keeper.output.theirs, uid, uid)
-        self._session = Session(keeper, limits)
-        self._lock = asyncio.Lock()
+        super().__init__(keeper, limits)
 
-    async def start(self) -> None:
-        """Start the first session."""
-        await self._session.begin()
-
-    async def exec(
-        self, command: str, *, timeout_s: float, env: Mapping[str, str] = _NO_ENV, cwd: str | None = None
-    ) -> ExecResult:
-        """Run a bash command in the one long-lived shell."""
-        async with self._lock:
-            folder = None if cwd is None else f"{self._folder}{posixpath.normpath(f'/{cwd}')}"
-            return await self._session.exec(command, timeout_s, env, folder)
+    def _place(self, cwd: str) -> str:
+        return f"{self._folder}{posixpath.normpath(f'/{cwd}')}"
 
     async def put(self, files: Mapping[str, SandboxFile]) -> None:
         """Write files under the temporary folder."""
@@ -191,22 +180,7 @@ class UnsafeSandbox:
             return None
         return read_regular(descriptor, path, max_bytes)
 
-    async def restart(self) -> None:
-        """End every process with the sandbox's mark, and begin a fresh shell."""
-        async with self._lock:
-            await self._session.end()
-            await self._session.begin()
-
-    async def close(self) -> None:
-        """End every process; the backend removes the folder."""
-        try:
-            await self._keeper.end()
-        finally:
-            self._session.close()
-            self._keeper.close()
-
     def _make_folder(self, folder: Path) -> None:
-        """Make a folder and those above it, inside the sandbox's own."""
         for part in (*reversed(folder.parents), folder):
             if part.is_relative_to(self._folder):
                 self._refuse_links(part)
@@ -218,11 +192,9 @@ class UnsafeSandbox:
             os.chown(path, self._uid, self._uid, follow_symlinks=False)
 
     def _host_path(self, path: str) -> Path:
-        """Return the path on this machine of a path in the sandbox."""
         return self._folder / clean_path(path).lstrip("/")
 
     def _refuse_links(self, folder: Path) -> None:
-        """Raise SandboxError if a folder lies outside of the sandbox's own, by a link."""
         if not folder.resolve().is_relative_to(self._folder):
             raise SandboxError(f"{folder} leads out of the sandbox's folder")
 
@@ -247,22 +219,17 @@ class UnsafeBackend:
     @property
     def report(self) -> BackendReport:
         """Return what is isolated and limited: next to nothing."""
+        user = f"uid {self._uids[0]} and up" if self._uids else f"uid {os.getuid()}, yours"
         return BackendReport(
             name="unsafe",
-            isolation={"network": "none", "files": "none", "processes": "none", "user": self._user()},
+            isolation={"network": "none", "files": "none", "processes": "none", "user": user},
             limits={"memory": "none", "processes": "none", "disk": "size of one file", "output": "cut while reading"},
             warnings=(_WARNING,),
         )
 
-    def _user(self) -> str:
-        return f"uid {self._uids[0]} and up" if self._uids else f"uid {os.getuid()}, yours"
-
-    def open(self, limits: SandboxLimits) -> AbstractAsyncContextManager[UnsafeSandbox]:
-        """Open a fresh temporary folder with a shell in it, removed on exit."""
-        return self._open(limits)
-
     @asynccontextmanager
-    async def _open(self, limits: SandboxLimits) -> AsyncGenerator[UnsafeSandbox]:
+    async def open(self, limits: SandboxLimits) -> AsyncGenerator[UnsafeSandbox]:
+        """Open a fresh temporary folder with a shell in it, removed on exit."""
         folder = Path(tempfile.mkdtemp(prefix="backtalk-unsafe-")).resolve()
         try:
             uid = self._uids[next(self._count) % len(self._uids)] if self._uids else None

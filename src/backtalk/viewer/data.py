@@ -82,7 +82,6 @@ def find_groups(folder: str | Path, *, step: int | None = None, evaluation: bool
 
 
 def _find_step(folder: str | Path, step: int | None, evaluation: bool) -> tuple[RunLog, int]:
-    """Return the run and the number of a step that it holds, the last one by default."""
     log = RunLog(folder)
     log.read_config()  # refuses a folder that holds no run
     steps = log.evaluation_steps() if evaluation else log.group_steps()

@@ -47,8 +47,6 @@ class AwmEnv:
         self.task, self.config = task, config
         self._session = session
         self._verdict: Result | None = None
-        self._about: Mapping[str, Any] = {}
-        self._steps: list[dict[str, Any]] = []
 
     @property
     def tools(self) -> tuple[ToolSpec, ...]:
@@ -56,7 +54,6 @@ class AwmEnv:
 
     async def reset(self) -> tuple[Message, ...]:
         result = await self._session.start()
-        self._about = result.observation
         if result.reward_type != "reset_ok":
             reason = result.observation.get("error") or result.observation.get("warning") or dict(result.observation)
             kind = result.reward_type or "no reward_type"
@@ -76,7 +73,6 @@ class AwmEnv:
             notice = Part(f"[unknown tool {call.tool}]", TokenRole.WARNING)
             return Step((Message("tool", (notice,), tool=call.tool),))
         result = await self._session.call(call.tool, call.arguments)
-        self._record(call.tool, call.arguments, result)
         parts, truncated = observation_parts(result.observation, self.config.max_result_chars)
         timed_out = result.reward_type == "timeout"
         message = Message("tool", parts, tool=call.tool)
@@ -101,18 +97,6 @@ class AwmEnv:
             )
         return scored.reward
 
-    @property
-    def captured_episode(self) -> dict[str, Any]:
-        """Return the rollout so far in OpenEnv's format of captured episodes, which ``backtalk import`` reads."""
-        return {
-            "scenario": self._about.get("scenario"),
-            "task": self.task.instruction,
-            "task_idx": self._about.get("task_idx"),
-            "tools": [tool.name for tool in self._session.tools],
-            "steps": list(self._steps),
-            "reward": self._verdict.reward if self._verdict else None,
-        }
-
     async def _finish(self, answer: str) -> Step:
         if self.task.world_model_only:
             self._verdict = Result({})
@@ -129,12 +113,7 @@ class AwmEnv:
         if answer is not None:
             arguments["final_answer"] = answer
         self._verdict = await self._session.call("verify", arguments)
-        self._record("verify", arguments, self._verdict)
         return self._verdict
-
-    def _record(self, tool: str, arguments: Mapping[str, Any], result: Result) -> None:
-        action = {"tool_name": tool, "arguments": dict(arguments)}
-        self._steps.append({"action": action, "observation": {"done": result.done, **result.observation}})
 
 
 def observation_parts(observation: Mapping[str, Any], max_chars: int) -> tuple[tuple[Part, ...], bool]:

@@ -1,4 +1,4 @@
-"""Reads and writes the file format of Agent World Model scenarios: seven JSONL files, each row about one scenario.
+"""Reads the file format of Agent World Model scenarios: seven JSONL files, each row about one scenario.
 
 Source: AgentWorldModel-1K (arXiv 2602.10090) and the environment of OpenEnv that serves it. A scenario is a FastAPI
 program over SQLite, the schema and first rows of its database, tasks, and for each task verifiers: code that compares
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,32 +88,6 @@ def read_scenarios(folder: Path) -> dict[str, Scenario]:
     return scenarios
 
 
-def write_scenario(scenario: Scenario, folder: Path) -> None:
-    """Write one scenario as the seven files; ``read_scenarios`` returns it unchanged."""
-    name = {"scenario": scenario.name}
-    tables = [{"name": _table(ddl), "ddl": ddl, "indexes": []} for ddl in scenario.schema]
-    inserts: dict[str, list[str]] = {}
-    for statement in scenario.inserts:
-        inserts.setdefault(_table(statement), []).append(statement)
-    sample = {"tables": [{"table_name": table, "insert_statements": rows} for table, rows in inserts.items()]}
-    rows: dict[str, Sequence[Mapping[str, Any]]] = {
-        SCENARIOS: [{"name": scenario.name, "description": scenario.description}],
-        TASKS: [name | {"tasks": list(scenario.tasks)}],
-        SCHEMAS: [name | {"db_schema": {"tables": tables}}],
-        SAMPLES: [name | {"tables_count": len(inserts), "inserts_count": len(scenario.inserts), "sample_data": sample}],
-        PROGRAMS: [name | {"full_code": scenario.program}],
-    }
-    for mode, file in (("sql", SQL_VERIFIERS), ("code", CODE_VERIFIERS)):
-        rows[file] = [
-            name | {"task_idx": idx, "task": scenario.tasks[idx], "verification": {"code": code, "raw_response": "{}"}}
-            for idx, code in scenario.verifiers.get(mode, {}).items()
-        ]
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, lines in rows.items():
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        (folder / file).write_text(text, encoding="utf-8")
-
-
 def _rows(folder: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the place of each row ("FILE:LINE") and the row."""
     try:
@@ -162,8 +136,3 @@ def _inserts(sample: Any, at: str) -> Iterator[str]:
     for item in _get(sample, "tables", at) if isinstance(sample, dict) else sample:
         statements = [item] if isinstance(item, str) else item.get("insert_statements") or ()
         yield from filter(None, map(str.strip, statements))
-
-
-def _table(statement: str) -> str:
-    match = re.match(r"\s*(?:CREATE TABLE(?: IF NOT EXISTS)?|INSERT INTO)\s+[\"`\[]?(\w+)", statement, re.IGNORECASE)
-    return match[1] if match else ""

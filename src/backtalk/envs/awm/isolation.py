@@ -191,7 +191,6 @@ class Child:
         return response
 
     async def _fail(self, reason: str) -> InfrastructureError:
-        """End the process and return the error to raise."""
         self.failure = self.failure or reason
         await self.close()
         return InfrastructureError(f"the process of this scenario is lost, with every rollout in it: {self.failure}")

@@ -10,8 +10,10 @@ from typing import Any
 
 from backtalk.envs.awm.config import AwmConfig
 from backtalk.envs.awm.session import Result
-from backtalk.envs.openenv import OpenEnvConfig, OpenEnvSession, OpenEnvWorld, connect
+from backtalk.envs.openenv.config import OpenEnvConfig
+from backtalk.envs.openenv.env import OpenEnvWorld
 from backtalk.envs.openenv.messages import mcp_actions
+from backtalk.envs.openenv.session import OpenEnvSession, connect
 from backtalk.errors import InfrastructureError
 from backtalk.messages import ToolSpec
 

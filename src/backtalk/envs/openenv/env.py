@@ -218,7 +218,6 @@ class OpenEnvWorld:
         raise AssertionError("unreachable")
 
     def _find_actions(self) -> tuple[Action, ...] | None:
-        """Return the typed actions, or None where tools are listed in each rollout."""
         if self.config.actions == "tools":
             return None
         timeout_s = self.config.step_timeout_s

@@ -225,11 +225,7 @@ def _default_variables() -> dict[str, str]:
 
 
 def _passed_variables(config: OpenEnvConfig) -> dict[str, str]:
-    """Return the variables that ``pass_env`` names and those of ``env``.
-
-    Raises:
-        ConfigError: ``pass_env`` names one that is not set here.
-    """
+    """Return the variables that ``pass_env`` names and those of ``env``."""
     if missing := [name for name in config.pass_env if name not in os.environ]:
         raise ConfigError(f"pass_env names {', '.join(missing)}, not set here; export it, or leave it out of pass_env")
     return {**{name: os.environ[name] for name in config.pass_env}, **config.env}

@@ -92,7 +92,6 @@ class OpenEnvSession:
             self._socket.transport.abort()
 
     async def _ask(self, kind: str, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Send one message and return its answer's data."""
         if self._over is not None:
             raise OpenEnvError(f"the session at {self.url} is over: {self._over}; open another one")
         message = json.dumps({"type": kind, "data": data})
@@ -141,7 +140,6 @@ class OpenEnvSession:
         return self._end(f"answered {answer}; spoken here is {PROTOCOL}")
 
     def _end(self, reason: str) -> OpenEnvError:
-        """Mark the session as over and return the error to raise."""
         self._over = reason
         return OpenEnvError(f"the server at {self.url} {reason}{self._log_tail()}")
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import ClassVar
 
+from backtalk.language.tool_formats.values import example_call
 from backtalk.messages import ToolCall, ToolSpec
+
+_SOME_TOOL = ToolSpec("tool", "", {"properties": {"argument": {"type": "string"}}})
 
 
 class ToolFormat(StrEnum):
@@ -66,34 +70,65 @@ class Reading:
             self.warnings.append(warning)
 
 
-class Syntax(Protocol):
+@dataclass(frozen=True)
+class Syntax(ABC):
     """A tool format for one set of tools."""
 
-    @property
-    def in_chat_templates(self) -> bool:
-        """Return whether chat templates that get the tools may explain this format."""
-        ...
+    tools: Sequence[ToolSpec]
+    in_chat_templates: ClassVar[bool] = False  # whether chat templates that get the tools may explain this format
+    # Whether only control tokens count as its marks, so that the same characters are plain text.
+    marks_are_tokens = False
 
-    @property
-    def marks_are_tokens(self) -> bool:
-        """Return whether only control tokens count as its marks, so that the same characters are plain text."""
-        ...
-
+    @abstractmethod
     def read(self, reply: Reply) -> Reading:
         """Read the calls of a reply; this raises nothing, whatever the text."""
-        ...
 
+    @abstractmethod
     def write(self, call: ToolCall) -> list[str]:
         """Return a call as markup (``Mark``) and text, without checking that it can be read back."""
-        ...
 
+    @abstractmethod
     def instructions(self, calls: str) -> str:
         """Return instructions for a policy whose chat template has none; ``calls`` is the limit, such as "one call"."""
-        ...
 
     def is_explained_in(self, template: str) -> bool:
         """Return whether a rendered prompt explains this format."""
-        ...
+        return False
+
+    def example(self, name: str | None = None) -> str:
+        """Return an example call of the tool with this name, or of the first tool."""
+        first = self.tools[0] if self.tools else _SOME_TOOL
+        return "".join(self.write(example_call(next((tool for tool in self.tools if tool.name == name), first))))
+
+    def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
+        """Return the call that a match opens, and its end position; raise Unreadable if it cannot be read."""
+        raise NotImplementedError
+
+    def _read_calls(self, reply: Reply, opening: re.Pattern[str], *, between: str = "", prose: bool = False) -> Reading:
+        """Read the calls of a reply in order, up to the first that cannot be read; those inside thinking do not count.
+
+        ``between`` are characters allowed between calls; ``prose`` says that text before a call is no fault.
+        """
+        reading = Reading()
+        position = 0
+        try:
+            if reply.opened:
+                position = _skip_thinking(reply, 0, reading)
+            for match in _openings(reply, opening):
+                if match.start() < position:
+                    continue
+                _check_outside(reply.text[position : match.start()], reading, between, prose)
+                if match[0] == THINK_OPEN:
+                    position = _skip_thinking(reply, match.end(), reading)
+                else:
+                    call, position = self._read_call(reply, match, reading)
+                    reading.calls.append(call)
+            _check_outside(reply.text[position:], reading, between)
+            if not reading.calls:
+                raise Unreadable(no_call_problem(reply, self.example()))
+        except Unreadable as problem:
+            reading.problem = str(problem)
+        return reading
 
 
 def unclosed(opening: str, closing: str, stopped: bool) -> str:
@@ -104,44 +139,6 @@ def unclosed(opening: str, closing: str, stopped: bool) -> str:
 def no_call_problem(reply: Reply, example: str) -> str:
     """Return the message for a reply without a call; ``example`` is a call to write instead."""
     return f"{'no tool call' if reply.stopped else 'cut at the token limit before a tool call'}; write {example}"
-
-
-def excerpt(text: str, position: int = 0, width: int = 24) -> str:
-    """Return at most ``width`` characters of a text, in quotes."""
-    return repr(text[position : position + width]) + ("..." if len(text) > position + width else "")
-
-
-ReadCall = Callable[[Reply, re.Match[str], Reading], tuple[ToolCall, int]]
-
-
-def read_calls(
-    reply: Reply, opening: re.Pattern[str], read_call: ReadCall, example: str, *, between: str = "", prose: bool = False
-) -> Reading:
-    """Read the calls of a reply in order, up to the first that cannot be read; calls inside thinking do not count.
-
-    ``read_call`` gets the match of ``opening``; it returns the call and its end position, or raises Unreadable.
-    ``between`` are characters allowed between calls; ``prose`` says that text before a call is no fault.
-    """
-    reading = Reading()
-    position = 0
-    try:
-        if reply.opened:
-            position = _skip_thinking(reply, 0, reading)
-        for match in _openings(reply, opening):
-            if match.start() < position:
-                continue
-            _check_outside(reply.text[position : match.start()], reading, between, prose)
-            if match[0] == THINK_OPEN:
-                position = _skip_thinking(reply, match.end(), reading)
-            else:
-                call, position = read_call(reply, match, reading)
-                reading.calls.append(call)
-        _check_outside(reply.text[position:], reading, between)
-        if not reading.calls:
-            raise Unreadable(no_call_problem(reply, example))
-    except Unreadable as problem:
-        reading.problem = str(problem)
-    return reading
 
 
 def skip_leading_thinking(reply: Reply, reading: Reading) -> int:
@@ -162,7 +159,6 @@ def skip_leading_thinking(reply: Reply, reading: Reading) -> int:
 
 
 def _openings(reply: Reply, opening: re.Pattern[str]) -> Iterator[re.Match[str]]:
-    """Yield the openings of calls and of thinking, in order."""
     thinking = re.compile(re.escape(THINK_OPEN))
     calls = (m for m in opening.finditer(reply.text) if reply.marks is None or m.start() in reply.marks)
     yield from sorted((*calls, *thinking.finditer(reply.text)), key=lambda match: match.start())
@@ -186,15 +182,8 @@ def _skip_thinking(reply: Reply, start: int, reading: Reading) -> int:
 
 
 def _check_outside(text: str, reading: Reading, between: str, prose: bool = False) -> None:
-    """Add warnings for text outside of calls and thinking."""
     if THINK_CLOSE in text:
         reading.warn(f"{THINK_CLOSE} without {THINK_OPEN}")
         text = text.replace(THINK_CLOSE, "")
     if not prose and text.strip(between + string.whitespace):
         reading.warn("text outside the call")
-
-
-def join_names(tools: Sequence[ToolSpec]) -> str:
-    """Return the names of tools as in "bash, look and submit"."""
-    listed = [tool.name for tool in tools]
-    return " and ".join([", ".join(listed[:-1]), listed[-1]] if len(listed) > 1 else listed)

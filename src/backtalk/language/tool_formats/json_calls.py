@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 from backtalk.language.tool_formats.base import (
     CALL_CLOSE,
@@ -12,30 +10,25 @@ from backtalk.language.tool_formats.base import (
     Mark,
     Reading,
     Reply,
+    Syntax,
     Unreadable,
-    excerpt,
-    read_calls,
     unclosed,
 )
-from backtalk.language.tool_formats.schemas import call_example, tools_text
-from backtalk.language.tool_formats.values import read_json, write_json
-from backtalk.messages import ToolCall, ToolSpec
+from backtalk.language.tool_formats.schemas import tools_text
+from backtalk.language.tool_formats.values import excerpt, read_json, write_json
+from backtalk.messages import ToolCall
 
-PYTHON_TAG = "<|python_tag|>"
 # An object that begins with a key, at the start of a line or after a semicolon; or whatever follows the tag.
 _LLAMA_OPEN = re.compile(r'<\|python_tag\|>\s*|(?:\A|(?<=[\n;>]))[^\S\n]*(?=\{\s*")')
 
 
-@dataclass(frozen=True, slots=True)
-class HermesSyntax:
+class HermesSyntax(Syntax):
     """The format ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, with any white space around the JSON."""
 
-    tools: Sequence[ToolSpec]
     in_chat_templates = True
-    marks_are_tokens = False
 
     def read(self, reply: Reply) -> Reading:
-        return read_calls(reply, re.compile(re.escape(CALL_OPEN)), self._read_call, call_example(self, self.tools))
+        return self._read_calls(reply, re.compile(re.escape(CALL_OPEN)))
 
     def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
         text = reply.text
@@ -43,11 +36,11 @@ class HermesSyntax:
         if not reply.stopped and start == len(text):
             raise Unreadable(unclosed(CALL_OPEN, CALL_CLOSE, reply.stopped))
         try:
-            call, end = _parse_call(text, start, call_example(self, self.tools))
+            call, end = _parse_call(text, start, self)
         except ValueError as error:
             if not reply.stopped and CALL_CLOSE not in text[start:]:
                 raise Unreadable(unclosed(CALL_OPEN, CALL_CLOSE, reply.stopped)) from None
-            raise Unreadable(_not_json(error, self, self.tools)) from None
+            raise Unreadable(_not_json(error, self)) from None
         end = _skip_space(text, end)
         if text.startswith(CALL_CLOSE, end):
             return call, end + len(CALL_CLOSE)
@@ -62,56 +55,51 @@ class HermesSyntax:
         return [Mark(CALL_OPEN), f"\n{body}\n", Mark(CALL_CLOSE)]
 
     def instructions(self, calls: str) -> str:
-        return f"{tools_text(self.tools, calls)}\nWrite a call as {call_example(self, self.tools)}."
+        return f"{tools_text(self.tools, calls)}\nWrite a call as {self.example()}."
 
     def is_explained_in(self, template: str) -> bool:
         foreign = ("<function=", "<parameter=", "<arg_key>")  # formats that share the outer mark
         return CALL_OPEN in template and not any(mark in template for mark in foreign)
 
 
-@dataclass(frozen=True, slots=True)
-class Llama3Syntax:
+class Llama3Syntax(Syntax):
     """The format ``{"name": ..., "parameters": {...}}``, with or without ``<|python_tag|>`` before it.
 
     Calls are separated by ``;`` or a line end. A call begins at the start of a line: braces inside a line are prose.
     """
 
-    tools: Sequence[ToolSpec]
     in_chat_templates = True
-    marks_are_tokens = False
 
     def read(self, reply: Reply) -> Reading:
-        return read_calls(reply, _LLAMA_OPEN, self._read_call, call_example(self, self.tools), between=";")
+        return self._read_calls(reply, _LLAMA_OPEN, between=";")
 
     def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
         try:
-            return _parse_call(reply.text, match.end(), call_example(self, self.tools))
+            return _parse_call(reply.text, match.end(), self)
         except ValueError as error:
             if not reply.stopped:
                 raise Unreadable("cut at the token limit before the tool call was closed") from None
-            raise Unreadable(_not_json(error, self, self.tools)) from None
+            raise Unreadable(_not_json(error, self)) from None
 
     def write(self, call: ToolCall) -> list[str]:
         return [write_json({"name": call.tool, "parameters": dict(call.arguments)})]
 
     def instructions(self, calls: str) -> str:
-        return (
-            f"{tools_text(self.tools, calls)}\nWrite a call on a line of its own, as {call_example(self, self.tools)}"
-        )
+        return f"{tools_text(self.tools, calls)}\nWrite a call on a line of its own, as {self.example()}"
 
     def is_explained_in(self, template: str) -> bool:
         return '"parameters"' in template and CALL_OPEN not in template
 
 
-def _parse_call(text: str, start: int, example: str) -> tuple[ToolCall, int]:
+def _parse_call(text: str, start: int, syntax: Syntax) -> tuple[ToolCall, int]:
     """Return a call and the end position of its JSON; both formats may use "arguments" or "parameters"."""
     value, end = read_json(text, start)
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise Unreadable(f'the tool call has no "name", got {excerpt(text, start)}; write {example}')
+        raise Unreadable(f'the tool call has no "name", got {excerpt(text, start)}; write {syntax.example()}')
     key = "arguments" if "arguments" in value else "parameters"
     arguments = value.get(key, {})
     if not isinstance(arguments, dict):
-        raise Unreadable(f'the "{key}" of the tool call are not a JSON object; write {example}')
+        raise Unreadable(f'the "{key}" of the tool call are not a JSON object; write {syntax.example()}')
     return ToolCall(value["name"], arguments), end
 
 
@@ -122,6 +110,5 @@ def _skip_space(text: str, start: int) -> int:
     return start
 
 
-def _not_json(error: ValueError, syntax: HermesSyntax | Llama3Syntax, tools: Sequence[ToolSpec]) -> str:
-    """Return the message for a call that is not JSON."""
-    return f"the tool call is not valid JSON: {error}; write {call_example(syntax, tools)}"
+def _not_json(error: ValueError, syntax: Syntax) -> str:
+    return f"the tool call is not valid JSON: {error}; write {syntax.example()}"

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from backtalk.errors import RenderError
 from backtalk.language.tool_formats.base import THINK_CLOSE, THINK_OPEN, Mark, Reply, Syntax
-from backtalk.language.tool_formats.schemas import call_example
 from backtalk.language.tool_formats.values import call_problem, clean_value
 from backtalk.messages import ParsedAction, ToolCall, ToolSpec, clean_text
 
@@ -38,7 +37,7 @@ def parse_reply(
     for number, call in enumerate(calls[:max_calls]):
         wrong = call_problem(call, tools)
         if wrong:
-            problem, calls = f"{wrong}; write {call_example(syntax, tools, call.tool)}", calls[:number]
+            problem, calls = f"{wrong}; write {syntax.example(call.tool)}", calls[:number]
             break
     if thinking and not reading.has_thinking and calls:
         reading.warn(f"no {THINK_OPEN}...{THINK_CLOSE} before the call")

@@ -6,11 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from backtalk.errors import ConfigError
-from backtalk.language.tool_formats.base import Syntax
-from backtalk.language.tool_formats.values import example_call
 from backtalk.messages import ToolSpec
-
-_SOME_TOOL = ToolSpec("tool", "", {"properties": {"argument": {"type": "string"}}})
 
 
 def refuse_control_tokens(tools: Sequence[ToolSpec], controls: Iterable[str]) -> None:
@@ -41,9 +37,3 @@ def tools_text(tools: Sequence[ToolSpec], calls: str) -> str:
     """Return instructions that list the tools, one JSON line each."""
     lines = "\n".join(json.dumps(schema) for schema in tool_schemas(tools))
     return f"You can call these tools, {calls} in each reply:\n{lines}"
-
-
-def call_example(syntax: Syntax, tools: Sequence[ToolSpec], name: str | None = None) -> str:
-    """Return an example call of the tool with this name, or of the first tool."""
-    tool = next((tool for tool in tools if tool.name == name), tools[0] if tools else _SOME_TOOL)
-    return "".join(syntax.write(example_call(tool)))

@@ -12,16 +12,14 @@ from backtalk.language.tool_formats.base import (
     Mark,
     Reading,
     Reply,
+    Syntax,
     ToolFormat,
     Unreadable,
-    excerpt,
     no_call_problem,
-    read_calls,
     skip_leading_thinking,
     unclosed,
 )
-from backtalk.language.tool_formats.schemas import call_example
-from backtalk.language.tool_formats.values import argument_schemas, format_value, parse_value
+from backtalk.language.tool_formats.values import argument_schemas, excerpt, format_value, parse_value
 from backtalk.messages import ToolCall, ToolSpec
 
 SHELLS = ("bash", "sh", "shell")
@@ -63,24 +61,20 @@ def command_tool(tools: Sequence[ToolSpec], tool_format: ToolFormat) -> str:
 
 
 def _make_call(tools: Sequence[ToolSpec], name: str, text: str) -> ToolCall:
-    """Return a call of a tool, with text as its only argument."""
     known: Mapping[str, Any] = next(argument_schemas(tool) for tool in tools if tool.name == name)
     return ToolCall(name, {argument: parse_value(text, schema) for argument, schema in known.items()})
 
 
 def _only_argument(call: ToolCall) -> str:
-    """Return a call's only argument as text."""
     (value,) = call.arguments.values()
     return format_value(value)
 
 
-@dataclass(frozen=True, slots=True)
-class TagsSyntax:
+@dataclass(frozen=True)
+class TagsSyntax(Syntax):
     """The format ``<bash>ls</bash>``. If tags are control tokens, only those count; else no argument can hold a tag."""
 
-    tools: Sequence[ToolSpec]
     marks_are_tokens: bool = False
-    in_chat_templates = False
 
     def __post_init__(self) -> None:
         only_arguments(self.tools, ToolFormat.TAGS)
@@ -90,7 +84,7 @@ class TagsSyntax:
         return "|".join(re.escape(tool.name) for tool in self.tools) or r"(?!)"
 
     def read(self, reply: Reply) -> Reading:
-        return read_calls(reply, re.compile(f"<({self._names})>"), self._read_call, call_example(self, self.tools))
+        return self._read_calls(reply, re.compile(f"<({self._names})>"))
 
     def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
         opening, closing = match[0], f"</{match[1]}>"
@@ -106,23 +100,18 @@ class TagsSyntax:
         return [Mark(f"<{call.tool}>"), _only_argument(call), Mark(f"</{call.tool}>")]
 
     def instructions(self, calls: str) -> str:
-        return _list_tools(self, self.tools, calls)
+        return _list_tools(self, calls)
 
     def is_explained_in(self, template: str) -> bool:
         return self.marks_are_tokens  # a model with such tokens was trained on them
 
 
-@dataclass(frozen=True, slots=True)
-class BashBlockSyntax:
+class BashBlockSyntax(Syntax):
     """The format of a fenced block whose language names the tool; ``bash``, ``sh``, ``shell`` name that for commands.
 
     As in Markdown, a fence may have more than three backticks and then holds shorter ones: a block can hold any text.
     Prose before a block is part of the format; prose after the last block is not.
     """
-
-    tools: Sequence[ToolSpec]
-    in_chat_templates = False
-    marks_are_tokens = False
 
     def __post_init__(self) -> None:
         command_tool(self.tools, ToolFormat.BASH_BLOCK)
@@ -135,7 +124,7 @@ class BashBlockSyntax:
     def read(self, reply: Reply) -> Reading:
         languages = "|".join(map(re.escape, self._by_language))
         opening = re.compile(rf"^[ ]{{0,3}}(`{{3,}})[ \t]*({languages})[ \t\r]*$", re.MULTILINE)
-        return read_calls(reply, opening, self._read_call, call_example(self, self.tools), prose=True)
+        return self._read_calls(reply, opening, prose=True)
 
     def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
         fence, language, start = match[1], match[2], match.end() + 1
@@ -151,22 +140,14 @@ class BashBlockSyntax:
         return [f"{fence}{call.tool}\n{text}\n{fence}"]
 
     def instructions(self, calls: str) -> str:
-        return _list_tools(self, self.tools, calls)
-
-    def is_explained_in(self, template: str) -> bool:
-        return False
+        return _list_tools(self, calls)
 
 
-@dataclass(frozen=True, slots=True)
-class PlainSyntax:
+class PlainSyntax(Syntax):
     """The format in which the whole reply is a command, or another tool's name and its argument, as ``submit 42``.
 
     A reply cannot hold two calls, or a command that begins with another tool's name.
     """
-
-    tools: Sequence[ToolSpec]
-    in_chat_templates = False
-    marks_are_tokens = False
 
     def __post_init__(self) -> None:
         command_tool(self.tools, ToolFormat.PLAIN)
@@ -186,13 +167,14 @@ class PlainSyntax:
             if not reply.stopped:
                 raise Unreadable(f"cut at the token limit, and a command is run only whole, got {excerpt(text)}")
             if not text.strip():
-                raise Unreadable(no_call_problem(reply, self._shapes()))
-            reading.calls.append(self._read_call(text))
+                shapes = ["a command", *(self.example(tool.name) for tool in self._others)]
+                raise Unreadable(no_call_problem(reply, " or ".join(shapes)))
+            reading.calls.append(self._read_command(text))
         except Unreadable as problem:
             reading.problem = str(problem)
         return reading
 
-    def _read_call(self, text: str) -> ToolCall:
+    def _read_command(self, text: str) -> ToolCall:
         for tool in self._others:
             match = re.match(rf"{re.escape(tool.name)}(?:\s(.*))?\Z", text, re.DOTALL)
             if match:
@@ -204,19 +186,11 @@ class PlainSyntax:
 
     def instructions(self, calls: str) -> str:
         others = "".join(
-            f"\nReply {call_example(self, self.tools, tool.name)} to call {tool.name}: {tool.description}"
-            for tool in self._others
+            f"\nReply {self.example(tool.name)} to call {tool.name}: {tool.description}" for tool in self._others
         )
         return f"Reply with one shell command and nothing else: the whole reply is run.{others}"
 
-    def _shapes(self) -> str:
-        return " or ".join(["a command", *(call_example(self, self.tools, tool.name) for tool in self._others)])
 
-    def is_explained_in(self, template: str) -> bool:
-        return False
-
-
-def _list_tools(syntax: TagsSyntax | BashBlockSyntax, tools: Sequence[ToolSpec], calls: str) -> str:
-    """Return instructions that show a call of each tool."""
-    lines = "\n".join(f"{call_example(syntax, tools, tool.name)}\n{tool.description}" for tool in tools)
+def _list_tools(syntax: Syntax, calls: str) -> str:
+    lines = "\n".join(f"{syntax.example(tool.name)}\n{tool.description}" for tool in syntax.tools)
     return f"You can call these tools, {calls} in each reply:\n{lines}"

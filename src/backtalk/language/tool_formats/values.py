@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from backtalk.language.tool_formats.base import excerpt, join_names
 from backtalk.messages import ToolCall, ToolSpec, clean_text
 
 MAX_DEPTH = 32  # of nested arrays and objects in one call
@@ -15,6 +14,11 @@ MAX_DIGITS = 400  # of one number
 
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}  # templates that print values write these
 _PYTHON_TYPES = {"string": str, "boolean": bool, "array": list, "object": dict, "null": type(None)}
+
+
+def excerpt(text: str, position: int = 0, width: int = 24) -> str:
+    """Return at most ``width`` characters of a text, in quotes."""
+    return repr(text[position : position + width]) + ("..." if len(text) > position + width else "")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -105,13 +109,11 @@ def json_types(schema: Any) -> frozenset[str]:
 
 
 def _required(schema: Mapping[str, Any]) -> Sequence[str]:
-    """Return the names that a schema of an object requires."""
     found = schema.get("required")
     return found if isinstance(found, Sequence) and not isinstance(found, str) else ()
 
 
 def _options(schema: Mapping[str, Any]) -> list[Any]:
-    """Return the alternatives of a schema's anyOf or oneOf."""
     found = schema.get("anyOf") or schema.get("oneOf")
     return list(found) if isinstance(found, Sequence) and not isinstance(found, str) else []
 
@@ -156,7 +158,8 @@ def call_problem(call: ToolCall, tools: Sequence[ToolSpec]) -> str | None:
     """Return why a call cannot be run (no such tool, or a missing, unknown or mistyped argument), or None."""
     tool = next((tool for tool in tools if tool.name == call.tool), None)
     if tool is None:
-        listed = f"the tools are {join_names(tools)}" if len(tools) > 1 else f"the tool is {join_names(tools)}"
+        *names, last = [tool.name for tool in tools] or [""]
+        listed = f"the tools are {', '.join(names)} and {last}" if names else f"the tool is {last}"
         return f"there is no tool {excerpt(call.tool)}; {listed if tools else 'there are no tools'}"
     known = argument_schemas(tool)
     got = ", ".join(excerpt(name) for name in list(call.arguments)[:5]) or "none"

@@ -14,7 +14,7 @@ A value is plain text between two line ends. It can hold any mark but ``</parame
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -24,30 +24,26 @@ from backtalk.language.tool_formats.base import (
     Mark,
     Reading,
     Reply,
+    Syntax,
     Unreadable,
-    excerpt,
-    read_calls,
     unclosed,
 )
-from backtalk.language.tool_formats.schemas import call_example, tools_text
-from backtalk.language.tool_formats.values import argument_schemas, format_value, parse_value
-from backtalk.messages import ToolCall, ToolSpec, clean_text
+from backtalk.language.tool_formats.schemas import tools_text
+from backtalk.language.tool_formats.values import argument_schemas, excerpt, format_value, parse_value
+from backtalk.messages import ToolCall, clean_text
 
 _OPEN = re.compile(rf"{CALL_OPEN}|<function=")
 _NAME = re.compile(r"[^<>\n]*")
 PARAMETER_CLOSE, FUNCTION_CLOSE = "</parameter>", "</function>"
 
 
-@dataclass(frozen=True, slots=True)
-class Qwen3CoderSyntax:
+class Qwen3CoderSyntax(Syntax):
     """The format of Qwen3-Coder; missing marks around a complete call are tolerated, with a warning."""
 
-    tools: Sequence[ToolSpec]
     in_chat_templates = True
-    marks_are_tokens = False
 
     def read(self, reply: Reply) -> Reading:
-        return read_calls(reply, _OPEN, self._read_call, call_example(self, self.tools))
+        return self._read_calls(reply, _OPEN)
 
     def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
         cursor = _Cursor(reply.text, reply.stopped, match.start())
@@ -68,7 +64,6 @@ class Qwen3CoderSyntax:
         return ToolCall(tool, arguments), cursor.position
 
     def _value(self, cursor: _Cursor, name: str, schemas: Mapping[str, Any]) -> Any:
-        """Read the value of a parameter and its closing mark."""
         end = cursor.text.find(PARAMETER_CLOSE, cursor.position)
         if end < 0:
             raise Unreadable(unclosed(f"<parameter={name}>", PARAMETER_CLOSE, cursor.stopped))
@@ -93,7 +88,7 @@ class Qwen3CoderSyntax:
             raise Unreadable(unclosed(wanted, closing, cursor.stopped))
         got = excerpt(cursor.text, cursor.position) if cursor.position < len(cursor.text) else "the end of the reply"
         position = f"at character {cursor.position} of the reply"
-        raise Unreadable(f"expected {wanted} {position}, got {got}; write\n{call_example(self, self.tools)}")
+        raise Unreadable(f"expected {wanted} {position}, got {got}; write\n{self.example()}")
 
     def write(self, call: ToolCall) -> list[str]:
         pieces: list[str] = [Mark(CALL_OPEN), "\n", Mark(f"<function={call.tool}>"), "\n"]
@@ -103,7 +98,7 @@ class Qwen3CoderSyntax:
         return [*pieces, Mark(FUNCTION_CLOSE), "\n", Mark(CALL_CLOSE)]
 
     def instructions(self, calls: str) -> str:
-        return f"{tools_text(self.tools, calls)}\nWrite a call as\n{call_example(self, self.tools)}"
+        return f"{tools_text(self.tools, calls)}\nWrite a call as\n{self.example()}"
 
     def is_explained_in(self, template: str) -> bool:
         return "<function=" in template
@@ -130,7 +125,6 @@ class _Cursor:
         return self.position >= len(self.text) or self.text.startswith(marks, self.position)
 
     def name(self, opening: str, closing: str) -> str:
-        """Read a name and the ``>`` after it."""
         match = _NAME.match(self.text, self.position)
         end = match.end() if match else self.position
         name = self.text[self.position : end].strip()

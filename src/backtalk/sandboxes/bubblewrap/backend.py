@@ -15,17 +15,15 @@ these fork the trainer, which may hold many gigabytes.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import os
 import shlex
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from types import MappingProxyType
 
 from backtalk.errors import SandboxError, SandboxUnavailable
-from backtalk.sandboxes.base import BackendReport, ExecResult, SandboxFile, SandboxLimits
+from backtalk.sandboxes.base import BackendReport, SandboxFile, SandboxLimits
 from backtalk.sandboxes.bubblewrap.holder import Holder
 from backtalk.sandboxes.bubblewrap.layers import DISABLE_USERNS_SINCE, SIZE_SINCE
 from backtalk.sandboxes.files import clean_path
@@ -33,9 +31,8 @@ from backtalk.sandboxes.machine.cgroup import watch
 from backtalk.sandboxes.machine.probe import Machine, advice, probe, require_bubblewrap, run_trial
 from backtalk.sandboxes.machine.seccomp import seccomp_program
 from backtalk.sandboxes.root import Root
-from backtalk.sandboxes.session.shell import Session
+from backtalk.sandboxes.session.sandbox import SessionSandbox
 
-_NO_ENV: Mapping[str, str] = MappingProxyType({})
 _ENTER_TIMEOUT_S = 20.0
 _TRIAL_COPY_MB = 4096
 
@@ -45,43 +42,21 @@ _CANNOT_WITHOUT_CGROUPS = {
 }
 
 
-class BubblewrapSandbox:
-    """A sandbox of bubblewrap. Made by `BubblewrapBackend.open`.
-
-    Raises:
-        SandboxError: from any method, when it is broken.
-    """
+class BubblewrapSandbox(SessionSandbox):
+    """A sandbox of bubblewrap. Made by `BubblewrapBackend.open`."""
 
     def __init__(self, holder: Holder, limits: SandboxLimits, root: Root | None = None) -> None:
-        self._holder = holder
-        self._root = root
-        self._session = Session(holder, limits)
-        self._lock = asyncio.Lock()
+        super().__init__(holder, limits)
+        self._holder, self._root = holder, root
 
     async def start(self) -> None:
-        """Start the first session. The backend calls this once."""
         try:
             await self._holder.ready()
         except SandboxError as error:
             raise SandboxError(f"{error}; {self._session.take_output() or 'bubblewrap said nothing'}") from error
-        await self._session.begin()
+        await super().start()
         if self._root is not None and (self._root.env or self._root.workdir):
             await self._enter(self._root)
-
-    async def exec(
-        self, command: str, *, timeout_s: float, env: Mapping[str, str] = _NO_ENV, cwd: str | None = None
-    ) -> ExecResult:
-        """Run a bash command in the one long-lived shell. `env` is for this command; `cwd` moves the shell there.
-
-        Folder, variables, functions and background jobs stay for the next command. What a background job prints later
-        is part of the output of a later command. Standard input is empty.
-
-        A command that runs longer than `timeout_s` is killed with all it started, and the shell with it. A new shell
-        takes the folder and the exported variables from before that command. Functions and other variables are lost;
-        older background jobs go on. The same holds after a command that ends the shell (`exit 3`).
-        """
-        async with self._lock:
-            return await self._session.exec(command, timeout_s, env, cwd)
 
     async def put(self, files: Mapping[str, SandboxFile]) -> None:
         """Write files by absolute path inside, making parent folders and replacing what is in the way."""
@@ -118,13 +93,6 @@ class BubblewrapSandbox:
         result = await self._session.exec(exports + "true", _ENTER_TIMEOUT_S, {}, root.workdir)
         if result.exit_code != 0:
             raise SandboxError(f"{root.name}: its folder or variables cannot be set: {result.output.strip()}")
-
-    async def close(self) -> None:
-        """End the sandbox and everything in it."""
-        try:
-            await self._holder.close()
-        finally:
-            self._session.close()
 
 
 class BubblewrapBackend:
@@ -187,11 +155,7 @@ class BubblewrapBackend:
             return str(error.__cause__)
 
     def _trial(self) -> None:
-        """Start a sandbox and run a command in it.
-
-        Raises:
-            SandboxUnavailable: it failed; the message says what to do.
-        """
+        """Start a sandbox and run a command in it."""
         try:
             run_trial(self._try_one)
         except SandboxUnavailable as error:
@@ -217,7 +181,6 @@ def _files(root: Root | None) -> str:
 
 
 def _report(machine: Machine, root: Root | None, readable: Sequence[str], why_copied: str | None) -> BackendReport:
-    """Describe what this backend isolates and limits on this machine."""
     by_group = f"cgroup v{machine.cgroups.version}"
     warnings = []
     if machine.cgroups.memory is None:

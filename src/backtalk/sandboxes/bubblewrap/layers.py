@@ -150,7 +150,6 @@ def _missing_etc(root: Root) -> list[str]:
 
 
 def _mount_argv(root: Root, limits: SandboxLimits, uid: int | None) -> list[str]:
-    """Return the command that mounts the chosen root and then runs the rest of the command line."""
     folders: dict[str, int | None] = dict.fromkeys((*_FOLDERS, "/etc", "/proc", "/dev"))
     if root.programs:
         folders |= dict.fromkeys((*(f"/{name}" for name in PROGRAM_FOLDERS), _TOOLS))

@@ -100,7 +100,6 @@ def _show_as(tree: int, below: os.stat_result, owner: int) -> None:
 
 
 def _overlay() -> None:
-    """Mount the chosen root as an overlay, of which what is written stays in memory."""
     os.mkdir(f"{PLACE}/work")
     options = f"lowerdir={LOWER},upperdir={UPPER},workdir={PLACE}/work"
     try:

@@ -6,18 +6,17 @@ import contextlib
 import shlex
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
 from backtalk.sandboxes.base import BackendReport, ExecResult, Sandbox, SandboxBackend, SandboxFile, SandboxLimits
 
 LIMITS = SandboxLimits(memory_mb=96, processes=24, disk_mb=16)
 COMMAND_TIMEOUT_S = 20.0  # for a command that ends by itself; a loaded machine takes its time
-_NO_ENV: Mapping[str, str] = MappingProxyType({})
 
 
 class Failure(Exception):
@@ -48,16 +47,9 @@ class SandboxUnderTest:
         self.inner = sandbox
         self.backend = backend
 
-    async def exec(
-        self,
-        command: str,
-        *,
-        timeout_s: float = COMMAND_TIMEOUT_S,
-        env: Mapping[str, str] = _NO_ENV,
-        cwd: str | None = None,
-    ) -> ExecResult:
-        """Run a command and return its result."""
-        return await self.inner.exec(command, timeout_s=timeout_s, env=env, cwd=cwd)
+    async def exec(self, command: str, *, timeout_s: float = COMMAND_TIMEOUT_S, **options: Any) -> ExecResult:
+        """Run a command and return its result; the options are those of `Sandbox.exec`."""
+        return await self.inner.exec(command, timeout_s=timeout_s, **options)
 
     async def output(self, command: str) -> str:
         """Run a command and return what it printed."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import secrets
 import tempfile
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from backtalk.errors import ConfigError, SandboxError, SandboxUnavailable
@@ -29,14 +28,14 @@ class HarborBackend:
     """
 
     def __init__(
-        self, environment: str = "docker", *, image: str = IMAGE, kwargs: Mapping[str, Any] = MappingProxyType({})
+        self, environment: str = "docker", *, image: str = IMAGE, kwargs: Mapping[str, Any] | None = None
     ) -> None:
         """Choose the environment and run its preflight check.
 
         ``environment`` is a type of Harbor's or "module:Class"; ``kwargs`` go to its constructor (Harbor's --ek).
         ``image`` is the container image that a sandbox starts from, with bash, coreutils and tar in it.
         """
-        self._environment, self._image, self._kwargs = environment, image, dict(kwargs)
+        self._environment, self._image, self._kwargs = environment, image, dict(kwargs or {})
         config = _trial_config(environment, self._kwargs)
         from harbor.environments.factory import EnvironmentFactory  # pyright: ignore[reportMissingImports]
 
@@ -65,16 +64,13 @@ class HarborBackend:
             warnings=("each command runs in a shell of its own: folder, variables and functions are carried over",),
         )
 
-    def open(self, limits: SandboxLimits) -> AbstractAsyncContextManager[HarborSandbox]:
+    @asynccontextmanager
+    async def open(self, limits: SandboxLimits) -> AsyncGenerator[HarborSandbox]:
         """Open a fresh environment, deleted on exit.
 
         Raises:
             SandboxError: on entry, when it could not start.
         """
-        return self._open(limits)
-
-    @asynccontextmanager
-    async def _open(self, limits: SandboxLimits) -> AsyncGenerator[HarborSandbox]:
         from harbor.models.task.config import EnvironmentConfig  # pyright: ignore[reportMissingImports]
 
         with tempfile.TemporaryDirectory(prefix="backtalk-harbor-", ignore_cleanup_errors=True) as folder:
@@ -95,7 +91,6 @@ class HarborBackend:
 
 
 def _trial_config(environment: str, kwargs: Mapping[str, Any]) -> Any:
-    """Return Harbor's own description of an environment to be made."""
     try:
         from harbor.models.environment_type import EnvironmentType  # pyright: ignore[reportMissingImports]
         from harbor.models.trial.config import EnvironmentConfig  # pyright: ignore[reportMissingImports]

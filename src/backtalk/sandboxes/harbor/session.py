@@ -17,18 +17,16 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from backtalk.errors import SandboxError
-from backtalk.sandboxes.base import HOME, ExecResult, SandboxFile, SandboxLimits
+from backtalk.sandboxes.base import HOME, NO_ENV, ExecResult, SandboxFile, SandboxLimits
 from backtalk.sandboxes.files import clean_path, pack_files
 from backtalk.sandboxes.session.exec_server import command_text
 
 if TYPE_CHECKING:
     from harbor.environments.base import BaseEnvironment  # pyright: ignore[reportMissingImports]
 
-_NO_ENV: Mapping[str, str] = MappingProxyType({})
 _OVERHEAD_S = 20.0  # of the environment's own work around a command
 _FILES_TIMEOUT_S = 120.0
 _MAX_ARGUMENT = 100_000  # bytes of one argument that every Linux accepts
@@ -122,7 +120,7 @@ class HarborSandbox:
             raise SandboxError(f"a session in the environment did not start, exit code {code}: {output[-500:]}")
 
     async def exec(
-        self, command: str, *, timeout_s: float, env: Mapping[str, str] = _NO_ENV, cwd: str | None = None
+        self, command: str, *, timeout_s: float, env: Mapping[str, str] = NO_ENV, cwd: str | None = None
     ) -> ExecResult:
         """Run a bash command in the state that the last one left; see the class for what is not carried over."""
         text = command_text(command, env, cwd)
@@ -130,7 +128,6 @@ class HarborSandbox:
             return await self._exec(text, timeout_s)
 
     async def _exec(self, text: str, timeout_s: float) -> ExecResult:
-        """Run the text of a command and return its result."""
         limits = self._limits
         if len(text.encode("utf-8", "replace")) > _MAX_ARGUMENT:
             await self._upload({f"{self._folder}/command": SandboxFile(text.encode("utf-8", "replace"))})
@@ -199,7 +196,6 @@ class HarborSandbox:
         raise SandboxError(f"the processes in {self._environment.type()} do not end")
 
     async def _plain(self, command: str, timeout_s: float, *, cwd: str | None = "/") -> tuple[int, str]:
-        """Run a command of ours outside of the session and return its exit code and output."""
         try:
             result = await self._environment.exec(command, cwd=cwd, timeout_sec=math.ceil(timeout_s))
         except Exception as error:  # whatever the provider's library raises
@@ -237,7 +233,6 @@ def _parse_report(printed: str) -> tuple[int, int, str] | None:
 
 
 def _decode(text: str) -> bytes | None:
-    """Return the bytes of a base64 text; None if it is not one."""
     try:
         return base64.b64decode(text.strip(), validate=True)
     except (binascii.Error, ValueError):

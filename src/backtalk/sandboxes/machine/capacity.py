@@ -136,7 +136,6 @@ def _processes_left() -> int:
 
 
 def _own_threads() -> int:
-    """Count the threads of this user's processes."""
     count = 0
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

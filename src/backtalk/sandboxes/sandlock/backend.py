@@ -10,18 +10,16 @@ command can make a socket at all.
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import os
 import tempfile
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 
 from backtalk.errors import SandboxError, SandboxUnavailable
-from backtalk.sandboxes.base import HOME, BackendReport, ExecResult, SandboxFile, SandboxLimits
+from backtalk.sandboxes.base import HOME, BackendReport, SandboxFile, SandboxLimits
 from backtalk.sandboxes.bubblewrap.layers import FIXED_FILES, IMAGE_FOLDERS, SESSION_FOLDERS
 from backtalk.sandboxes.files import clean_path, remove_tree
 from backtalk.sandboxes.machine.probe import probe, run_trial
@@ -34,9 +32,8 @@ from backtalk.sandboxes.sandlock.keeper import (
     program_loader,
     write_alternatives,
 )
-from backtalk.sandboxes.session.shell import Session
+from backtalk.sandboxes.session.sandbox import SessionSandbox
 
-_NO_ENV: Mapping[str, str] = MappingProxyType({})
 _SHARED = ("/tmp", "/var/tmp", "/run/shm")
 _PREFIX = "backtalk-sandlock-"
 _INSTALL = "pip install 'backtalk[sandlock]'"
@@ -68,12 +65,10 @@ _CANNOT = {
 _TICK_S = 1.2 / os.sysconf("SC_CLK_TCK")
 
 
-class SandlockSandbox:
-    """A sandbox that is a folder, and a shell that sees it as its root. Made by `SandlockBackend.open`.
+class SandlockSandbox(SessionSandbox):
+    """A sandbox that is a folder, and a shell that sees it as its root. Made by `SandlockBackend.open`."""
 
-    Raises:
-        SandboxError: from any method, when it is broken.
-    """
+    settle_s = _TICK_S
 
     def __init__(self, folder: Path, limits: SandboxLimits, uid: int | None, readable: Sequence[str] = ()) -> None:
         self._root, self._uid, self._limits, self._readable = folder / "root", uid, limits, readable
@@ -83,23 +78,13 @@ class SandlockSandbox:
         if uid is not None:
             os.chown(self._root, uid, uid)
         self._files = RootedFiles(self._root, folder / "trash", uid)
-        self._keeper = keeper = SandlockKeeper(folder, limits, uid, self._prepare, readable)
-        self._session = Session(keeper, limits)
-        self._lock = asyncio.Lock()
+        self._guarded = SandlockKeeper(folder, limits, uid, self._prepare, readable)
+        super().__init__(self._guarded, limits)
 
     async def start(self) -> None:
-        """Start the first session. Called once, by the backend."""
         for path in IMAGE_FOLDERS:
             self._files.make_folder(path)
-        await self._session.begin()
-
-    async def exec(
-        self, command: str, *, timeout_s: float, env: Mapping[str, str] = _NO_ENV, cwd: str | None = None
-    ) -> ExecResult:
-        """Run a bash command in the one long-lived shell. See `BubblewrapSandbox.exec`."""
-        async with self._lock:
-            await asyncio.sleep(_TICK_S)
-            return await self._session.exec(command, timeout_s, env, cwd)
+        await super().start()
 
     async def put(self, files: Mapping[str, SandboxFile]) -> None:
         """Write files by absolute path inside, in place of whatever is there; parent folders are made."""
@@ -117,22 +102,8 @@ class SandlockSandbox:
             self._check()
             return self._files.get(clean_path(path), max_bytes)
 
-    async def restart(self) -> None:
-        """End every process, and begin a fresh shell and environment over the same files."""
-        async with self._lock:
-            await self._session.end()
-            await self._session.begin()
-
-    async def close(self) -> None:
-        """End every process; the backend removes the folder."""
-        try:
-            await self._keeper.close()
-        finally:
-            self._session.close()
-
     def _check(self) -> None:
-        """Raise SandboxError if the sandbox is closed."""
-        if self._keeper.closed:
+        if self._guarded.closed:
             raise SandboxError("the sandbox is closed")
 
     def _prepare(self) -> None:
@@ -199,16 +170,13 @@ class SandlockBackend:
             cannot=_CANNOT if self._uids else {**_CANNOT, "capabilities": "only root could empty the bounding set"},
         )
 
-    def open(self, limits: SandboxLimits) -> AbstractAsyncContextManager[SandlockSandbox]:
+    @asynccontextmanager
+    async def open(self, limits: SandboxLimits) -> AsyncGenerator[SandlockSandbox]:
         """Open a fresh sandbox, closed with everything in it on exit.
 
         Raises:
             SandboxError: on entry, when it could not start.
         """
-        return self._open(limits)
-
-    @asynccontextmanager
-    async def _open(self, limits: SandboxLimits) -> AsyncGenerator[SandlockSandbox]:
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX)).resolve()
         lock = lock_folder(folder)
         folder.chmod(0o711)  # another uid passes through to its root

@@ -104,11 +104,7 @@ class RootedFiles:
         return read_regular(descriptor, path, max_bytes)
 
     def _open(self, path: str, flags: int) -> int:
-        """Open a path as if the folder were the root.
-
-        Raises:
-            OSError: there is none, or it may not be opened.
-        """
+        """Open a path as if the folder were the root."""
         root = os.open(self._root, _FOLDER)
         try:
             how = struct.pack("=QQQ", flags, 0, _RESOLVE)

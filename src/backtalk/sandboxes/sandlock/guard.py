@@ -51,7 +51,6 @@ def main() -> None:
 
 
 def _begin(settings: dict[str, Any]) -> Any:
-    """Give up rights and start the session's first process."""
     sys.path.append(settings["packages"])
     import sandlock
 
@@ -64,7 +63,6 @@ def _begin(settings: dict[str, Any]) -> Any:
 
 
 def _give_up_rights(uid: int | None, rules: bytes) -> None:
-    """Take another uid without capabilities, and the filter for system calls."""
     libc = ctypes.CDLL(None, use_errno=True)
     if uid is not None:
         for capability in range(64):
@@ -82,7 +80,6 @@ def _give_up_rights(uid: int | None, rules: bytes) -> None:
 
 
 def _report_end(session: Any, answers: int) -> None:
-    """Wait for the session's first process and send its exit code."""
     result = session.wait()
     code = 128 + result.signal if result.signal > 0 else result.exit_code
     os.write(answers, b"lost %d\0" % (code % 256))

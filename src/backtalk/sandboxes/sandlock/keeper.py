@@ -221,7 +221,6 @@ _SHELL = SHELL_PROGRAM.replace(">/dev/fd/5", ">&5")
 
 
 def _supervisor(limits: SandboxLimits) -> str:
-    """Return the supervisor's program: limits of each process, then its loop."""
     memory_kib = limits.memory_mb << 10
     wanted = (("-c", 0), ("-f", limits.disk_mb << 10), ("-d", memory_kib), ("-v", 4 * memory_kib))
     return "\n".join(f"ulimit {flag} {value}" for flag, value in wanted) + _SUPERVISOR
@@ -279,7 +278,6 @@ def write_alternatives(folder: Path) -> None:
 
 
 def _packages() -> str:
-    """Return the folder that sandlock is installed in."""
     found = find_spec("sandlock")
     assert found is not None and found.origin is not None
     return str(Path(found.origin).parent.parent)

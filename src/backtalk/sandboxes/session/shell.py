@@ -46,6 +46,10 @@ class Keeper(Protocol):
         """Wait until the session ends without being asked to, and return its exit code."""
         ...
 
+    async def close(self) -> None:
+        """End every process, and close the ends of the pipes that the session had."""
+        ...
+
 
 class _LostError(Exception):
     """The session ended without being asked to. Its argument is the exit code."""

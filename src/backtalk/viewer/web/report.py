@@ -89,7 +89,6 @@ def _evaluation_table(evaluations: Mapping[int, Mapping[str, Any]]) -> str:
 
 
 def _trajectories(log: RunLog) -> list[str]:
-    """Return the best and the worst rollout of the first and of the last step as HTML."""
     steps = log.group_steps()
     if not steps:
         return [page.paragraph("no step has finished yet")]

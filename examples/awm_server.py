@@ -1,4 +1,4 @@
-"""A server of Agent World Model scenarios over OpenEnv: ``uvicorn --factory backtalk.envs.awm.server:make_app``.
+"""A server of Agent World Model scenarios over OpenEnv: ``uvicorn --factory examples.awm_server:make_app``.
 
 It answers as OpenEnv's own Agent World Model environment does, from a single process. The variable AWM_DATA_DIR names
 a folder of scenarios; without it, the shop and the ticket desk are served. Their programs run inside the server. A
