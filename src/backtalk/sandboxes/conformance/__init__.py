@@ -7,7 +7,8 @@ A backend of your own is held to the same checks as those that come with Backtal
 behind each claim. Attacks are bounded, and nothing is ever sent to an address outside. Checks that would hurt this
 machine are not tried on a backend that itself reports that it isolates nothing.
 
-Each async function of the modules here without a leading underscore is a check, named by the function.
+Each async function of the modules here without a leading underscore is a check, named by the function; so is each entry
+of a table CASES, which runs one function on several things.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
+from functools import partial
 from types import ModuleType
+from typing import Any
 
 from backtalk.errors import BacktalkError, ConfigError
 from backtalk.sandboxes.base import SandboxBackend
@@ -40,12 +43,20 @@ _CHECK_TIMEOUT_S = 90.0
 
 
 def _checks_in(module: ModuleType, category: Category) -> Iterator[Check]:
-    """Yield the checks of a module; the claim of each is its docstring without "Check that"."""
-    harmful = getattr(module, "HARMFUL_IF_OPEN", ())
+    """Yield the checks of a module: its functions, whose docstring is the claim, and its tables of cases."""
     for name, run in vars(module).items():
         if inspect.iscoroutinefunction(run) and not name.startswith("_"):
             claim = " ".join((run.__doc__ or "").split()).removeprefix("Check that ")
-            yield Check(name, category, claim[:1].upper() + claim[1:], run, run in harmful)
+            yield Check(
+                name, category, claim[:1].upper() + claim[1:], run, name in getattr(module, "HARMFUL_IF_OPEN", ())
+            )
+    for run, cases in getattr(module, "CASES", {}).items():
+        for name, (claim, *tried) in cases.items():
+            yield Check(name, category, claim, partial(_run_case, run, tried), name in module.HARMFUL_IF_OPEN)
+
+
+async def _run_case(run: Callable[..., Awaitable[None]], tried: Sequence[Any], sandbox: SandboxUnderTest) -> None:
+    await run(sandbox, *tried)
 
 
 CHECKS: tuple[Check, ...] = (

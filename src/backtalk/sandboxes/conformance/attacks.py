@@ -60,11 +60,6 @@ async def _fail(sandbox: SandboxUnderTest, *commands: str) -> None:
         await sandbox.fails(f"timeout 10 {command}", f"`{command}` succeeded")
 
 
-async def core_pattern(sandbox: SandboxUnderTest) -> None:
-    """Check that the program that the kernel runs as root for every crash cannot be set."""
-    await sandbox.fails("exec 9>>/proc/sys/kernel/core_pattern", "core_pattern opened for writing")
-
-
 async def kernel_settings(sandbox: SandboxUnderTest) -> None:
     """Check that no kernel setting and no request to the kernel can be written: /proc/sys, /sys, sysrq."""
     opened = "[[ -f $f ]] && { : >>$f; } 2>/dev/null && echo $f"  # access(2) alone may be told anything
@@ -72,22 +67,6 @@ async def kernel_settings(sandbox: SandboxUnderTest) -> None:
     await sandbox.prints(f"{writable} | while read -r f; do {opened}; done | head -n 3", "")
     special = "/proc/sysrq-trigger /proc/sys/kernel/modprobe /proc/sys/kernel/hostname /proc/sys/vm/drop_caches"
     await sandbox.prints(f"for f in {special} /proc/irq/*/smp_affinity /proc/acpi/*; do {opened}; done", "")
-
-
-async def control_groups(sandbox: SandboxUnderTest) -> None:
-    """Check that no process can be moved out of its control groups, and no limit of theirs raised."""
-    find = "find /sys/fs/cgroup /cgroup -name cgroup.procs -writable 2>/dev/null | head -n 1"
-    await sandbox.prints(find, "")
-
-
-async def mounts(sandbox: SandboxUnderTest) -> None:
-    """Check that nothing can be mounted or unmounted, nor mounts made writable."""
-    await _fail(sandbox, "mount -t tmpfs t /tmp", "mount -o remount,rw /usr", "mount --bind /tmp /usr", "umount /proc")
-
-
-async def user_namespaces(sandbox: SandboxUnderTest) -> None:
-    """Check that no user namespace can be made, in which an agent would have every right over much of the kernel."""
-    await _fail(sandbox, "unshare -U true", "unshare -r true", "bwrap --ro-bind / / true")
 
 
 async def namespaces(sandbox: SandboxUnderTest) -> None:
@@ -149,44 +128,6 @@ async def host_name(sandbox: SandboxUnderTest) -> None:
     """Check that the host name cannot be set, and is not this machine's."""
     await _fail(sandbox, 'hostname "$(hostname)"')
     expect((await sandbox.output("uname -n")).strip() != os.uname().nodename, "it has this machine's name")
-
-
-async def io_uring(sandbox: SandboxUnderTest) -> None:
-    """Check that a ring of io_uring, which bypasses system call filters, is refused."""
-    await _refused(sandbox, "'io_uring_setup', 1, None")
-
-
-async def key_rings(sandbox: SandboxUnderTest) -> None:
-    """Check that kernel key rings, which a trainer's processes would share, are refused."""
-    await _refused(sandbox, "'keyctl', 0, -3, 0", "'add_key', b'user', b'x', b'x', 1, -3")
-
-
-async def bpf(sandbox: SandboxUnderTest) -> None:
-    """Check that BPF programs are refused."""
-    await _refused(sandbox, "'bpf', 5, None, 0")
-
-
-async def performance_counters(sandbox: SandboxUnderTest) -> None:
-    """Check that performance counters and user fault handling, known ways into the kernel, are refused."""
-    await _refused(sandbox, "'perf_event_open', None, 0, -1, -1, 0", "'userfaultfd', 0x7fff")
-
-
-async def power_over_the_machine(sandbox: SandboxUnderTest) -> None:
-    """Check that modules, other kernels, swap, accounting and a reboot are refused."""
-    await _refused(
-        sandbox,
-        "'init_module', None, 0, None",
-        "'delete_module', b'no-such-module', 0",
-        "'kexec_load', 0, 0, None, 0x7fff",
-        "'swapon', b'/no/such/file', 0",
-        "'acct', b'/no/such/file'",
-        "'reboot', 0, 0, 0, None",  # with numbers that are none of its own
-    )
-
-
-async def file_handles(sandbox: SandboxUnderTest) -> None:
-    """Check that files cannot be opened by handle, which bypasses the rights of every folder above them."""
-    await _refused(sandbox, "'open_by_handle_at', -100, None, 0")
 
 
 async def foreign_system_calls(sandbox: SandboxUnderTest) -> None:
@@ -306,11 +247,6 @@ async def root_of_process_one(sandbox: SandboxUnderTest) -> None:
         await sandbox.prints(f"cat {paths} 2>/dev/null", "")
 
 
-async def terminal(sandbox: SandboxUnderTest) -> None:
-    """Check that an agent cannot type into a terminal of the trainer's."""
-    await _fail(sandbox, "bash -c 'read -t 1 x </dev/tty'", "bash -c 'echo >/dev/tty'")
-
-
 async def links_out_of_get(sandbox: SandboxUnderTest) -> None:
     """Check that a link the agent made never lets `get` read a file of this machine."""
     with folder_of_machine() as folder:
@@ -343,6 +279,41 @@ async def files_of_the_machine(sandbox: SandboxUnderTest) -> None:
     await sandbox.prints(f"ls -d {here} 2>/dev/null", "", "the trainer's own code")
 
 
+# Checks of one kind: the claim, and what is tried.
+CASES = {
+    _refused: {
+        "io_uring": ("A ring of io_uring, which bypasses system call filters, is refused.",
+                     "'io_uring_setup', 1, None"),
+        "key_rings": ("Kernel key rings, which a trainer's processes would share, are refused.",
+                      "'keyctl', 0, -3, 0", "'add_key', b'user', b'x', b'x', 1, -3"),
+        "bpf": ("BPF programs are refused.", "'bpf', 5, None, 0"),
+        "performance_counters": ("Performance counters and user fault handling, known ways into the kernel, are "
+                                 "refused.",
+                                 "'perf_event_open', None, 0, -1, -1, 0", "'userfaultfd', 0x7fff"),
+        "file_handles": ("Files cannot be opened by handle, which bypasses the rights of every folder above them.",
+                         "'open_by_handle_at', -100, None, 0"),
+        "power_over_the_machine": ("Modules, other kernels, swap, accounting and a reboot are refused.",
+                                   "'init_module', None, 0, None", "'delete_module', b'no-such-module', 0",
+                                   "'kexec_load', 0, 0, None, 0x7fff", "'swapon', b'/no/such/file', 0",
+                                   "'acct', b'/no/such/file'", "'reboot', 0, 0, 0, None"),  # numbers none of its own
+    },
+    _fail: {
+        "mounts": ("Nothing can be mounted or unmounted, nor mounts made writable.", "mount -t tmpfs t /tmp",
+                   "mount -o remount,rw /usr", "mount --bind /tmp /usr", "umount /proc"),
+        "user_namespaces": ("No user namespace can be made, in which an agent would have every right over much of the "
+                            "kernel.", "unshare -U true", "unshare -r true", "bwrap --ro-bind / / true"),
+        "terminal": ("An agent cannot type into a terminal of the trainer's.", "bash -c 'read -t 1 x </dev/tty'",
+                     "bash -c 'echo >/dev/tty'"),
+    },
+    SandboxUnderTest.fails: {
+        "core_pattern": ("The program that the kernel runs as root for every crash cannot be set.",
+                         "exec 9>>/proc/sys/kernel/core_pattern"),
+    },
+    SandboxUnderTest.prints: {
+        "control_groups": ("No process can be moved out of its control groups, and no limit of theirs raised.",
+                           "find /sys/fs/cgroup /cgroup -name cgroup.procs -writable 2>/dev/null | head -n 1", ""),
+    },
+}  # fmt: skip
 HARMFUL_IF_OPEN = (
-    mounts, namespaces, devices, clock, host_name, power_over_the_machine, priorities, programs_of_the_machine,
-)  # fmt: skip
+    "mounts namespaces devices clock host_name power_over_the_machine priorities programs_of_the_machine"
+).split()

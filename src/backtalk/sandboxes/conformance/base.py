@@ -44,8 +44,8 @@ class SandboxUnderTest:
     """A fresh sandbox of the backend under test, with short methods for what checks do in it."""
 
     def __init__(self, sandbox: Sandbox, backend: SandboxBackend) -> None:
-        self.inner = sandbox
-        self.backend = backend
+        self.inner, self.backend = sandbox, backend
+        self.get, self.restart = sandbox.get, sandbox.restart
 
     async def exec(self, command: str, *, timeout_s: float = COMMAND_TIMEOUT_S, **options: Any) -> ExecResult:
         """Run a command and return its result; the options are those of `Sandbox.exec`."""
@@ -93,14 +93,6 @@ class SandboxUnderTest:
     async def put(self, path: str, content: bytes = b"", *, mode: int = 0o644, mtime: int | None = None) -> None:
         """Write one file."""
         await self.inner.put({path: SandboxFile(content, mode, mtime)})
-
-    async def get(self, path: str, *, max_bytes: int = 1 << 20) -> bytes | None:
-        """Read one file."""
-        return await self.inner.get(path, max_bytes=max_bytes)
-
-    async def restart(self) -> None:
-        """Begin a fresh session."""
-        await self.inner.restart()
 
     @asynccontextmanager
     async def another(self) -> AsyncGenerator[SandboxUnderTest]:

@@ -55,11 +55,6 @@ async def endless_output(sandbox: SandboxUnderTest) -> None:
     expect(time.process_time() - began < 5, "the trainer spent whole seconds on reading what nobody keeps")
 
 
-async def empty_standard_input(sandbox: SandboxUnderTest) -> None:
-    """Check that standard input is empty."""
-    await sandbox.prints("cat; read line; echo read $?", "read 1\n")
-
-
 async def any_text_is_a_command(sandbox: SandboxUnderTest) -> None:
     """Check that incomplete and invalid bash gives an error message, not a session that hangs."""
     for broken in ("if", "echo 'open", "cat <<E", ")", "}", "done", "$(", "\\", "", "# nothing"):
@@ -67,11 +62,6 @@ async def any_text_is_a_command(sandbox: SandboxUnderTest) -> None:
     quoted = "$x 'quoted' \"both\" `tick` \\back\n"
     await sandbox.prints(f"cat <<'E'\n{quoted}E\n", quoted)
     await sandbox.still_works()
-
-
-async def long_commands(sandbox: SandboxUnderTest) -> None:
-    """Check that a command of 300,000 characters runs."""
-    await sandbox.prints(f"v={'x' * 300_000}; echo ${{#v}}", "300000\n")
 
 
 async def loop_words(sandbox: SandboxUnderTest) -> None:
@@ -177,12 +167,6 @@ async def non_blocking_output(sandbox: SandboxUnderTest) -> None:
     equal((result.exit_code, len(result.output) + result.dropped_bytes), (0, 588_895))
 
 
-async def usual_tools(sandbox: SandboxUnderTest) -> None:
-    """Check that the usual tools of shell tasks are installed."""
-    tools = "bash ls cat grep head tail wc sort uniq cut awk find stat diff tar sed tr tee xargs mktemp env"
-    await sandbox.prints(f"for t in {tools}; do command -v $t >/dev/null || echo no $t; done", "")
-
-
 async def writable_places(sandbox: SandboxUnderTest) -> None:
     """Check that an agent can write where tasks put things, temporary folders and shared memory among them."""
     paths = f"{HOME} /srv /var/log /app /etc/x /logs /tests /tmp /var/tmp /dev/shm /opt/y /data"
@@ -191,4 +175,14 @@ async def writable_places(sandbox: SandboxUnderTest) -> None:
     await sandbox.prints("echo to >/dev/stderr; echo out >/dev/stdout; echo gone >/dev/null", "to\nout\n")
 
 
-HARMFUL_IF_OPEN = (writable_places,)
+_TOOLS = "bash ls cat grep head tail wc sort uniq cut awk find stat diff tar sed tr tee xargs mktemp env"
+# Checks of what a command prints: the claim, the command and the text.
+CASES = {
+    SandboxUnderTest.prints: {
+        "empty_standard_input": ("Standard input is empty.", "cat; read line; echo read $?", "read 1\n"),
+        "long_commands": ("A command of 300,000 characters runs.", f"v={'x' * 300_000}; echo ${{#v}}", "300000\n"),
+        "usual_tools": ("The usual tools of shell tasks are installed.",
+                        f"for t in {_TOOLS}; do command -v $t >/dev/null || echo no $t; done", ""),
+    },
+}  # fmt: skip
+HARMFUL_IF_OPEN = "writable_places".split()

@@ -163,6 +163,6 @@ async def neighbours_of_a_bomb(sandbox: SandboxUnderTest) -> None:
 
 
 HARMFUL_IF_OPEN = (
-    memory_of_one_process, memory_of_all_processes, memory_of_files, memory_after_a_restart, processes,
-    processes_are_counted_for_each, fork_bomb, disk, number_of_files, full_disk_and_verifier, neighbours_of_a_bomb,
-)  # fmt: skip
+    "memory_of_one_process memory_of_all_processes memory_of_files memory_after_a_restart processes "
+    "processes_are_counted_for_each fork_bomb disk number_of_files full_disk_and_verifier neighbours_of_a_bomb"
+).split()

@@ -33,16 +33,6 @@ async def _cannot_connect(sandbox: SandboxUnderTest, address: str, port: int) ->
     await sandbox.fails(f"exec 9<>/dev/tcp/{address}/{port}", f"connected to {address}")
 
 
-async def outside_address(sandbox: SandboxUnderTest) -> None:
-    """Check that an address of the internet is unreachable."""
-    await _cannot_connect(sandbox, "192.0.2.1", 80)  # of a block that is nobody's (RFC 5737)
-
-
-async def cloud_metadata(sandbox: SandboxUnderTest) -> None:
-    """Check that the metadata address of clouds, which hands out the machine's credentials, is unreachable."""
-    await _cannot_connect(sandbox, "169.254.169.254", 80)
-
-
 async def name_servers(sandbox: SandboxUnderTest) -> None:
     """Check that no name is looked up: there is no way to a name server."""
     await _cannot_connect(sandbox, "192.0.2.53", 53)
@@ -87,12 +77,6 @@ for read, write in ((0x8913, 0x8914), (0x8921, 0x8922)):
     equal(await sandbox.python(program), "")
 
 
-async def sockets_of_the_machine(sandbox: SandboxUnderTest) -> None:
-    """Check that there are no socket files of this machine's services (Docker, systemd, D-Bus)."""
-    paths = "/var/run/docker.sock /run/docker.sock /run/dbus/system_bus_socket /run/systemd/private /run/podman"
-    await sandbox.prints(f"ls -d {paths} 2>/dev/null", "")
-
-
 async def network_of_its_own(sandbox: SandboxUnderTest) -> None:
     """Check that one sandbox cannot connect to a server on another's loopback."""
     await sandbox.python("pass")
@@ -106,4 +90,16 @@ async def network_of_its_own(sandbox: SandboxUnderTest) -> None:
         await other.fails(f"exec 9<>/dev/tcp/127.0.0.1/{port}", "connected to another sandbox's server")
 
 
-HARMFUL_IF_OPEN = (interfaces_cannot_be_changed,)
+_SOCKETS = "/var/run/docker.sock /run/docker.sock /run/dbus/system_bus_socket /run/systemd/private /run/podman"
+CASES = {
+    _cannot_connect: {  # the first address is of a block that is nobody's (RFC 5737)
+        "outside_address": ("An address of the internet is unreachable.", "192.0.2.1", 80),
+        "cloud_metadata": ("The metadata address of clouds, which hands out the machine's credentials, is unreachable.",
+                           "169.254.169.254", 80),
+    },
+    SandboxUnderTest.prints: {
+        "sockets_of_the_machine": ("There are no socket files of this machine's services (Docker, systemd, D-Bus).",
+                                   f"ls -d {_SOCKETS} 2>/dev/null", ""),
+    },
+}  # fmt: skip
+HARMFUL_IF_OPEN = "interfaces_cannot_be_changed".split()

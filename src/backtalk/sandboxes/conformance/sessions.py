@@ -55,43 +55,6 @@ async def _verifies(sandbox: SandboxUnderTest) -> None:
     equal(await sandbox.get("/logs/v/reward"), b"1\n")
 
 
-async def killing_the_exec_server(sandbox: SandboxUnderTest) -> None:
-    """Check that killing or stopping every visible process, the session's own too, costs that session alone."""
-    processes = ("-9 -1", "-9 $$", "-9 $PPID", "-9 1", "-STOP -1", "-STOP $$ $PPID")
-    await _recovers(sandbox, *(f"kill {process}" for process in processes))
-
-
-async def broken_shell(sandbox: SandboxUnderTest) -> None:
-    """Check that a shell whose builtins, limits, files and traps the agent changed costs that session alone."""
-    await _recovers(sandbox, *_SHELL)
-
-
-async def forged_reports(sandbox: SandboxUnderTest) -> None:
-    """Check that an agent that writes reports of its own to the session's pipes deceives that session alone."""
-    await _recovers(sandbox, *_FORGE)
-
-
-async def flooded_reports(sandbox: SandboxUnderTest) -> None:
-    """Check that endless reports take neither the trainer's memory nor its time."""
-    await _recovers(sandbox, "cat /dev/zero >/proc/$$/fd/4 & sleep 0.3", "yes >/proc/$$/fd/4 & sleep 0.3")
-
-
-async def rewritten_programs(sandbox: SandboxUnderTest) -> None:
-    """Check that the programs that run the next session cannot be rewritten through files that are open in this one."""
-    rewrite = "chmod 777 $f; echo 'echo evil >&2; exit' >$f; truncate -s 9 $f"
-    await _recovers(sandbox, f"for f in /proc/{{1,$$}}/fd/*; do {rewrite}; done")
-
-
-async def broken_folders(sandbox: SandboxUnderTest) -> None:
-    """Check that a verifier works after folders were moved, removed, replaced or made inaccessible."""
-    await _recovers(sandbox, *_FOLDERS)
-
-
-async def shut_root(sandbox: SandboxUnderTest) -> None:
-    """Check that a rollout is scored even after `chmod 000 /`, after which no program starts."""
-    await _recovers(sandbox, "chmod 111 /", "chmod 000 /", "(while :; do chmod 000 /; chmod 755 /; done) & sleep 0.2")
-
-
 async def signal_to_the_trainer(sandbox: SandboxUnderTest) -> None:
     """Check that no process of the trainer's can be signalled, by any number."""
     numbers = " ".join(map(str, {os.getpid(), os.getppid()}))
@@ -136,7 +99,40 @@ async def background_writer(sandbox: SandboxUnderTest) -> None:
     equal(await sandbox.get("/logs/verifier/reward.txt"), b"0\n")
 
 
+# Checks that a session recovers: the claim, and commands of the agent.
+CASES = {
+    _recovers: {
+        "killing_the_exec_server": (
+            "Killing or stopping every visible process, the session's own too, costs that session alone.",
+            *(f"kill {which}" for which in ("-9 -1", "-9 $$", "-9 $PPID", "-9 1", "-STOP -1", "-STOP $$ $PPID")),
+        ),
+        "broken_shell": (
+            "A shell whose builtins, limits, files and traps the agent changed costs that session alone.",
+            *_SHELL,
+        ),
+        "forged_reports": (
+            "An agent that writes reports of its own to the session's pipes deceives that session alone.",
+            *_FORGE,
+        ),
+        "flooded_reports": (
+            "Endless reports take neither the trainer's memory nor its time.",
+            *("cat /dev/zero >/proc/$$/fd/4 & sleep 0.3", "yes >/proc/$$/fd/4 & sleep 0.3"),
+        ),
+        "rewritten_programs": (
+            "The programs that run the next session cannot be rewritten through files that are open in this one.",
+            "for f in /proc/{1,$$}/fd/*; do chmod 777 $f; echo 'echo evil >&2; exit' >$f; truncate -s 9 $f; done",
+        ),
+        "broken_folders": (
+            "A verifier works after folders were moved, removed, replaced or made inaccessible.",
+            *_FOLDERS,
+        ),
+        "shut_root": (
+            "A rollout is scored even after `chmod 000 /`, after which no program starts.",
+            *("chmod 111 /", "chmod 000 /", "(while :; do chmod 000 /; chmod 755 /; done) & sleep 0.2"),
+        ),
+    }
+}
 HARMFUL_IF_OPEN = (
-    killing_the_exec_server, broken_shell, forged_reports, flooded_reports, rewritten_programs, broken_folders,
-    shut_root, trusted_files, python_site, background_writer,
-)  # fmt: skip
+    "killing_the_exec_server broken_shell forged_reports flooded_reports rewritten_programs broken_folders "
+    "shut_root trusted_files python_site background_writer"
+).split()
