@@ -30,7 +30,6 @@ from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict, l
 from backtalk.run.evaluate import Evaluation
 from backtalk.run.events import EvaluationDone, Event, Notice, RolloutDone, RunDone, RunStarted, StepDone
 from backtalk.run.log import RunLog, read_trajectories, write_trajectories
-from backtalk.run.log.metrics import METRICS
 from backtalk.run.rollouts import check_rollouts
 from backtalk.run.tasks import tasks_of_step
 from backtalk.run.train import _uninterrupted, evaluate_run, open_run, train
@@ -45,6 +44,7 @@ from backtalk.viewer.web.curves import BEHAVIOUR, GRAD_NORMS, ROLE_METRICS, SHAR
 from taught import taught_model_dir
 
 HERE = Path(__file__).parents[1]
+METRICS = re.findall(r"^\| `(\w+)` \|", (HERE.parent / "docs/metrics.md").read_text(), re.MULTILINE)
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ class TorchEngine:
     async def train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
         """Take one optimizer step over all samples, in micro-batches that change nothing but memory.
 
-        Returns the metrics listed in ``backtalk.run.log.metrics``, with the same names in every step (tools: those seen
+        Returns the metrics listed in docs/metrics.md, with the same names in every step (tools: those seen
         so far); NaN where there was nothing to measure.
         """
         if isinstance(config.world_model_coeff, Share) and not self.measures_gradients:
