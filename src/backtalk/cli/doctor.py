@@ -99,8 +99,6 @@ def examine() -> Iterator[Finding]:
 
 def _python() -> Finding:
     text = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    if sys.version_info < (3, 11):  # noqa: UP036 (the package may lie on the path of an older Python)
-        return Finding("Python", State.MISSING, text, "install Python 3.11 or newer")
     return Finding("Python", State.OK, text)
 
 

@@ -74,12 +74,7 @@ def _writer(target: Target, loss_target: LossTarget, model: str) -> Callable[[Tr
     from backtalk.exchange.write.atif import to_atif
     from backtalk.exchange.write.openenv import to_episode_record, to_training_trace
 
-    match target:
-        case "rfc010":
-            return partial(to_rfc010, world_loss_target=loss_target)
-        case "episode-record":
-            return partial(to_episode_record, world_loss_target=loss_target)
-        case "training-trace":
-            return partial(to_training_trace, world_loss_target=loss_target)
-        case "atif":
-            return partial(to_atif, model_name=model)
+    if target == "atif":
+        return partial(to_atif, model_name=model)
+    writers = {"rfc010": to_rfc010, "episode-record": to_episode_record, "training-trace": to_training_trace}
+    return partial(writers[target], world_loss_target=loss_target)

@@ -7,8 +7,9 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from backtalk.messages import Message, ToolCall, ToolSpec
+from backtalk.messages import Message, Part, ToolCall, ToolSpec
 from backtalk.tasks.task import Split, Task
+from backtalk.trajectory import TokenRole
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,17 @@ class Step:
     submitted: bool = False
     timed_out: bool = False
     truncated: bool = False
+
+
+def warning_step(call: ToolCall, text: str) -> Step:
+    """Return the harness's own answer to a call that the environment does not carry out."""
+    return Step((Message("tool", (Part(text, TokenRole.WARNING),), tool=call.tool),))
+
+
+def text_tool(name: str, description: str, argument: str, meaning: str) -> ToolSpec:
+    """Return a tool that takes one text."""
+    argument_schemas = {argument: {"type": "string", "description": meaning}}
+    return ToolSpec(name, description, {"type": "object", "properties": argument_schemas, "required": [argument]})
 
 
 @dataclass(frozen=True, slots=True)

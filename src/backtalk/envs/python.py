@@ -55,11 +55,9 @@ class PythonEnv:
 
     @property
     def tools(self) -> tuple[ToolSpec, ...]:
-        """Return the tools of the class."""
         return tuple(_specs(type(self)).values())
 
     async def reset(self) -> tuple[Message, ...]:
-        """Return the system message and the task's instruction."""
         texts = (("system", self.system), ("user", self.task.instruction))
         return tuple(Message(role, (Part(text, TokenRole.CONTEXT),)) for role, text in texts if text)
 

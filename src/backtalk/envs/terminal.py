@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal
 
-from backtalk.envs.base import Step, WorldReport
+from backtalk.envs.base import Step, WorldReport, text_tool, warning_step
 from backtalk.errors import ConfigError, SandboxError, TaskError, VerifierError
 from backtalk.messages import Message, Part, ToolCall, ToolSpec, truncate_text
 from backtalk.sandboxes.base import DEFAULT_PATH, HOME, ExecResult, Sandbox, SandboxBackend, SandboxFile, SandboxLimits
@@ -30,24 +30,12 @@ ANSWER = "/logs/agent/answer.txt"
 REWARD_FILES = ("/logs/verifier/reward.json", "/logs/verifier/reward.txt")  # the first that is there counts
 SETUP_TIMEOUT_S = 120.0
 
-BASH = ToolSpec(
+BASH = text_tool(
     "bash",
     "Run a bash command. The shell lives on between calls: its folder, variables and background jobs persist.",
-    {
-        "type": "object",
-        "properties": {"command": {"type": "string", "description": "the command"}},
-        "required": ["command"],
-    },
+    *("command", "the command"),
 )
-SUBMIT = ToolSpec(
-    "submit",
-    "Finish the task with an answer.",
-    {
-        "type": "object",
-        "properties": {"answer": {"type": "string", "description": "the answer; empty where none is asked for"}},
-        "required": ["answer"],
-    },
-)
+SUBMIT = text_tool("submit", "Finish the task with an answer.", "answer", "the answer; empty where none is asked for")
 
 # Tests start from this and the task's own variables; nothing that the agent exported reaches them.
 # PYTHONNOUSERSITE: Python would run a sitecustomize module that the agent left in its home.
@@ -152,11 +140,11 @@ class TerminalEnv:
             raise RuntimeError(f"task {self.task.id!r} was submitted; there is no step after that")
         if call.tool not in self.config.tools:
             known = "the tools are bash and submit" if len(self.config.tools) > 1 else "the tool is bash"
-            return _warn(call, f"[unknown tool {call.tool}; {known}]")
+            return warning_step(call, f"[unknown tool {call.tool}; {known}]")
         argument = "command" if call.tool == "bash" else "answer"
         text = call.arguments.get(argument)
         if not isinstance(text, str):
-            return _warn(call, f"[{call.tool} needs the argument {argument}, a text]")
+            return warning_step(call, f"[{call.tool} needs the argument {argument}, a text]")
         if call.tool == "submit":
             self._answer = text  # kept here until the agent's processes are gone, so that none of them can change it
             return Step((), done=True, submitted=True)
@@ -309,10 +297,6 @@ def _observation(result: ExecResult, config: TerminalConfig) -> tuple[tuple[Part
         own_line = "\n" if parts and not parts[-1].text.endswith("\n") else ""
         parts.append(Part(own_line + "\n".join(notices), TokenRole.WARNING))
     return tuple(parts), len(output) > config.max_output_chars or result.dropped_bytes > 0
-
-
-def _warn(call: ToolCall, text: str) -> Step:
-    return Step((Message("tool", (Part(text, TokenRole.WARNING),), tool=call.tool),))
 
 
 def _parse_reward(path: str, content: bytes) -> tuple[float, dict[str, float]] | None:

@@ -61,11 +61,15 @@ class Sandbox(Protocol):
         ...
 
     async def put(self, files: Mapping[str, SandboxFile]) -> None:
-        """Write files by absolute path inside, making parent folders."""
+        """Write files by absolute path inside, making parent folders and replacing what is in the way."""
         ...
 
     async def get(self, path: str, *, max_bytes: int = 1 << 20) -> bytes | None:
-        """Return the content of a regular file, or None where there is none. Links never lead out of the sandbox."""
+        """Return the content of a regular file, or None where there is none that can be read. Links stay inside.
+
+        Raises:
+            SandboxError: the file is larger than `max_bytes`.
+        """
         ...
 
     async def restart(self) -> None:
@@ -93,5 +97,9 @@ class SandboxBackend(Protocol):
         ...
 
     def open(self, limits: SandboxLimits) -> AbstractAsyncContextManager[Sandbox]:
-        """Start a fresh sandbox, which is closed with everything in it on exit."""
+        """Start a fresh sandbox, which is closed with everything in it on exit.
+
+        Raises:
+            SandboxError: on entry, when it could not start.
+        """
         ...

@@ -154,7 +154,6 @@ class UnsafeSandbox(SessionSandbox):
         return f"{self._folder}{posixpath.normpath(f'/{cwd}')}"
 
     async def put(self, files: Mapping[str, SandboxFile]) -> None:
-        """Write files under the temporary folder."""
         for path, file in files.items():
             target = self._host_path(path)
             try:
@@ -171,7 +170,6 @@ class UnsafeSandbox(SessionSandbox):
                 raise SandboxError(f"could not write {path}: {error.strerror}") from error
 
     async def get(self, path: str, *, max_bytes: int = 1 << 20) -> bytes | None:
-        """Return a regular file's content, or None if there is none."""
         target = self._host_path(path)
         try:
             self._refuse_links(target.parent)
@@ -218,7 +216,6 @@ class UnsafeBackend:
 
     @property
     def report(self) -> BackendReport:
-        """Return what is isolated and limited: next to nothing."""
         user = f"uid {self._uids[0]} and up" if self._uids else f"uid {os.getuid()}, yours"
         return BackendReport(
             name="unsafe",
@@ -229,7 +226,6 @@ class UnsafeBackend:
 
     @asynccontextmanager
     async def open(self, limits: SandboxLimits) -> AsyncGenerator[UnsafeSandbox]:
-        """Open a fresh temporary folder with a shell in it, removed on exit."""
         folder = Path(tempfile.mkdtemp(prefix="backtalk-unsafe-")).resolve()
         try:
             uid = self._uids[next(self._count) % len(self._uids)] if self._uids else None

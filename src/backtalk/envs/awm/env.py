@@ -12,21 +12,13 @@ from typing import Any
 
 from backtalk.envs.awm.config import AwmConfig
 from backtalk.envs.awm.session import Result, Session
-from backtalk.envs.base import Step
+from backtalk.envs.base import Step, text_tool, warning_step
 from backtalk.errors import InfrastructureError, TaskError, VerifierError
 from backtalk.messages import Message, Part, ToolCall, ToolSpec, truncate_text
 from backtalk.tasks.task import Task
 from backtalk.trajectory import TokenRole
 
-DONE = ToolSpec(
-    "done",
-    "Finish the task.",
-    {
-        "type": "object",
-        "properties": {"answer": {"type": "string", "description": "the answer; empty where none is asked for"}},
-        "required": ["answer"],
-    },
-)
+DONE = text_tool("done", "Finish the task.", "answer", "the answer; empty where none is asked for")
 HIDDEN_TOOLS = ("verify", "__list_scenarios__")  # calls of the harness, which an agent may not make
 NO_REWARD = ("judge_error", "no_verifier", "server_error", "invalid_args", "episode_already_done")
 
@@ -70,8 +62,7 @@ class AwmEnv:
         if call.tool == DONE.name:
             return await self._finish(str(call.arguments.get("answer", "")))
         if call.tool in HIDDEN_TOOLS:
-            notice = Part(f"[unknown tool {call.tool}]", TokenRole.WARNING)
-            return Step((Message("tool", (notice,), tool=call.tool),))
+            return warning_step(call, f"[unknown tool {call.tool}]")
         result = await self._session.call(call.tool, call.arguments)
         parts, truncated = observation_parts(result.observation, self.config.max_result_chars)
         timed_out = result.reward_type == "timeout"

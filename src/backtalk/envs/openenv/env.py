@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from backtalk.envs.base import Step, WorldReport
+from backtalk.envs.base import Step, WorldReport, warning_step
 from backtalk.envs.openenv.config import OpenEnvConfig
 from backtalk.envs.openenv.messages import (
     Action,
@@ -73,7 +73,7 @@ class OpenEnvEnv:
         """
         action = self._actions.get(call.tool)
         if action is None or self._session is None:
-            return _warning_step(call, f"[unknown tool {call.tool}; the tools are {', '.join(self._actions)}]")
+            return warning_step(call, f"[unknown tool {call.tool}; the tools are {', '.join(self._actions)}]")
         try:
             if action.fixed is None:
                 result = await self._session.call_tool(call.tool, call.arguments)
@@ -81,7 +81,7 @@ class OpenEnvEnv:
                 result = await self._session.step({**action.fixed, **call.arguments})
         except OpenEnvRefusal as refusal:
             if refusal.code == BAD_ARGUMENTS:
-                return _warning_step(call, f"[{call.tool} was refused: {_validation_errors(refusal.data)}]")
+                return warning_step(call, f"[{call.tool} was refused: {_validation_errors(refusal.data)}]")
             if refusal.code != EXCEPTION or self._config.exceptions == "fail":
                 raise
             result = Result({"error": refusal.data.get("message", "")}, None, False)
@@ -104,7 +104,6 @@ class OpenEnvEnv:
         return rule(self._rewards)
 
     async def close(self) -> None:
-        """Close the session, if one was opened."""
         if self._session is not None:
             await self._world.close_session(self._session)
 
@@ -228,10 +227,6 @@ class OpenEnvWorld:
         if self.config.actions == "auto" and is_tool_environment(action):
             return None
         return typed_actions(action, self.config.tool)
-
-
-def _warning_step(call: ToolCall, text: str) -> Step:
-    return Step((Message("tool", (Part(text, TokenRole.WARNING),), tool=call.tool),))
 
 
 def _validation_errors(data: Mapping[str, Any]) -> str:

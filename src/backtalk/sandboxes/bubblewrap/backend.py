@@ -59,17 +59,11 @@ class BubblewrapSandbox(SessionSandbox):
             await self._enter(self._root)
 
     async def put(self, files: Mapping[str, SandboxFile]) -> None:
-        """Write files by absolute path inside, making parent folders and replacing what is in the way."""
         if files:
             async with self._lock:
                 await self._holder.put({clean_path(path): file for path, file in files.items()})
 
     async def get(self, path: str, *, max_bytes: int = 1 << 20) -> bytes | None:
-        """Return the content of a regular file, or None where there is none that can be read. Links stay inside.
-
-        Raises:
-            SandboxError: the file is larger than `max_bytes`, or the sandbox is broken.
-        """
         async with self._lock:
             return await self._holder.get(clean_path(path), max_bytes)
 
@@ -119,16 +113,10 @@ class BubblewrapBackend:
 
     @property
     def report(self) -> BackendReport:
-        """Return what is isolated and limited here."""
         return self._report
 
     @asynccontextmanager
     async def open(self, limits: SandboxLimits) -> AsyncGenerator[BubblewrapSandbox]:
-        """Start a fresh sandbox, which is closed with everything in it on exit.
-
-        Raises:
-            SandboxError: on entry, when it could not start.
-        """
         uids = self._machine.uid_range[:-1] or self._machine.uid_range  # the last one is for building roots
         uid = uids[next(self._count) % len(uids)] if uids else None
         holder = Holder(self._machine, limits, uid, self._root, self._readable)

@@ -66,11 +66,6 @@ class HarborBackend:
 
     @asynccontextmanager
     async def open(self, limits: SandboxLimits) -> AsyncGenerator[HarborSandbox]:
-        """Open a fresh environment, deleted on exit.
-
-        Raises:
-            SandboxError: on entry, when it could not start.
-        """
         from harbor.models.task.config import EnvironmentConfig  # pyright: ignore[reportMissingImports]
 
         with tempfile.TemporaryDirectory(prefix="backtalk-harbor-", ignore_cleanup_errors=True) as folder:

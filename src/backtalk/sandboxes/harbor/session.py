@@ -148,17 +148,11 @@ class HarborSandbox:
         return ExecResult(output, -1 if timed_out else code, timed_out, dropped, seconds)
 
     async def put(self, files: Mapping[str, SandboxFile]) -> None:
-        """Write files by absolute path inside, in place of whatever is there; parent folders are made."""
         if files:
             async with self._lock:
                 await self._upload({clean_path(path): file for path, file in files.items()})
 
     async def get(self, path: str, *, max_bytes: int = 1 << 20) -> bytes | None:
-        """Return a regular file's content; None if there is none that can be read.
-
-        Raises:
-            SandboxError: the file is larger than `max_bytes`; or the sandbox is broken.
-        """
         file = shlex.quote(clean_path(path))
         command = f"[ ! -L {file} ] && [ -f {file} ] && [ -r {file} ] || exit 44; head -c {max_bytes + 1} {file}"
         async with self._lock:

@@ -87,7 +87,6 @@ class SandlockSandbox(SessionSandbox):
         await super().start()
 
     async def put(self, files: Mapping[str, SandboxFile]) -> None:
-        """Write files by absolute path inside, in place of whatever is there; parent folders are made."""
         wanted = {clean_path(path): file for path, file in files.items()}
         for path in wanted:
             if path.startswith(tuple(f"{folder}/" for folder in PROGRAMS)):
@@ -97,7 +96,6 @@ class SandlockSandbox(SessionSandbox):
             self._files.put(wanted, max_bytes=self._limits.disk_mb << 20)
 
     async def get(self, path: str, *, max_bytes: int = 1 << 20) -> bytes | None:
-        """Return a regular file's content; None if there is none that can be read. Links lead only inside."""
         async with self._lock:
             self._check()
             return self._files.get(clean_path(path), max_bytes)
@@ -149,7 +147,6 @@ class SandlockBackend:
 
     @property
     def report(self) -> BackendReport:
-        """Return what is isolated and limited here."""
         uid = f"{self._uids[0]} and up" if self._uids else f"{os.getuid()}, yours"
         return BackendReport(
             name="sandlock",
@@ -172,11 +169,6 @@ class SandlockBackend:
 
     @asynccontextmanager
     async def open(self, limits: SandboxLimits) -> AsyncGenerator[SandlockSandbox]:
-        """Open a fresh sandbox, closed with everything in it on exit.
-
-        Raises:
-            SandboxError: on entry, when it could not start.
-        """
         folder = Path(tempfile.mkdtemp(prefix=_PREFIX)).resolve()
         lock = lock_folder(folder)
         folder.chmod(0o711)  # another uid passes through to its root
