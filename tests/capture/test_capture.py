@@ -20,10 +20,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from backtalk.capture.author import Author, Left, Reply, Seen
 from backtalk.capture.endpoint import Endpoint, EndpointConfig
 from backtalk.capture.people import Script, read_action, read_script
-from backtalk.capture.rollout import capture_episode
+from backtalk.capture.rollout import Author, Left, Reply, Seen, capture_episode
 from backtalk.cli import app
 from backtalk.envs.base import Step
 from backtalk.envs.terminal import BASH, SUBMIT

@@ -16,9 +16,8 @@ from typer.testing import CliRunner
 from backtalk.cli import app
 from backtalk.cli.account_tables import tables
 from backtalk.evidence.account.characters import PREAMBLE, characters, recounted, transcribed
-from backtalk.evidence.account.ledger import stretches, tally
 from backtalk.evidence.account.losses import advantages_of, as_if_sampled, three_losses
-from backtalk.evidence.account.report import account_of, total_of
+from backtalk.evidence.account.report import account_of, stretches, tally, total_of
 from backtalk.run.log import RunLog, write_trajectories
 from backtalk.trajectory import Segment, TokenRole, TokenWeights, Trajectory, TrajectoryGroup
 from outside_data import AWM, needs

@@ -23,7 +23,7 @@ from backtalk.rollout.limits import Deadline, RolloutLimits
 from backtalk.rollout.sampler import SamplingParams
 from backtalk.sandboxes import SandboxLimits
 from backtalk.sandboxes import pool as pool_module
-from backtalk.sandboxes.places import arrival
+from backtalk.sandboxes.base import arrival
 from backtalk.sandboxes.pool import PooledBackend
 from backtalk.tasks.task import Task
 from backtalk.trajectory import StopReason, TokenRole, TrajectoryGroup

@@ -20,7 +20,7 @@ from typing import Any
 
 import httpx2
 
-from backtalk.capture.author import Reply, Seen
+from backtalk.capture.rollout import Reply, Seen
 from backtalk.errors import ConfigError, DataError, SamplerError
 from backtalk.language.openai_chat import AssistantMessage, read_assistant, write_call
 from backtalk.language.tool_formats.schemas import tool_schemas

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from backtalk.capture.author import Left, Reply, Seen
+from backtalk.capture.rollout import Left, Reply, Seen
 from backtalk.errors import ConfigError, DataError
 from backtalk.messages import Message, ToolCall, ToolSpec
 

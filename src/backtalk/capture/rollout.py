@@ -1,14 +1,14 @@
-"""Use an author as a sampler, so that ``run_rollout`` records what it does."""
+"""Record a rollout that an ``Author`` plays, who is shown observations, replies with actions, and is our sampler."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
-from backtalk.capture.author import Author, Left, Reply, Seen
 from backtalk.envs.base import Env, Step
-from backtalk.errors import RenderError
+from backtalk.errors import RenderError, SamplerError
 from backtalk.language.renderer import Renderer
 from backtalk.language.tool_formats.values import call_problem
 from backtalk.messages import Message, Part, ToolCall, ToolSpec
@@ -17,6 +17,48 @@ from backtalk.rollout.rollout import EnvFactory, run_rollout
 from backtalk.rollout.sampler import Completion
 from backtalk.tasks.task import Task
 from backtalk.trajectory import StopReason, TokenRole, Trajectory
+
+
+class Left(SamplerError):
+    """The author left before the end: the rollout ends there, without a reward."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """Input of an author: the tools, the messages since its last reply, and the whole conversation as token ids."""
+
+    tools: tuple[ToolSpec, ...]
+    messages: tuple[Message, ...]
+    token_ids: tuple[int, ...]
+    stop_token_ids: frozenset[int]
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """One action: text, and a call after it.
+
+    ``sampled`` holds token ids instead, where a model sampled them from exactly the tokens it was shown and their
+    logprobs are known; only such an action can be trained by the policy term.
+    """
+
+    text: str = ""
+    call: ToolCall | None = None
+    sampled: Completion | None = None
+    cut: bool = False  # the text ended at a limit, not by itself
+
+
+class Author(Protocol):
+    """Player of one rollout; each rollout needs a new one."""
+
+    async def reply(self, seen: Seen) -> Reply:
+        """Return the next action.
+
+        Raises:
+            Left: there is none, because the author has gone.
+            SamplerError: the author cannot be reached, and the rollout fails.
+        """
+        ...
 
 
 async def capture_episode(

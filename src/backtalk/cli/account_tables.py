@@ -9,9 +9,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from backtalk.evidence.account.ledger import KINDS, SPOKEN, Tally
 from backtalk.evidence.account.losses import Loss
-from backtalk.evidence.account.report import Account, total_of
+from backtalk.evidence.account.report import KINDS, SPOKEN, Account, Tally, total_of
 
 COLUMNS = 4  # so many rollouts have a column each; of more only the sum is shown
 MUCH = 0.1  # nats a token between recorded logprobs and the model's

@@ -19,7 +19,7 @@ from backtalk.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from backtalk.capture.author import Author
+    from backtalk.capture.rollout import Author
     from backtalk.messages import Message
     from backtalk.run.config import TrainConfig
     from backtalk.run.worlds import Worlds

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from backtalk.rollout.limits import Deadline
-from backtalk.sandboxes.places import Arrival, arrival
+from backtalk.sandboxes.base import Arrival, arrival
 
 PATIENCE_S = 60.0  # an environment that takes longer to open than this is not waited for
 
@@ -21,7 +21,7 @@ class Admission:
     rounding, and a run has to be repeatable. This cannot deadlock:
 
     - A rollout with a session has its environment too, and waits for nothing that another rollout has to give back.
-    - An environment that finds no free place says so (`sandboxes.places`), and its rollout is not waited for until it
+    - An environment that finds no free place says so (`sandboxes.base`), and its rollout is not waited for until it
       has one. Places are given back when rollouts end, and those never wait for it.
     - A user's environment that waits and does not say so is waited for up to `PATIENCE_S`. After that the step waits
       for no opening environment any more.

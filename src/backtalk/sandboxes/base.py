@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Protocol
@@ -103,3 +104,16 @@ class SandboxBackend(Protocol):
             SandboxError: on entry, when it could not start.
         """
         ...
+
+
+class Arrival:
+    """A rollout whose environment is being opened. This base class does nothing; it stands for no rollout."""
+
+    def wait(self) -> None:
+        """Note that the environment can open only after another rollout ends, so that others do not wait for it."""
+
+    def go_on(self) -> None:
+        """Note that the environment waits no longer."""
+
+
+arrival: ContextVar[Arrival] = ContextVar("arrival", default=Arrival())  # noqa: B039 (it has no state)

@@ -8,9 +8,8 @@ from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 from backtalk.errors import ConfigError
-from backtalk.sandboxes.base import BackendReport, Sandbox, SandboxBackend, SandboxLimits
+from backtalk.sandboxes.base import Arrival, BackendReport, Sandbox, SandboxBackend, SandboxLimits, arrival
 from backtalk.sandboxes.machine.capacity import STARTS_PER_CORE, capacity, cores, memory_is_short
-from backtalk.sandboxes.places import Arrival, arrival
 
 _MEMORY_PAUSE_S = 0.05
 
@@ -20,7 +19,7 @@ class PooledBackend:
 
     At most `live` are alive, those being started or closed included, and at most `starts` are being started. A rollout
     that asks for more waits, first come, first served. While memory is short none is started unless no other is alive.
-    A rollout that waits for a place or for memory says so (`sandboxes.places`). Each event loop has bounds of its own.
+    A rollout that waits for a place or for memory says so (`sandboxes.base`). Each event loop has bounds of its own.
     """
 
     def __init__(self, backend: SandboxBackend, *, live: int | None = None, starts: int | None = None) -> None:

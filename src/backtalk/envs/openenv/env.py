@@ -22,7 +22,7 @@ from backtalk.envs.openenv.server import find_server, get_json
 from backtalk.envs.openenv.session import PROTOCOL, OpenEnvError, OpenEnvRefusal, OpenEnvSession, Result, connect
 from backtalk.envs.openenv.tasks import openenv_tasks
 from backtalk.messages import Message, Part, ToolCall, ToolSpec
-from backtalk.sandboxes.places import arrival
+from backtalk.sandboxes.base import arrival
 from backtalk.tasks.task import Split, Task
 from backtalk.trajectory import TokenRole
 
