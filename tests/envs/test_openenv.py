@@ -437,7 +437,7 @@ def test_a_server_ends_with_whoever_started_it() -> None:
     code = (
         "import os, sys, signal; from pathlib import Path\n"
         "from backtalk.envs.openenv.server import LocalServer\n"
-        "from backtalk.envs.openenv import OpenEnvConfig\n"
+        "from backtalk.envs.openenv.config import OpenEnvConfig\n"
         f"server = LocalServer(Path({str(SERVERS / 'plain')!r}), OpenEnvConfig()); server.start()\n"
         "print(server._process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
     )
