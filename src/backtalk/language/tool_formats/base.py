@@ -79,6 +79,9 @@ class Syntax(ABC):
     # Whether only control tokens count as its marks, so that the same characters are plain text.
     marks_are_tokens = False
 
+    def __post_init__(self) -> None:
+        """Check that the tools fit the format; a ConfigError says what does not."""
+
     @abstractmethod
     def read(self, reply: Reply) -> Reading:
         """Read the calls of a reply; this raises nothing, whatever the text."""
