@@ -79,7 +79,7 @@ class Syntax(ABC):
     # Whether only control tokens count as its marks, so that the same characters are plain text.
     marks_are_tokens = False
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # noqa: B027 (most formats hold any tool)
         """Check that the tools fit the format; a ConfigError says what does not."""
 
     @abstractmethod
