@@ -114,7 +114,7 @@ class EvaluationConfig:
     every: int = 0
     """Steps between further evaluations; 0 for none."""
     recorded_path: str | None = None
-    """Parquet file of another policy's trajectories; null is the package's own, for its own model."""
+    """Parquet file of another policy's trajectories in this model's tokens; null is the package's own of triage."""
 
     def __post_init__(self) -> None:
         if self.tasks < 0 or self.samples_per_task < 1 or self.every < 0:

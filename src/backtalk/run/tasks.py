@@ -1,20 +1,16 @@
-"""Choose the tasks that a run trains on and is evaluated on, and the recorded trajectories of its evaluation."""
+"""Choose the tasks that a run trains on and is evaluated on."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Sequence
-from importlib import resources
-from pathlib import Path
 from typing import NamedTuple
 
 from backtalk.errors import ConfigError, TaskError
 from backtalk.run.config import TrainConfig
-from backtalk.run.log import read_trajectories
-from backtalk.run.worlds import OnNotice, Worlds
+from backtalk.run.worlds import Worlds
 from backtalk.tasks.task import Split, Task
-from backtalk.trajectory import Trajectory
 
 TRAIN_TASKS = 2000  # at most, of one source; each comes up once an epoch
 HELD_OUT_SEED = 0  # runs of every seed are evaluated on the same held-out tasks
@@ -116,36 +112,3 @@ def held_out_tasks(config: TrainConfig, worlds: Worlds) -> list[Task]:
     draw = random.Random(HELD_OUT_SEED)
     places = [sorted(draw.sample(range(len(tasks)), number)) for tasks, number in zip(loaded, taken, strict=True)]
     return [tasks[place] for tasks, chosen in zip(loaded, places, strict=True) for place in chosen]
-
-
-def recorded_trajectories(config: TrainConfig, vocab_size: int, on_notice: OnNotice) -> list[Trajectory]:
-    """Return the recorded trajectories of another policy, on which the cross-entropy is compared over time.
-
-    ``on_notice`` is called with the reason if there are none.
-
-    Raises:
-        DataError: the file cannot be read.
-        ConfigError: it holds tokens beyond ``vocab_size``.
-    """
-    if config.evaluation.tasks == 0:
-        return []
-    shipped = Path(str(resources.files("backtalk").joinpath("assets/recorded/held_out.parquet")))
-    if config.evaluation.recorded_path is not None:
-        path = Path(config.evaluation.recorded_path)
-    elif getattr(config.engine, "model", None) != "base" or all(s.name != "triage" for s in config.tasks.sources):
-        on_notice(
-            "no recorded trajectories for this model, so held-out cross-entropy is measured on its own rollouts only; "
-            "set evaluation.recorded_path to the groups/*.parquet of a run with the same tokenizer"
-        )
-        return []
-    elif not (path := shipped).exists():
-        on_notice(f"{path} is missing, so the cross-entropy on recorded trajectories is not measured")
-        return []
-    trajectories = read_trajectories(path)
-    highest = max((token for t in trajectories for token in t.token_ids), default=0)
-    if highest >= vocab_size:
-        raise ConfigError(
-            f"{path} holds token {highest}, and this model has only {vocab_size}; "
-            "record it with the same tokenizer, or leave evaluation.recorded_path out"
-        )
-    return trajectories

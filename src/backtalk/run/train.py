@@ -26,8 +26,9 @@ from backtalk.run.evaluate import Evaluation, evaluate
 from backtalk.run.events import EvaluationDone, Notice, OnEvent, RunDone, RunStarted, StepDone, report_rollouts
 from backtalk.run.guard import Guard
 from backtalk.run.log import RunLog, lock_folder
+from backtalk.run.recorded import recorded_trajectories
 from backtalk.run.rollouts import check_rollouts, rollout_metrics, row_metrics, time_metrics
-from backtalk.run.tasks import held_out_tasks, mixed_tasks_of_step, recorded_trajectories, train_tasks
+from backtalk.run.tasks import held_out_tasks, mixed_tasks_of_step, train_tasks
 from backtalk.run.worlds import Worlds, open_worlds
 from backtalk.settings import flatten
 from backtalk.trajectory import TrajectoryGroup
@@ -166,7 +167,7 @@ class Run:
         self.renderer = Renderer(self.engine.tokenizer, (), config.renderer)  # each rollout adds its tools
         self.params = config.sampling_params
         self.limits = worlds.fit_concurrency(self.notice)
-        self.recorded = recorded_trajectories(config, len(self.engine.tokenizer), self.notice)
+        self.recorded = recorded_trajectories(config, self.renderer, self.notice)
         self.guard = Guard(config.objective)
         self.saved_version = 0  # policy version of the checkpoint; 0 is the model itself and has none
 
