@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from backtalk.errors import BacktalkError, ConfigError, SandboxUnavailable
-from backtalk.evidence.compare import compare
+from backtalk.evidence.compare import compare, trapezoid_weights
 from backtalk.evidence.study import (
     StudyDone,
     StudyEvent,
@@ -26,7 +26,7 @@ from backtalk.evidence.study import (
     load_study,
     run_study,
 )
-from backtalk.run.estimates import mean_interval
+from backtalk.run.estimates import Interval
 from backtalk.run.log import RunLog, lock_folder
 from backtalk.sandboxes import local_sandbox
 from backtalk.sandboxes.machine.capacity import SHARED_BY
@@ -39,28 +39,21 @@ HERE = Path(__file__).parents[1]
 
 
 def evaluation(solved: list[int], recorded: list[float]) -> dict[str, Any]:
-    """Of tasks with 4 attempts each, and recorded trajectories of 10 tokens each, in summed nats."""
+    """Of tasks with 4 rollouts, an invalid call in each that was not solved; recorded ones of 10 tokens, in nats."""
     tasks = [
-        {"task_id": str(i), "solved": n, "scored": 4, "reward_sum": float(n), "env_nats": 20.0, "env_tokens": 10}
+        {"task_id": str(i), "solved": n, "scored": 4, "rollouts": 4, "reward_sum": float(n), "invalid_calls": 4.0 - n}
+        | {"env_nats": 20.0, "env_tokens": 10}
         for i, n in enumerate(solved)
     ]
     known = [{"task_id": str(i), "env_nats": nats, "env_tokens": 10} for i, nats in enumerate(recorded)]
-    whole = sum(solved) / (4 * len(solved))
-    return {
-        "pass_at_1": {"value": whole, "low": 0.0, "high": 1.0},
-        "reward": {"value": whole, "low": 0.0, "high": 1.0},
-        "env_ce_recorded": {"value": sum(recorded) / (10 * len(recorded)), "low": None, "high": None},
-        "env_ce_own": {"value": 2.0, "low": None, "high": None},
-        "tasks": tasks,
-        "recorded": known,
-    }
+    return {"tasks": tasks, "recorded": known}
 
 
 def test_arms_of_one_seed_are_compared_task_by_task() -> None:
     before = evaluation([0, 1, 2, 1], [20.0, 40.0])
     runs = {
-        ("grpo", 0): (before, evaluation([1, 2, 3, 2], [20.0, 40.0])),
-        ("echo", 0): (before, evaluation([2, 3, 4, 3], [10.0, 20.0])),
+        ("grpo", 0): {0: before, 8: evaluation([1, 2, 3, 2], [20.0, 40.0])},
+        ("echo", 0): {0: before, 8: evaluation([2, 3, 4, 3], [10.0, 20.0])},
     }
     comparison = compare("demo", ("grpo", "echo"), (0,), runs)
     results = {(r.arm, r.metric): r for r in comparison.results}
@@ -72,20 +65,55 @@ def test_arms_of_one_seed_are_compared_task_by_task() -> None:
     assert (echo.against_first.value, echo.against_first.low) == (0.25, 0.25)
     ce = results["echo", "env CE, recorded"]
     assert ce.change and ce.change.value == -1.5  # (10 + 20) / 20 - (20 + 40) / 20
+    calls = results["echo", "invalid calls"]
+    assert calls.before and calls.after and (calls.before.value, calls.after.value) == (0.75, 0.25)  # a rollout
     assert results["grpo", "pass@1"].against_first is None
     assert comparison.interval == "tasks"
 
 
-def test_arms_of_many_seeds_are_compared_seed_by_seed() -> None:
+def test_arms_of_many_seeds_are_compared_seed_by_seed_and_task_by_task() -> None:
     runs = {}
     for seed, gain in enumerate((1, 2, 3)):
         before = evaluation([0, 0], [20.0])
-        runs["grpo", seed] = (before, evaluation([0, 0], [20.0]))
-        runs["echo", seed] = (before, evaluation([gain, gain], [10.0]))
+        runs["grpo", seed] = {0: before, 4: evaluation([0, 1], [20.0])}
+        runs["echo", seed] = {0: before, 4: evaluation([gain, gain + 1], [10.0])}
     comparison = compare("demo", ("grpo", "echo"), (0, 1, 2), runs)
     against = next(r for r in comparison.results if (r.arm, r.metric) == ("echo", "pass@1")).against_first
-    assert against == mean_interval([0.25, 0.5, 0.75])
-    assert comparison.interval == "seeds"
+    # In pairs the tasks do not differ; all three draws are of seed 0 with probability 1/27, more than 2.5 %.
+    assert against == Interval(0.5, 0.25, 0.75)
+    assert comparison.interval == "seeds and tasks"
+
+
+def test_whole_curves_are_compared_not_their_ends_alone() -> None:
+    first = {0: evaluation([0], [40.0]), 10: evaluation([1], [40.0]), 40: evaluation([2], [40.0])}
+    other = {0: evaluation([0], [40.0]), 10: evaluation([3], [20.0]), 40: evaluation([2], [10.0])}
+    short = {0: evaluation([0], [40.0]), 20: evaluation([4], [40.0])}
+    runs = {("grpo", 0): first, ("echo", 0): other, ("short", 0): short}
+    comparison = compare("demo", ("grpo", "echo", "short"), (0,), runs)
+    curves = {
+        arm: [(p.step, p.interval.value) for p in comparison.curves if (p.arm, p.metric) == (arm, "pass@1")]
+        for arm in ("grpo", "echo", "short")
+    }
+    assert curves == {
+        "grpo": [(0, 0.0), (10, 0.25), (40, 0.5)],
+        "echo": [(0, 0.0), (10, 0.75), (40, 0.5)],
+        "short": [(0, 0.0), (20, 1.0)],
+    }
+    results = {r.arm: r for r in comparison.results if r.metric == "pass@1"}
+    echo = results["echo"]
+    assert echo.against_first and echo.against_first.value == 0.0  # at the end they are the same
+    # Areas: (0 + 0.75) / 2 * 10 + (0.75 + 0.5) / 2 * 30 = 22.5 of 40 steps; grpo 1.25 + 11.25 = 12.5.
+    assert echo.over_run and echo.over_run.value == pytest.approx(22.5 / 40)
+    assert echo.over_run_against_first and echo.over_run_against_first.value == pytest.approx(10 / 40)
+    assert results["short"].against_first == Interval(0.5) and results["short"].over_run_against_first is None
+    assert trapezoid_weights([5]) == [1.0]
+
+
+def test_evaluations_without_invalid_calls_have_none() -> None:
+    old = evaluation([1], [40.0])
+    del old["tasks"][0]["invalid_calls"]
+    comparison = compare("demo", ("grpo",), (0,), {("grpo", 0): {0: old, 4: old}})
+    assert next(r for r in comparison.results if r.metric == "invalid calls").after is None
 
 
 # ---------------------------------------------------------------- the file
@@ -163,7 +191,7 @@ def write_study(folder: Path, *, model: Path, one_arm: bool = False, **changes: 
         "group_size": 2,
         "sandbox": sandbox,
         "tasks": {"levels": [1]},
-        "evaluation": {"tasks": 2, "samples_per_task": 1},
+        "evaluation": {"tasks": 2, "samples_per_task": 1, "every": 1},
         "rollout": {"max_turns": 2, "max_tokens": 400, "max_tokens_per_turn": 12},
         "engine": {"model": str(model), "device": "cpu"},
     }
@@ -197,13 +225,19 @@ async def test_two_arms_are_trained_compared_and_not_trained_again(model: Path, 
         StudyDone,
     ]
     assert {e.run for e in events if isinstance(e, StudyProgress)} == {"grpo_seed0", "echo_seed0"}
-    assert RunLog(tmp_path / "out" / "echo_seed0").evaluation_steps() == [0, 2]
+    assert RunLog(tmp_path / "out" / "echo_seed0").evaluation_steps() == [0, 1, 2]
     assert json.loads((tmp_path / "out" / "study.json").read_text()) == json.loads(json.dumps(comparison.to_dict()))
     first = [r for r in comparison.results if r.metric == "env CE, own"]
     assert first[0].before == first[1].before  # one model and one seed, so one beginning
 
+    assert {point.step for point in comparison.curves} == {0, 1, 2}
     page = write_study_report(tmp_path / "out").read_text()
-    assert "pass@1, echo" in page and "data:image/png;base64," in page
+    assert (
+        "pass@1, echo" in page
+        and "mean, minus grpo" in page
+        and "after steps" in page
+        and "data:image/png;base64," in page
+    )
     assert (tmp_path / "out" / "study.png").read_bytes().startswith(b"\x89PNG")
 
     events.clear()
@@ -240,7 +274,7 @@ async def test_a_cancelled_study_stops_its_runs_and_can_go_on(model: Path, tmp_p
     log = RunLog(tmp_path / "out" / "grpo_seed0")
     assert log.checkpoint_path.is_dir() and 0 <= log.last_step() < 4
     comparison = await run_study(study, tmp_path / "out")
-    assert len(comparison.results) == 4
+    assert len(comparison.results) == 5
     assert [row["step"] for row in log.read_metrics()] == list(range(5))
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 
 from backtalk.run.estimates import (
     Interval,
-    difference_interval,
+    Parts,
+    combined_interval,
     interval_text,
-    mean_interval,
     pass_at_k,
     ratio_interval,
 )
@@ -73,36 +74,60 @@ def test_too_little_has_no_interval() -> None:
 
 def test_a_paired_difference_is_narrower_than_the_two_apart() -> None:
     draw = np.random.default_rng(0)
-    before = draw.normal(5.0, 2.0, size=50)
-    rows = [(b - 0.5 + e, 1.0, b, 1.0) for b, e in zip(before, draw.normal(0, 0.1, size=50), strict=True)]
-    paired = difference_interval(rows)
-    alone = ratio_interval([(b, 1.0) for b in before])
+    before = by_task(draw.normal(5.0, 2.0, size=50))
+    after = {task: (a - 0.5 + draw.normal(0, 0.1), b) for task, (a, b) in before.items()}
+    paired = combined_interval([[after], [before]], [1.0, -1.0])
+    alone = combined_interval([[before]], [1.0])
     assert paired and alone and paired.low is not None and paired.high is not None
     assert alone.low is not None and alone.high is not None
     assert paired.low < -0.5 < paired.high < -0.4
     assert paired.high - paired.low < (alone.high - alone.low) / 5
 
 
-def test_students_interval_by_hand() -> None:
-    interval = mean_interval([1.0, 2.0, 3.0])  # sd 1, error 1/sqrt(3), t(2) = 4.303
+def by_task(values: Iterable[float]) -> Parts:
+    return {str(i): (float(value), 1.0) for i, value in enumerate(values)}
+
+
+def test_without_differences_between_tasks_the_interval_is_over_the_seeds() -> None:
+    """Two seeds draw each twice with probability 1/4, so a 95 % interval reaches from one to the other."""
+    interval = combined_interval([[by_task([0.25] * 8), by_task([0.75] * 8)]], [1.0])
+    assert interval == Interval(0.5, 0.25, 0.75)
+
+
+def test_two_seeds_that_agree_are_no_more_tasks_than_one() -> None:
+    """What is hard about a task is so for every seed: a copy of a seed says nothing new."""
+    seed = by_task([0.0, 0.0, 0.5, 1.0, 0.25, 0.75, 0.0, 1.0])
+    one, two = (combined_interval([[seed] * count], [1.0]) for count in (1, 2))
+    assert one == two and one is not None and one.low is not None and one.low < one.value
+
+
+def test_variances_of_seeds_and_tasks_add_up() -> None:
+    """Of u_s + v_t the bootstrap's variance is var(u) / S + var(v) / T, with the variances of what was drawn."""
+    draw = np.random.default_rng(3)
+    seeds, tasks = draw.normal(size=40), 2 * draw.normal(size=60)
+    interval = combined_interval([[by_task(tasks + seed) for seed in seeds]], [1.0])
     assert interval and interval.low is not None and interval.high is not None
-    assert interval.value == 2.0
-    assert interval.high - interval.value == pytest.approx(4.303 / 3**0.5, rel=1e-4)
-    assert interval.value - interval.low == pytest.approx(4.303 / 3**0.5, rel=1e-4)
-    single = mean_interval([1.0])
-    assert single and (single.value, single.low) == (1.0, None)
-    assert mean_interval([1.0, None]) is None
-    assert mean_interval([]) is None
+    assert interval.value == pytest.approx(seeds.mean() + tasks.mean())
+    error = math.sqrt(seeds.var() / 40 + tasks.var() / 60)
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * error, rel=0.06)
 
 
-@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.706), (30, 2.042), (31, 2.040), (40, 2.021), (120, 1.980)])
-def test_students_quantiles_are_the_published_ones(freedom: int, quantile: float) -> None:
-    """NIST/SEMATECH e-Handbook, 1.3.6.7.2, column 0.975."""
-    values = [float(i) for i in range(freedom + 1)]
-    interval = mean_interval(values)
-    assert interval and interval.high is not None
-    error = np.std(values, ddof=1) / math.sqrt(len(values))
-    assert (interval.high - interval.value) / error == pytest.approx(quantile, abs=5e-4)
+def test_each_seed_weighs_the_same_whatever_its_tokens() -> None:
+    interval = combined_interval([[{"a": (10.0, 10.0)}, {"a": (300.0, 100.0)}]], [1.0])
+    assert interval and interval.value == 2.0  # of 1 and 3, not 310 / 110
+
+
+def test_pairs_are_those_that_every_evaluation_has() -> None:
+    after = [{"a": (3.0, 1.0), "b": (5.0, 1.0)}, {"a": (4.0, 1.0)}]
+    before = [{"a": (1.0, 1.0)}, {"a": (1.0, 1.0), "b": (9.0, 1.0)}]
+    interval = combined_interval([after, before], [1.0, -1.0])
+    assert interval and interval.value == 2.5  # task a alone: 2 and 3
+    assert combined_interval([after, [{"b": (1.0, 1.0)}, {"b": (1.0, 1.0)}]], [1.0, -1.0]) is None  # seed 1 has no pair
+
+
+def test_a_weighted_sum_of_three_evaluations_by_hand() -> None:
+    points = [[{"a": (value, 2.0)}] for value in (1.0, 4.0, 6.0)]
+    assert combined_interval(points, [0.25, 0.5, 0.25]) == Interval(0.125 + 1.0 + 0.75)  # one task, so no bounds
 
 
 def test_intervals_as_text() -> None:

@@ -1,4 +1,4 @@
-"""Estimate the results of a study: each arm before and after, and the arms against the first one."""
+"""Estimate the results of a study: each arm before, during and after training, and the arms against the first one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from backtalk.run.estimates import Interval, difference_interval, mean_interval
+from backtalk.run.estimates import Interval, Parts, combined_interval
 
 # name in the table, name in an evaluation
 METRICS = (
@@ -14,31 +14,46 @@ METRICS = (
     ("reward", "reward"),
     ("env CE, recorded", "env_ce_recorded"),
     ("env CE, own", "env_ce_own"),
+    ("invalid calls", "invalid_calls"),
 )
 
-Evaluations = tuple[Mapping[str, Any], Mapping[str, Any]]  # before and after
+Evaluations = Mapping[int, Mapping[str, Any]]  # of one run, by step
+Curve = Mapping[int, Sequence[Parts]]  # one metric of one arm by step, each a list over seeds
 
 
 @dataclass(frozen=True, slots=True)
 class ArmResult:
-    """One metric of one arm, over its seeds."""
+    """One metric of one arm, averaged over its seeds. Differences are in pairs of the same seed and task."""
 
     arm: str
     metric: str
     before: Interval | None
     after: Interval | None
-    change: Interval | None  # after - before, paired by seed or task
+    change: Interval | None  # after - before
     against_first: Interval | None  # after, minus that of the first arm; None for that arm itself
+    over_run: Interval | None = None  # mean of the curve over the steps, by trapezoids
+    over_run_against_first: Interval | None = None  # None where the arms were evaluated at other steps
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """One metric of one arm at one step, averaged over its seeds."""
+
+    arm: str
+    metric: str
+    step: int
+    interval: Interval
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Results of a study. ``interval`` says what the intervals are over: "seeds", or "tasks" with a single seed."""
+    """Results of a study. ``interval`` says what the intervals are over: "seeds and tasks", or "tasks" of one seed."""
 
     study: str
     seeds: tuple[int, ...]
     interval: str
     results: tuple[ArmResult, ...]
+    curves: tuple[CurvePoint, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as study.json holds it."""
@@ -48,52 +63,55 @@ class Comparison:
 def compare(
     study: str, arms: Sequence[str], seeds: Sequence[int], runs: Mapping[tuple[str, int], Evaluations]
 ) -> Comparison:
-    """Compare every metric of every arm. Two runs of one seed, or two evaluations of one run, are compared in pairs."""
-    results = []
+    """Compare every metric of every arm, each at the steps at which all its seeds were evaluated."""
+    steps = {arm: sorted(set.intersection(*(set(runs[arm, seed]) for seed in seeds))) for arm in arms}
+    results, points = [], []
     for metric, key in METRICS:
+        curves = {arm: {n: [_parts(runs[arm, seed][n], key) for seed in seeds] for n in steps[arm]} for arm in arms}
         for arm in arms:
-            before, after = ([_value(runs[arm, seed][i], key) for seed in seeds] for i in (0, 1))
-            first = [_value(runs[arms[0], seed][1], key) for seed in seeds]
-            if len(seeds) > 1:
-                made = (mean_interval(before), mean_interval(after), _difference(after, before))
-                against = _difference(after, first)
-            else:
-                b, a = runs[arm, seeds[0]]
-                made = (Interval.from_dict(b.get(key)), Interval.from_dict(a.get(key)), _paired(a, b, key))
-                against = _paired(a, runs[arms[0], seeds[0]][1], key)
-            against = None if arm == arms[0] else against
-            results.append(ArmResult(arm, metric, *made, against_first=against))
-    over = "seeds" if len(seeds) > 1 else "tasks"
-    return Comparison(study=study, seeds=tuple(seeds), interval=over, results=tuple(results))
+            results.append(_result(arm, metric, curves[arm], None if arm == arms[0] else curves[arms[0]]))
+            intervals = [(step, combined_interval([at], [1.0])) for step, at in curves[arm].items()]
+            points += [CurvePoint(arm, metric, step, interval) for step, interval in intervals if interval]
+    over = "seeds and tasks" if len(seeds) > 1 else "tasks"
+    return Comparison(study=study, seeds=tuple(seeds), interval=over, results=tuple(results), curves=tuple(points))
 
 
-def _difference(a: Sequence[float | None], b: Sequence[float | None]) -> Interval | None:
-    pairs = zip(a, b, strict=True)
-    return mean_interval([None if x is None or y is None else x - y for x, y in pairs])
+def _result(arm: str, metric: str, curve: Curve, first: Curve | None) -> ArmResult:
+    """Return an arm's estimates from its curve and that of the first arm, None for that arm itself."""
+    steps, at = list(curve), list(curve.values())
+    weights, end = trapezoid_weights(steps), list(first.values())[-1] if first else None
+    against_over_run = None
+    if first and steps == list(first):
+        against_over_run = combined_interval([*at, *first.values()], [*weights, *(-w for w in weights)])
+    return ArmResult(
+        arm,
+        metric,
+        before=combined_interval([at[0]], [1.0]),
+        after=combined_interval([at[-1]], [1.0]),
+        change=combined_interval([at[-1], at[0]], [1.0, -1.0]),
+        against_first=None if end is None else combined_interval([at[-1], end], [1.0, -1.0]),
+        over_run=combined_interval(at, weights),
+        over_run_against_first=against_over_run,
+    )
 
 
-def _value(evaluation: Mapping[str, Any], key: str) -> float | None:
-    interval = evaluation.get(key)
-    return None if interval is None else interval["value"]
+def trapezoid_weights(steps: Sequence[int]) -> list[float]:
+    """Return the weight of each point in the mean of a curve that is linear between its points; they sum to 1."""
+    if len(steps) == 1:
+        return [1.0]
+    ends = [steps[0], *steps, steps[-1]]
+    return [(right - left) / 2 / (steps[-1] - steps[0]) for left, right in zip(ends, ends[2:], strict=False)]
 
 
-def _paired(a: Mapping[str, Any], b: Mapping[str, Any], key: str) -> Interval | None:
-    """Return a - b with a bootstrap over the tasks, both drawn together."""
-    parts_a, parts_b = _parts(a, key), _parts(b, key)
-    tasks = [task for task in parts_a if task in parts_b]
-    if not tasks:
-        return None
-    return difference_interval([(*parts_a[task], *parts_b[task]) for task in tasks])
-
-
-def _parts(evaluation: Mapping[str, Any], key: str) -> dict[str, tuple[float, float]]:
-    """Return each task's numerator and denominator."""
+def _parts(evaluation: Mapping[str, Any], key: str) -> Parts:
+    """Return each task's numerator and denominator, of the tasks that have been measured."""
+    tasks = evaluation["recorded" if key == "env_ce_recorded" else "tasks"]
     match key:
         case "pass_at_1":
-            return {t["task_id"]: (t["solved"] / t["scored"], 1.0) for t in evaluation["tasks"] if t["scored"]}
+            return {t["task_id"]: (t["solved"] / t["scored"], 1.0) for t in tasks if t["scored"]}
         case "reward":
-            return {t["task_id"]: (t["reward_sum"], float(t["scored"])) for t in evaluation["tasks"]}
-        case "env_ce_recorded":
-            return {t["task_id"]: (t["env_nats"], float(t["env_tokens"])) for t in evaluation["recorded"]}
+            return {t["task_id"]: (t["reward_sum"], float(t["scored"])) for t in tasks}
+        case "invalid_calls":  # evaluations of older versions do not have it
+            return {t["task_id"]: (t[key], float(t["rollouts"])) for t in tasks if key in t}
         case _:
-            return {t["task_id"]: (t["env_nats"], float(t["env_tokens"])) for t in evaluation["tasks"]}
+            return {t["task_id"]: (t["env_nats"], float(t["env_tokens"])) for t in tasks}

@@ -187,7 +187,7 @@ class _Job:
         return self.log.evaluation_path(self.config.steps).exists()
 
     def evaluations(self) -> Evaluations:
-        return self.log.read_evaluation(0), self.log.read_evaluation(self.config.steps)
+        return {step: self.log.read_evaluation(step) for step in self.log.evaluation_steps()}
 
     def check_same(self) -> None:
         """Raise ConfigError for a folder with another run, which would be taken for a finished one."""

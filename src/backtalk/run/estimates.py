@@ -1,12 +1,11 @@
-"""Estimates with their 95 % intervals: over tasks by a bootstrap, over seeds by Student's t, and as text.
+"""Estimates with their 95 % intervals, by a bootstrap over tasks and seeds, and as text.
 
-Evaluations, studies and viewers share them. NumPy and SciPy are loaded when an interval is computed.
+Evaluations, studies and viewers share them. NumPy is loaded when an interval is computed.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,10 @@ if TYPE_CHECKING:
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+
+# Numerator and denominator of each task in one evaluation, such as nats and tokens.
+Parts = Mapping[str, tuple[float, float]]
+# Axes in names of arrays: R resamples, S seeds, P evaluations, T tasks, C numerator and denominator.
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,36 +63,53 @@ def mean(values: Sequence[float]) -> float:
     return float(sum(values)) / len(values) if values else 0.0
 
 
-def mean_interval(values: Sequence[float | None]) -> Interval | None:
-    """Return the mean of independent values with Student's interval; None unless every value is there."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return None
-    n, middle = len(known), math.fsum(known) / len(known)
-    if n < 2:
-        return Interval(middle)
-    from scipy.special import stdtrit  # quantiles of Student's t
-
-    error = math.sqrt(math.fsum((value - middle) ** 2 for value in known) / (n - 1) / n)
-    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * error
-    return Interval(middle, middle - half, middle + half)
-
-
 def ratio_interval(pairs: Sequence[tuple[float, float]], seed: int = 0) -> Interval | None:
     """Return sum(a) / sum(b) over pairs (a, b), one a task, with a percentile bootstrap over the tasks.
 
     A mean is the case b = 1. None where the denominator is 0; no bounds for a single task.
     """
-    if sum(b for _, b in pairs) <= 0:
-        return None
-    return _bootstrap(pairs, _ratio, seed)
+    return combined_interval([[{str(i): pair for i, pair in enumerate(pairs)}]], [1.0], seed)
 
 
-def difference_interval(rows: Sequence[tuple[float, float, float, float]], seed: int = 0) -> Interval | None:
-    """Return sum(a) / sum(b) - sum(c) / sum(d) over rows (a, b, c, d), one a task, so that both see the same tasks."""
-    if sum(row[1] for row in rows) <= 0 or sum(row[3] for row in rows) <= 0:
+def combined_interval(
+    evaluations: Sequence[Sequence[Parts]], weights: Sequence[float], seed: int = 0
+) -> Interval | None:
+    """Return the weighted sum of some evaluations' ratios, averaged over seeds, with a bootstrap over seeds and tasks.
+
+    ``evaluations[i][s]`` is evaluation i of seed s; its ratio is sum(a) / sum(b) over its tasks. Weights 1 and -1 give
+    the difference of two evaluations, in pairs: a task counts for a seed where all evaluations have it.
+
+    Each resample draws seeds, and tasks once for all of them, because every seed is evaluated on the same tasks: what
+    is hard about a task does not average out over seeds (the pigeonhole bootstrap, Owen 2007, arXiv 0710.2478). The
+    bounds are percentiles. With one seed they are over the tasks alone. None where a seed's denominator is 0; no bounds
+    for one task of one seed.
+    """
+    import numpy as np
+
+    seeds = list(zip(*evaluations, strict=True))
+    known = [[task for task in points[0] if all(task in point for point in points)] for points in seeds]
+    place = {task: i for i, task in enumerate(dict.fromkeys(task for tasks in known for task in tasks))}
+    cells_SPTC = np.zeros((len(seeds), len(weights), len(place), 2))
+    for s, points in enumerate(seeds):
+        for p, point in enumerate(points):
+            for task in known[s]:
+                cells_SPTC[s, p, place[task]] = point[task]
+    if not place or (cells_SPTC[..., 1].sum(-1) <= 0).any():
         return None
-    return _bootstrap(rows, lambda sums: _ratio(sums[..., :2]) - _ratio(sums[..., 2:]), seed)
+    value = float((_ratio(cells_SPTC.sum(2)) @ np.array(weights)).mean())
+    num_seeds, num_tasks = len(seeds), len(place)
+    if num_seeds == num_tasks == 1:
+        return Interval(value)
+    draw = np.random.default_rng(seed)
+    tasks_RT = draw.integers(num_tasks, size=(RESAMPLES, num_tasks))
+    seeds_RS = draw.integers(num_seeds, size=(RESAMPLES, num_seeds))
+    places = (tasks_RT + num_tasks * np.arange(RESAMPLES)[:, None]).ravel()
+    counts_RT = np.bincount(places, minlength=RESAMPLES * num_tasks).reshape(RESAMPLES, num_tasks)
+    sums_RSPC = np.tensordot(counts_RT.astype(np.float64), cells_SPTC, axes=(1, 2))
+    by_seed_RS = _ratio(sums_RSPC) @ np.array(weights)
+    drawn_R = np.take_along_axis(by_seed_RS, seeds_RS, axis=1).mean(axis=1)
+    low, high = np.quantile(drawn_R[np.isfinite(drawn_R)], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(value, float(low), float(high))
 
 
 def _ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -97,19 +117,3 @@ def _ratio(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
     with np.errstate(invalid="ignore", divide="ignore"):  # a resample without any token says nothing
         return sums[..., 0] / sums[..., 1]
-
-
-def _bootstrap(
-    rows: Sequence[Sequence[float]], statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]], seed: int
-) -> Interval:
-    """Return a statistic of column sums, with a percentile bootstrap over the rows; no bounds for a single row."""
-    import numpy as np
-
-    numbers = np.array(rows, dtype=np.float64)
-    value = float(statistic(numbers.sum(axis=0)))
-    if len(numbers) < 2:
-        return Interval(value)
-    picks = np.random.default_rng(seed).integers(len(numbers), size=(RESAMPLES, len(numbers)))
-    drawn = statistic(numbers[picks].sum(axis=1))
-    low, high = np.quantile(drawn[np.isfinite(drawn)], [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(value, float(low), float(high))

@@ -39,6 +39,7 @@ class TaskResult:
     reward_sum: float
     env_nats: float  # summed over ENV_OUTPUT tokens of the policy's own rollouts
     env_tokens: int
+    invalid_calls: float = 0.0  # turns without a valid call, summed over the rollouts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +137,7 @@ def _task_result(group: TrajectoryGroup, nats: Sequence[tuple[float, int]]) -> T
         reward_sum=float(sum(rewards)),
         env_nats=sum(n for n, _ in nats),
         env_tokens=sum(count for _, count in nats),
+        invalid_calls=sum(t.stats.get("invalid_calls", 0.0) for t in group),
     )
 
 

@@ -32,6 +32,7 @@ def write_study_report(folder: str | Path) -> Path:
         page.paragraph(_summary(study)),
         page.image(picture, "held-out pass@1, and env-output cross-entropy"),
         page.section("Held-out tasks", comparison_html(study)),
+        *([page.section("Evaluations", curves_html(study))] if len(_steps(study)) > 2 else []),
         page.section("Runs", *[page.link(f"{name}/report.html", name) for name in _runs(study).values()]),
     ]
     path = folder / "report.html"
@@ -49,22 +50,47 @@ def read_study(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{folder} holds no finished study: no study.json; start it again to finish it")
     try:
-        return json.loads(path.read_text())
+        study = json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}); start the study again, which keeps its runs") from error
+    if "curves" not in study:
+        raise DataError(f"{path} is of an older version, without curves; start the study again, which keeps its runs")
+    return study
 
 
 def comparison_html(study: Mapping[str, Any]) -> str:
     """Return an HTML table with a row for each metric of each arm."""
+    first = study["results"][0]["arm"] if study["results"] else "the first arm"
+    columns = {"before": "before", "after": "after", "change": "change", "against_first": f"after, minus {first}"}
+    if len(_steps(study)) > 2:
+        columns |= {"over_run": "mean over the run", "over_run_against_first": f"mean, minus {first}"}
     rows = []
     for result in study["results"]:
-        form = "{:.1%}" if result["metric"] == "pass@1" else "{:.3f}"
+        form = _form(result["metric"])
         signed = form.replace(":", ":+")
-        columns = {"before": form, "after": form, "change": signed, "against_first": signed}
-        cells = [interval_text(Interval.from_dict(result[name]), shown) for name, shown in columns.items()]
+        forms = [form if name in ("before", "after", "over_run") else signed for name in columns]
+        cells = [interval_text(Interval.from_dict(result[n]), f) for n, f in zip(columns, forms, strict=True)]
         rows.append([f"{result['metric']}, {result['arm']}", *cells])
-    first = study["results"][0]["arm"] if study["results"] else "the first arm"
-    return page.table(["", "before", "after", "change", f"after, minus {first}"], rows)
+    return page.table(["", *columns.values()], rows)
+
+
+def curves_html(study: Mapping[str, Any]) -> str:
+    """Return an HTML table with a row for each metric of each arm, and a column for each step that was evaluated."""
+    points = {(p["metric"], p["arm"], p["step"]): Interval.from_dict(p["interval"]) for p in study["curves"]}
+    rows = [
+        [f"{metric}, {arm}", *[interval_text(points.get((metric, arm, step)), _form(metric)) for step in _steps(study)]]
+        for metric, arm in dict.fromkeys((metric, arm) for metric, arm, _ in points)
+    ]
+    return page.table(["after steps", *map(str, _steps(study))], rows)
+
+
+def _form(metric: str) -> str:
+    return "{:.1%}" if metric == "pass@1" else "{:.3f}"
+
+
+def _steps(study: Mapping[str, Any]) -> list[int]:
+    """Return the steps at which all runs were evaluated."""
+    return sorted({point["step"] for point in study["curves"]})
 
 
 def draw(folder: Path, study: Mapping[str, Any]) -> bytes:
@@ -73,32 +99,32 @@ def draw(folder: Path, study: Mapping[str, Any]) -> bytes:
     by_arm: dict[str, list[RunLog]] = defaultdict(list)
     for (arm, _), name in _runs(study).items():
         by_arm[arm].append(RunLog(folder / name))
-    metric = "env_ce_recorded" if _has(study, "env CE, recorded") else "env_ce_own"
+    metric = "env CE, recorded" if _has(study, "env CE, recorded") else "env CE, own"
     for number, (arm, logs) in enumerate(by_arm.items()):
         color = f"C{number}"
         steps, values = _mean_curve(logs, "reward")
         left.plot(steps, _smooth(values), color=color, alpha=0.5, linewidth=1.2, label=f"{arm}, training reward")
-        for axis, key in ((left, "pass_at_1"), (right, metric)):
-            points = _evaluation_points(logs, key)
+        for axis, name in ((left, "pass@1"), (right, metric)):
+            found = [p for p in study["curves"] if (p["arm"], p["metric"]) == (arm, name)]
+            points = {point["step"]: point["interval"] for point in found}
             if points:
                 label = f"{arm}, held-out pass@1" if axis is left else arm
                 # All arms begin at the same point: a little apart, both can be seen.
                 aside = (number - (len(by_arm) - 1) / 2) * 0.012 * max(points)
                 band(axis, [step + aside for step in points], list(points.values()), label, color=color)
     left.set(title="training reward, and held-out pass@1", xlabel="step", ylim=(-0.02, None))
-    what = "recorded trajectories" if metric == "env_ce_recorded" else "own rollouts"
+    what = "recorded trajectories" if metric == "env CE, recorded" else "own rollouts"
     right.set(title=f"held-out env-output cross-entropy on {what}", xlabel="step", ylabel="nats/token", ylim=(0, None))
     return finish(figure)
 
 
 def _summary(study: Mapping[str, Any]) -> str:
     seeds = ", ".join(map(str, study["seeds"]))
-    over = (
-        "Student's t over the seeds"
-        if study["interval"] == "seeds"
-        else "a bootstrap over the tasks: one seed says nothing about how other seeds would do"
+    over = "seeds and tasks" if len(study["seeds"]) > 1 else "tasks: one seed says nothing about how others would do"
+    return (
+        f"Seeds {seeds}. Means over seeds; brackets are 95 % intervals by a bootstrap over {over}. Differences are in "
+        "pairs of seed and task. Cross-entropies in nats per ENV_OUTPUT token, invalid calls per rollout."
     )
-    return f"Seeds {seeds}. Brackets are 95 % intervals by {over}. Cross-entropies in nats per ENV_OUTPUT token."
 
 
 def _runs(study: Mapping[str, Any]) -> dict[tuple[str, int], str]:
@@ -125,18 +151,3 @@ def _smooth(values: Sequence[float]) -> list[float]:
     """Return the moving mean over ``SMOOTHED_STEPS``."""
     windows = [values[max(0, i + 1 - SMOOTHED_STEPS) : i + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
-
-
-def _evaluation_points(logs: Sequence[RunLog], key: str) -> dict[int, dict[str, Any]]:
-    """Return, by step, the estimate of a single seed with its interval, or the mean and range of several."""
-    found: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for log in logs:
-        for step in log.evaluation_steps():
-            if interval := log.read_evaluation(step).get(key):
-                found[step].append(interval)
-    points = {}
-    for step in sorted(found):
-        values = [interval["value"] for interval in found[step]]
-        several = {"value": sum(values) / len(values), "low": min(values), "high": max(values)}
-        points[step] = found[step][0] if len(values) == 1 else several
-    return points
