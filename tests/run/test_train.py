@@ -159,8 +159,8 @@ def test_metrics_are_the_listed_ones(whole: tuple[Path, list[Event]]) -> None:
         assert set(names) == {"step", *METRICS}
 
 
-async def test_every_curve_is_drawn_of_a_real_run(whole: tuple[Path, list[Event]]) -> None:
-    log = RunLog(whole[0])
+async def test_every_curve_is_drawn_of_a_real_run(longer: tuple[TrainConfig, Path]) -> None:
+    log = RunLog(longer[1])
     recorded = log.evaluation_path(0).with_suffix(".parquet")
     measured = await evaluate_run(log.folder, overrides={"evaluation.recorded_path": str(recorded)})
     figure = draw_run(log.read_metrics(), {4: measured.to_dict()})
@@ -267,8 +267,12 @@ asyncio.run(train(config_from_dict(config), folder, on_event=on_event))
 
 @pytest.fixture(scope="module")
 def longer(model: Path, sandbox: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainConfig, Path]:
-    """An unbroken run of six steps, a coefficient by share, a checkpoint and an evaluation every second step."""
+    """An unbroken run of six steps, a coefficient by share, a checkpoint and an evaluation every second step.
+
+    A penalty on length makes rewards unequal, so that there is a policy gradient to measure.
+    """
     share = {"objective.world_model_coeff": {"share": 0.2}, "engine.measure_gradients_every": 1}
+    share |= {"objective.policy.length_penalty": {"per_1000_tokens": 100, "max_penalty": 9.0}}
     config = tiny_config(model, sandbox, steps=6, checkpoint_every=2, **{"evaluation.every": 2}, **share)
     return config, asyncio.run(train(config, tmp_path_factory.mktemp("longer") / "run"))
 
