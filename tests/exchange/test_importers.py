@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from backtalk.cli import app
 from backtalk.errors import ConfigError, DataError, RenderError
 from backtalk.exchange.read.chat import trajectory_from_chat
-from backtalk.exchange.read.files import Imported, ImportOptions, cut_to, import_files, import_record
+from backtalk.exchange.read.files import Imported, cut_to, import_files, import_record
 from backtalk.exchange.read.observations import Observations
 from backtalk.exchange.read.openenv import awm_messages
 from backtalk.exchange.read.trl import trajectory_from_trl
@@ -279,7 +279,7 @@ def test_messages_become_given_text_and_observations() -> None:
 
 
 def test_a_template_that_rewrites_the_past_begins_a_branch() -> None:
-    trajectory = import_record(CHAT, "chat", lambda _: renderer(REWRITING_TEMPLATE), ImportOptions(user_role=ENV))
+    trajectory = import_record(CHAT, "chat", lambda _: renderer(REWRITING_TEMPLATE), Observations(user_role=ENV))
     first, second = trajectory.branches
     assert decode(tuple(t for s in first for t in s.token_ids)).endswith(
         "tool\nnotes.txt<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n1<|im_end|>"
@@ -291,7 +291,7 @@ def test_a_template_that_rewrites_the_past_begins_a_branch() -> None:
 
 
 def test_users_and_reasoning_as_the_options_say() -> None:
-    options = ImportOptions(user_role=ENV, keep_reasoning=True)
+    options = Observations(user_role=ENV, keep_reasoning=True)
     trajectory = import_record(CHAT, "chat", renderer_of, options, name="here")
     assert trajectory.task_id == "here"
     assert text_of_role(trajectory, ENV) == "notes.txtThanks."
@@ -419,7 +419,7 @@ def atif_with_ids() -> tuple[dict[str, Any], tuple[int, ...]]:
 
 def test_atif_with_ids_keeps_them_and_learns_from_the_last_observation() -> None:
     record, ids = atif_with_ids()
-    trajectory = import_record(record, "atif", renderer_of, ImportOptions(user_role=ENV))
+    trajectory = import_record(record, "atif", renderer_of, Observations(user_role=ENV))
     assert trajectory.token_ids[: len(ids)] == ids
     assert trajectory.task_id == "s"
     assert text_of_role(trajectory, ENV) == "notes.txt$ done"
@@ -680,7 +680,7 @@ def test_a_damaged_record_never_ends_an_import(data: st.DataObject, source: Any,
     records = [("1", replaced(WHOLE[source], place, odd)), ("2", WHOLE[source])]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("backtalk.exchange.read.files.read_records", lambda path: iter(records))
-        imported = import_files([Path("a")], source, renderer_of, ImportOptions(observation_role=ENV))
+        imported = import_files([Path("a")], source, renderer_of, Observations(role=ENV))
     assert len(imported.trajectories) + len(imported.refusals) == 2
     assert [refusal.where for refusal in imported.refusals] in ([], ["1"])
     with tempfile.TemporaryDirectory() as folder:
@@ -752,7 +752,7 @@ def test_the_command_refuses_what_cannot_be_meant(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"ends in '.csv'"):
         run_import(source, "--format", "chat", "--out", tmp_path / "out.csv")
     with pytest.raises(ConfigError, match="nothing could be imported"):
-        run_import(source, "--format", "chat", "--out", tmp_path / "out.parquet")
+        run_import(source, "--format", "turns", "--out", tmp_path / "out.parquet")
     with pytest.raises(ConfigError, match="no regular expression"):
         run_import(source, "--format", "chat", "--out", tmp_path / "o.parquet", "--warning", "(", "--harness", "none")
     assert not (tmp_path / "out.parquet").exists()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from backtalk.cli.import_trajectories import USER_ROLE_HELP, UserRole, user_notes
 from backtalk.cli.interrupts import run
 from backtalk.errors import DataError
 from backtalk.exchange.detect import Format
@@ -17,7 +18,8 @@ from backtalk.exchange.detect import Format
 if TYPE_CHECKING:
     from backtalk.evidence.account.losses import Loss
     from backtalk.evidence.account.report import Account
-    from backtalk.exchange.read.files import Imported
+    from backtalk.exchange.read.files import Imported, Rollout
+    from backtalk.exchange.read.observations import Observations
     from backtalk.language.renderer import Renderer
     from backtalk.trajectory import Trajectory
 
@@ -38,6 +40,7 @@ def account(
     source: Annotated[
         Format | None, typer.Option("--format", help="What wrote the files. Without it: found out by their fields.")
     ] = None,
+    user_role: Annotated[UserRole, typer.Option(help=USER_ROLE_HELP)] = "auto",
     coeff: Annotated[float, typer.Option(min=0, help="ECHO's world_model_coeff.")] = 0.05,
     advantage: Annotated[
         float | None,
@@ -59,19 +62,23 @@ def account(
 
     from backtalk.cli.account_tables import tables
     from backtalk.evidence.account.report import account_of
+    from backtalk.exchange.read.observations import Observations
+    from backtalk.trajectory import TokenRole
 
     unit = tokenizer or model or "base"
-    counted = _read(files, source, unit, model or (unit if unit != CHARACTERS else "base"))
+    options = Observations(on_drift="fork", user_role=None if user_role == "auto" else TokenRole[user_role.upper()])
+    counted = _read(files, source, unit, model or (unit if unit != CHARACTERS else "base"), options)
     accounts = [account_of(trajectory) for trajectory in counted.trajectories]
     scored, step, notes = [], [], []
     if model is not None:
-        own = counted if unit == model else _read(files, source, model, model)
+        own = counted if unit == model else _read(files, source, model, model, options)
         advantages, notes = _advantages(files, own, advantage)
         scored, step = _score(own.trajectories, model, coeff, advantages)
     console = Console()
     for part in tables(accounts, unit, scored, step, model, coeff):
         console.print(part, soft_wrap=isinstance(part, Text))
         console.print()
+    notes += user_notes(counted, user_role)
     for note in [*notes, *(f"refused: {refusal.where}: {refusal.reason}" for refusal in counted.refusals)]:
         console.print(f"- {note}", markup=False, highlight=False, soft_wrap=True)
     if json_path is not None:
@@ -89,7 +96,7 @@ def _renderer(name: str) -> Renderer:
     return Renderer.from_pretrained(model_location(name), (), RendererConfig(on_drift="fork"))
 
 
-def _read(files: Sequence[Path], source: Format | None, unit: str, model: str) -> Imported:
+def _read(files: Sequence[Path], source: Format | None, unit: str, model: str, options: Observations) -> Imported:
     """Return the rollouts in tokens of ``unit``. Token ids in the files are those of ``model``."""
     from backtalk.evidence.account.characters import characters, recounted, transcribed
     from backtalk.run.log.sources import read_rollouts, record_reader
@@ -103,11 +110,11 @@ def _read(files: Sequence[Path], source: Format | None, unit: str, model: str) -
             return characters(text)
         return target.encoder.backend.encode(text, add_special_tokens=False).ids
 
-    def read(record: Any, kind: Format | None, place: str) -> Trajectory:
-        written = None if kind is None else transcribed(record, kind, place)
+    def read(rollout: Rollout) -> Trajectory:
+        written = None if rollout.source is None else transcribed(rollout.record, rollout.source, rollout.file, options)
         if written is not None:
-            return written if target is None else record_reader(target.for_tools)(record, kind, place)
-        found = record_reader(origin.for_tools)(record, kind, place)
+            return written if target is None else record_reader(target.for_tools, options)(rollout)
+        found = record_reader(origin.for_tools, options)(rollout)
         if (largest := max(found.token_ids, default=0)) >= size:
             raise DataError(
                 f"token id {largest} is none of the {size} of {model}; pass the --model that these tokens are of"

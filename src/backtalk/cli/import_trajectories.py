@@ -16,23 +16,40 @@ from backtalk.exchange.detect import Format
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from backtalk.exchange.read.files import Imported, ImportOptions, RendererOf
+    from backtalk.exchange.read.files import Imported, RendererOf
     from backtalk.exchange.read.wrappers import Wrappers
 
 SHOWN_REFUSALS = 8
 
 Role = Literal["context", "env_output", "warning"]
+UserRole = Literal["auto", "context", "env_output", "warning"]
 Drift = Literal["stop", "fork"]
-Harness = Literal["auto", "terminus", "none"]
+Harness = Literal["auto", "terminus", "mini-swe-agent", "swe-agent", "none"]
+USER_ROLE_HELP = (
+    "What a user's message after the first turn is; auto: env_output where it always answers an action or reads like "
+    "an output, else context."
+)
 
 
 def import_trajectories(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help=".json, .jsonl, .jsonl.gz or .parquet.")],
-    source: Annotated[Format, typer.Option("--format", help="What wrote the files.")],
-    out: Annotated[Path, typer.Option(help="Where to write: a name that ends in .parquet or .jsonl.")],
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...", help=".json, .jsonl, .traj, .eval, .parquet, or a folder of Harbor's trials."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Where to write: a name that ends in .parquet or .jsonl.")] = Path(
+        "imported.parquet"
+    ),
+    source: Annotated[
+        Format | None, typer.Option("--format", help="What wrote the files. Without it: found out by their fields.")
+    ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Whose tokenizer and chat template: a folder, a Hugging Face name, or base."),
+        typer.Option(
+            help="Whose tokenizer and chat template: a folder, a Hugging Face name, or base. Without it: base for "
+            "messages, none for token ids."
+        ),
     ] = None,
     on_drift: Annotated[
         Drift,
@@ -42,9 +59,7 @@ def import_trajectories(
         Role | None,
         typer.Option(help="For token ids whose template cannot be told: what a whole observation becomes."),
     ] = None,
-    user_role: Annotated[
-        Role, typer.Option(help="What a user's message after the first turn is: context, or env_output.")
-    ] = "context",
+    user_role: Annotated[UserRole, typer.Option(help=USER_ROLE_HELP)] = "auto",
     harness: Annotated[
         Harness, typer.Option(help="Whose phrases around observations become WARNING; auto goes by the record.")
     ] = "auto",
@@ -62,29 +77,31 @@ def import_trajectories(
     """Turn trajectories of other libraries into ours, with who made each token.
 
     The file can be `evaluation.recorded_path`: how well a policy foresees what another one was told. Text that nobody
-    can show to be sampled by the policy is CONTEXT, so it is never trained as an action. Exits with 1 where a record
-    was refused; the others are written.
+    can show to be sampled by the policy is an unsampled action, which no policy term trains. Exits with 1 where a
+    record was refused; the others are written.
 
-    Example: `backtalk import runs/*.jsonl --format atif --model base --out recorded.parquet`.
+    Example: `backtalk import jobs/2026-11-30 --model base --out recorded.parquet`.
     """
-    from backtalk.exchange.read.files import ImportOptions, import_files
+    from backtalk.exchange.read.files import import_files
+    from backtalk.exchange.read.observations import Observations
     from backtalk.trajectory import TokenRole
 
     if out.suffix not in (".parquet", ".jsonl"):
         raise ConfigError(f"--out {out} ends in {out.suffix!r}; end the name in .parquet or .jsonl")
-    options = ImportOptions(
+    options = Observations(
         on_drift=on_drift,
-        observation_role=None if observation_role is None else TokenRole[observation_role.upper()],
-        user_role=TokenRole[user_role.upper()],
+        role=None if observation_role is None else TokenRole[observation_role.upper()],
+        user_role=None if user_role == "auto" else TokenRole[user_role.upper()],
         wrappers=_wrappers(harness, warning or ()),
         keep_reasoning=keep_reasoning,
         max_tokens=max_tokens,
     )
     renderer_of, longest = (None, None) if model is None else _model(model, tool_format, on_drift)
-    _write(out, import_files(files, source, renderer_of, options, longest), options)
+    for_text = _model("base", tool_format, on_drift)[0] if model is None else None
+    _write(out, import_files(files, source, renderer_of, options, longest, for_text=for_text), user_role)
 
 
-def _write(out: Path, imported: Imported, options: ImportOptions) -> None:
+def _write(out: Path, imported: Imported, user_role: UserRole) -> None:
     """Write the trajectories and print what was imported; exit with 1 where a record was refused."""
     from rich.console import Console
 
@@ -92,7 +109,7 @@ def _write(out: Path, imported: Imported, options: ImportOptions) -> None:
 
     if imported.trajectories:
         write_trajectories(out, imported.trajectories)
-    _print(imported, options, Console())
+    _print(imported, user_role, Console())
     if not imported.trajectories:
         raise ConfigError(f"nothing could be imported, so {out} was not written; the reasons are above")
     typer.echo(f"Written: {out}")
@@ -102,7 +119,7 @@ def _write(out: Path, imported: Imported, options: ImportOptions) -> None:
 
 def _wrappers(harness: Harness, warnings: Sequence[str]) -> Wrappers | None:
     """Return the phrases of a harness and more of them; None where each record says which harness it was."""
-    from backtalk.exchange.read.wrappers import NO_WRAPPERS, TERMINUS, Wrappers
+    from backtalk.exchange.read.wrappers import MINI_SWE_AGENT, NO_WRAPPERS, SWE_AGENT, TERMINUS, Wrappers
 
     for pattern in warnings:
         try:
@@ -113,7 +130,8 @@ def _wrappers(harness: Harness, warnings: Sequence[str]) -> Wrappers | None:
         if warnings:
             raise ConfigError("--warning needs to know what it adds to; pass --harness terminus or --harness none too")
         return None
-    known = TERMINUS if harness == "terminus" else NO_WRAPPERS
+    found = {"terminus": TERMINUS, "mini-swe-agent": MINI_SWE_AGENT, "swe-agent": SWE_AGENT}
+    known = found.get(harness, NO_WRAPPERS)
     return Wrappers((*known.patterns, *warnings), known.echoes)
 
 
@@ -129,13 +147,13 @@ def _model(model: str, tool_format: str | None, on_drift: Drift) -> tuple[Render
         raise ConfigError(f"--tool-format {tool_format!r} is unknown; use {', '.join(ToolFormat)}")
     config = RendererConfig(tool_format=None if tool_format is None else ToolFormat(tool_format), on_drift=on_drift)
     location = model_location(model)
-    tokenizer = load_tokenizer(location)
-    for_tools = lru_cache(64)(lambda tools: Renderer(tokenizer, tools, config))
+    tokenizer = lru_cache(1)(lambda: load_tokenizer(location))
+    for_tools = lru_cache(64)(lambda tools: Renderer(tokenizer(), tools, config))
     longest = getattr(AutoConfig.from_pretrained(location), "max_position_embeddings", None)
     return lambda tools: for_tools(tuple(tools)), longest if isinstance(longest, int) else None
 
 
-def _print(imported: Imported, options: ImportOptions, console: Console) -> None:
+def _print(imported: Imported, user_role: UserRole, console: Console) -> None:
     from rich.table import Table
 
     rewarded = sum(trajectory.reward is not None for trajectory in imported.trajectories)
@@ -146,7 +164,7 @@ def _print(imported: Imported, options: ImportOptions, console: Console) -> None
     for name, number in {**rows, "refused": len(imported.refusals)}.items():
         table.add_row(name, f"{number:,}")
     console.print(table)
-    for note in _notes(imported, options):
+    for note in _notes(imported, user_role):
         console.print(f"- {note}", markup=False, highlight=False)
     if not imported.refusals:
         return
@@ -158,18 +176,32 @@ def _print(imported: Imported, options: ImportOptions, console: Console) -> None
         console.print(f"- and {rest} more", markup=False)
 
 
-def _notes(imported: Imported, options: ImportOptions) -> list[str]:
+def _notes(imported: Imported, user_role: UserRole) -> list[str]:
     total = imported.total
     unsampled = sum(trajectory.num_unsampled_turns for trajectory in imported.trajectories)
     cut = sum(trajectory.stats.get("cut_tokens", 0) > 0 for trajectory in imported.trajectories)
-    users = total("user_messages") if options.user_role.name == "CONTEXT" else 0
     counts = {
         "turns have no logprobs: unsampled actions, which no policy term trains": unsampled,
-        "user messages after a first turn are CONTEXT; if the environment speaks there, pass --user-role "
-        "env_output": users,
         "messages lost their reasoning; --keep-reasoning writes it": total("dropped_reasonings"),
         "trajectories of subagents were left out; import them as records of their own": total("subagents"),
         "histories had been rewritten; each began a new branch": total("drifts"),
         f"tokens of {cut:,} trajectories were cut at a turn's end (--max-tokens)": total("cut_tokens"),
     }
-    return [f"{count:,} {note}" for note, count in counts.items() if count]
+    return [*user_notes(imported, user_role), *(f"{count:,} {note}" for note, count in counts.items() if count)]
+
+
+def user_notes(imported: Imported, user_role: UserRole) -> list[str]:
+    """Return notes on what messages of chat role user after a first turn were taken for."""
+    observed, users = imported.total("observed_users"), imported.total("user_messages")
+    notes = []
+    if observed:
+        notes.append(
+            f"{observed:,} user messages after a first action are ENV_OUTPUT: they answer actions, or read like "
+            "output. If a person wrote them, pass --user-role context"
+        )
+    if users and user_role in ("auto", "context"):
+        notes.append(
+            f"{users:,} user messages after a first turn are CONTEXT; if the environment speaks there, pass "
+            "--user-role env_output"
+        )
+    return notes

@@ -75,7 +75,7 @@ def token_ids(values: Any, what: str) -> tuple[int, ...]:
 def numbers(values: Any, what: str) -> tuple[float, ...]:
     """Return finite numbers, unchanged; raise DataError for any that is no number, NaN or infinite."""
     problem = "but a logprob is a finite number, so this record is damaged"
-    return tuple(map(float, _checked(values, what, _is_finite, problem)))
+    return tuple(map(float, _checked(values, what, is_finite, problem)))
 
 
 def booleans(values: Any, what: str) -> tuple[bool, ...]:
@@ -86,7 +86,7 @@ def booleans(values: Any, what: str) -> tuple[bool, ...]:
 def reward_of(record: Mapping[str, Any]) -> float | None:
     """Return the reward, None where there is none; raise DataError for one that is not finite."""
     value = record.get("reward")
-    if value is not None and not _is_finite(value):
+    if value is not None and not is_finite(value):
         raise DataError(f"reward is {value!r}; it must be a finite number, or null where there is none")
     return None if value is None else float(value)
 
@@ -107,7 +107,8 @@ def runs(values: Iterable[T]) -> Iterator[tuple[T, int, int]]:
         yield value, start, end
 
 
-def _is_finite(x: Any) -> bool:
+def is_finite(x: Any) -> bool:
+    """Return whether a value is a finite number, and no boolean."""
     try:
         return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
     except OverflowError:  # a whole number beyond every float

@@ -14,9 +14,13 @@ from typing import Any
 from backtalk.exchange.detect import Format
 from backtalk.exchange.plain import plain
 from backtalk.exchange.read.atif import atif_messages
-from backtalk.exchange.read.chat import ChatMessage, openai_messages
-from backtalk.exchange.read.files import about_of
+from backtalk.exchange.read.conversation import Conversation, about_of
+from backtalk.exchange.read.files import conversation_of, document_of, wrappers_of
+from backtalk.exchange.read.harbor import about_trial
+from backtalk.exchange.read.observations import DEFAULTS, Observations
 from backtalk.exchange.read.openenv import awm_messages
+from backtalk.exchange.read.speakers import observed_users
+from backtalk.exchange.read.spellings import ChatMessage, chat_messages
 from backtalk.messages import Part
 from backtalk.trajectory import Segment, TokenRole, Trajectory
 
@@ -36,24 +40,31 @@ def characters(text: str) -> tuple[int, ...]:
     return tuple(map(ord, text))
 
 
-def transcribed(record: Any, source: Format, name: str) -> Trajectory | None:
+def transcribed(record: Any, source: Format, name: str, options: Observations = DEFAULTS) -> Trajectory | None:
     """Return a record of messages as characters; None where it holds token ids, which have a text of their own.
 
     Raises:
         DataError: the messages cannot be read, or no agent speaks in them.
     """
     record = plain(record)
-    inner = record["trajectory"] if source == "atif" and "trajectory" in record else record
-    messages = _messages(inner, source)
-    if messages is None:
+    inner = document_of(record, source)
+    found = _conversation(record, inner, source, name)
+    if found is None:
         return None
+    options = replace(options, wrappers=options.wrappers or wrappers_of(inner, found))
+    messages = observed_users(found.messages) if options.user_role is None else found.messages
     segments: list[Segment] = []
-    turn: int | None = None
+    typed: list[list[str]] = []  # in each turn
     for message in messages:
         if message.role == "assistant":
-            turn = 0 if turn is None else turn + 1
-        segments += _written(message, turn)
-    return about_of(record, inner, name).trajectory([segment for segment in segments if len(segment)])
+            typed.append(list(message.commands))
+        segments += _written(message, typed, options)
+    after = messages[next((i for i, m in enumerate(messages) if m.role == "assistant"), 0) :]
+    users = [message for message in after if message.role == "user"]
+    observed = sum(message.observed for message in users)
+    return found.about.trajectory(
+        [segment for segment in segments if len(segment)], user_messages=len(users) - observed, observed_users=observed
+    )
 
 
 def recounted(trajectory: Trajectory, decode: Decode, encode: Encode = characters) -> Trajectory:
@@ -65,25 +76,30 @@ def recounted(trajectory: Trajectory, decode: Decode, encode: Encode = character
     return replace(trajectory, segments=tuple(segment for segment in segments if len(segment)))
 
 
-def _messages(record: Any, source: Format) -> list[ChatMessage] | None:
+def _conversation(record: Any, inner: Any, source: Format, name: str) -> Conversation | None:
+    if (found := conversation_of(record, source, name)) is not None:
+        return found
+    about = about_of(record, inner, name)
     match source:
-        case "chat":
-            return openai_messages(record if isinstance(record, (list, tuple)) else record["messages"])
-        case "atif":
-            steps = record["steps"]
-            has_ids = any((step.get("metrics") or {}).get("completion_token_ids") for step in steps)
-            return None if has_ids else atif_messages(steps)
+        case "atif" | "harbor":
+            steps = inner["steps"]
+            if any((step.get("metrics") or {}).get("completion_token_ids") for step in steps):
+                return None
+            about = about_trial(record, about) if source == "harbor" else about
+            return Conversation(messages=atif_messages(steps), about=about, wrappers=wrappers_of(inner, None))
         case "openenv" if record.get("steps") is not None:
             tools = ", ".join(map(str, record.get("tools") or ()))
-            return awm_messages(record, f"{PREAMBLE}\n\nTask: {record['task']}\nAvailable tools: {tools}\n")
+            messages = awm_messages(record, f"{PREAMBLE}\n\nTask: {record['task']}\nAvailable tools: {tools}\n")
         case "openenv" if record.get("turns") is None and "rfc010" not in (record.get("extra") or {}):
-            return openai_messages(record["messages"])
+            messages = chat_messages(record["messages"])
         case _:
             return None
+    return Conversation(messages=messages, about=about)
 
 
-def _written(message: ChatMessage, turn: int | None) -> list[Segment]:
-    """Return a message as characters. ``turn`` is None before the first."""
+def _written(message: ChatMessage, typed: Sequence[Sequence[str]], options: Observations) -> list[Segment]:
+    """Return a message as characters. ``typed`` is what the agent gave to tools, turn by turn."""
+    turn = len(typed) - 1 if typed else None
     if message.role == "assistant":
         calls = [
             json.dumps({"name": call.tool, "arguments": call.arguments}, sort_keys=True, ensure_ascii=False)
@@ -92,13 +108,16 @@ def _written(message: ChatMessage, turn: int | None) -> list[Segment]:
         text = message.text + "".join(f"<tool_call>\n{call}\n</tool_call>\n" for call in calls)
         role = TokenRole.CONTEXT if message.given else TokenRole.ACTION
         return [Segment(role, characters(text), turn=turn)]
-    if message.role != "tool" or turn is None or message.given:
+    if turn is None or message.given or message.role == "system":
         return [Segment(TokenRole.CONTEXT, characters(message.text), turn=turn)]
-    parts = message.parts or (Part(message.text, TokenRole.ENV_OUTPUT),)
-    return [Segment(part.role, characters(_enveloped(part)), turn=turn, tool=message.tool) for part in parts]
-
-
-def _enveloped(part: Part) -> str:
-    if part.role is not TokenRole.ENV_OUTPUT or not part.text:
-        return part.text
-    return f"<tool_response>\n{part.text}\n</tool_response>\n"
+    if options.user_role is None:
+        options = replace(options, user_role=TokenRole.ENV_OUTPUT if message.observed else TokenRole.CONTEXT)
+    earlier = [command for commands in typed[:-1] for command in commands]
+    said = options.message(message.role, message.text, message.tool, typed[-1], earlier)
+    parts = list(message.parts or said.parts)
+    told = [i for i, part in enumerate(parts) if part.role is TokenRole.ENV_OUTPUT and part.text]
+    if message.role == "tool" and told:
+        first, last = told[0], told[-1]
+        parts[first] = Part(f"<tool_response>\n{parts[first].text}", TokenRole.ENV_OUTPUT)
+        parts[last] = Part(f"{parts[last].text}\n</tool_response>\n", TokenRole.ENV_OUTPUT)
+    return [Segment(part.role, characters(part.text), turn=turn, tool=message.tool) for part in parts]

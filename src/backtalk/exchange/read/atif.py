@@ -12,8 +12,9 @@ from typing import Any
 
 from backtalk.errors import DataError
 from backtalk.exchange.plain import mapping, numbers, required, token_ids
-from backtalk.exchange.read.chat import ChatMessage, trajectory_from_chat
+from backtalk.exchange.read.chat import trajectory_from_chat
 from backtalk.exchange.read.observations import Observations
+from backtalk.exchange.read.spellings import ChatMessage
 from backtalk.exchange.read.turns import About, Turn, trajectory_from_turns
 from backtalk.language.openai_chat import content_text
 from backtalk.messages import ToolCall

@@ -2,49 +2,44 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, TypeVar, get_args
 
 from backtalk.errors import BacktalkError, ConfigError, DataError
-from backtalk.exchange.detect import Format
-from backtalk.exchange.plain import first_of, mapping, parsed, plain, reward_of
+from backtalk.exchange.detect import Format, guess_format
+from backtalk.exchange.plain import first_of, mapping, parsed, plain
 from backtalk.exchange.read.atif import trajectory_from_atif
-from backtalk.exchange.read.chat import openai_messages, trajectory_from_chat
-from backtalk.exchange.read.observations import Observations
+from backtalk.exchange.read.batches import rllm_trajectories, skyrl_rows
+from backtalk.exchange.read.chat import trajectory_from_chat
+from backtalk.exchange.read.conversation import Conversation, about_of
+from backtalk.exchange.read.harbor import about_trial
+from backtalk.exchange.read.inspect_ai import read_inspect, samples_of
+from backtalk.exchange.read.mini_swe_agent import read_mini_swe_agent
+from backtalk.exchange.read.observations import DEFAULTS, Observations
 from backtalk.exchange.read.openenv import trajectory_from_openenv
-from backtalk.exchange.read.trl import rows_of, trajectory_from_trl
-from backtalk.exchange.read.turns import About, trajectory_from_turns, turns_of
+from backtalk.exchange.read.openhands import read_openhands
+from backtalk.exchange.read.records import read_records
+from backtalk.exchange.read.results import read_result
+from backtalk.exchange.read.spellings import chat_messages
+from backtalk.exchange.read.swe_agent import read_swe_agent
+from backtalk.exchange.read.trl import rows_of as trl_rows
+from backtalk.exchange.read.trl import trajectory_from_trl
+from backtalk.exchange.read.turns import trajectory_from_turns, turns_of
 from backtalk.exchange.read.verifiers import trajectory_from_trace
-from backtalk.exchange.read.wrappers import NO_WRAPPERS, TERMINUS, Wrappers
+from backtalk.exchange.read.wrappers import MINI_SWE_AGENT, NO_WRAPPERS, SWE_AGENT, TERMINUS, Wrappers, find_wrappers
 from backtalk.exchange.rfc010 import from_rfc010
-from backtalk.files import reading
 from backtalk.language.renderer import Renderer
 from backtalk.messages import ToolSpec
-from backtalk.parquet import parquet_rows
 from backtalk.trajectory import Segment, StopReason, TokenRole, Trajectory
 
+_MESSAGES = ("messages", "conversations", "conversation", "chat_completions", "trajectory")
+
+T = TypeVar("T")
 RendererOf = Callable[[Sequence[ToolSpec]], Renderer]  # the same tokenizer with the tools that a record lists
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImportOptions:
-    """Choices about reading records.
-
-    With ``wrappers`` None those of the harness that wrote the record are taken, where it is known. ``max_tokens`` cuts
-    a trajectory after the last whole turn that fits.
-    """
-
-    on_drift: Literal["stop", "fork"] = "stop"
-    observation_role: TokenRole | None = None
-    user_role: TokenRole = TokenRole.CONTEXT
-    wrappers: Wrappers | None = None
-    keep_reasoning: bool = False
-    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,102 +68,209 @@ class Imported:
 
 def import_files(
     paths: Sequence[Path],
-    source: Format,
+    source: Format | None = None,
     renderer_of: RendererOf | None = None,
-    options: ImportOptions = ImportOptions(),
+    options: Observations = DEFAULTS,
     longest: int | None = None,
+    *,
+    for_text: RendererOf | None = None,
 ) -> Imported:
-    """Import .json, .jsonl (each also as .gz) and .parquet files, one record a line or row.
+    """Import files, see records.read_records. Without ``source`` the format of each record is detected.
 
     Trajectories of one task come together, in the order in which tasks first came up. ``longest`` is the most tokens
-    that a sequence may have, the model's context; longer ones are refused.
+    that a sequence may have, the model's context; longer ones are refused. ``for_text`` renders messages where there is
+    no ``renderer_of``, which records of token ids do without.
 
     Raises:
         ConfigError: an unknown format.
         DataError: a file cannot be read at all.
     """
-    if source not in get_args(Format):
+    if source is not None and source not in get_args(Format):
         raise ConfigError(f"format {source!r} is unknown; use {', '.join(get_args(Format))}")
 
-    def read(record: Any, place: str) -> Iterator[Trajectory]:
-        for row in rows_of(record) if source == "trl" else [record]:
-            yield _fitting(import_record(row, source, renderer_of, options, name=place), options, longest)
+    def read(rollout: Rollout) -> Trajectory:
+        made_with = renderer_of or (for_text if _is_text(rollout) else None)
+        trajectory = import_record(rollout.record, rollout.source, made_with, options, name=rollout.file)
+        return _fitting(trajectory, options, longest)
 
-    imported = collect((pair for path in paths for pair in read_records(path)), read)
+    imported = collect((pair for path in paths for pair in read_records(path)), read, source)
     tasks = dict.fromkeys(trajectory.task_id for trajectory in imported.trajectories)
     order = {task_id: number for number, task_id in enumerate(tasks)}
     return replace(imported, trajectories=tuple(sorted(imported.trajectories, key=lambda t: order[t.task_id])))
 
 
-def collect(records: Iterable[tuple[str, Any]], read: Callable[[Any, str], Iterator[Trajectory]]) -> Imported:
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One rollout of a record, which may hold several, not read yet; ``file`` is the place of the record.
+
+    A trajectory of ours has no ``source``.
+    """
+
+    record: Any
+    source: Format | None
+    file: str
+
+
+def collect(
+    records: Iterable[tuple[str, Any]], read: Callable[[Rollout], Trajectory], source: Format | None = None
+) -> Imported:
     """Return the trajectories that ``read`` makes of records, with their index within the task.
 
-    ``records`` are pairs of a place and a record. A record that cannot be read is refused and costs only itself.
+    ``records`` are pairs of a place and a record; a trajectory of ours stays as it is. A rollout that cannot be read is
+    refused and costs only itself. Without ``source`` the format of each record is detected.
     """
     found: list[Trajectory] = []
     refusals: list[Refusal] = []
     counts: Counter[str] = Counter()
-    for place, record in records:
+
+    def take(place: str, make: Callable[[], Sequence[T]]) -> Sequence[T]:
         try:
-            if isinstance(record, DataError):
-                raise record
-            for trajectory in read(record, place):
-                ours = isinstance(record, Trajectory)
-                found.append(trajectory if ours else replace(trajectory, sample_index=counts[trajectory.task_id]))
-                counts[trajectory.task_id] += 1
+            return make()
         except (BacktalkError, ValueError) as error:  # a Trajectory raises ValueError
             refusals.append(Refusal(place, str(error)))
-        except (TypeError, KeyError, IndexError, AttributeError) as error:  # foreign data, of some other shape
+        except (TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:  # of some other shape
             reason = f"this is not what a record of this format looks like ({type(error).__name__}: {error})"
             refusals.append(Refusal(place, reason))
+        return ()
+
+    for place, record in records:
+        rollouts = take(place, partial(_rollouts, record, place, source))
+        for number, rollout in enumerate(rollouts):
+            where = place if len(rollouts) == 1 else f"{place}, rollout {number}"
+            for trajectory in take(where, partial(_one, read, rollout)):
+                index = counts[trajectory.task_id]
+                found.append(trajectory if rollout.source is None else replace(trajectory, sample_index=index))
+                counts[trajectory.task_id] += 1
     return Imported(tuple(found), tuple(refusals))
+
+
+def _rollouts(record: Any, place: str, source: Format | None) -> list[Rollout]:
+    if isinstance(record, DataError):
+        raise record
+    if isinstance(record, Trajectory):
+        return [Rollout(record, None, place)]
+    chosen = source or guess_format(record)
+    return [Rollout(row, chosen, place) for row in rows_of(record, chosen)]
+
+
+def _is_text(rollout: Rollout) -> bool:
+    """Return whether a rollout is recorded as messages, without token ids."""
+    record: Mapping[str, Any] = rollout.record if isinstance(rollout.record, Mapping) else {}
+    match rollout.source:
+        case "atif" | "harbor":
+            steps = mapping(document_of(record, rollout.source), "the trajectory").get("steps") or ()
+            return not any("completion_token_ids" in (step.get("metrics") or {}) for step in steps)
+        case "openenv":
+            return record.get("turns") is None
+        case "verifiers":
+            return "nodes" not in record
+        case "rllm":
+            return "turns" not in record
+        case source:
+            return source in ("chat", "mini-swe-agent", "swe-agent", "inspect", "openhands")
+
+
+def _one(read: Callable[[Rollout], Trajectory], rollout: Rollout) -> list[Trajectory]:
+    return [read(rollout)]
 
 
 def import_record(
     record: Any,
-    source: Format,
+    source: Format | None,
     renderer_of: RendererOf | None = None,
-    options: ImportOptions = ImportOptions(),
+    options: Observations = DEFAULTS,
     *,
     name: str = "imported",
 ) -> Trajectory:
     """Return the trajectory of one record. ``name`` is the task id of a record that has none.
 
+    Without ``source`` its format is detected; a trajectory of ours is returned as it is.
+
     Raises:
         DataError: the record is not of that format, or is damaged; the message says where.
         RenderError: the chat template cannot write it.
     """
+    if isinstance(record, Trajectory):
+        return record
     outer = plain(record)
+    source = source or guess_format(outer)
     if source == "rfc010":
         return from_rfc010(mapping(outer, "a record of RFC 010"), task_id=name)
-    inner = outer
-    if source == "atif" and isinstance(outer, Mapping) and "trajectory" in outer:
-        inner = mapping(outer["trajectory"], "the trajectory")
+    inner = document_of(outer, source)
+    found = conversation_of(outer, source, name)
+    tools = found.tools if found is not None and found.tools is not None else _tools(outer, inner)
+    renderer = options.renderer if renderer_of is None else renderer_of(tools)
+    options = replace(options, renderer=renderer, wrappers=options.wrappers or wrappers_of(inner, found))
+    if found is not None:
+        return trajectory_from_chat(found.messages, found.about, options)
     about = about_of(outer, inner, name)
-    observations = Observations(
-        renderer=None if renderer_of is None else renderer_of(_tools(outer, inner)),
-        role=options.observation_role,
-        user_role=options.user_role,
-        wrappers=_wrappers(inner) if options.wrappers is None else options.wrappers,
-        on_drift=options.on_drift,
-        keep_reasoning=options.keep_reasoning,
-    )
+    match source:
+        case "atif" | "harbor":
+            about = about_trial(outer, about) if source == "harbor" else about
+            return trajectory_from_atif(inner, about, options)
+        case "turns" | "rllm":
+            return trajectory_from_turns(turns_of(_main_detail(outer)), about, options)
+        case "trl" | "skyrl":
+            return trajectory_from_trl(outer, about, options)
+        case "verifiers":
+            return trajectory_from_trace(outer, about, options)
+        case _:
+            return trajectory_from_openenv(outer, about, options)
+
+
+def conversation_of(record: Any, source: Format, name: str) -> Conversation | None:
+    """Return the conversation of a record of messages; None for the formats that have a reader of their own.
+
+    Raises:
+        DataError: the messages cannot be read.
+    """
+    fields: Mapping[str, Any] = record if isinstance(record, Mapping) else {}
     match source:
         case "chat":
-            messages = outer if isinstance(outer, (list, tuple)) else parsed(outer.get("messages"), "messages")
-            if not isinstance(messages, (list, tuple)):
+            raw = first_of(fields, *_MESSAGES) if fields else record
+            if raw is None:
                 raise DataError("a chat record is a list of messages, or has them under 'messages'")
-            return trajectory_from_chat(openai_messages(messages), about, observations)
-        case "atif":
-            return trajectory_from_atif(inner, about, observations)
-        case "turns":
-            return trajectory_from_turns(turns_of(_main_detail(outer)), about, observations)
+            return Conversation(messages=chat_messages(raw), about=about_of(record, record, name))
+        case "rllm" if fields.get("turns") is None:
+            return conversation_of(record, "chat", name)
+        case "mini-swe-agent":
+            return read_mini_swe_agent(mapping(record, "a mini-swe-agent run"), name)
+        case "swe-agent":
+            return read_swe_agent(mapping(record, "a run of SWE-agent"), name)
+        case "inspect":
+            return read_inspect(mapping(record, "a sample"), name)
+        case "openhands":
+            return read_openhands(record, name)
+        case "verifiers" if "nodes" not in fields:
+            return read_result(mapping(record, "a verifiers record"), name)
+        case _:
+            return None
+
+
+def rows_of(record: Any, source: Format) -> list[Any]:
+    """Return the rollouts that a record holds: the rows of a batch, the samples of a log, an episode's trajectories.
+
+    Raises:
+        DataError: it holds none, or columns of different lengths.
+    """
+    match source:
         case "trl":
-            return trajectory_from_trl(outer, about, observations)
-        case "verifiers":
-            return trajectory_from_trace(outer, about, observations)
-        case "openenv":
-            return trajectory_from_openenv(outer, about, observations)
+            return list(trl_rows(record))
+        case "skyrl":
+            return list(skyrl_rows(mapping(plain(record), "a GeneratorOutput")))
+        case "inspect":
+            return samples_of(mapping(plain(record), "a log of inspect_ai"))
+        case "rllm":
+            return list(rllm_trajectories(mapping(plain(record), "an episode of rLLM")))
+        case _:
+            return [record]
+
+
+def document_of(record: Any, source: Format) -> Any:
+    """Return the ATIF document inside a record, or the record itself."""
+    if source not in ("atif", "harbor") or not isinstance(record, Mapping) or "trajectory" not in record:
+        return record
+    return mapping(parsed(record["trajectory"], "the trajectory"), "the trajectory")
 
 
 def _main_detail(record: Any) -> Any:
@@ -181,21 +283,6 @@ def _main_detail(record: Any) -> Any:
             f"rollout_details holds {len(details)} histories and only one can be imported; pass them one by one"
         )
     return details[0]
-
-
-def about_of(outer: Any, inner: Any, name: str) -> About:
-    """Return a record's facts beside its tokens; ``inner`` is the document inside it, or the record itself."""
-    if not isinstance(outer, Mapping):
-        return About(task_id=name)
-    task = first_of(outer, "task_id", "task", "scenario")
-    task = first_of(task, "key", "id", "name", "type") if isinstance(task, Mapping) else task
-    task = first_of(outer, "episode_id", "trajectory_id", "session_id", "id") if task is None else task
-    if outer.get("scenario") is not None and outer.get("task_idx") is not None:
-        task = f"{outer['scenario']}/{outer['task_idx']}"
-    messages = first_of(inner, "messages", "steps") or ()
-    kept = tuple(dict(m) for m in messages if isinstance(m, Mapping))
-    reward = None if "rewards" in outer else reward_of(outer)
-    return About(task_id=name if task is None else str(task), reward=reward, messages=kept)
 
 
 def _tools(outer: Any, inner: Any) -> tuple[ToolSpec, ...]:
@@ -214,13 +301,26 @@ def _tools(outer: Any, inner: Any) -> tuple[ToolSpec, ...]:
     return tuple(tools)
 
 
-def _wrappers(record: Any) -> Wrappers:
+def wrappers_of(record: Any, found: Conversation | None) -> Wrappers:
+    """Return the phrases of the harness that wrote a record, by its name or by what it says."""
+    if found is not None:
+        said = [message.text for message in found.messages if message.role in ("user", "tool")]
+        return found.wrappers or find_wrappers(said)
     agent = record.get("agent") if isinstance(record, Mapping) else None
     name = agent.get("name") if isinstance(agent, Mapping) else None
-    return TERMINUS if "terminus" in str(name).lower() else NO_WRAPPERS
+    name = str(name).lower()
+    return (
+        TERMINUS
+        if "terminus" in name
+        else SWE_AGENT
+        if name == "swe-agent"
+        else MINI_SWE_AGENT
+        if "mini-swe" in name
+        else NO_WRAPPERS
+    )
 
 
-def _fitting(trajectory: Trajectory, options: ImportOptions, longest: int | None) -> Trajectory:
+def _fitting(trajectory: Trajectory, options: Observations, longest: int | None) -> Trajectory:
     if options.max_tokens is not None:
         trajectory = cut_to(trajectory, options.max_tokens)
     length = max(sum(len(segment) for segment in branch) for branch in trajectory.branches)
@@ -256,50 +356,3 @@ def cut_to(trajectory: Trajectory, max_tokens: int) -> Trajectory:
     reason = trajectory.stop_reason if trajectory.failure else StopReason.MAX_TOKENS
     short = replace(trajectory, segments=tuple(kept), stop_reason=reason)
     return replace(short, stats={**trajectory.stats, "cut_tokens": float(gone), "num_turns": float(short.num_turns)})
-
-
-def read_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield each record of a file after its place; a DataError instead of one that cannot be read.
-
-    Raises:
-        DataError: the file cannot be read, or its name ends in no known way.
-    """
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".parquet"):
-        yield from ((f"{path}[{number}]", row) for number, row in enumerate(parquet_rows(path)))
-        return
-    if not name.endswith((".jsonl", ".json")):
-        raise DataError(f"{path} is neither .json, .jsonl, .parquet nor one of them with .gz; rename or convert it")
-    with reading(path):
-        content = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError) as error:
-            raise DataError(f"{path} is not a whole gzip file ({error}); copy it again") from error
-    if name.endswith(".json"):
-        yield from _json_records(path, content)
-        return
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        if line.strip():
-            place = f"{path}:{number}"
-            yield place, _json(line, place)
-
-
-def _json_records(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
-    """Yield the record or the list of records of a file; a list of messages is one record."""
-    data = _json(content, str(path))
-    many = isinstance(data, list) and all(isinstance(x, (dict, list)) and "role" not in x for x in data)
-    if not many:
-        yield str(path), data
-        return
-    for number, record in enumerate(data):
-        yield f"{path}[{number}]", record
-
-
-def _json(content: bytes, place: str) -> Any:
-    """Return the value, or the error to refuse it with."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError) as error:
-        return DataError(f"{place} is not JSON ({error})")

@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Literal
 
 from backtalk.errors import DataError, RenderError
+from backtalk.exchange.read.speakers import looks_observed
 from backtalk.exchange.read.wrappers import NO_WRAPPERS, Wrappers
 from backtalk.language.renderer import Renderer
 from backtalk.messages import Message, Part
@@ -27,10 +28,12 @@ class Observations:
     """Rules by which a record is read, above all by which the tokens of an observation get their roles.
 
     ``renderer`` knows the scaffold. Where the scaffold cannot be found, all of an observation gets ``role``, template
-    included; with None such a record is refused. Messages of chat role user after the first action get ``user_role``.
-    ``on_drift`` "fork" begins a new branch where a prompt does not begin with what came before; "stop" refuses it.
-    ``keep_reasoning`` writes a message's reasoning before its text, in <think> tags; without it, it is left out and
-    counted, as most chat templates do with what is not the last turn.
+    included; with None such a record is refused. Messages of chat role user after the first action get ``user_role``;
+    with None they are what speakers.observed_users finds. With ``wrappers`` None those of the harness that wrote the
+    record are taken, where it is known. ``on_drift`` "fork" begins a new branch where a prompt does not begin with what
+    came before; "stop" refuses it. ``keep_reasoning`` writes a message's reasoning before its text, in <think> tags;
+    without it, it is left out and counted, as most chat templates do with what is not the last turn. ``max_tokens``
+    cuts a trajectory after the last whole turn that fits.
 
     Raises:
         ValueError: a role that an observation cannot have.
@@ -38,10 +41,11 @@ class Observations:
 
     renderer: Renderer | None = None
     role: TokenRole | None = None
-    user_role: TokenRole = TokenRole.CONTEXT
-    wrappers: Wrappers = NO_WRAPPERS
+    user_role: TokenRole | None = None
+    wrappers: Wrappers | None = None
     on_drift: Literal["stop", "fork"] = "stop"
     keep_reasoning: bool = False
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name, role in (("role", self.role), ("user_role", self.user_role)):
@@ -93,9 +97,12 @@ class Observations:
         self, role: str, text: str, tool: str | None, commands: Sequence[str] = (), earlier: Sequence[str] = ()
     ) -> Message:
         """Return an observation's message in parts with a role each."""
-        if role == "tool" or self.user_role is TokenRole.ENV_OUTPUT:
-            return Message(role, self.wrappers.split(text, commands, earlier), tool)
-        return Message(role, (Part(text, self.user_role),), tool)
+        user_role = self.user_role
+        if user_role is None:
+            user_role = TokenRole.ENV_OUTPUT if looks_observed(text) else TokenRole.CONTEXT
+        if role == "tool" or user_role is TokenRole.ENV_OUTPUT:
+            return Message(role, (self.wrappers or NO_WRAPPERS).split(text, commands, earlier), tool)
+        return Message(role, (Part(text, user_role),), tool)
 
     def _candidates(
         self, ids: Sequence[int], tools: Sequence[str | None], commands: Sequence[str], earlier: Sequence[str]
@@ -125,6 +132,9 @@ class Observations:
             f"the observation after turn {turn} ({len(ids)} tokens): {why}, or say that all of it, template included, "
             "is --observation-role env_output"
         )
+
+
+DEFAULTS = Observations()
 
 
 def _from_json(bodies: Sequence[str]) -> list[str] | None:

@@ -12,8 +12,9 @@ from typing import Any
 
 from backtalk.errors import DataError
 from backtalk.exchange.plain import mapping, required
-from backtalk.exchange.read.chat import ChatMessage, openai_messages, trajectory_from_chat
+from backtalk.exchange.read.chat import trajectory_from_chat
 from backtalk.exchange.read.observations import Observations
+from backtalk.exchange.read.spellings import ChatMessage, chat_messages
 from backtalk.exchange.read.turns import About, trajectory_from_turns, turns_of
 from backtalk.exchange.rfc010 import from_rfc010
 from backtalk.messages import Part, ToolCall
@@ -32,7 +33,7 @@ def trajectory_from_openenv(record: Any, about: About, observations: Observation
     if record.get("turns") is not None:
         return trajectory_from_turns(turns_of(record), about, observations)
     if record.get("messages") is not None:
-        messages = openai_messages(record["messages"])
+        messages = chat_messages(record["messages"])
     elif record.get("steps") is not None:
         messages = awm_messages(record)
     else:

@@ -14,7 +14,7 @@ from backtalk.errors import DataError
 from backtalk.exchange.plain import booleans, first_of, mapping, numbers, required, runs, token_ids
 from backtalk.exchange.read.observations import Observations
 from backtalk.messages import Message
-from backtalk.trajectory import Segment, StopReason, TokenRole, Trajectory
+from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,7 @@ class About:
     reward: float | None = None
     messages: tuple[Mapping[str, Any], ...] = ()
     stop_reason: StopReason = StopReason.SUBMITTED
+    failure: Failure | None = None  # with one there is no reward: what broke is no score of 0
     stats: Mapping[str, float] = field(default_factory=dict)
 
     def trajectory(self, segments: Sequence[Segment], **stats: float) -> Trajectory:
@@ -72,8 +73,9 @@ class About:
             sample_index=self.sample_index,
             segments=tuple(segment for segment in segments if len(segment) or segment.role is TokenRole.ACTION),
             messages=self.messages,
-            reward=self.reward,
-            stop_reason=self.stop_reason,
+            reward=None if self.failure else self.reward,
+            stop_reason=StopReason.FAILED if self.failure else self.stop_reason,
+            failure=self.failure,
             stats={**self.stats, "num_turns": float(len(turns)), **{name: float(x) for name, x in stats.items() if x}},
         )
 
@@ -169,7 +171,8 @@ def _turn(row: Mapping[str, Any], t: int) -> Turn:
     what = f"turn {t}"
     prompt = token_ids(required(row, what, "prompt_token_ids", "prompt_ids"), f"{what} prompt ids")
     completion = token_ids(
-        required(row, what, "completion_token_ids", "completion_ids", "output_ids"), f"{what} completion ids"
+        required(row, what, "completion_token_ids", "completion_ids", "response_ids", "output_ids"),
+        f"{what} completion ids",
     )
     logprobs = first_of(row, "per_token_logps", "completion_logprobs", "output_log_probs", "logprobs")
     if logprobs is not None and len(logprobs) == 0 < len(completion):

@@ -111,7 +111,7 @@ def _given(
 ) -> list[Segment]:
     """Return a message that nobody sampled: prompt before the first turn, an observation after it."""
     message = mapping(node.get("message") or {}, "a message")
-    role = {"tool": TokenRole.ENV_OUTPUT, "user": observations.user_role}.get(
+    role = {"tool": TokenRole.ENV_OUTPUT, "user": observations.user_role or TokenRole.CONTEXT}.get(
         str(message.get("role")), TokenRole.CONTEXT
     )
     if turn is None or role is TokenRole.CONTEXT:

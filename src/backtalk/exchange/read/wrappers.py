@@ -56,3 +56,44 @@ TERMINUS = Wrappers(
     ),
     echoes=True,
 )
+
+# mini-swe-agent 2 and 1: tags or JSON around a command's output, notes on its length, and what was wrong with a reply.
+MINI_SWE_AGENT = Wrappers(
+    (
+        r"\A(?:<exception>.*?</exception>\s*)?<returncode>-?\d*</returncode>\s*(?:<output>\n?)?",
+        r"</?output_(?:head|tail)>\n?|<elided_chars>.*?</elided_chars>\n?|<warning>\n.*?</warning>\n?",
+        r"</output>\s*\Z",
+        r'\A\{\s*"returncode": -?\d+,\s*"output(?:_head)?": "|"(?:,\s*"(?:output_tail|exception_info)": "|\s*\}\s*\Z)',
+        r'"?,\s*"elided_chars": \d+,\s*"warning": "Output too long\.',
+        r"\AThe last command <command>.*?<output>\n?|</output>\s*Please try another command.*\Z",
+        r"\A(?:Tool call error|Format error|Please always provide EXACTLY ONE|Your previous response reached)\b.*\Z",
+    )
+)
+
+# SWE-agent 1 and 0.7: the words before an observation, its shell's state after it, and notes in place of output.
+SWE_AGENT = Wrappers(
+    (
+        r"\A(?:OBSERVATION|Observation):\s*",
+        r"\s*(?:\(Open file: [^\n]*\)\n)?(?:\(Current directory: [^\n]*\)\n)?bash-\$\s*\Z",
+        r"\AYour (?:last )?command ran successfully and did not produce any output\.\s*\Z",
+        r"\AYour last output did not use any tool calls!.*\Z|\AYour output was not formatted correctly\..*\Z",
+        r"<NOTE>.*?</NOTE>\s*",
+    )
+)
+
+_SIGNS = {
+    TERMINUS: re.compile(
+        r"\A(?:Previous response had |Current terminal state:|New Terminal Output:|Current Terminal Scr)"
+    ),
+    MINI_SWE_AGENT: re.compile(r"\A(?:<exception>.*?</exception>\s*)?<returncode>|\A\{\s*\"returncode\": ", re.DOTALL),
+    SWE_AGENT: re.compile(r"\AOBSERVATION:\n|.*\nbash-\$\s*\Z", re.DOTALL),
+}
+
+
+def find_wrappers(texts: Sequence[str]) -> Wrappers:
+    """Return the phrases of the harness that wrote the first text that any known one writes; none where none did."""
+    for text in texts:
+        for wrappers, sign in _SIGNS.items():
+            if sign.match(text):
+                return wrappers
+    return NO_WRAPPERS
