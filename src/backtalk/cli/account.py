@@ -78,8 +78,7 @@ def account(
     for part in tables(accounts, unit, scored, step, model, coeff):
         console.print(part, soft_wrap=isinstance(part, Text))
         console.print()
-    notes += user_notes(counted, user_role)
-    for note in [*notes, *(f"refused: {refusal.where}: {refusal.reason}" for refusal in counted.refusals)]:
+    for note in [*notes, *user_notes(counted, user_role), *_refused(counted)]:
         console.print(f"- {note}", markup=False, highlight=False, soft_wrap=True)
     if json_path is not None:
         from backtalk.files import write_bytes
@@ -87,6 +86,10 @@ def account(
         write_bytes(json_path, json.dumps(_json(unit, coeff, accounts, scored, step), indent=1).encode())
     if counted.refusals:
         raise typer.Exit(1)
+
+
+def _refused(counted: Imported) -> list[str]:
+    return [f"refused: {refusal.where}: {refusal.reason}" for refusal in counted.refusals]
 
 
 def _renderer(name: str) -> Renderer:

@@ -31,26 +31,28 @@ USER_ROLE_HELP = (
 )
 
 
-def import_trajectories(
-    files: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="FILE...", help=".json, .jsonl, .traj, .eval, .parquet, or a folder of Harbor's trials."
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="Where to write: a name that ends in .parquet or .jsonl.")] = Path(
-        "imported.parquet"
+Files = Annotated[
+    list[Path],
+    typer.Argument(metavar="FILE...", help=".json, .jsonl, .traj, .eval, .parquet, or a folder of Harbor's trials."),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Whose tokenizer and chat template: a folder, a Hugging Face name, or base. Without it: base for "
+        "messages, none for token ids."
     ),
-    source: Annotated[
-        Format | None, typer.Option("--format", help="What wrote the files. Without it: found out by their fields.")
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Whose tokenizer and chat template: a folder, a Hugging Face name, or base. Without it: base for "
-            "messages, none for token ids."
-        ),
-    ] = None,
+]
+Source = Annotated[
+    Format | None, typer.Option("--format", help="What wrote the files. Without it: found out by their fields.")
+]
+Out = Annotated[Path, typer.Option(help="Where to write: a name that ends in .parquet or .jsonl.")]
+
+
+def import_trajectories(
+    files: Files,
+    out: Out = Path("imported.parquet"),
+    source: Source = None,
+    model: Model = None,
     on_drift: Annotated[
         Drift,
         typer.Option(help="A prompt that does not begin with what came before: refuse it, or begin a new branch."),
