@@ -243,7 +243,7 @@ def test_a_trainer_that_does_nothing_fails(trainer: type[LossUnderTest], reason:
 def test_names_of_checks_and_of_engines_are_checked() -> None:
     with pytest.raises(ConfigError, match="no such checks: gradient"):
         list(conformance(LossUnderTest, only=["gradient"]))
-    with pytest.raises(ConfigError, match="use torch"):
+    with pytest.raises(ConfigError, match="use torch, trl"):
         open_trainer("jax")
     with pytest.raises(ConfigError, match="train_step"):
         open_trainer("backtalk.errors:ConfigError")

@@ -20,7 +20,7 @@ STYLES = {"passed": "green", "failed": "bold red", "cannot": "yellow", "not appl
 
 def check(
     engine: Annotated[
-        str, typer.Option("--engine", help="torch, or my_module:MyTrainer for your own (docs/engines.md).")
+        str, typer.Option("--engine", help="torch, trl, or my_module:MyTrainer for your own (docs/engines.md).")
     ] = "torch",
 ) -> None:
     """Compare the gradient of every token of a fixed batch with the formula. Exits with 1 where a check fails."""
@@ -53,8 +53,14 @@ def open_trainer(engine: str) -> Callable[[Path], TrainerUnderTest]:
         from backtalk.engines.conformance.torch_engine import TorchUnderTest
 
         return TorchUnderTest
+    if engine == "trl":
+        from backtalk.hosts.trl.conformance import TrlUnderTest
+
+        return TrlUnderTest
     if ":" not in engine:
-        raise ConfigError(f"--engine {engine} is unknown; use torch, or my_module:MyTrainer for a trainer of your own")
+        raise ConfigError(
+            f"--engine {engine} is unknown; use torch, trl, or my_module:MyTrainer for a trainer of your own"
+        )
     found = import_object(engine, "--engine")
     if not all(callable(getattr(found, name, None)) for name in ("train_step", "own_grpo")):
         raise ConfigError(

@@ -30,11 +30,10 @@ class TorchUnderTest:
             raise ConfigError("the embedded engine is one process on one device; use a host such as TRL for more")
         engine = self._engine(math.ceil(len(step.samples) / step.microbatches) * max(map(len, step.samples)))
         head = engine.model.get_output_embeddings().weight
-        parts: list[torch.Tensor] = []
-        hook = head.register_hook(lambda gradient: parts.append(gradient.clone()))
+        total = torch.zeros_like(head, requires_grad=False)
+        hook = head.register_post_accumulate_grad_hook(lambda weight: _copy_gradient(weight, total))
         metrics = asyncio.run(engine.train_step(step.samples, step.objective))
         hook.remove()
-        total = torch.stack(parts).sum(0) if parts else torch.zeros_like(head)
         return StepResult(gradients=token_gradients(total, step.samples), metrics=[metrics], raw=[total])
 
     def _engine(self, max_tokens: int) -> TorchEngine:
@@ -63,3 +62,9 @@ class TorchUnderTest:
             for sample in step.samples
         ]
         return self.train_step(replace(step, samples=bare, objective=replace(step.objective, world_model_coeff=0.0)))
+
+
+def _copy_gradient(weight: torch.Tensor, total: torch.Tensor) -> None:
+    """Copy what a backward pass accumulated; a gradient that is only measured leaves none."""
+    if weight.grad is not None:
+        total.copy_(weight.grad)
