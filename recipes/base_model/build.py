@@ -2,10 +2,10 @@
 
     python recipes/base_model/build.py          # about half an hour on 2 cores
 
-It is trained on ordinary shell sessions in home folders, on every token (commands and their output), so that it knows
-both sides of a conversation; and on mediocre rollouts of triage tasks of the train split, on the explorers' tokens
-alone, so that it knows the form of a rollout, but neither how to succeed nor what a triage machine outputs. That is
-left to reinforcement learning and to the world-model term.
+It is trained on ordinary shell sessions in home folders and on mediocre rollouts of triage tasks of the train split, on
+every token of both: commands and their output. So it knows both halves of a conversation with a machine, and solves few
+tasks; that is left to reinforcement learning. With ``--world-weight 0`` it learns the explorers' tokens of triage
+alone, and what a triage machine outputs stays strange to it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from operator import itemgetter
 from pathlib import Path
 from random import Random
 
@@ -32,6 +33,7 @@ from backtalk.run.log import write_trajectories
 from backtalk.tasks.task import Split
 from backtalk.tasks.triage import triage_task
 from backtalk.trajectory import Segment, StopReason, TokenRole, Trajectory
+from muon import Muon
 from record import read, record, unpack, unpack_call
 from sessions import Session, ordinary_session, triage_session
 from tokenizer import train_tokenizer
@@ -47,12 +49,12 @@ class Recipe:
     triage_sessions: int = 6000
     held_out_sessions: int = 200
     skill: float = 0.3
-    failures_kept: float = 0.33  # of the explorers' wrong rollouts
+    world_weight: float = 0.3  # of a token that no explorer wrote, in triage; an explorer's token weighs 1
     vocab_size: int = 1536
     hidden_size: int = 128
     layers: int = 4
     drill_steps: int = 350
-    steps: int = 1340
+    steps: int = 800
     learning_rate: float = 3e-3
     batch_tokens: int = 4_000
     seed: int = 0
@@ -96,14 +98,14 @@ def texts(session: dict) -> Iterator[str]:
             yield from (text for text, _ in message["parts"])
 
 
-def examples(sessions: list[dict], renderer: Renderer) -> list[tuple[Tensor, Tensor]]:
-    """Return (token ids [T], learned [T]) of each session."""
+def examples(sessions: list[dict], renderer: Renderer, world_weight: float) -> list[tuple[Tensor, Tensor]]:
+    """Return (token ids [T], weights [T]) of each session."""
     pairs = []
     for session in sessions:
         trajectory = to_trajectory(session, renderer)
-        roles = torch.tensor([int(role) for role in trajectory.roles])
-        learned = torch.ones_like(roles, dtype=torch.bool) if session["ordinary"] else roles == TokenRole.ACTION
-        pairs.append((torch.tensor(trajectory.token_ids), learned))
+        is_action = torch.tensor([role == TokenRole.ACTION for role in trajectory.roles])
+        weights = torch.where(is_action, 1.0, world_weight)
+        pairs.append((torch.tensor(trajectory.token_ids), weights))
     return pairs
 
 
@@ -121,8 +123,8 @@ def batches(pairs: list[tuple[Tensor, Tensor]], tokens: int, random: Random) -> 
         random.shuffle(slices)
         for chosen in slices:
             ids = torch.nn.utils.rnn.pad_sequence([pairs[i][0] for i in chosen], batch_first=True)
-            learned = torch.nn.utils.rnn.pad_sequence([pairs[i][1] for i in chosen], batch_first=True)
-            yield ids, learned
+            weights = torch.nn.utils.rnn.pad_sequence([pairs[i][1] for i in chosen], batch_first=True)
+            yield ids, weights
 
 
 def drill_batches(vocab_size: int, tokens: int, random: Random, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -135,14 +137,14 @@ def drill_batches(vocab_size: int, tokens: int, random: Random, first: int = 0) 
         period = random.randint(2, min(24, 3 + step // 20))
         once = torch.randint(0, vocab_size, (tokens // length, period))
         ids = once.repeat(1, length // period + 1)[:, :length]
-        yield ids, (torch.arange(length) >= period).expand_as(ids)
+        yield ids, (torch.arange(length) >= period).float().expand_as(ids)
 
 
-def mixed(sessions: Iterator[tuple[Tensor, Tensor]], drill: Iterator[tuple[Tensor, Tensor]]) -> Iterator:
-    """Yield three batches of sessions, then one of the drill, so that copying is not forgotten."""
+def mixed(*parts: tuple[int, Iterator[tuple[Tensor, Tensor]]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield so many batches of each part in turn, for ever."""
     while True:
-        yield from itertools.islice(sessions, 3)
-        yield next(drill)
+        for count, part in parts:
+            yield from itertools.islice(part, count)
 
 
 def train(
@@ -152,18 +154,19 @@ def train(
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = [
-        torch.optim.Muon(matrices, lr=0.02, weight_decay=0.01, adjust_lr_fn="original"),
+        Muon(matrices, lr=0.02, weight_decay=0.01),
         torch.optim.AdamW(others, lr=rate, weight_decay=0.01, betas=(0.9, 0.95)),
     ]
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     seen = 0
-    for step, (ids, learned) in enumerate(itertools.islice(data, steps)):
+    for step, (ids, weights) in enumerate(itertools.islice(data, steps)):
         done = step / steps
         for optimizer, full in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = full * min((step + 1) / 20, 1.0, (1 - done) / 0.6 if cool else 1.0)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model.lm_head(model.model(input_ids=ids).last_hidden_state[:, :-1][learned[:, 1:]])
-        loss = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][learned[:, 1:]])
+        learned = weights[:, 1:] > 0
+        logits = model.lm_head(model.model(input_ids=ids).last_hidden_state[:, :-1][learned])
+        losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:][learned], reduction="none")
+        loss = (losses * weights[:, 1:][learned]).sum() / weights[:, 1:].sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -239,18 +242,23 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     asyncio.run(record_all(recipe, work))
 
-    sessions = [*read(work / "ordinary.jsonl"), *read(work / "triage.jsonl")]
+    # Sessions were written as they ended; sorted, they are in the same order every time.
+    ordinary, triage = (sorted(read(work / f"{name}.jsonl"), key=itemgetter("id")) for name in ("ordinary", "triage"))
     torch.manual_seed(recipe.seed)
-    tokenizer = train_tokenizer((text for session in sessions for text in texts(session)), recipe.vocab_size)
+    tokenizer = train_tokenizer((text for s in (*ordinary, *triage) for text in texts(s)), recipe.vocab_size)
     renderer = Renderer(tokenizer, (BASH, SUBMIT))
-    thinning = Random(recipe.seed)
-    kept = [s for s in sessions if s["right"] or thinning.random() < recipe.failures_kept]
-    pairs = examples(kept, renderer)
-    log.info("%.2f M tokens in %d sessions", sum(len(ids) for ids, _ in pairs) / 1e6, len(pairs))
+    pairs = {
+        "ordinary": examples(ordinary, renderer, world_weight=1.0),
+        "triage": examples(triage, renderer, world_weight=recipe.world_weight),
+    }
+    for name, sessions in pairs.items():
+        log.info("%s: %d sessions, %.2f M tokens", name, len(sessions), sum(len(ids) for ids, _ in sessions) / 1e6)
     model = new_model(recipe, len(tokenizer), work)
     data = mixed(
-        batches(pairs, recipe.batch_tokens, Random(recipe.seed)),
-        drill_batches(len(tokenizer), recipe.batch_tokens, Random(recipe.seed), first=400),
+        (2, batches(pairs["triage"], recipe.batch_tokens, Random(recipe.seed))),
+        (1, batches(pairs["ordinary"], recipe.batch_tokens, Random(recipe.seed))),
+        # So that copying is not forgotten.
+        (1, drill_batches(len(tokenizer), recipe.batch_tokens, Random(recipe.seed), first=400)),
     )
     train(model, data, recipe.steps, recipe.learning_rate, cool=True)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id

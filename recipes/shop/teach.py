@@ -106,16 +106,16 @@ def copy_of_base(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausa
 
 
 def example(session: Session, renderer: Renderer) -> tuple[Tensor, Tensor]:
-    """Return the token ids [T] of a session, and which of them are learned from [T]."""
+    """Return the token ids [T] of a session, and their weights in the loss [T]."""
     segments = list(renderer.render_prompt(session.prompt))
     for number, (call, messages) in enumerate(session.turns):
         segments.append(Segment(TokenRole.ACTION, renderer.encode_action(call), turn=number))
         if messages:
             segments += renderer.render_observation(messages, turn=number, closed=True)
     ids = torch.tensor([token for segment in segments for token in segment.token_ids])
-    learned = [segment.role is TokenRole.ACTION or session.ordinary for segment in segments]
+    weights = [float(segment.role is TokenRole.ACTION or session.ordinary) for segment in segments]
     counts = torch.tensor([len(segment.token_ids) for segment in segments])
-    return ids, torch.tensor(learned).repeat_interleave(counts)
+    return ids, torch.tensor(weights).repeat_interleave(counts)
 
 
 def main() -> None:
@@ -141,7 +141,7 @@ def main() -> None:
     log.info("%.2f M tokens, %.2f M parameters", sum(len(ids) for ids, _ in pairs) / 1e6, model.num_parameters() / 1e6)
     drill = drill_batches(len(tokenizer), recipe.batch_tokens, Random(recipe.seed))
     train(model, drill, recipe.drill_steps, recipe.learning_rate, cool=False)
-    data = mixed(batches(pairs, recipe.batch_tokens, Random(recipe.seed)), drill)
+    data = mixed((3, batches(pairs, recipe.batch_tokens, Random(recipe.seed))), (1, drill))
     train(model, data, recipe.steps, recipe.learning_rate, cool=True)
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)

@@ -14,6 +14,8 @@ from importlib import resources
 from itertools import accumulate
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,6 +24,8 @@ from backtalk.errors import DataError
 from backtalk.files import append_json_line, read_json_lines, write_bytes
 from backtalk.run.log import RunLog, group_trajectories, read_trajectories, trajectory_to_dict, write_trajectories
 from backtalk.run.log.trajectories import trajectory_from_dict
+from backtalk.tasks.task import Split
+from backtalk.tasks.triage import triage_task
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, TokenWeights, Trajectory, TrajectoryGroup
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
@@ -89,8 +93,6 @@ def one(task_id: str = "a", sample_index: int = 0, **more: object) -> Trajectory
 
 
 def test_parquet_has_one_row_a_trajectory_with_roles_and_logprobs_beside_the_tokens(tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-
     write_trajectories(tmp_path / "rows.parquet", [one(), one(sample_index=1)])
     row, other = pq.read_table(tmp_path / "rows.parquet").to_pylist()
     assert other["sample_index"] == 1
@@ -112,10 +114,25 @@ def test_branches_are_kept_and_files_of_version_1_are_of_one(tmp_path: Path) -> 
         write_trajectories(tmp_path / f"rows.{suffix}", [whole])
         (read,) = read_trajectories(tmp_path / f"rows.{suffix}")
         assert [[len(s) for s in branch] for branch in read.branches] == [[3, 2], [4, 1]]
-    # The package's own recorded trajectories are of version 1.
+    write_trajectories(tmp_path / "rows.parquet", [first, one(sample_index=1)])
+    table = pq.read_table(tmp_path / "rows.parquet")
+    rows = table.to_pylist()
+    for row in rows:
+        row["segments"] = [{k: v for k, v in s.items() if k not in ("branch", "sampled")} for s in row["segments"]]
+    metadata = {**table.schema.metadata, b"backtalk_trajectories": b"1"}
+    pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(metadata), tmp_path / "version_1.parquet")
+    assert read_trajectories(tmp_path / "version_1.parquet") == [first, one(sample_index=1)]
+
+
+def test_the_recorded_trajectories_of_the_package_are_explorers_at_held_out_tasks() -> None:
     with resources.as_file(resources.files("backtalk").joinpath("assets", "recorded", "held_out.parquet")) as path:
         recorded = read_trajectories(path)
-    assert len(recorded) > 1 and {len(t.branches) for t in recorded} == {1}
+    assert len({t.task_id for t in recorded}) == len(recorded) == 200
+    for trajectory in recorded:
+        assert len(trajectory.branches) == 1 and TokenRole.ENV_OUTPUT in trajectory.roles
+        assert all(s.logprobs is None for s in trajectory.segments)  # a script sampled nothing
+        level, seed = trajectory.task_id.removeprefix("triage-").split("-")
+        assert triage_task(int(seed), int(level)).split is Split.HELD_OUT
 
 
 def test_before_version_3_every_action_was_sampled(tmp_path: Path) -> None:
@@ -142,8 +159,6 @@ def test_a_failure_has_a_phase_under_its_name_before_version_3_too() -> None:
 
 
 def test_a_file_of_a_later_version_is_refused(tmp_path: Path) -> None:
-    import pyarrow.parquet as pq
-
     write_trajectories(tmp_path / "rows.parquet", [one()])
     table = pq.read_table(tmp_path / "rows.parquet")
     assert table.schema.metadata[b"backtalk_trajectories"] == b"3"
@@ -173,8 +188,6 @@ def test_another_suffix_is_refused_with_what_to_type(tmp_path: Path, name: str) 
 
 def test_what_is_no_trajectory_file_is_told_apart_from_an_empty_one(tmp_path: Path) -> None:
     import pyarrow as pa
-    import pyarrow.parquet as pq
-
     with pytest.raises(DataError, match="No such file"):
         read_trajectories(tmp_path / "absent.parquet")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 cut off")
