@@ -49,12 +49,15 @@ class Recipe:
     triage_sessions: int = 6000
     held_out_sessions: int = 200
     skill: float = 0.3
+    failures_kept: float = 0.2  # of the explorers' wrong rollouts, in the last part
     world_weight: float = 0.3  # of a token that no explorer wrote, in triage; an explorer's token weighs 1
+    last_world_weight: float = 0.05  # the same in the last part, in ordinary sessions too
     vocab_size: int = 1536
     hidden_size: int = 128
     layers: int = 4
     drill_steps: int = 350
     steps: int = 800
+    last_steps: int = 350
     learning_rate: float = 3e-3
     batch_tokens: int = 4_000
     seed: int = 0
@@ -207,6 +210,21 @@ def new_model(recipe: Recipe, vocab_size: int, work: Path) -> LlamaForCausalLM:
     return model
 
 
+def learn(model: LlamaForCausalLM, recipe: Recipe, pairs: dict[str, list[tuple[Tensor, Tensor]]], work: Path) -> None:
+    """Train on all sessions. The weights are rounded to bfloat16 and kept in ``work`` between runs."""
+    learned = work / f"learned_{recipe.hidden_size}_{recipe.layers}_{recipe.world_weight:g}_{recipe.steps}.pt"
+    if not learned.exists():
+        drill = drill_batches(model.config.vocab_size, recipe.batch_tokens, Random(recipe.seed), first=400)
+        data = mixed(
+            (2, batches(pairs["triage"], recipe.batch_tokens, Random(recipe.seed))),
+            (1, batches(pairs["ordinary"], recipe.batch_tokens, Random(recipe.seed))),
+            (1, drill),  # so that copying is not forgotten
+        )
+        train(model, data, recipe.steps, recipe.learning_rate, cool=True)
+        torch.save({name: weight.bfloat16() for name, weight in model.state_dict().items()}, learned)
+    model.load_state_dict(torch.load(learned))
+
+
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -254,18 +272,18 @@ def main() -> None:
     for name, sessions in pairs.items():
         log.info("%s: %d sessions, %.2f M tokens", name, len(sessions), sum(len(ids) for ids, _ in sessions) / 1e6)
     model = new_model(recipe, len(tokenizer), work)
-    data = mixed(
-        (2, batches(pairs["triage"], recipe.batch_tokens, Random(recipe.seed))),
-        (1, batches(pairs["ordinary"], recipe.batch_tokens, Random(recipe.seed))),
-        # So that copying is not forgotten.
-        (1, drill_batches(len(tokenizer), recipe.batch_tokens, Random(recipe.seed), first=400)),
-    )
-    train(model, data, recipe.steps, recipe.learning_rate, cool=True)
+    learn(model, recipe, pairs, work)
+    thinning = Random(recipe.seed)
+    kept = [s for s in triage if s["right"] or thinning.random() < recipe.failures_kept]
+    log.info("last part: %d sessions of triage", len(kept))
+    parts = [examples(sessions, renderer, recipe.last_world_weight) for sessions in (kept, ordinary)]
+    last = mixed(*((1, batches(part, recipe.batch_tokens, Random(recipe.seed + 1))) for part in parts))
+    train(model, last, recipe.last_steps, recipe.learning_rate, cool=True)
     model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
     save(model, tokenizer, recipe, out / "base_model")
-    held_out = [to_trajectory(session, renderer) for session in read(work / "held_out.jsonl")]
+    held_out = sorted(read(work / "held_out.jsonl"), key=lambda session: session["id"].split("-")[::-1])  # by seed
     (out / "recorded").mkdir(parents=True, exist_ok=True)
-    write_trajectories(out / "recorded/held_out.parquet", held_out)
+    write_trajectories(out / "recorded/held_out.parquet", [to_trajectory(session, renderer) for session in held_out])
 
 
 if __name__ == "__main__":
