@@ -1,10 +1,11 @@
 """Make the embedded base model: record explorers, train a tokenizer, train a small transformer.
 
-    python recipes/base_model/build.py          # about half an hour on 2 cores
+    python recipes/base_model/build.py          # about 40 minutes on 2 cores
 
-It is trained on ordinary shell sessions in home folders and on mediocre rollouts of triage tasks of the train split, on
-every token of both: commands and their output. So it knows both halves of a conversation with a machine, and solves few
-tasks; that is left to reinforcement learning. With ``--world-weight 0`` it learns the explorers' tokens of triage
+It is trained on ordinary shell sessions in home folders and on rollouts of triage tasks of the train split, on every
+token of both: commands and their output. A last part leaves most wrong rollouts out and learns above all what explorers
+type. So the model knows both halves of a conversation with a machine and solves a third of the tasks; the rest is left
+to reinforcement learning. With ``--world-weight 0 --last-world-weight 0`` it learns of triage the explorers' tokens
 alone, and what a triage machine outputs stays strange to it.
 """
 
