@@ -26,6 +26,7 @@ from backtalk.evidence.study import (
     load_study,
     run_study,
 )
+from backtalk.objective.coefficient import Share
 from backtalk.run.estimates import Interval
 from backtalk.run.log import RunLog, lock_folder
 from backtalk.sandboxes import local_sandbox
@@ -119,12 +120,15 @@ def test_evaluations_without_invalid_calls_have_none() -> None:
 # ---------------------------------------------------------------- the file
 
 
-def test_the_demo_is_two_arms_that_differ_in_the_world_term_alone() -> None:
+def test_the_demo_is_three_arms_that_differ_in_the_world_term_alone() -> None:
     study = load_study("demo")
-    assert list(study.arms) == ["grpo", "echo"]
-    grpo, echo = study.config("grpo", 0), study.config("echo", 0)
-    assert grpo.objective.world_model_coeff == 0.0 < echo.objective.world_model_coeff
+    assert list(study.arms) == ["grpo", "echo", "shuffled"]
+    grpo, echo, shuffled = (study.config(arm, 0) for arm in study.arms)
+    assert grpo.objective.world_model_coeff == 0.0
+    assert isinstance(echo.objective.world_model_coeff, Share) and echo.objective.world.observations == "own"
     assert replace(echo, objective=replace(echo.objective, world_model_coeff=0.0)) == grpo
+    world = replace(shuffled.objective.world, observations="own")
+    assert replace(shuffled, objective=replace(shuffled.objective, world=world)) == echo
     assert load_study("demo", seeds=[3, 4], overrides=["steps=2"]).config("echo", 4).steps == 2
 
 

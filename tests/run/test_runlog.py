@@ -188,6 +188,7 @@ def test_another_suffix_is_refused_with_what_to_type(tmp_path: Path, name: str) 
 
 def test_what_is_no_trajectory_file_is_told_apart_from_an_empty_one(tmp_path: Path) -> None:
     import pyarrow as pa
+
     with pytest.raises(DataError, match="No such file"):
         read_trajectories(tmp_path / "absent.parquet")
     (tmp_path / "cut.parquet").write_bytes(b"PAR1 cut off")
