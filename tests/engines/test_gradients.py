@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from backtalk.errors import ConfigError
 from backtalk.objective import objective
 from backtalk.objective.batch import TokenCounts, collate
 from backtalk.objective.coefficient import Share
-from backtalk.objective.config import ObjectiveConfig, PolicyOptions, WorldOptions
+from backtalk.objective.config import ObjectiveConfig, PolicyOptions
 from backtalk.objective.samples import Sample, build_samples
 from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
 
@@ -122,8 +121,20 @@ async def test_a_share_is_that_share_from_the_first_step(model_dir: Path) -> Non
     same = await make_engine(model_dir).train_step(
         samples, ObjectiveConfig(world_model_coeff=first["world_model_coeff"])
     )
-    assert first["grad_norm"] == pytest.approx(same["grad_norm"], rel=1e-9)
-    assert first["total_loss"] == pytest.approx(same["total_loss"], rel=1e-9)
+    # Its update is the sum of the two measured gradients. The model's norms compute in float32.
+    assert same.pop("grad_cosine") == pytest.approx(first.pop("grad_cosine"))
+    assert first == pytest.approx(same, rel=1e-6, abs=1e-9, nan_ok=True)
+    assert first["world_pull_share"] > 0 and first["world_grad_norm"] > 0
+
+
+async def test_the_update_of_a_measured_share_is_that_of_the_number(model_dir: Path) -> None:
+    by_share, by_number = (make_engine(model_dir, learning_rate=1e-3) for _ in range(2))
+    for seed in range(3):
+        chosen = await by_share.train_step(make_samples(seed=seed), FIFTH)
+        await by_number.train_step(
+            make_samples(seed=seed), ObjectiveConfig(world_model_coeff=chosen["world_model_coeff"])
+        )
+    assert torch.allclose(weights(by_share), weights(by_number), rtol=0, atol=1e-6)
 
 
 async def test_a_measurement_waits_for_a_policy_gradient(model_dir: Path) -> None:
@@ -137,15 +148,15 @@ async def test_a_measurement_waits_for_a_policy_gradient(model_dir: Path) -> Non
     assert rows[0].keys() == rows[1].keys()
 
 
-async def test_a_coefficient_that_follows_is_measured_more_often(model_dir: Path) -> None:
-    samples, halves, due = make_samples(), replace(BOTH, world=WorldOptions(on_trouble="halve")), {}
-    for config in (BOTH, FIFTH, halves):
+async def test_a_share_is_measured_more_often(model_dir: Path) -> None:
+    samples, due = make_samples(), {}
+    for config in (BOTH, FIFTH):
         engine = make_engine(model_dir, measure_gradients_every=None)
         engine._measured_at = 5
         for engine._policy_version in range(5, 50):
             if engine._is_measured(samples, config):
                 due.setdefault(config, engine._policy_version)
-    assert due == {BOTH: 45, FIFTH: 15, halves: 15}
+    assert due == {BOTH: 45, FIFTH: 10}
 
 
 async def test_a_resumed_controller_goes_on_to_the_bit(model_dir: Path, tmp_path: Path) -> None:

@@ -51,6 +51,12 @@ class StepRecord:
         self.policy_square += float(squares_N[is_action_N].sum())
         self.world_square += float(squares_N[~is_action_N].sum())
 
+    def scale_world(self, coeff: float) -> None:
+        """Multiply the gradients of the world-model term, recorded at coefficient 1, by its coefficient."""
+        self.world_square *= coeff**2
+        for gradient, sample in zip(self.gradients, self.samples, strict=True):
+            gradient[~sample.sampled] *= coeff
+
 
 def _rows(values_BT: Tensor, samples: Sequence[Sample]) -> list[Tensor]:
     """Copy a batch's values to the CPU as float64, without padding."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from backtalk.engines.metrics import StepRecord, term_metrics, token_metrics
 from backtalk.engines.torch import checkpoint as checkpoints
 from backtalk.engines.torch.config import TorchConfig
-from backtalk.engines.torch.gradients import GradientSum
+from backtalk.engines.torch.gradients import GradientSum, StepTerms
 from backtalk.engines.torch.logprobs import Scores, TokenScorer
 from backtalk.engines.torch.model import (
     add_lora,
@@ -41,16 +41,15 @@ from backtalk.language.tokenizer import load_tokenizer, model_location
 from backtalk.objective.batch import Batch, TokenCounts, collate, measured_mask, token_temperatures, trained_mask
 from backtalk.objective.coefficient import CoefficientController, Share
 from backtalk.objective.config import NO_SHARE, ObjectiveConfig
-from backtalk.objective.gradients import TermGradients, term_gradients
+from backtalk.objective.gradients import term_gradients
 from backtalk.objective.loss import objective, world_weights
 from backtalk.objective.samples import Sample, to_samples
 from backtalk.rollout.sampler import Sampler, SamplingParams
 from backtalk.trajectory import Trajectory
 
-# With forward : backward as 1 : 2, a measured step takes 2.7 times as long as another, and an update is about half of a
-# step of triage. So one in 40 costs 2 % of a run. One in 10 costs 8 %: for a coefficient that follows the norms, which
-# change fastest in the first steps.
-MEASURE_EVERY, MEASURE_EVERY_TO_FOLLOW = 40, 10
+# Of a run of triage, measuring every step as a pass of its own costs 40 %, and one in 40 steps 1 %. Under a share it
+# costs one more backward pass, about 12 %, and one in 5 steps 2.4 %.
+MEASURE_EVERY, MEASURE_EVERY_TO_FOLLOW = 40, 5
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -166,10 +165,16 @@ class TorchEngine:
         """Take an optimizer step and return its metrics."""
         counts = TokenCounts.of(samples, config.world_loss_target)
         terms = self._measure(samples, counts, config) if self._is_measured(samples, config) else None
-        if isinstance(config.world_model_coeff, Share):
-            coeff = self._controller.coefficient(config.world_model_coeff, self._policy_version)
+        share = config.world_model_coeff
+        if isinstance(share, Share):
+            coeff = self._controller.coefficient(share, self._policy_version)
             config = replace(config, world_model_coeff=coeff)
-        losses, record, has_gradient = self._accumulate(samples, counts, config)
+        if terms is not None and isinstance(share, Share):  # the measured gradients are the update's own
+            losses, record, gradients = terms.combine(config)
+            self._optimizer.set_gradients(gradients)
+            has_gradient = True
+        else:
+            losses, record, has_gradient = self._accumulate(samples, counts, config)
         world_only = config.policy_coeff > 0 and config.world_coeff > 0 and record.policy_square == 0
         scaled = world_only and config.world.zero_advantage_steps == "scaled"
         ratio = config.world_coeff / config.policy_coeff if scaled else None
@@ -179,38 +184,44 @@ class TorchEngine:
         self._tools.update(span.tool for sample in samples for span in sample.spans if span.tool is not None)
         tokens = token_metrics(record, counts, config, sorted(self._tools))
         coeff = config.world_coeff
-        return losses | {"world_model_coeff": coeff} | tokens | term_metrics(terms, coeff) | update
+        measured = None if terms is None else terms.measured
+        return losses | {"world_model_coeff": coeff} | tokens | term_metrics(measured, coeff) | update
 
     def _is_measured(self, samples: Sequence[Sample], config: ObjectiveConfig) -> bool:
         """Return whether this step measures both terms' gradients: one is due, and the policy term has a gradient."""
         every, last = self.config.measure_gradients_every, self._measured_at
         if every is None:
-            follows = isinstance(config.world_model_coeff, Share) or config.world.on_trouble != "warn"
+            follows = isinstance(config.world_model_coeff, Share)
             every = MEASURE_EVERY_TO_FOLLOW if follows else MEASURE_EVERY
         if every == 0 or config.policy_coeff == 0 or (last is not None and self._policy_version - last < every):
             return False
         return any(s.has_reward and (s.advantage != 0 or config.policy.kl_coeff > 0) for s in samples)
 
-    def _measure(self, samples: Sequence[Sample], counts: TokenCounts, config: ObjectiveConfig) -> TermGradients:
-        """Measure both terms' gradients over the trained weights and tell the controller.
+    def _measure(self, samples: Sequence[Sample], counts: TokenCounts, config: ObjectiveConfig) -> StepTerms:
+        """Compute both terms' gradients over the trained weights, each by itself, and tell the controller their norms.
 
-        One forward and two backward passes of their own, so that the update's stay the same to the bit. They take two
-        more tensors the size of the trained weights.
+        One forward and two backward passes. Under a share they are the update's own; otherwise they come before it, so
+        that no bit of the update depends on measuring. They take two more tensors the size of the trained weights.
         """
         both = replace(config, world_model_coeff=1.0)
         policy_alone, world_alone = replace(config, world_model_coeff=0.0), replace(both, policy_coeff=0.0)
         policy, world = GradientSum(self.model.parameters()), GradientSum(self.model.parameters())
+        losses, record = {"policy_loss": 0.0, "world_model_loss": 0.0}, StepRecord()
         self.model.train(self.config.gradient_checkpointing)
-        for _, batch, row_sizes in self._batches(samples, both):
-            logprobs_BT = self._scores(self._scorer, batch, row_sizes, both, counts).logprobs_BT
-            if logprobs_BT.requires_grad:
-                world.add(objective(logprobs_BT, batch, counts, world_alone)[0], keep_graph=True)
-                policy.add(objective(logprobs_BT, batch, counts, policy_alone)[0])
+        for part, batch, row_sizes in self._batches(samples, both):
+            scores = self._scores(self._scorer, batch, row_sizes, both, counts).keep_gradients()
+            world_loss, values = objective(scores.logprobs_BT, batch, counts, world_alone)
+            if scores.logprobs_BT.requires_grad:
+                world.add(world_loss, keep_graph=True)
+                policy.add(objective(scores.logprobs_BT, batch, counts, policy_alone)[0])
+            for name in losses:
+                losses[name] += float(values[name])
+            _record(record, part, batch, scores)
         self.model.eval()
         measured = term_gradients(policy.sums, world.sums)
         self._controller.observe(measured.policy_norm, measured.world_norm)
         self._measured_at = self._policy_version
-        return measured
+        return StepTerms(policy=policy, world=world, losses=losses, record=record, measured=measured)
 
     def _accumulate(
         self, samples: Sequence[Sample], counts: TokenCounts, config: ObjectiveConfig
@@ -228,9 +239,7 @@ class TorchEngine:
                 has_gradient = True
             for name, value in terms.items():
                 losses[name] += float(value)
-            record.add([sample for row in part for sample in row], batch, scores.logprobs_BT)
-            if scores.states_ND is not None and scores.states_ND.grad is not None:
-                record.add_states(scores.states_ND.grad, batch.sampled_BT[scores.trained_BT])
+            _record(record, part, batch, scores)
         self.model.eval()
         return losses, record, has_gradient
 
@@ -344,3 +353,10 @@ class TorchEngine:
         if "coefficient" in state:  # not in a checkpoint of an older version
             self._measured_at = state["measured_at"]
             self._controller.load_state_dict(state["coefficient"])
+
+
+def _record(record: StepRecord, part: MicroBatch, batch: Batch, scores: Scores) -> None:
+    """Add a micro-batch to the record of a step, after its backward pass."""
+    record.add([sample for row in part for sample in row], batch, scores.logprobs_BT)
+    if scores.states_ND is not None and scores.states_ND.grad is not None:
+        record.add_states(scores.states_ND.grad, batch.sampled_BT[scores.trained_BT])

@@ -55,6 +55,11 @@ class StepOptimizer:
             master.grad = grad if master.grad is None else master.grad.add_(grad)
             parameter.grad = None
 
+    def set_gradients(self, gradients: Iterable[Tensor | None]) -> None:
+        """Take the gradient of a whole step, one tensor a trained weight, in place of ``accumulate``."""
+        for master, gradient in zip(self._masters, gradients, strict=True):
+            master.grad = None if gradient is None else gradient.to(master.dtype)
+
     def step(self, world_coeff_ratio: float | None = None) -> dict[str, float]:
         """Update the weights and return metrics. A gradient that is not finite changes nothing and gives ``skipped`` 1.
 
