@@ -701,7 +701,7 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
             import_files([tmp_path / name], "turns")
     with pytest.raises(DataError, match="cannot read"):
         import_files([tmp_path / "absent.jsonl"], "turns")
-    with pytest.raises(ConfigError, match="chat, atif, turns"):
+    with pytest.raises(ConfigError, match="use chat, atif, harbor"):
         import_files([], "csv")  # pyright: ignore[reportArgumentType]
 
 

@@ -86,10 +86,13 @@ def import_trajectories(
     """
     from backtalk.exchange.read.files import import_files
     from backtalk.exchange.read.observations import Observations
+    from backtalk.language.tool_formats import ToolFormat
     from backtalk.trajectory import TokenRole
 
     if out.suffix not in (".parquet", ".jsonl"):
         raise ConfigError(f"--out {out} ends in {out.suffix!r}; end the name in .parquet or .jsonl")
+    if tool_format is not None and tool_format not in set(ToolFormat):
+        raise ConfigError(f"--tool-format {tool_format!r} is unknown; use {', '.join(ToolFormat)}")
     options = Observations(
         on_drift=on_drift,
         role=None if observation_role is None else TokenRole[observation_role.upper()],
@@ -99,7 +102,8 @@ def import_trajectories(
         max_tokens=max_tokens,
     )
     renderer_of, longest = (None, None) if model is None else _model(model, tool_format, on_drift)
-    for_text = _model("base", tool_format, on_drift)[0] if model is None else None
+    # The embedded model's tokenizer is loaded only where there is text to render.
+    for_text = (lambda tools: _model("base", tool_format, on_drift)[0](tools)) if model is None else None
     _write(out, import_files(files, source, renderer_of, options, longest, for_text=for_text), user_role)
 
 
@@ -137,6 +141,7 @@ def _wrappers(harness: Harness, warnings: Sequence[str]) -> Wrappers | None:
     return Wrappers((*known.patterns, *warnings), known.echoes)
 
 
+@lru_cache
 def _model(model: str, tool_format: str | None, on_drift: Drift) -> tuple[RendererOf, int | None]:
     """Return the renderers of a model's tokenizer, by tools, and the length of its context where it is known."""
     from transformers import AutoConfig
@@ -145,12 +150,10 @@ def _model(model: str, tool_format: str | None, on_drift: Drift) -> tuple[Render
     from backtalk.language.tokenizer import load_tokenizer, model_location
     from backtalk.language.tool_formats import ToolFormat
 
-    if tool_format is not None and tool_format not in set(ToolFormat):
-        raise ConfigError(f"--tool-format {tool_format!r} is unknown; use {', '.join(ToolFormat)}")
     config = RendererConfig(tool_format=None if tool_format is None else ToolFormat(tool_format), on_drift=on_drift)
     location = model_location(model)
-    tokenizer = lru_cache(1)(lambda: load_tokenizer(location))
-    for_tools = lru_cache(64)(lambda tools: Renderer(tokenizer(), tools, config))
+    tokenizer = load_tokenizer(location)
+    for_tools = lru_cache(64)(lambda tools: Renderer(tokenizer, tools, config))
     longest = getattr(AutoConfig.from_pretrained(location), "max_position_embeddings", None)
     return lambda tools: for_tools(tuple(tools)), longest if isinstance(longest, int) else None
 

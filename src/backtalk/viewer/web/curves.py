@@ -51,7 +51,9 @@ def draw_run(metrics: Rows, evaluations: Mapping[int, Mapping[str, Any]]) -> Any
     for axis, lines in ((norm, GRAD_NORMS), (share, SHARES), (behaviour, BEHAVIOUR)):
         for name, label in lines.items():
             _line(axis, metrics, name, label)
-    norm.set(title="gradient norm over all weights", yscale="log")
+    norm.set(title="gradient norm over all weights")
+    if any((row.get(name) or 0) > 0 for row in metrics for name in GRAD_NORMS):  # a run may have had no gradient
+        norm.set_yscale("log")
     share.set(title="gradient of the world-model term", ylim=(None, 1.02))
     _line(coeff, metrics, "world_model_coeff", "as used")
     coeff.set(title="world_model_coeff", ylim=(0, None))
