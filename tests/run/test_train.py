@@ -162,7 +162,8 @@ def test_metrics_are_the_listed_ones(whole: tuple[Path, list[Event]]) -> None:
 async def test_every_curve_is_drawn_of_a_real_run(longer: tuple[TrainConfig, Path]) -> None:
     log = RunLog(longer[1])
     recorded = log.evaluation_path(0).with_suffix(".parquet")
-    measured = await evaluate_run(log.folder, overrides={"evaluation.recorded_path": str(recorded)})
+    more = {"evaluation.samples_per_task": 16}  # so that some environment answers
+    measured = await evaluate_run(log.folder, overrides={"evaluation.recorded_path": str(recorded), **more})
     figure = draw_run(log.read_metrics(), {4: measured.to_dict()})
     assert {axis.get_title(): axis.get_legend_handles_labels()[1] for axis in figure.axes} == {
         "reward": ["reward of the step", "share solved", "held-out pass@1"],

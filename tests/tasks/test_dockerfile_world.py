@@ -146,7 +146,7 @@ async def test_a_world_starts_as_docker_would_start_it(tmp_path: Path, kind: str
         ("FROM ubuntu:22.04\nRUN true\nUSER user\n", r"line 3: USER: no line above makes the user 'user'.*useradd -m"),
         (
             "FROM python:3.12\nUSER ubuntu\n",
-            r"line 2: USER: no line above makes the user 'ubuntu', and the image p",
+            r"line 2: USER: no line above makes the user 'ubuntu', and the image 'p",
         ),
         ("FROM x\nCOPY a.txt /usr/local/bin/tool\n", r"line 2: COPY: /usr/local/bin/tool is among this machine's own"),
         ("FROM x\nRUN true\nADD a.txt /bin/\n", r"line 3: ADD: /bin/ is among"),
