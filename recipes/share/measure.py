@@ -66,11 +66,8 @@ def measure(model: Path, recorded: Path, coefficient: str, folder: Path, steps: 
 
 
 def shares(result: dict[str, Any]) -> list[float]:
-    """Return the world-model term's share of the gradient over the weights, of each step that had both terms.
-
-    The first step is left out: a share's coefficient is not yet known in it.
-    """
-    return [row["world_grad_share"] for row in result["steps"][1:] if row["policy_grad_norm_weights"]]
+    """Return the world-model term's share of the gradient over the weights, of each step that had both terms."""
+    return [row["world_grad_share"] for row in result["steps"] if row["policy_grad_norm_weights"]]
 
 
 def draw(results: list[dict[str, Any]]) -> bytes:
