@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from backtalk.envs.terminal import TOOLS
 from backtalk.errors import ConfigError, RenderError
@@ -40,7 +41,8 @@ def recorded_trajectories(config: TrainConfig, renderer: Renderer, on_notice: On
     if config.evaluation.tasks == 0:
         return []
     if config.evaluation.recorded_path is not None:
-        return _own_file(Path(config.evaluation.recorded_path), len(renderer.tokenizer))
+        tokenizer: Any = renderer.tokenizer
+        return _own_file(Path(config.evaluation.recorded_path), len(tokenizer))
     if all(source.name != "triage" for source in config.tasks.sources):
         on_notice(
             "there are no recorded trajectories of these tasks, so held-out cross-entropy is measured on the model's "

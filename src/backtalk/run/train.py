@@ -214,7 +214,8 @@ class Run:
         if objective.world.observations == "shuffled":
             samples = shuffle_observations(samples, objective.world_loss_target, key=f"{config.seed}/{step}")
         metrics = await engine.train_step(samples, objective)
-        used = metrics.setdefault("world_model_coeff", objective.world_model_coeff)  # a number, where it was a share
+        used = metrics.get("world_model_coeff")  # a number, where it was a share
+        metrics["world_model_coeff"] = used = objective.world_coeff if used is None else used
         objective = replace(objective, world_model_coeff=used)
         if not metrics.get("skipped"):
             log.write_weights(step, groups, step_weights(samples, objective))

@@ -20,7 +20,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_config import GRPOConfig
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from backtalk.engines.conformance import Step, StepResult, token_gradients
 from backtalk.errors import ConfigError
@@ -86,7 +87,7 @@ def take_step(
         return samples
 
     with tempfile.TemporaryDirectory(prefix="backtalk-trl-") as folder:
-        args = _arguments(folder, step, len(samples))
+        args: Any = _arguments(folder, step, len(samples))
         common: dict[str, Any] = {
             "model": model,
             "args": args,

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from trl import GRPOTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 from backtalk.errors import ConfigError
 from backtalk.hosts.trl.roles import ToolRoles, rollout_trajectory
@@ -39,6 +39,9 @@ from backtalk.objective.roles import WorldLossTarget
 from backtalk.objective.samples import Sample, build_samples
 from backtalk.trajectory import Trajectory, TrajectoryGroup
 
+# Its attributes are those of whichever release is installed; ``check_trainer`` looks for the ones that are used.
+_Trainer: Any = GRPOTrainer
+
 log = logging.getLogger(__name__)
 
 ROLES_KEY = "token_roles"  # of what a rollout function returns
@@ -52,7 +55,7 @@ class Rollouts(Protocol):
         ...
 
 
-class EchoGRPOTrainer(GRPOTrainer):
+class EchoGRPOTrainer(_Trainer):
     """A ``GRPOTrainer`` that also learns what its environment answers; it takes all of TRL's own arguments.
 
     Args:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from trl.models import unwrap_model_for_generation
+from trl.models.utils import unwrap_model_for_generation
 
 from backtalk.engines.torch.sampler import TorchSampler
 from backtalk.envs.base import World
@@ -68,7 +68,7 @@ class WorldRollouts:
         size = trainer.num_generations if training else getattr(trainer, "num_generations_eval", 1)
         names = [
             name
-            for name, rows in groupby(row.get("task_id") for row in inputs)
+            for name, rows in groupby(str(row.get("task_id")) for row in inputs)
             for _ in range(-(-len(list(rows)) // size))
         ]
         if len(names) * size != len(inputs) or not self._tasks.keys() >= set(names):
