@@ -34,8 +34,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from backtalk.engines.torch.config import TorchConfig
-from backtalk.engines.torch.engine import MEASURE_EVERY, TorchEngine
+from backtalk.engines.torch.engine import MEASURE_EVERY, MEASURE_EVERY_TO_FOLLOW, TorchEngine
 from backtalk.engines.torch.head import head_logprobs
+from backtalk.objective.coefficient import Share
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.samples import Sample, build_samples
 from backtalk.run.log import RunLog
@@ -319,22 +320,19 @@ def norms(args: argparse.Namespace) -> None:
         asyncio.run(engine.train_step(samples, config))
         return time.process_time() - started
 
-    for coeff in (0.0, 0.05):
+    number, share = ObjectiveConfig(world_model_coeff=0.05), ObjectiveConfig(world_model_coeff=Share(0.2))
+    for name, measured, every in (("a number", number, MEASURE_EVERY), ("a share", share, MEASURE_EVERY_TO_FOLLOW)):
         engines = [engine_of("base", measure_gradients_every=n) for n in (1, 0)]
         samples = rollouts(args.samples, len(engines[0].tokenizer), 2)
-        config = ObjectiveConfig(world_model_coeff=coeff)
-        runs = [partial(cpu_seconds, engine, samples, config) for engine in engines]
+        runs = [partial(cpu_seconds, e, samples, c) for e, c in zip(engines, (measured, number), strict=True)]
         pairs = alternating(runs[0], runs[1], args.pairs)
-        added = sum(a for a, _ in pairs) / sum(b for _, b in pairs) - 1
-        print(
-            f"coefficient {coeff:<5}{ratio_line(pairs)}; one in {MEASURE_EVERY}: {added / MEASURE_EVERY:.1%} of updates"
-        )
+        added = (sum(a for a, _ in pairs) / sum(b for _, b in pairs) - 1) / every
+        print(f"{name:<9}{ratio_line(pairs)}; one in {every}: {added:.1%} of updates")
         if args.run:
             rows = RunLog(args.run).read_metrics()
             update = sum(row["train_seconds"] for row in rows)
-            whole = update + sum(row["rollout_seconds"] for row in rows)
-            share = update / whole
-            print(f"    updates are {share:.0%} of {args.run}'s steps, so that is {added / MEASURE_EVERY * share:.1%}")
+            part = update / (update + sum(row["rollout_seconds"] for row in rows))
+            print(f"    updates are {part:.0%} of {args.run}'s steps, so that is {added * part:.1%}")
 
 
 def main() -> None:
