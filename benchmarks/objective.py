@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from backtalk.engines.torch.config import TorchConfig
-from backtalk.engines.torch.engine import MEASURE_EVERY, MEASURE_EVERY_TO_FOLLOW, TorchEngine
+from backtalk.engines.torch.engine import MEASURE_EVERY, MEASURE_EVERY_UNDER_SHARE, TorchEngine
 from backtalk.engines.torch.head import head_logprobs
 from backtalk.objective.coefficient import Share
 from backtalk.objective.config import ObjectiveConfig
@@ -321,7 +321,7 @@ def norms(args: argparse.Namespace) -> None:
         return time.process_time() - started
 
     number, share = ObjectiveConfig(world_model_coeff=0.05), ObjectiveConfig(world_model_coeff=Share(0.2))
-    for name, measured, every in (("a number", number, MEASURE_EVERY), ("a share", share, MEASURE_EVERY_TO_FOLLOW)):
+    for name, measured, every in (("a number", number, MEASURE_EVERY), ("a share", share, MEASURE_EVERY_UNDER_SHARE)):
         engines = [engine_of("base", measure_gradients_every=n) for n in (1, 0)]
         samples = rollouts(args.samples, len(engines[0].tokenizer), 2)
         runs = [partial(cpu_seconds, e, samples, c) for e, c in zip(engines, (measured, number), strict=True)]

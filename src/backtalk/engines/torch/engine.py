@@ -49,7 +49,7 @@ from backtalk.trajectory import Trajectory
 
 # Of a run of triage, measuring every step as a pass of its own costs 40 %, and one in 40 steps 1 %. Under a share it
 # costs one more backward pass, about 12 %, and one in 5 steps 2.4 %.
-MEASURE_EVERY, MEASURE_EVERY_TO_FOLLOW = 40, 5
+MEASURE_EVERY, MEASURE_EVERY_UNDER_SHARE = 40, 5
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ class TorchEngine:
         if terms is not None and isinstance(share, Share):  # the measured gradients are the update's own
             losses, record, gradients = terms.combine(config)
             self._optimizer.set_gradients(gradients)
-            has_gradient = True
+            has_gradient = any(gradient is not None for gradient in gradients)
         else:
             losses, record, has_gradient = self._accumulate(samples, counts, config)
         world_only = config.policy_coeff > 0 and config.world_coeff > 0 and record.policy_square == 0
@@ -191,8 +191,7 @@ class TorchEngine:
         """Return whether this step measures both terms' gradients: one is due, and the policy term has a gradient."""
         every, last = self.config.measure_gradients_every, self._measured_at
         if every is None:
-            follows = isinstance(config.world_model_coeff, Share)
-            every = MEASURE_EVERY_TO_FOLLOW if follows else MEASURE_EVERY
+            every = MEASURE_EVERY_UNDER_SHARE if isinstance(config.world_model_coeff, Share) else MEASURE_EVERY
         if every == 0 or config.policy_coeff == 0 or (last is not None and self._policy_version - last < every):
             return False
         return any(s.has_reward and (s.advantage != 0 or config.policy.kl_coeff > 0) for s in samples)

@@ -37,7 +37,7 @@ from backtalk.objective.config import ObjectiveConfig, WorldNormalizer, WorldOpt
 from backtalk.objective.forms import world_token_loss
 from backtalk.objective.roles import WorldLossTarget
 from backtalk.objective.samples import Sample, build_samples
-from backtalk.trajectory import Trajectory, TrajectoryGroup
+from backtalk.trajectory import TokenRole, Trajectory, TrajectoryGroup
 
 # Its attributes are those of whichever release is installed; ``check_trainer`` looks for the ones that are used.
 _Trainer: Any = GRPOTrainer
@@ -184,7 +184,10 @@ class EchoGRPOTrainer(_Trainer):
             rows = zip(prompts, completions, self._given_roles, strict=True)
             return [rollout_trajectory(prompt, ids, roles) for prompt, ids, roles in rows]
         if "tool_mask" not in output:
-            return [rollout_trajectory(p, ids, [2] * len(ids)) for p, ids in zip(prompts, completions, strict=True)]
+            return [
+                rollout_trajectory(p, ids, [TokenRole.ACTION] * len(ids))
+                for p, ids in zip(prompts, completions, strict=True)
+            ]
         if self._tool_roles is None:
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             self._tool_roles = ToolRoles(tokenizer, self.chat_template, self.chat_template_kwargs)
@@ -204,9 +207,9 @@ class EchoGRPOTrainer(_Trainer):
                         f"rollout_func returned no {ROLES_KEY!r}, so nobody knows which tokens are observations; add a "
                         "list for each completion with one backtalk.trajectory.TokenRole a token"
                     )
-                roles = [[2] * len(ids) for ids in output["completion_ids"]]
+                roles = [[TokenRole.ACTION] * len(ids) for ids in output["completion_ids"]]
             else:
-                mask = [[int(role == 2) for role in row] for row in roles]
+                mask = [[int(role == TokenRole.ACTION) for role in row] for row in roles]
                 if output.setdefault("env_mask", mask) != mask:
                     raise ConfigError(
                         f"rollout_func returned an env_mask that is not 1 exactly where {ROLES_KEY} is ACTION; leave "
