@@ -41,6 +41,7 @@ from backtalk.trajectory import TokenRole, Trajectory, TrajectoryGroup
 
 # Its attributes are those of whichever release is installed; ``check_trainer`` looks for the ones that are used.
 _Trainer: Any = GRPOTrainer
+ACTION = int(TokenRole.ACTION)
 
 log = logging.getLogger(__name__)
 
@@ -185,8 +186,7 @@ class EchoGRPOTrainer(_Trainer):
             return [rollout_trajectory(prompt, ids, roles) for prompt, ids, roles in rows]
         if "tool_mask" not in output:
             return [
-                rollout_trajectory(p, ids, [TokenRole.ACTION] * len(ids))
-                for p, ids in zip(prompts, completions, strict=True)
+                rollout_trajectory(p, ids, [ACTION] * len(ids)) for p, ids in zip(prompts, completions, strict=True)
             ]
         if self._tool_roles is None:
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
@@ -207,9 +207,9 @@ class EchoGRPOTrainer(_Trainer):
                         f"rollout_func returned no {ROLES_KEY!r}, so nobody knows which tokens are observations; add a "
                         "list for each completion with one backtalk.trajectory.TokenRole a token"
                     )
-                roles = [[TokenRole.ACTION] * len(ids) for ids in output["completion_ids"]]
+                roles = [[ACTION] * len(ids) for ids in output["completion_ids"]]
             else:
-                mask = [[int(role == TokenRole.ACTION) for role in row] for row in roles]
+                mask = [[int(role == ACTION) for role in row] for row in roles]
                 if output.setdefault("env_mask", mask) != mask:
                     raise ConfigError(
                         f"rollout_func returned an env_mask that is not 1 exactly where {ROLES_KEY} is ACTION; leave "
