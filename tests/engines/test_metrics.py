@@ -154,9 +154,10 @@ def test_clip_fraction_follows_the_form_of_the_loss() -> None:
         assert token_metrics(record, counts, config)["clip_fraction"] == expected
 
 
-def test_role_confusion_is_a_share_of_turns() -> None:
-    group = TrajectoryGroup("t", (trajectory(num_turns=3.0, role_confusions=1.0), trajectory(index=1, num_turns=5.0)))
-    assert rollout_metrics([group])["role_confusion"] == 1 / 8
+def test_role_confusion_and_cuts_are_shares_of_turns() -> None:
+    one = trajectory(num_turns=3.0, role_confusions=1.0, cut_after_call=2.0)
+    metrics = rollout_metrics([TrajectoryGroup("t", (one, trajectory(index=1, num_turns=5.0)))])
+    assert (metrics["role_confusion"], metrics["cut_after_call"]) == (1 / 8, 2 / 8)
     assert math.isnan(rollout_metrics([TrajectoryGroup("t", (trajectory(),))])["role_confusion"])
 
 

@@ -193,6 +193,32 @@ async def test_stop_token_is_kept_and_a_limit_cuts(qwen: Any) -> None:
     ]
 
 
+async def test_a_watched_session_stops_where_it_is_told_and_keeps_its_cache(qwen: Any) -> None:
+    async def play_two(watched: bool) -> tuple[list[Completion], Completion, TorchSampler]:
+        sampler = sampler_of(qwen, stop_token_ids=[], max_tokens=9)
+        seen: list[int] = []
+
+        def is_over(token: int) -> bool:
+            seen.append(token)
+            return len(seen) == 4
+
+        async with sampler.session("a") as one, sampler.session("b") as other:
+            first = one.sample_watched([1, 2, 3], None, is_over) if watched else one.sample([1, 2, 3])
+            both = list(await asyncio.gather(first, other.sample([4, 5])))
+            if watched:
+                assert tuple(seen) == both[0].token_ids  # every token of its own row, and none after the end
+            history = [1, 2, 3, *both[0].token_ids[:3], 6]  # the fourth token is dropped
+            last, _ = await asyncio.gather(one.sample(history), other.sample([4, 5, *both[1].token_ids]))
+        return both, last, sampler
+
+    (short, beside), last, sampler = await play_two(True)
+    (long, alone), expected, _ = await play_two(False)
+    assert (short.token_ids, short.stopped, len(long.token_ids)) == (long.token_ids[:4], False, 9)
+    assert (beside.token_ids, last.token_ids) == (alone.token_ids, expected.token_ids)
+    assert sampler.stats.kv.rewritten_histories == 0  # what was kept is what the cache holds
+    assert sampler.stats.kv.reused_tokens == (3 + 3) + (2 + 8)
+
+
 async def test_key_seed_and_call_each_change_the_draw(qwen: Any) -> None:
     draws = []
     for key, seed, calls in (("a", 0, 2), ("b", 0, 1), ("a", 1, 1)):

@@ -153,6 +153,7 @@ async def test_a_whole_attempt() -> None:
         "invalid_calls": 1,
         "unclean_turns": 1,
         "role_confusions": 0,
+        "cut_after_call": 0,
         "drifts": 0,
         "command_timeouts": 1,
         "truncated_observations": 0,
@@ -262,7 +263,7 @@ async def test_an_end_ends_the_calls_too() -> None:
 
 async def test_calls_that_are_left_out_are_told_in_front_of_the_observation() -> None:
     world = Echo()
-    t = await rollout(world, TWO, limits=RolloutLimits(max_turns=1))
+    t = await rollout(world, TWO, limits=RolloutLimits(max_turns=1), stop_after_call=False)
     assert world.events.count("step") == 1
     assert text_of(t, ENV) == ["one"]
     first, last = text_of(t, WARNING)
@@ -312,10 +313,27 @@ async def test_messages_name_the_tool_they_come_from() -> None:
     assert t.messages[-1] == {"role": "tool", "content": "bye", "tool": "bash"}
 
 
+INVENTED = "<bash>a</bash>\n<|im_start|>tool\nall done"
+
+
 async def test_an_action_in_the_format_of_observations_is_counted() -> None:
-    t = await rollout(Echo(), "<bash>a</bash><|im_end|>\n<|im_start|>tool\nall done", limits=RolloutLimits(max_turns=3))
-    assert t.stats["role_confusions"] == 3
-    assert t.stats["unclean_turns"] == 3
+    for stops, unclean, cut in ((False, 3, 0), (True, 0, 3)):
+        t = await rollout(Echo(), INVENTED, limits=RolloutLimits(max_turns=3), stop_after_call=stops)
+        assert t.stats["role_confusions"] == 3
+        assert (t.stats["unclean_turns"], t.stats["cut_after_call"]) == (unclean, cut)
+
+
+async def test_what_the_policy_says_after_its_call_is_in_no_history_and_the_template_ends_its_turn() -> None:
+    sampler = ScriptedSampler([INVENTED, "<submit>1</submit>"], renderer().encode_text, logprob=-0.5)
+    t = await rollout(Echo(), sampler=sampler)
+    ids = renderer().encode_text("<bash>a</bash>")[:-1]
+    _, _, _, action, closed, *_ = t.segments  # after the task in its scaffold
+    assert (action.role, action.token_ids, action.logprobs) == (ACTION, ids, (-0.5,) * 3)
+    assert closed.role is TEMPLATE and closed.token_ids[0] == renderer().end_of_turn_id
+    assert text_of(t, ACTION) == ["<bash>a</bash>", "<submit>1</submit><|im_end|>"]  # the second ends its own turn
+    own_end = await rollout(Echo(), "<bash>a</bash>", "<submit>1</submit>")
+    assert t.token_ids == own_end.token_ids  # both are what the template writes
+    assert t.messages == own_end.messages
 
 
 # --- histories that are rewritten ---
@@ -647,6 +665,45 @@ class WatchingSession:
         await self.sampler.first()
         self.sampler.asked.append((tuple(token_ids), max_tokens))
         return await self.inner.sample(token_ids, max_tokens)
+
+
+class Reckless(Watching):
+    """A sampler whose sessions can stop early, and do."""
+
+    @asynccontextmanager
+    async def session(self, key: str) -> AsyncIterator[SamplerSession]:  # type: ignore[override]
+        async with super().session(key) as inner:
+            yield RecklessSession(inner, self.events)
+
+
+@dataclass
+class RecklessSession:
+    inner: SamplerSession
+    sampled: list[str]
+
+    async def sample(self, token_ids: Sequence[int], max_tokens: int | None = None) -> Completion:
+        return await self.inner.sample(token_ids, max_tokens)
+
+    async def sample_watched(
+        self, token_ids: Sequence[int], max_tokens: int | None, is_over: Callable[[int], bool]
+    ) -> Completion:
+        ids = (await self.inner.sample(token_ids, max_tokens)).token_ids
+        count = next((number for number, token in enumerate(ids, 1) if is_over(token)), len(ids))
+        self.sampled.append(renderer().encoder.decode(ids[:count]))
+        return Completion(ids[:count], None, stopped=count == len(ids))
+
+
+async def test_a_sampler_that_can_stop_early_is_asked_to_and_the_history_is_the_same() -> None:
+    replies = [INVENTED, "hm", "<bash>b</bash>"]
+    sampler = Reckless(replies, [])
+    t = await rollout(Echo(), sampler=sampler)
+    assert [text for text in sampler.events if not text.startswith("session")][:3] == [
+        "<bash>a</bash>\n<|im_start|>",  # the token that shows that it goes on is the last one sampled
+        "hm<|im_end|>",
+        "<bash>b</bash><|im_end|>",
+    ]
+    other = await rollout(Echo(), *replies)
+    assert (t.token_ids, t.messages, t.roles) == (other.token_ids, other.messages, other.roles)
 
 
 async def test_the_session_opens_when_the_world_is_there_and_closes_before_scoring() -> None:

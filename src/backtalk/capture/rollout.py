@@ -14,7 +14,7 @@ from backtalk.language.tool_formats.values import call_problem
 from backtalk.messages import Message, Part, ToolCall, ToolSpec
 from backtalk.rollout.limits import RolloutLimits
 from backtalk.rollout.rollout import EnvFactory, run_rollout
-from backtalk.rollout.sampler import Completion
+from backtalk.rollout.sampler import Completion, cut_after_calls
 from backtalk.tasks.task import Task
 from backtalk.trajectory import StopReason, TokenRole, Trajectory
 
@@ -132,7 +132,7 @@ class _Stage:
         except Left:
             self.author_left = True
             raise
-        completion = reply.sampled or _written(reply, renderer, room)
+        completion = cut_after_calls(reply.sampled or _written(reply, renderer, room), renderer.action_end)
         action = renderer.parse_action(completion.token_ids, completion.stopped)
         told = action.error or action.notice  # what the rollout answers itself; the environment never hears of it
         if action.error and reply.call is not None and (wrong := call_problem(reply.call, self.tools)):

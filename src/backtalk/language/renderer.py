@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backtalk.errors import ConfigError, RenderError
+from backtalk.language.action_end import ActionEnd
 from backtalk.language.chat_rules import ChatMessage, choose_rules
 from backtalk.language.encoder import Piece, get_encoder
 from backtalk.language.template import ChatTokenizer, Roles, Scaffold, escape_json, template_source
@@ -56,6 +57,11 @@ class RendererConfig:
     """Tool calls that are run of one action."""
     which_calls: Literal["first", "last"] = "first"
     """Which of them, if an action holds more."""
+    stop_after_call: bool = True
+    """End an action after its calls if the policy goes on instead of ending its turn; what it sampled there is dropped.
+
+    It needs a tool_format with a closing mark: all but llama3_json and plain.
+    """
     format_warnings: bool = False
     """Put a WARNING before the observation for faults of form in calls that could be read."""
 
@@ -79,6 +85,7 @@ class Renderer:
     stop_token_ids: frozenset[int]  # each of them ends an action
     end_of_turn_id: int  # the stop token with which the template ends an assistant's message
     pad_token_id: int
+    action_end: ActionEnd | None  # finds the end of an action's calls; None if stop_after_call is off or has no mark
     append_only: bool  # whether no turn needs a new branch, as far as can be known before the conversation
 
     def __init__(
@@ -110,6 +117,9 @@ class Renderer:
             {CALL_OPEN, CALL_CLOSE, THINK_OPEN, THINK_CLOSE, "<|python_tag|>", *tag_tokens(self.tools)}
         )
         self._observation_marks = self._find_observation_marks()
+        stops = config.stop_after_call and bool(self.tools) and bool(self._syntax.closings)
+        max_calls = config.max_calls_per_turn if config.which_calls == "first" else None
+        self.action_end = ActionEnd(self._syntax, max_calls, self._read_ids) if stops else None
 
     @classmethod
     def from_pretrained(
@@ -208,11 +218,10 @@ class Renderer:
 
         ``stopped`` is False if the token limit cut the action.
         """
-        text, marks = self._decode_marks(self._without_stop(token_ids))
         return parse_reply(
             self._syntax,
             self.tools,
-            Reply(text, stopped, self._opens_thinking, marks),
+            self._read_ids(token_ids, stopped),
             max_calls=self.config.max_calls_per_turn,
             which=self.config.which_calls,
             thinking=self.config.thinking != "off",
@@ -250,6 +259,10 @@ class Renderer:
     def _encode_written(self, pieces: Iterable[str]) -> tuple[int, ...]:
         split = (self._split_controls(piece) if isinstance(piece, Mark) else (piece,) for piece in pieces)
         return (*self._encode(chain.from_iterable(split)), self.end_of_turn_id)
+
+    def _read_ids(self, token_ids: Sequence[int], stopped: bool) -> Reply:
+        text, marks = self._decode_marks(self._without_stop(token_ids))
+        return Reply(text, stopped, self._opens_thinking, marks)
 
     def _decode_marks(self, token_ids: Sequence[int]) -> tuple[str, frozenset[int] | None]:
         """Return the text of sampled ids, and the positions of the format's tokens in it if only tokens are marks."""

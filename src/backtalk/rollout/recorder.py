@@ -20,7 +20,8 @@ _SECONDS = {"reset": "reset_seconds", "sample": "sample_seconds", "step": "env_s
 _COUNTS = (
     "invalid_calls",  # turns without a valid call
     "unclean_turns",  # turns with a parse error or a format warning
-    "role_confusions",  # turns whose action holds the format of observations
+    "role_confusions",  # turns in which the policy wrote the format of observations
+    "cut_after_call",  # turns in which the policy went on after its calls
     "drifts",  # histories that had to be rewritten
     "command_timeouts",
     "truncated_observations",

@@ -21,7 +21,7 @@ from backtalk.messages import Message, ParsedAction, Part
 from backtalk.rollout.admission import Admission
 from backtalk.rollout.limits import Deadline, RolloutLimits, backoff_s
 from backtalk.rollout.recorder import Recorder
-from backtalk.rollout.sampler import Sampler, SamplerSession
+from backtalk.rollout.sampler import Sampler, SamplerSession, sample_action
 from backtalk.tasks.task import Task
 from backtalk.trajectory import StopReason, TokenRole, Trajectory
 
@@ -125,14 +125,17 @@ async def _turns(
             return StopReason.DEADLINE
         with recorder.in_phase("sample"):
             await admission.wait_for_openings()
-            completion = await session.sample(tuple(recorder.token_ids), min(tokens_left, limits.max_tokens_per_turn))
+            completion = await sample_action(
+                *(session, tuple(recorder.token_ids), min(tokens_left, limits.max_tokens_per_turn), renderer.action_end)
+            )
         action = renderer.parse_action(completion.token_ids, completion.stopped)
         recorder.append_action(completion, action, turn)
         if action.error and len(recorder.token_ids) >= limits.max_tokens:
             return StopReason.MAX_TOKENS  # the limit cut the action, the policy did not write it badly
         recorder.stats["invalid_calls"] += {call.tool for call in action.calls}.isdisjoint(t.name for t in env.tools)
         recorder.stats["unclean_turns"] += bool(action.error or action.warnings)
-        recorder.stats["role_confusions"] += renderer.imitates_observation(completion.token_ids)
+        recorder.stats["role_confusions"] += renderer.imitates_observation(completion.token_ids + completion.dropped)
+        recorder.stats["cut_after_call"] += bool(completion.dropped)
         steps: list[Step] = []
         try:
             with recorder.in_phase("step"):

@@ -6,7 +6,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from itertools import chain, repeat
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+from backtalk.language.action_end import ActionEnd
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,11 +29,13 @@ class Completion:
     """An action: token ids, stop token included, and the log-probability of each in nats at the sampling temperature.
 
     ``logprobs`` is None if no policy sampled it (see ``Segment``); ``stopped`` is False if the token limit cut it.
+    ``dropped`` are ids that were sampled after it and are in no history (``sample_action``).
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None
     stopped: bool
+    dropped: tuple[int, ...] = ()
 
 
 class SamplerSession(Protocol):
@@ -40,6 +44,40 @@ class SamplerSession(Protocol):
     async def sample(self, token_ids: Sequence[int], max_tokens: int | None = None) -> Completion:
         """Sample the action that follows a history. ``max_tokens`` lowers the sampler's own limit, never raises it."""
         ...
+
+
+@runtime_checkable
+class WatchedSession(Protocol):
+    """A ``SamplerSession`` that can stop before the end of the turn. Any other one samples on, which is only slower."""
+
+    async def sample_watched(
+        self, token_ids: Sequence[int], max_tokens: int | None, is_over: Callable[[int], bool]
+    ) -> Completion:
+        """Sample as ``sample`` does; give each token to ``is_over`` and stop with the first for which it is true."""
+        ...
+
+
+async def sample_action(
+    session: SamplerSession, token_ids: Sequence[int], max_tokens: int | None, action_end: ActionEnd | None
+) -> Completion:
+    """Sample the action that follows a history, and drop what the policy sampled after its calls.
+
+    The action is the same whether the session stops there or not. ``action_end`` is that of the renderer.
+    """
+    if action_end is not None and isinstance(session, WatchedSession):
+        completion = await session.sample_watched(token_ids, max_tokens, action_end.watch())
+    else:
+        completion = await session.sample(token_ids, max_tokens)
+    return cut_after_calls(completion, action_end)
+
+
+def cut_after_calls(completion: Completion, action_end: ActionEnd | None) -> Completion:
+    """Return an action without what was sampled after its calls; what is kept is as it was sampled."""
+    ids = completion.token_ids
+    n = len(ids) if action_end is None else action_end.count_kept(ids)
+    if n == len(ids):
+        return completion
+    return Completion(ids[:n], completion.logprobs and completion.logprobs[:n], stopped=True, dropped=ids[n:])
 
 
 class Sampler(Protocol):

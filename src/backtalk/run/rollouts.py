@@ -55,7 +55,9 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
     """Return metrics of a step's rollouts; means are over those that have the quantity."""
     rollouts = [trajectory for group in groups for trajectory in group]
     rewards = [t.reward for t in rollouts if t.reward is not None]
-    turns, confused = (sum(t.stats.get(name, 0.0) for t in rollouts) for name in ("num_turns", "role_confusions"))
+    turns, confused, cut = (
+        sum(t.stats.get(name, 0.0) for t in rollouts) for name in ("num_turns", "role_confusions", "cut_after_call")
+    )
     return {
         "reward": mean(rewards),
         "solved": mean([float(reward >= SOLVED_REWARD) for reward in rewards]),
@@ -64,6 +66,7 @@ def rollout_metrics(groups: Sequence[TrajectoryGroup]) -> dict[str, float]:
         "failed": sum(t.failure is not None for t in rollouts),
         "retries": sum(t.stats.get("retries", 0.0) for t in rollouts),
         "role_confusion": confused / turns if turns else math.nan,
+        "cut_after_call": cut / turns if turns else math.nan,
         "groups_with_signal": sum(len({*group.rewards} - {None}) > 1 for group in groups),
         **mean_stats(rollouts),
         **{f"stop_reason/{end.value}": mean([float(t.stop_reason is end) for t in rollouts]) for end in StopReason},

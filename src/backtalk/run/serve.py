@@ -27,7 +27,7 @@ from backtalk.language.history import History
 from backtalk.language.openai_chat import AssistantMessage, content_text, read_assistant, write_call
 from backtalk.language.renderer import Renderer
 from backtalk.messages import Message, ParsedAction, Part, ToolSpec, clean_text
-from backtalk.rollout.sampler import Completion, Sampler, SamplingParams
+from backtalk.rollout.sampler import Completion, Sampler, SamplingParams, sample_action
 from backtalk.trajectory import TokenRole
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class Endpoint:
             )
         number = next(self._numbers)
         async with self._sampler(request.params).session(f"serve/{number}") as session:
-            completion = await session.sample(prompt, min(tokens_left, request.max_tokens))
+            room = min(tokens_left, request.max_tokens)
+            completion = await sample_action(session, prompt, room, renderer.action_end)
         action = renderer.parse_action(completion.token_ids, completion.stopped)
         message = _write_reply(action, bool(request.tools), f"{self._salt}{number}")
         history.act(completion.token_ids)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -51,6 +51,7 @@ class _Request:
     call: int  # in its session, from 0
     token_ids: tuple[int, ...]
     limit: int
+    is_over: Callable[[int], bool] | None = field(compare=False)  # told each token, says whether it is the last
     answer: asyncio.Future[Completion] = field(compare=False)
 
 
@@ -110,9 +111,16 @@ class TorchSampler:
         del self._open[session.key]
         self._check_soon()
 
-    async def _ask(self, session: _Session, call: int, token_ids: tuple[int, ...], limit: int) -> Completion:
+    async def _ask(
+        self,
+        session: _Session,
+        call: int,
+        token_ids: tuple[int, ...],
+        limit: int,
+        is_over: Callable[[int], bool] | None,
+    ) -> Completion:
         """Put a call into the next wave and wait for its completion."""
-        request = _Request(session, call, token_ids, limit, asyncio.get_running_loop().create_future())
+        request = _Request(session, call, token_ids, limit, is_over, asyncio.get_running_loop().create_future())
         self._waiting[session.key] = request
         self._check_soon()
         try:
@@ -183,6 +191,17 @@ class _Session:
             ConfigError: the session is not open or already waits, or there is nothing to continue or no room.
             SamplerError: the wave failed.
         """
+        return await self._sample(token_ids, max_tokens, None)
+
+    async def sample_watched(
+        self, token_ids: Sequence[int], max_tokens: int | None, is_over: Callable[[int], bool]
+    ) -> Completion:
+        """Do as ``sample`` does, and stop after the first token for which ``is_over`` is true."""
+        return await self._sample(token_ids, max_tokens, is_over)
+
+    async def _sample(
+        self, token_ids: Sequence[int], max_tokens: int | None, is_over: Callable[[int], bool] | None
+    ) -> Completion:
         if not self._is_open or self._is_waiting:
             state = "already waits for an action" if self._is_waiting else "is not open"
             raise ConfigError(
@@ -196,7 +215,7 @@ class _Session:
         call, self._calls, self._is_waiting = self._calls, self._calls + 1, True
         limit = min(self._sampler.params.max_tokens, max_tokens or self._sampler.params.max_tokens)
         try:
-            return await self._sampler._ask(self, call, tuple(token_ids), limit)
+            return await self._sampler._ask(self, call, tuple(token_ids), limit, is_over)
         finally:
             self._is_waiting = False
 
@@ -251,6 +270,7 @@ class _Worker:
             steps.append((active_M, ids_M, logprobs_M))
             lengths_N[active_M] += alive_M
             alive_M = alive_M & (t + 1 < limits_N[active_M]) & (ids_M[:, None] != stop_ids).all(1)
+            alive_M = _end_watched(wave, active_M, ids_M, alive_M)
             num_alive = int(alive_M.sum())
             if num_alive == 0:
                 break
@@ -266,6 +286,18 @@ class _Worker:
         """Return the random numbers of each request, [N, L]."""
         rows = [uniform_numbers(self._params.seed, request.session.key, request.call, width) for request in wave]
         return torch.from_numpy(np.stack(rows)).to(self._device, _cdf_dtype(self._device))
+
+
+def _end_watched(wave: Sequence[_Request], active_M: Tensor, ids_M: Tensor, alive_M: Tensor) -> Tensor:
+    """Return which rows go on after this token; a request that is watched may be over."""
+    if all(request.is_over is None for request in wave):
+        return alive_M
+    rows = torch.stack([active_M, ids_M, alive_M.long()]).tolist()  # one copy from the device
+    goes_on = [
+        bool(alive) and not ((is_over := wave[i].is_over) is not None and is_over(token))
+        for i, token, alive in zip(*rows, strict=True)
+    ]
+    return torch.tensor(goes_on, device=alive_M.device)
 
 
 def _gather(

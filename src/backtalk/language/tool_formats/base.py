@@ -38,7 +38,14 @@ class Mark(str):
 
 
 class Unreadable(Exception):
-    """A call that cannot be read; the message is for the policy. It is not raised outside this package."""
+    """A call that cannot be read; the message is for the policy. It is not raised outside this package.
+
+    ``at`` is the position in the reply from which on no text could make it readable, None if more text might.
+    """
+
+    def __init__(self, message: str, at: int | None = None) -> None:
+        super().__init__(message)
+        self.at = at
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,8 @@ class Reading:
     """The calls of a reply, up to the first that cannot be read, and the problem with that one."""
 
     calls: list[ToolCall] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)  # positions at which each call begins and ends
+    broken: tuple[int, int] | None = None  # where a call begins that no text could make readable, and from where on
     problem: str | None = None  # set if there is no call
     warnings: list[str] = field(default_factory=list)
     has_thinking: bool = False  # the reply has thinking in it
@@ -78,6 +87,17 @@ class Syntax(ABC):
     in_chat_templates: ClassVar[bool] = False  # whether chat templates that get the tools may explain this format
     # Whether only control tokens count as its marks, so that the same characters are plain text.
     marks_are_tokens = False
+    has_prose = False  # whether prose before a call is part of the format
+
+    @property
+    def openings(self) -> tuple[str, ...]:
+        """Return the marks that can begin a call."""
+        return ()
+
+    @property
+    def closings(self) -> tuple[str, ...]:
+        """Return the marks that can end a call; none if the format has no closing mark."""
+        return ()
 
     def __post_init__(self) -> None:  # noqa: B027 (most formats hold any tool)
         """Check that the tools fit the format; a ConfigError says what does not."""
@@ -107,30 +127,33 @@ class Syntax(ABC):
         """Return the call that a match opens, and its end position; raise Unreadable if it cannot be read."""
         raise NotImplementedError
 
-    def _read_calls(self, reply: Reply, opening: re.Pattern[str], *, between: str = "", prose: bool = False) -> Reading:
+    def _read_calls(self, reply: Reply, opening: re.Pattern[str], *, between: str = "") -> Reading:
         """Read the calls of a reply in order, up to the first that cannot be read; those inside thinking do not count.
 
-        ``between`` are characters allowed between calls; ``prose`` says that text before a call is no fault.
+        ``between`` are characters allowed between calls.
         """
         reading = Reading()
-        position = 0
+        start = position = 0
         try:
             if reply.opened:
                 position = _skip_thinking(reply, 0, reading)
             for match in _openings(reply, opening):
                 if match.start() < position:
                     continue
-                _check_outside(reply.text[position : match.start()], reading, between, prose)
+                start = match.start()
+                _check_outside(reply.text[position:start], reading, between, self.has_prose)
                 if match[0] == THINK_OPEN:
                     position = _skip_thinking(reply, match.end(), reading)
                 else:
                     call, position = self._read_call(reply, match, reading)
                     reading.calls.append(call)
+                    reading.spans.append((start, position))
             _check_outside(reply.text[position:], reading, between)
             if not reading.calls:
                 raise Unreadable(no_call_problem(reply, self.example()))
         except Unreadable as problem:
             reading.problem = str(problem)
+            reading.broken = None if problem.at is None else (start, problem.at)
         return reading
 
 

@@ -15,7 +15,7 @@ from backtalk.language.tool_formats.base import (
     unclosed,
 )
 from backtalk.language.tool_formats.schemas import tools_text
-from backtalk.language.tool_formats.values import excerpt, read_json, write_json
+from backtalk.language.tool_formats.values import JsonError, excerpt, read_json, write_json
 from backtalk.messages import ToolCall
 
 # An object that begins with a key, at the start of a line or after a semicolon; or whatever follows the tag.
@@ -26,6 +26,14 @@ class HermesSyntax(Syntax):
     """The format ``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``, with any white space around the JSON."""
 
     in_chat_templates = True
+
+    @property
+    def openings(self) -> tuple[str, ...]:
+        return (CALL_OPEN,)
+
+    @property
+    def closings(self) -> tuple[str, ...]:
+        return (CALL_CLOSE,)
 
     def read(self, reply: Reply) -> Reading:
         return self._read_calls(reply, re.compile(re.escape(CALL_OPEN)))
@@ -40,13 +48,13 @@ class HermesSyntax(Syntax):
         except ValueError as error:
             if not reply.stopped and CALL_CLOSE not in text[start:]:
                 raise Unreadable(unclosed(CALL_OPEN, CALL_CLOSE, reply.stopped)) from None
-            raise Unreadable(_not_json(error, self)) from None
+            raise Unreadable(_not_json(error, self), error.at if isinstance(error, JsonError) else start) from None
         end = _skip_space(text, end)
         if text.startswith(CALL_CLOSE, end):
             return call, end + len(CALL_CLOSE)
         cut = CALL_CLOSE.startswith(text[end:])  # the end of the reply, or a piece of the mark
         if not cut and not text.startswith(CALL_OPEN, end):
-            raise Unreadable(f"the JSON of the tool call is followed by {excerpt(text, end)}, not by {CALL_CLOSE}")
+            raise Unreadable(f"the JSON of the tool call is followed by {excerpt(text, end)}, not by {CALL_CLOSE}", end)
         reading.warn(f"{CALL_OPEN} was not closed with {CALL_CLOSE}")  # but the call is complete
         return call, len(text) if cut else end
 
@@ -95,11 +103,11 @@ def _parse_call(text: str, start: int, syntax: Syntax) -> tuple[ToolCall, int]:
     """Return a call and the end position of its JSON; both formats may use "arguments" or "parameters"."""
     value, end = read_json(text, start)
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        raise Unreadable(f'the tool call has no "name", got {excerpt(text, start)}; write {syntax.example()}')
+        raise Unreadable(f'the tool call has no "name", got {excerpt(text, start)}; write {syntax.example()}', end)
     key = "arguments" if "arguments" in value else "parameters"
     arguments = value.get(key, {})
     if not isinstance(arguments, dict):
-        raise Unreadable(f'the "{key}" of the tool call are not a JSON object; write {syntax.example()}')
+        raise Unreadable(f'the "{key}" of the tool call are not a JSON object; write {syntax.example()}', end)
     return ToolCall(value["name"], arguments), end
 
 

@@ -83,6 +83,14 @@ class TagsSyntax(Syntax):
     def _names(self) -> str:
         return "|".join(re.escape(tool.name) for tool in self.tools) or r"(?!)"
 
+    @property
+    def openings(self) -> tuple[str, ...]:
+        return tuple(f"<{tool.name}>" for tool in self.tools)
+
+    @property
+    def closings(self) -> tuple[str, ...]:
+        return tuple(f"</{tool.name}>" for tool in self.tools)
+
     def read(self, reply: Reply) -> Reading:
         return self._read_calls(reply, re.compile(f"<({self._names})>"))
 
@@ -93,7 +101,7 @@ class TagsSyntax(Syntax):
                 continue
             if tag[0] == closing:
                 return _make_call(self.tools, match[1], reply.text[match.end() : tag.start()]), tag.end()
-            raise Unreadable(f"{opening} is followed by {tag[0]}; close it with {closing}")
+            raise Unreadable(f"{opening} is followed by {tag[0]}; close it with {closing}", tag.start())
         raise Unreadable(unclosed(opening, closing, reply.stopped))
 
     def write(self, call: ToolCall) -> list[str]:
@@ -113,6 +121,8 @@ class BashBlockSyntax(Syntax):
     Prose before a block is part of the format; prose after the last block is not.
     """
 
+    has_prose = True
+
     def __post_init__(self) -> None:
         command_tool(self.tools, ToolFormat.BASH_BLOCK)
 
@@ -121,10 +131,14 @@ class BashBlockSyntax(Syntax):
         shells = dict.fromkeys(SHELLS, command_tool(self.tools, ToolFormat.BASH_BLOCK))
         return shells | {tool.name: tool.name for tool in self.tools}
 
+    @property
+    def closings(self) -> tuple[str, ...]:
+        return ("```",)
+
     def read(self, reply: Reply) -> Reading:
         languages = "|".join(map(re.escape, self._by_language))
         opening = re.compile(rf"^[ ]{{0,3}}(`{{3,}})[ \t]*({languages})[ \t\r]*$", re.MULTILINE)
-        return self._read_calls(reply, opening, prose=True)
+        return self._read_calls(reply, opening)
 
     def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
         fence, language, start = match[1], match[2], match.end() + 1

@@ -52,11 +52,19 @@ _DECODER = json.JSONDecoder(
 )
 
 
+class JsonError(ValueError):
+    """A text that is not JSON; ``at`` is the position from which on no text could mend it."""
+
+    def __init__(self, message: str, at: int) -> None:
+        super().__init__(message)
+        self.at = at
+
+
 def read_json(text: str, start: int = 0) -> tuple[Any, int]:
     """Return one JSON value and its end position; a repeated key, NaN, and a too long or too deep value are refused.
 
     Raises:
-        ValueError: what is wrong, with its position if there is one.
+        ValueError: what is wrong; a JsonError where it has a position.
     """
     try:
         value, end = _DECODER.raw_decode(text, start)
@@ -64,7 +72,9 @@ def read_json(text: str, start: int = 0) -> tuple[Any, int]:
     except json.JSONDecodeError as error:
         hint = r"; a line end in a string is written \n" if error.msg.startswith("Invalid control character") else ""
         at = f"at character {error.pos - start}, {excerpt(text, error.pos)}" if error.pos < len(text) else "at its end"
-        raise ValueError(f"{error.msg[:1].lower()}{error.msg[1:].removesuffix(' at')} {at}{hint}") from None
+        mendable = error.msg.startswith("Unterminated string")
+        message = f"{error.msg[:1].lower()}{error.msg[1:].removesuffix(' at')} {at}{hint}"
+        raise JsonError(message, len(text) if mendable else error.pos) from None
     except RecursionError:
         raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels") from None
 

@@ -42,6 +42,14 @@ class Qwen3CoderSyntax(Syntax):
 
     in_chat_templates = True
 
+    @property
+    def openings(self) -> tuple[str, ...]:
+        return (CALL_OPEN, "<function=")
+
+    @property
+    def closings(self) -> tuple[str, ...]:
+        return (CALL_CLOSE,)
+
     def read(self, reply: Reply) -> Reading:
         return self._read_calls(reply, _OPEN)
 
@@ -58,7 +66,9 @@ class Qwen3CoderSyntax(Syntax):
         while cursor.take("<parameter="):
             name = cursor.name("<parameter=", PARAMETER_CLOSE)
             if name in arguments:
-                raise Unreadable(f"the parameter {excerpt(name)} comes twice in one call; write each once")
+                raise Unreadable(
+                    f"the parameter {excerpt(name)} comes twice in one call; write each once", cursor.position
+                )
             arguments[name] = self._value(cursor, name, schemas)
         self._close(cursor, reading, wrapped=wrapped)
         return ToolCall(tool, arguments), cursor.position
@@ -88,7 +98,7 @@ class Qwen3CoderSyntax(Syntax):
             raise Unreadable(unclosed(wanted, closing, cursor.stopped))
         got = excerpt(cursor.text, cursor.position) if cursor.position < len(cursor.text) else "the end of the reply"
         position = f"at character {cursor.position} of the reply"
-        raise Unreadable(f"expected {wanted} {position}, got {got}; write\n{self.example()}")
+        raise Unreadable(f"expected {wanted} {position}, got {got}; write\n{self.example()}", cursor.position)
 
     def write(self, call: ToolCall) -> list[str]:
         pieces: list[str] = [Mark(CALL_OPEN), "\n", Mark(f"<function={call.tool}>"), "\n"]
@@ -131,6 +141,8 @@ class _Cursor:
         if not self.text.startswith(">", end):
             if end == len(self.text) and not self.stopped:
                 raise Unreadable(unclosed(opening, closing, self.stopped))
-            raise Unreadable(f"{excerpt(self.text, self.position - len(opening))} has no '>' after its name")
+            raise Unreadable(
+                f"{excerpt(self.text, self.position - len(opening))} has no '>' after its name", self.position
+            )
         self.position = end + 1
         return clean_text(name)
