@@ -495,6 +495,32 @@ async def test_the_deadline_keeps_what_was_said(phase: str) -> None:
     assert world.events == ["open", "reset", *["step"] * t.num_turns, "close"]
 
 
+@pytest.mark.parametrize("what", ["acted", "no action", "not scored", "broken"])
+@pytest.mark.parametrize(("worth", "reward"), [("unscored", None), ("verify", 0.25), ("zero", 0.0)])
+async def test_what_a_late_rollout_is_worth_is_a_choice(worth: Any, reward: float | None, what: str) -> None:
+    world = Echo({"reset" if what == "no action" else "step": hangs}, reward=None if what == "not scored" else 0.25)
+    if what == "broken":
+        world.hooks["score"] = breaks(VerifierError("no tests"))
+    task = replace(TASK, metadata={"world_model_only": what == "not scored"})
+    limits = RolloutLimits(rollout_timeout_s=0.3, deadline=worth)
+    policy = scripted("<bash>hello</bash>")
+    t = await run_rollout(task, world.open, policy, renderer(), limits, sample_index=0, key="k")
+    scored = worth == "verify" and what != "no action"
+    assert world.events.count("score") == scored
+    if what == "broken" and scored:  # an infrastructure failure, which is no 0
+        assert (t.stop_reason, t.reward, t.failure and t.failure.phase) == (StopReason.FAILED, None, "score")
+        return
+    assert (t.stop_reason, t.failure) == (StopReason.DEADLINE, None)
+    assert t.reward == (reward if what == "acted" or (what == "broken" and worth == "zero") else None)
+
+
+def test_a_straggler_is_never_zero() -> None:
+    with pytest.raises(ConfigError, match="by the pace of others"):
+        RolloutLimits(deadline="zero", straggler_factor=3.0)
+    with pytest.raises(ConfigError, match=r"deadline='never' is no choice; use one of unscored, verify, zero"):
+        RolloutLimits(deadline="never")  # type: ignore[arg-type]
+
+
 async def test_a_world_that_does_not_let_itself_be_stopped_ends_at_its_next_turn() -> None:
     async def stubborn() -> None:
         with suppress(asyncio.CancelledError):

@@ -6,8 +6,10 @@ import asyncio
 import hashlib
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Literal
 
 from backtalk.errors import ConfigError
+from backtalk.settings import check_choices
 from backtalk.tasks.task import Task
 
 BACKOFF_S = 1.0  # the longest wait before the first retry; it doubles with each further one
@@ -27,12 +29,15 @@ class RolloutLimits:
     """Seconds from opening the environment to the last turn, retries included; scoring has as long again."""
     max_retries: int = 2
     """Further environments to try if one breaks before the policy's first action."""
+    deadline: Literal["unscored", "verify", "zero"] = "unscored"
+    """What a rollout whose time ran out is worth: no reward, the verifier's for what is there, or 0."""
     straggler_factor: float | None = None
     """Ends a rollout that takes this many times the median of its step; null lets each have its time."""
     concurrency: int | None = None
     """Rollouts at the same time; null is as many as this machine carries."""
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("max_turns", "max_tokens", "max_tokens_per_turn", "rollout_timeout_s", "concurrency"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -43,6 +48,11 @@ class RolloutLimits:
             raise ConfigError(
                 f"straggler_factor={self.straggler_factor} would end rollouts that are faster than most; use a number "
                 ">= 1, for example 3, or null for none"
+            )
+        if self.straggler_factor is not None and self.deadline == "zero":
+            raise ConfigError(
+                "straggler_factor ends rollouts by the pace of others, so deadline='zero' would punish a policy for a "
+                "busy machine; use deadline='unscored' or 'verify', or straggler_factor=null"
             )
 
     def timeout_s(self, task: Task) -> float:

@@ -70,6 +70,7 @@ class Recorder:
         ids, branch = completion.token_ids, self.history.branch
         self.segments.append(Segment(TokenRole.ACTION, ids, completion.logprobs, turn=turn, branch=branch))
         self.history.act(ids)
+        self.stats["cut_after_call"] += bool(completion.dropped)
         self.messages.append({"role": "assistant", "content": action.text})
 
     def append_observation(self, messages: Sequence[Message], renderer: Renderer, max_tokens: int) -> int:
@@ -104,10 +105,14 @@ class Recorder:
         self.failure = Failure(self.phase, type(error).__name__, str(error))
 
     @property
+    def has_acted(self) -> bool:
+        """Return whether the policy has acted."""
+        return any(segment.role is TokenRole.ACTION for segment in self.segments)
+
+    @property
     def may_be_retried(self) -> bool:
         """Return whether it failed before the policy's first action, so that a retry loses and selects nothing."""
-        acted = any(segment.role is TokenRole.ACTION for segment in self.segments)
-        return self.failure is not None and self.failure.phase != "score" and not acted
+        return self.failure is not None and self.failure.phase != "score" and not self.has_acted
 
     def trajectory(self, task: Task, sample_index: int, policy_version: int) -> Trajectory:
         """Return the trajectory of the finished rollout."""

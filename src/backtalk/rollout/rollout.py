@@ -94,7 +94,10 @@ async def _run_once(
                 if not scope.expired():
                     raise
                 recorder.stop_reason = StopReason.DEADLINE
-            if recorder.stop_reason is not StopReason.DEADLINE:
+            is_late = recorder.stop_reason is StopReason.DEADLINE
+            if is_late and limits.deadline == "zero" and recorder.has_acted and not task.world_model_only:
+                recorder.reward = 0.0
+            elif not is_late or (limits.deadline == "verify" and recorder.has_acted):
                 with recorder.in_phase("score"):
                     recorder.reward = await _score(env, limits)
                     recorder.stats.update(getattr(env, "metrics", {}))
@@ -125,17 +128,15 @@ async def _turns(
             return StopReason.DEADLINE
         with recorder.in_phase("sample"):
             await admission.wait_for_openings()
-            completion = await sample_action(
-                *(session, tuple(recorder.token_ids), min(tokens_left, limits.max_tokens_per_turn), renderer.action_end)
-            )
+            room = min(tokens_left, limits.max_tokens_per_turn)
+            completion = await sample_action(session, tuple(recorder.token_ids), room, renderer.action_end)
         action = renderer.parse_action(completion.token_ids, completion.stopped)
         recorder.append_action(completion, action, turn)
         if action.error and len(recorder.token_ids) >= limits.max_tokens:
             return StopReason.MAX_TOKENS  # the limit cut the action, the policy did not write it badly
         recorder.stats["invalid_calls"] += {call.tool for call in action.calls}.isdisjoint(t.name for t in env.tools)
         recorder.stats["unclean_turns"] += bool(action.error or action.warnings)
-        recorder.stats["role_confusions"] += renderer.imitates_observation(completion.token_ids + completion.dropped)
-        recorder.stats["cut_after_call"] += bool(completion.dropped)
+        recorder.stats["role_confusions"] += renderer.imitates_observation(completion.sampled_ids)
         steps: list[Step] = []
         try:
             with recorder.in_phase("step"):

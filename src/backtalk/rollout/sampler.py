@@ -37,6 +37,11 @@ class Completion:
     stopped: bool
     dropped: tuple[int, ...] = ()
 
+    @property
+    def sampled_ids(self) -> tuple[int, ...]:
+        """Return all that was sampled, kept or not."""
+        return self.token_ids + self.dropped
+
 
 class SamplerSession(Protocol):
     """A rollout's connection to the sampler, which may keep the KV cache of its history between turns."""

@@ -22,15 +22,16 @@ SANDBOX_STATS = ("reset_seconds", "env_seconds", "score_seconds")
 def check_rollouts(groups: Sequence[TrajectoryGroup], name: str, *, observations_teach: bool = True) -> None:
     """Check that one of some rollouts at least left something to learn from, or to measure.
 
-    A failed one did not. One that ended at its deadline did if the policy acted and ``observations_teach``. If none
-    did, the machine or the settings are broken and not a task. ``name`` is that of the rollouts, as in "step 3".
+    A failed one did not. One that ended at its deadline did if it has a reward, or if the policy acted and
+    ``observations_teach``. If none did, the machine or the settings are broken and not a task. ``name`` is that of the
+    rollouts, as in "step 3".
 
     Raises:
         InfrastructureError: none did.
     """
     rollouts = [trajectory for group in groups for trajectory in group]
     failures = [t.failure for t in rollouts if t.failure is not None]
-    late = [t for t in rollouts if t.stop_reason is StopReason.DEADLINE]
+    late = [t for t in rollouts if t.stop_reason is StopReason.DEADLINE and t.reward is None]
     acted = any(t.num_turns for t in late)
     if len(failures) + len(late) < len(rollouts) or (acted and observations_teach) or not rollouts:
         return
