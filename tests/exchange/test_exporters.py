@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from backtalk.cli import app
-from backtalk.errors import DataError
+from backtalk.errors import ConfigError, DataError
 from backtalk.exchange.detect import guess_format
 from backtalk.exchange.read.files import import_record
 from backtalk.exchange.rfc010 import from_rfc010, to_rfc010
@@ -126,8 +127,14 @@ def test_a_training_trace_has_the_sampled_ids_and_where_the_observations_are() -
         "obs_mask": [0, 0, 1, 1, 0],
         "warning_mask": [0, 1, 0, 0, 0],
     }
+    assert first["metadata"]["env_output_mask"] == [0] * 5
+    assert second["metadata"]["env_output_mask"] == [0] * 7 + [1, 1, 0] + [0, 0]  # beside its loss_mask
     assert second["metadata"]["observation"]["obs_mask"] == [1, 1, 1]  # the last observation is in no prompt
+    last = to_training_trace(BRANCHED)["turns"][-1]  # of a history that was rewritten
+    assert (last["prompt_token_ids"], last["completion_token_ids"]) == ([20, 21, 32, 62, 63], [33])
+    assert last["metadata"]["env_output_mask"] == [0, 0, 0, 1, 1, 0]
     everything = to_training_trace(SAMPLED, world_loss_target="all")
+    assert everything["turns"][1]["metadata"]["env_output_mask"] == [0] * 6 + [1, 1, 1, 0] + [0, 0]
     assert everything["turns"][0]["metadata"]["observation"]["obs_mask"] == [0, 1, 1, 1, 0]
 
 
@@ -193,6 +200,25 @@ def test_the_command_writes_each_format_and_import_reads_it(kind: str, tmp_path:
         back = tmp_path / "back.jsonl"
         assert runner.invoke(app, ["import", str(out), "--format", source, "--out", str(back)]).exit_code == 0
         assert read_trajectories(back)[0] == replace(SAMPLED, sample_index=0)
+
+
+def test_the_command_writes_for_other_trainers(tmp_path: Path) -> None:
+    write_trajectories(tmp_path / "in.parquet", [SAMPLED, FAILED])
+    source, toml, rows = str(tmp_path / "in.parquet"), tmp_path / "algo.toml", tmp_path / "rows.jsonl"
+    setting = ["--set", "objective.world_model_coeff=0.1"]
+    done = runner.invoke(app, ["export", source, "--format", "prime-rl", "--out", str(toml), *setting])
+    assert done.exit_code == 0, done.output
+    # One rollout with 4 actions, 6 tokens of observations and 5 of output: 0.1 * 5 / 6, as prime-rl's term is a mean.
+    roles = tomllib.loads(toml.read_text())["orchestrator"]["train"]["algo"]["roles"]
+    assert roles == {"tool": {"alpha": pytest.approx(0.1 * 5 / 6, rel=1e-5)}}
+    done = runner.invoke(app, ["export", source, "--format", "verl", "--out", str(rows), *setting])
+    assert done.exit_code == 1  # the failed one has no reward
+    assert "Written: 1 to" in done.output and "would learn from it as from a reward of 0" in done.output
+    assert f"echo_aux_token_loss_coeff={0.1 * 5 / 6:.6g}" in done.output
+    (row,) = map(json.loads, rows.read_text().splitlines())
+    assert row["aux_token_loss_mask"] == [0, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
+    for wrong in (["--format", "prime-rl", "--out", str(rows)], ["--format", "atif", "--out", str(rows), *setting]):
+        assert isinstance(runner.invoke(app, ["export", source, *wrong]).exception, ConfigError)
 
 
 def test_the_command_refuses_what_it_cannot_do(tmp_path: Path) -> None:

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from backtalk.cli.options import Settings
 from backtalk.errors import ConfigError, DataError
 from backtalk.exchange.detect import Format
 
 if TYPE_CHECKING:
+    from backtalk.objective.config import ObjectiveConfig
     from backtalk.trajectory import Trajectory
 
 
-Target = Literal["rfc010", "episode-record", "training-trace", "atif"]
+Target = Literal["rfc010", "episode-record", "training-trace", "atif", "prime-rl", "verl"]
 LossTarget = Literal["env_only", "all"]  # RFC 010's world_loss_target
 
 
 def export(
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Trajectories: ours, or any that import reads.")
+        list[Path], typer.Argument(metavar="FILE...", help="Trajectories: ours, any that import reads, or run folders.")
     ],
     target: Annotated[Target, typer.Option("--format", help="What to write.")],
-    out: Annotated[Path, typer.Option(help="Where to write, one record a line: a name that ends in .jsonl.")],
+    out: Annotated[Path, typer.Option(help="Where to write: a name in .jsonl, one record a line, or .toml.")],
     model: Annotated[str, typer.Option(help="Whose tokens they are: a folder, a Hugging Face name, or base.")] = "base",
     source: Annotated[
         Format | None, typer.Option("--from", help="What wrote the files. Without it: found out by their fields.")
@@ -34,47 +36,100 @@ def export(
     loss_target: Annotated[
         LossTarget, typer.Option("--target", help="What obs_mask holds: env_only, or all with the harness's warnings.")
     ] = "env_only",
+    settings: Settings = None,
 ) -> None:
-    """Write trajectories for others: RFC 010, OpenEnv's EpisodeRecord and TrainingTrace, Harbor's ATIF.
+    """Write trajectories for others: RFC 010, OpenEnv's EpisodeRecord and TrainingTrace, Harbor's ATIF, verl's rows.
 
-    Token ids, logprobs and roles go along unchanged, and `backtalk import` reads all of it back. Exits with 1 where a
-    trajectory cannot be written in that format; the others are.
+    Token ids, logprobs and roles go along unchanged, and `backtalk import` reads all but verl's back. Exits with 1
+    where a trajectory cannot be written in that format; the others are.
 
-    Example: `backtalk export captured.jsonl --format episode-record --out results.jsonl`.
+    `--format prime-rl` (a .toml) and verl translate the coefficient of the world-model term, measured on these
+    rollouts. The objective is that of the run folder, or the default, with what --set says.
+
+    Example: `backtalk export runs/mine --format prime-rl --out algo.toml`.
     """
     from backtalk.files import write_bytes
     from backtalk.language.renderer import Renderer, RendererConfig
     from backtalk.language.tokenizer import model_location
     from backtalk.run.log.sources import read_rollouts, record_reader
 
-    if out.suffix != ".jsonl":
-        raise ConfigError(f"--out {out} ends in {out.suffix!r}; end the name in .jsonl, one record a line")
+    suffix, what = (".toml", "as TOML") if target == "prime-rl" else (".jsonl", "one record a line")
+    if out.suffix != suffix:
+        raise ConfigError(f"--out {out} ends in {out.suffix!r}; end the name in {suffix}, {what}")
+    objective = _objective(files, target, list(settings or []))
     renderer = Renderer.from_pretrained(model_location(model), (), RendererConfig(on_drift="fork"))
-    read = read_rollouts(files, record_reader(renderer.for_tools), source)
-    write = _writer(target, loss_target, model)
-    lines: list[str] = []
+    read = read_rollouts(
+        [path for file in files for path in _rollouts_of(file)], record_reader(renderer.for_tools), source
+    )
     refused = [f"{refusal.where}: {refusal.reason}" for refusal in read.refusals]
-    for trajectory in read.trajectories:
-        try:
-            lines.append(json.dumps(write(trajectory), allow_nan=False))
-        except DataError as error:
-            refused.append(str(error))
+    text, notes = _write(read.trajectories, target, loss_target, model, objective, refused)
     for reason in refused:
         typer.echo(f"Refused: {reason}", err=True)
-    if not lines:
+    if not text:
         raise ConfigError(f"nothing could be exported, so {out} was not written; the reasons stand above")
-    write_bytes(out, "".join(f"{line}\n" for line in lines).encode())
-    typer.echo(f"Written: {len(lines)} to {out}")
+    write_bytes(out, text.encode())
+    typer.echo("\n".join([f"Written: {len(read.trajectories) - len(refused) + len(read.refusals)} to {out}", *notes]))
     if refused:
         raise typer.Exit(1)
 
 
-def _writer(target: Target, loss_target: LossTarget, model: str) -> Callable[[Trajectory], dict[str, Any]]:
+def _rollouts_of(path: Path) -> list[Path]:
+    """Return the files with a run folder's rollouts, of training; or the file itself."""
+    return sorted(path.glob("groups/step_*.parquet")) if path.is_dir() else [path]
+
+
+def _objective(files: Sequence[Path], target: Target, overrides: list[str]) -> ObjectiveConfig | None:
+    """Return the objective of the first run folder, or the default, for a format that needs one."""
+    from backtalk.run.config import config_from_dict
+    from backtalk.run.log import RunLog
+
+    if target not in ("prime-rl", "verl"):
+        if overrides:
+            raise ConfigError(f"--format {target} holds trajectories and no settings; leave --set out")
+        return None
+    folder = next((path for path in files if path.is_dir()), None)
+    return config_from_dict({} if folder is None else RunLog(folder).read_config(), overrides).objective
+
+
+def _write(
+    trajectories: Sequence[Trajectory],
+    target: Target,
+    loss_target: LossTarget,
+    model: str,
+    objective: ObjectiveConfig | None,
+    refused: list[str],
+) -> tuple[str, list[str]]:
+    """Return the text of the file, and lines to tell; add to ``refused`` what cannot be written."""
+    if objective is not None and target == "prime-rl" and trajectories:
+        from backtalk.exchange.write.trainers import to_prime_rl
+
+        return to_prime_rl(trajectories, objective), []
+    notes: list[str] = []
+    if objective is not None and trajectories:
+        from backtalk.exchange.write.trainers import verl_settings
+
+        notes = ["Settings of the recipe:", *verl_settings(trajectories, objective)]
+    write, lines = _writer(target, loss_target, model, objective), list[str]()
+    for trajectory in trajectories:
+        try:
+            lines += [json.dumps(record, allow_nan=False) for record in write(trajectory)]
+        except DataError as error:
+            refused.append(str(error))
+    return "".join(f"{line}\n" for line in lines), notes
+
+
+def _writer(
+    target: Target, loss_target: LossTarget, model: str, objective: ObjectiveConfig | None
+) -> Callable[[Trajectory], list[dict[str, Any]]]:
+    """Return a function from a trajectory to its records."""
     from backtalk.exchange.rfc010 import to_rfc010
     from backtalk.exchange.write.atif import to_atif
     from backtalk.exchange.write.openenv import to_episode_record, to_training_trace
+    from backtalk.exchange.write.trainers import to_verl
 
+    if objective is not None:
+        return partial(to_verl, target=objective.world_loss_target)
     if target == "atif":
-        return partial(to_atif, model_name=model)
+        return lambda trajectory: [to_atif(trajectory, model_name=model)]
     writers = {"rfc010": to_rfc010, "episode-record": to_episode_record, "training-trace": to_training_trace}
-    return partial(writers[target], world_loss_target=loss_target)
+    return lambda trajectory: [writers[target](trajectory, world_loss_target=loss_target)]

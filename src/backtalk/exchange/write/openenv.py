@@ -60,6 +60,9 @@ def to_episode_record(
 def to_training_trace(trajectory: Trajectory, *, world_loss_target: Rfc010Target = "env_only") -> dict[str, Any]:
     """Return a trajectory as a ``TrainingTrace``: a turn for each sampled action, ids and logprobs as they are.
 
+    A turn's ``metadata["env_output_mask"]`` stands beside its ``loss_mask`` and has its length: what the world-model
+    term learns of the prompt, each token in the first turn that has it. What follows the last action is in no prompt.
+
     A turn's ``metadata["observation"]`` holds the tokens after its completion, up to the next one, with ``obs_mask``,
     ``warning_mask``, and ``action_mask`` for what the agent wrote and nobody sampled. There each observation
     stands once, the last one too, which is in no prompt. The first turn's ``metadata["backtalk"]`` holds what belongs
@@ -77,9 +80,12 @@ def to_training_trace(trajectory: Trajectory, *, world_loss_target: Rfc010Target
         )
     starts = branch_starts(trajectory)
     following = [start for start, _, _ in spans[1:]] + [len(trajectory)]
-    turns = []
+    turns, seen = [], 0
     for index, ((start, end, action), upto) in enumerate(zip(spans, following, strict=True)):
-        prompt = record["token_ids"][starts[action.branch] : start]
+        begin = starts[action.branch]
+        prompt = record["token_ids"][begin:start]
+        learned = [int(record["obs_mask"][t] and t >= seen) for t in range(begin, start)]
+        seen = end
         turns.append(
             {
                 "node_id": f"{rollout_name(trajectory)}/{index}",
@@ -89,6 +95,7 @@ def to_training_trace(trajectory: Trajectory, *, world_loss_target: Rfc010Target
                 "loss_mask": [0] * len(prompt) + [1] * len(action),
                 "metadata": {
                     "index": index,
+                    "env_output_mask": learned + [0] * len(action),
                     "observation": {name: [int(x) for x in record[name][end:upto]] for name in _COLUMNS},
                 },
             }
