@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -30,7 +31,8 @@ class ActionEnd:
 
     def __init__(self, syntax: Syntax, max_calls: int | None, read: Callable[[Sequence[int], bool], Reply]) -> None:
         self._syntax, self._max_calls, self._read = syntax, max_calls, read
-        self._last_letters = frozenset(mark[-1] for mark in syntax.closings)
+        last_letters = frozenset(mark[-1] for mark in syntax.closings)
+        self._may_close = cache(lambda token_id: not last_letters.isdisjoint(read([token_id], False).text))
 
     def find(self, token_ids: Sequence[int]) -> CallsEnd | None:
         """Return where the calls of an action end; None if there is none."""
@@ -56,7 +58,7 @@ class ActionEnd:
         def is_over(token_id: int) -> bool:
             nonlocal has_call
             token_ids.append(token_id)
-            if not has_call and self._last_letters.isdisjoint(self._read([token_id], False).text):
+            if not has_call and not self._may_close(token_id):
                 return False  # no call ends here, and reading all of the action for every token would be slow
             end = self.find(token_ids)
             has_call = end is not None

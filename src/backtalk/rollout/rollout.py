@@ -26,9 +26,7 @@ from backtalk.tasks.task import Task
 from backtalk.trajectory import StopReason, TokenRole, Trajectory
 
 EnvFactory = Callable[[Task], AbstractAsyncContextManager[Env]]
-
 CLOSE_TIMEOUT_S = 60.0
-
 log = logging.getLogger(__name__)
 
 
@@ -94,13 +92,12 @@ async def _run_once(
                 if not scope.expired():
                     raise
                 recorder.stop_reason = StopReason.DEADLINE
-            is_late = recorder.stop_reason is StopReason.DEADLINE
-            if is_late and limits.deadline == "zero" and recorder.has_acted and not task.world_model_only:
-                recorder.reward = 0.0
-            elif not is_late or (limits.deadline == "verify" and recorder.has_acted):
+            if recorder.stop_reason is not StopReason.DEADLINE or (limits.deadline == "verify" and recorder.has_acted):
                 with recorder.in_phase("score"):
                     recorder.reward = await _score(env, limits)
                     recorder.stats.update(getattr(env, "metrics", {}))
+            elif limits.deadline == "zero" and recorder.has_acted and not task.world_model_only:
+                recorder.reward = 0.0
             recorder.phase = "close"
     except InfrastructureError as error:
         if recorder.phase != "close":  # the rollout is complete by then
@@ -121,14 +118,13 @@ async def _turns(
 ) -> StopReason:
     """Sample actions and append their observations until the rollout ends; return the reason."""
     for turn in range(limits.max_turns):
-        tokens_left = limits.max_tokens - len(recorder.token_ids)
-        if tokens_left < 1:
+        room = min(limits.max_tokens - len(recorder.token_ids), limits.max_tokens_per_turn)
+        if room < 1:
             return StopReason.MAX_TOKENS
         if deadline.left_s <= 0:  # the environment swallowed the cancellation
             return StopReason.DEADLINE
         with recorder.in_phase("sample"):
             await admission.wait_for_openings()
-            room = min(tokens_left, limits.max_tokens_per_turn)
             completion = await sample_action(session, tuple(recorder.token_ids), room, renderer.action_end)
         action = renderer.parse_action(completion.token_ids, completion.stopped)
         recorder.append_action(completion, action, turn)
