@@ -80,12 +80,15 @@ def new_figure(rows: int, columns: int, width: float = 4.2, height: float = 3.0)
 
 def finish(figure: Any) -> bytes:
     """Add grid and legends; return the figure as PNG bytes."""
+    from matplotlib.ticker import MaxNLocator
+
     for axis in figure.axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontsize(10)
         axis.tick_params(labelsize=8)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        if isinstance(locator := axis.xaxis.get_major_locator(), MaxNLocator):  # of steps, not of names
+            locator.set_params(integer=True)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize=7, framealpha=0.85, edgecolor="none")
     out = io.BytesIO()

@@ -94,8 +94,8 @@ def _steps(study: Mapping[str, Any]) -> list[int]:
 
 
 def draw(folder: Path, study: Mapping[str, Any]) -> bytes:
-    """Draw training reward and held-out pass@1 beside env-output cross-entropy on recorded trajectories; PNG bytes."""
-    figure, (left, right) = new_figure(1, 2, width=5.2, height=3.8)
+    """Draw reward and pass@1, cross-entropy of env output (recorded, if there is any) and its change; PNG bytes."""
+    figure, (left, right, change) = new_figure(1, 3, width=4.6, height=3.8)
     by_arm: dict[str, list[RunLog]] = defaultdict(list)
     for (arm, _), name in _runs(study).items():
         by_arm[arm].append(RunLog(folder / name))
@@ -114,8 +114,20 @@ def draw(folder: Path, study: Mapping[str, Any]) -> bytes:
                 band(axis, [step + aside for step in points], list(points.values()), label, color=color)
     left.set(title="training reward, and held-out pass@1", xlabel="step", ylim=(-0.02, None))
     what = "recorded trajectories" if metric == "env CE, recorded" else "own rollouts"
-    right.set(title=f"held-out env-output cross-entropy on {what}", xlabel="step", ylabel="nats/token", ylim=(0, None))
+    right.set(title=f"held-out env-output cross-entropy,\n{what}", xlabel="step", ylabel="nats/token")
+    draw_change(change, [r for r in study["results"] if r["metric"] == metric])
     return finish(figure)
+
+
+def draw_change(axis: Any, results: Sequence[Mapping[str, Any]]) -> None:
+    """Draw how a metric changed in each arm, with the interval of pairs, which is narrower than those of its ends."""
+    for number, result in enumerate(results):
+        if found := Interval.from_dict(result["change"]):
+            errors = [[found.value - found.low], [found.high - found.value]]
+            axis.errorbar([number], [found.value], errors, fmt="o", color=f"C{number}", capsize=4)
+    axis.axhline(0, color="#8c959f", linewidth=1)
+    axis.set_xticks(range(len(results)), [result["arm"] for result in results])
+    axis.set(title="its change over training,\nin pairs of the same task", xlim=(-0.5, max(len(results), 1) - 0.5))
 
 
 def _summary(study: Mapping[str, Any]) -> str:
