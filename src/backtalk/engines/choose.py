@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from backtalk.engines.base import CustomEngineConfig, Engine
+from backtalk.engines.tinker.config import TinkerConfig
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.errors import ConfigError
 from backtalk.settings import import_object
 
-EngineConfig = TorchConfig | CustomEngineConfig
+EngineConfig = TorchConfig | TinkerConfig | CustomEngineConfig
 
 
 def engine_config_class(kind: Any) -> type[EngineConfig]:
@@ -21,6 +22,8 @@ def engine_config_class(kind: Any) -> type[EngineConfig]:
     match kind:
         case "torch":
             return TorchConfig
+        case "tinker":
+            return TinkerConfig
         case str() if ":" in kind:
             found = import_object(kind, "engine.kind")
             if not isinstance(found, type) or not callable(getattr(found, "open", None)):
@@ -31,7 +34,7 @@ def engine_config_class(kind: Any) -> type[EngineConfig]:
             return found
         case _:
             raise ConfigError(
-                f"engine.kind={kind!r} is no engine; use torch, or my_module:MyEngineConfig for one of your own"
+                f"engine.kind={kind!r} is no engine; use torch, tinker, or my_module:MyEngineConfig for one of your own"
             )
 
 
@@ -42,5 +45,10 @@ def open_engine(config: EngineConfig, *, seed: int = 0) -> Engine:
             from backtalk.engines.torch.engine import TorchEngine
 
             return TorchEngine(config, seed=seed)
+        case TinkerConfig():
+            from backtalk.engines.tinker.engine import TinkerEngine
+            from backtalk.engines.tinker.sdk import connect
+
+            return TinkerEngine(config, lambda: connect(config, seed=seed))
         case _:
             return config.open(seed=seed)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from backtalk.engines.torch.config import TorchConfig
+from backtalk.engines.update_scale import UpdateScale
 
 
 class StepOptimizer:
@@ -38,8 +39,7 @@ class StepOptimizer:
         self._config = config
         self._adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas)
         self.updates = 0
-        self._seen_square = 0.0  # running mean of |g|^2, without bias correction: only the ratio is used
-        self._unit_square = 0.0
+        self._scale = UpdateScale(config.betas[1])
 
     def zero_grad(self) -> None:
         """Forget all gradients; call before the first micro-batch."""
@@ -89,24 +89,22 @@ class StepOptimizer:
 
     def _update_scale(self, grad_norm: float, world_coeff_ratio: float | None) -> float:
         """Update both running means and return the factor on the learning rate of a world-only step."""
-        max_norm, decay = self._config.grad_clip_norm, self._config.betas[1]
+        max_norm = self._config.grad_clip_norm
         seen = min(grad_norm, max_norm)
         unit = seen if world_coeff_ratio is None else min(grad_norm / world_coeff_ratio, max_norm)
-        self._seen_square = decay * self._seen_square + (1 - decay) * seen**2
-        self._unit_square = decay * self._unit_square + (1 - decay) * max(unit, seen) ** 2
-        if world_coeff_ratio is None or self._unit_square == 0:
-            return 1.0
-        return math.sqrt(self._seen_square / self._unit_square)
+        scale = self._scale.update(seen, unit)
+        return 1.0 if world_coeff_ratio is None else scale
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state except the parameters; masters are included where they are separate tensors."""
         pairs = zip(self._parameters, self._masters, strict=True)
+        seen_square, unit_square = self._scale.state()
         return {
             "adam": self._adam.state_dict(),
             "masters": [master.detach() for parameter, master in pairs if master is not parameter],
             "updates": self.updates,
-            "seen_square": self._seen_square,
-            "unit_square": self._unit_square,
+            "seen_square": seen_square,
+            "unit_square": unit_square,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -120,7 +118,7 @@ class StepOptimizer:
             for master, saved in zip(masters, state["masters"], strict=True):
                 master.copy_(saved)
         self.updates = state["updates"]
-        self._seen_square, self._unit_square = state["seen_square"], state["unit_square"]
+        self._scale = UpdateScale(self._config.betas[1], state["seen_square"], state["unit_square"])
 
 
 def _master(parameter: nn.Parameter) -> Tensor:

@@ -1,0 +1,204 @@
+"""The Tinker service over its SDK. The SDK repeats what failed for a moment (408, 409, 429, 5xx, lost connections) with
+back-off, for five minutes; here its answers are waited for, and its errors get a name and an advice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from backtalk.engines.tinker.config import TinkerConfig
+from backtalk.engines.tinker.service import AdamStep, Datum, LossName, TinkerError
+from backtalk.errors import ConfigError, SamplerError
+from backtalk.rollout.sampler import Completion
+
+try:
+    import httpx
+    import tinker
+    from tinker.lib.retry_handler import RetryConfig
+except ImportError as error:
+    raise ConfigError(f"engine.kind=tinker needs the Tinker SDK ({error}); pip install 'backtalk[tinker]'") from error
+
+OLDEST, NEWEST = (0, 25), (0, 38)  # tested
+_ANSWER_S = 20.0
+_NO_KEY = "tml-none"  # what the SDK sends to a server of one's own, which asks for none
+
+
+def connect(config: TinkerConfig, *, seed: int = 0) -> TinkerService:
+    """Open a session with the service that ``config`` names.
+
+    Raises:
+        ConfigError: an SDK of a version that is not known, no key, or a model that the service does not have.
+        TinkerError: no service answers.
+    """
+    if not OLDEST <= _release(version("tinker")) <= NEWEST:
+        raise ConfigError(
+            f"tinker {version('tinker')} is installed, and {'.'.join(map(str, OLDEST))} to "
+            f"{'.'.join(map(str, NEWEST))} are known to work; pip install 'backtalk[tinker]'"
+        )
+    url = config.base_url or os.environ.get("TINKER_BASE_URL")
+    key = os.environ.get("TINKER_API_KEY") or (_NO_KEY if url else None)
+    if key is None:
+        raise ConfigError("hosted Tinker needs a key; set TINKER_API_KEY, or engine.base_url to a server of your own")
+    if url is not None:
+        _check_answer(url)
+    return TinkerService(config, url, key, seed)
+
+
+def _check_answer(url: str) -> None:
+    """Raise TinkerError if nothing answers; the SDK would try again for five minutes."""
+    try:
+        httpx.get(f"{url.rstrip('/')}/api/v1/healthz", timeout=_ANSWER_S)
+    except httpx.HTTPError as error:
+        raise TinkerError(
+            f"no server answers at {url} ({type(error).__name__}: {error}); start it, or set engine.base_url"
+        ) from error
+
+
+def _release(text: str) -> tuple[int, int]:
+    major, minor, *_ = text.split(".")
+    return int(major), int(minor)
+
+
+class TinkerService:
+    """A session of the SDK."""
+
+    def __init__(self, config: TinkerConfig, url: str | None, key: str, seed: int) -> None:
+        self._config, self._seed = config, seed
+        self._where = url or "hosted Tinker"
+        self._client = self._ask("a session", lambda: tinker.ServiceClient(base_url=url, api_key=key))
+        capabilities = self._ask("its models", self._client.get_server_capabilities)
+        names = [model.model_name for model in capabilities.supported_models]
+        if config.model not in names:
+            raise ConfigError(
+                f"{self._where} has no model {config.model!r}; set engine.model to one of {', '.join(map(str, names))}"
+            )
+
+    def open_model(self, state: str | None = None) -> SdkModel:
+        """Return a model with fresh adapters, or with what was saved at a path, optimizer included."""
+        client, config = self._client, self._config
+        if state is None:
+            model = self._ask(
+                "a model",
+                lambda: client.create_lora_training_client(config.model, rank=config.lora_rank, seed=self._seed),
+            )
+        else:
+            model = self._ask(
+                f"the model saved at {state}", lambda: client.create_training_client_from_state_with_optimizer(state)
+            )
+        return SdkModel(model, self._ask, config.timeout_s)
+
+    def close(self) -> None:
+        """End the session; an older SDK has no call for it, and the service ends it by itself."""
+        if hasattr(self._client, "close"):
+            self._ask("the end of the session", lambda: self._client.close("success"))
+
+    def _ask(self, what: str, call: Callable[[], Any]) -> Any:
+        """Return the answer to a call of the SDK, waited for where it is a future; TinkerError where there is none."""
+        try:
+            answer = call()
+            return answer.result(self._config.timeout_s) if hasattr(answer, "result") else answer
+        except Exception as error:  # the SDK raises its own, httpx's and plain ones
+            raise TinkerError(f"{self._where} did not give {what}: {_explain(error)}") from error
+
+
+class SdkModel:
+    """A training client of the SDK."""
+
+    def __init__(self, client: Any, ask: Callable[[str, Callable[[], Any]], Any], timeout_s: float) -> None:
+        self._client, self._ask, self._timeout_s = client, ask, timeout_s
+
+    def run(self, data: Sequence[Datum], loss: LossName, *, backward: bool) -> list[list[float]]:
+        """Run the rows, and return the log-probability of each token after the first."""
+        call = self._client.forward_backward if backward else self._client.forward
+        output = self._ask("a forward pass", lambda: call([_datum(row) for row in data], loss))
+        rows = [list(one["logprobs"].data) for one in output.loss_fn_outputs]
+        if [len(row) for row in rows] != [len(one.token_ids) - 1 for one in data]:
+            raise TinkerError("the service returned log-probabilities of other tokens than it was sent")
+        return rows
+
+    def step(self, adam: AdamStep) -> dict[str, float]:
+        """Take an optimizer step, and return the service's metrics."""
+        params = tinker.AdamParams(
+            learning_rate=adam.learning_rate,
+            beta1=adam.betas[0],
+            beta2=adam.betas[1],
+            eps=adam.eps,
+            weight_decay=adam.weight_decay,
+            grad_clip_norm=adam.grad_clip_norm,
+        )
+        return dict(self._ask("an optimizer step", lambda: self._client.optim_step(params)).metrics or {})
+
+    def save(self, name: str) -> str:
+        """Save adapters and optimizer on the service, and return their path."""
+        return self._ask("a saved state", lambda: self._client.save_state(name)).path
+
+    def sampling_weights(self) -> SdkWeights:
+        """Return the current weights for sampling."""
+        retry = RetryConfig(progress_timeout=self._timeout_s)
+        client = self._ask(
+            "weights to sample from", lambda: self._client.save_weights_and_get_sampling_client(retry_config=retry)
+        )
+        return SdkWeights(client, self._timeout_s)
+
+
+class SdkWeights:
+    """A sampling client of the SDK."""
+
+    def __init__(self, client: Any, timeout_s: float) -> None:
+        self._client, self._timeout_s = client, timeout_s
+
+    async def sample(
+        self, token_ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int, stop: Sequence[int]
+    ) -> Completion:
+        """Sample what follows a prompt, the stop token included."""
+        params = tinker.SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=list(stop))
+        prompt = tinker.ModelInput.from_ints(list(token_ids))
+        try:
+            answer = self._client.sample(prompt=prompt, num_samples=1, sampling_params=params)
+            future = answer.result_async() if hasattr(answer, "result_async") else asyncio.wrap_future(answer)
+            sequence = (await asyncio.wait_for(future, self._timeout_s)).sequences[0]
+        except Exception as error:
+            raise SamplerError(f"the Tinker service did not sample: {_explain(error)}") from error
+        ids, logprobs = tuple(sequence.tokens), sequence.logprobs
+        stopped = bool(ids) and ids[-1] in stop
+        if logprobs is None or len(logprobs) != len(ids) or (sequence.stop_reason == "stop" and not stopped):
+            raise SamplerError(
+                f"the Tinker service sampled {len(ids)} tokens with {len(logprobs or ())} log-probabilities, ended by "
+                f"{sequence.stop_reason!r}; an action needs the log-probability of each, its stop token included"
+            )
+        return Completion(ids, tuple(logprobs), stopped)
+
+
+def _datum(row: Datum) -> Any:
+    """Return a row as the SDK has it: position t of the inputs is that of token t + 1."""
+    inputs: dict[str, Any] = {name: list(values) for name, values in row.inputs.items()}
+    return tinker.Datum(
+        model_input=tinker.ModelInput.from_ints(list(row.token_ids[:-1])),
+        loss_fn_inputs={"target_tokens": list(row.token_ids[1:]), **inputs},
+    )
+
+
+def _explain(error: Exception) -> str:
+    """Return an error of the SDK as text, with what to do about it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    match getattr(error, "status_code", None):
+        case 401 | 402 | 403:
+            advice = "check TINKER_API_KEY and the account"
+        case 404:
+            advice = "check engine.base_url: is it the root address of a server of the Tinker API?"
+        case int(status) if status >= 500:
+            advice = (
+                f"the server failed; its log says why. One of an older protocol fails so too: tinker "
+                f"{version('tinker')} is installed, and SkyRL 0.4 is made for 0.25"
+            )
+        case _ if isinstance(error, tinker.APIConnectionError):
+            advice = "check that the server runs at engine.base_url"
+        case _ if isinstance(error, TimeoutError):
+            text, advice = "no answer", "it is busy or gone; raise engine.timeout_s if it is busy"
+        case _:
+            advice = ""
+    return f"{type(error).__name__}: {text[:500]}" + (f"; {advice}" if advice else "")
