@@ -113,9 +113,7 @@ def test_the_reduction_is_measured(model_dir: Path, reduction: Reduction) -> Non
 
 
 def test_an_unknown_reduction_is_refused_and_so_is_a_model_that_does_not_move(model_dir: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"a quarter of the weight gives 1\.\d\d of the gradient.*two requests [12]\."
-    ):
+    with pytest.raises(ConfigError, match=r"gives (0\.9|1\.0)\d of .* row (0\.9|1\.0)\d, two requests 2\.0"):
         probe(MeanOverTokens(LocalService(model_dir, "sum")), range(20, 36))
     frozen = LocalService(model_dir, "sum").open_model()
     frozen.step = lambda adam: {}  # type: ignore[method-assign]

@@ -35,7 +35,7 @@ class LocalService:
             raise TinkerError(f"no state was saved at {state}")
         model = LocalModel(self)
         if state is not None:
-            weights, optimizer = self.states[state]
+            weights, optimizer = copy.deepcopy(self.states[state])  # an optimizer goes on with the tensors it is given
             model.network.load_state_dict(weights)
             model.optimizer.load_state_dict(optimizer)
         self.models.append(model)
