@@ -24,7 +24,8 @@ class LocalService:
     """A service with one model folder. ``max_rows`` splits requests, as the SDK does with large ones."""
 
     def __init__(self, folder: Path, reduction: Reduction, *, max_rows: int | None = None) -> None:
-        self.folder, self.reduction, self.max_rows = folder, reduction, max_rows
+        self.folder, self.max_rows = folder, max_rows
+        self.reduction: Reduction = reduction
         self.models: list[LocalModel] = []  # in the order in which they were opened
         self.states: dict[str, Any] = {}
         self.is_closed = False

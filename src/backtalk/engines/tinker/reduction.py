@@ -10,7 +10,7 @@ answers says which it is, so a model of its own is trained a few steps on one ro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from backtalk.engines.tinker.config import Reduction
 from backtalk.engines.tinker.service import AdamStep, Datum, LossName, RemoteModel
@@ -48,7 +48,7 @@ def linear_loss(
     return _data(rows, inputs), "importance_sampling"
 
 
-def _data(rows: Sequence[Sequence[int]], inputs: Sequence[dict[str, Sequence[float]]]) -> list[Datum]:
+def _data(rows: Sequence[Sequence[int]], inputs: Sequence[Mapping[str, Sequence[float]]]) -> list[Datum]:
     return [Datum(token_ids=row, inputs=one) for row, one in zip(rows, inputs, strict=True)]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
@@ -17,8 +18,9 @@ from backtalk.rollout.sampler import Completion
 
 try:
     import httpx
-    import tinker
-    from tinker.lib.retry_handler import RetryConfig
+
+    tinker: Any = import_module("tinker")
+    RetryConfig: Any = import_module("tinker.lib.retry_handler").RetryConfig
 except ImportError as error:
     raise ConfigError(f"engine.kind=tinker needs the Tinker SDK ({error}); pip install 'backtalk[tinker]'") from error
 
