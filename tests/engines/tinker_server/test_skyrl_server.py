@@ -93,7 +93,7 @@ class Server:
     def adapters(self, model: Any) -> dict[str, Tensor]:
         """Return the adapters of a model, as the server writes them for sampling."""
         path = model._client.save_weights_for_sampler(f"read-{time.monotonic_ns()}").result(PATIENCE_S).path
-        model_id, _, name = path.removeprefix("tinker://").split("/")
+        model_id, *_, name = path.removeprefix("tinker://").split("/")
         archive = self.folder / "checkpoints" / model_id / "sampler_weights" / f"{name}.tar.gz"
         with tarfile.open(archive) as files:
             member = next(one for one in files if one.name.endswith("adapter_model.safetensors"))
