@@ -8,11 +8,15 @@ and in columns of Arrow's map type, were written by somebody and are kept.
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from backtalk.errors import DataError
 from backtalk.files import reading, write_bytes
+
+_ROWS_AT_ONCE = 16  # when one row is wanted
 
 
 def write_table(path: Path, table: Any) -> None:
@@ -48,6 +52,52 @@ def read_table(path: Path) -> Any:
         raise DataError(
             f"{path} is not a Parquet file ({error}); it may be cut off or foreign, so write it again"
         ) from error
+
+
+def read_columns(path: Path, columns: Sequence[str]) -> Any:
+    """Return some columns of a Parquet file as a ``pyarrow.Table``; the others are not read from disk.
+
+    Raises:
+        DataError: the file cannot be read, is no Parquet file, or lacks one of the columns.
+    """
+    with _opened(path) as file:
+        missing = set(columns) - set(file.schema_arrow.names)
+        if missing:
+            raise DataError(f"{path} lacks the columns {sorted(missing)}; it holds something else")
+        return file.read(columns=list(columns), use_threads=False)
+
+
+def read_row(path: Path, index: int) -> dict[str, Any]:
+    """Return one row of a Parquet file as plain data, holding only a few rows in memory.
+
+    Raises:
+        DataError: the file cannot be read, is no Parquet file, or has fewer rows.
+    """
+    with _opened(path) as file:
+        first = 0
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if not first <= index < first + rows:
+                first += rows
+                continue
+            for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], use_threads=False):
+                if index < first + batch.num_rows:
+                    return batch.slice(index - first, 1).to_pylist()[0]
+                first += batch.num_rows
+        raise DataError(f"{path} has {file.metadata.num_rows} rows, so none at {index}; rows count from 0")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a Parquet file mapped into memory; turn what Arrow raises inside into a DataError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with reading(path), pq.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
+            yield file
+    except (pa.ArrowException, ValueError) as error:
+        raise DataError(f"{path} is not a whole Parquet file ({error}); it may be cut off or foreign") from error
 
 
 def parquet_rows(path: Path) -> list[dict[str, Any]]:

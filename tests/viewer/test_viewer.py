@@ -11,57 +11,15 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from shown import GROUPS, HOSTILE, TOKENIZER, encode, train_on, write_run
 
 from backtalk.errors import DataError
-from backtalk.objective.config import ObjectiveConfig
-from backtalk.objective.samples import build_samples
-from backtalk.objective.weights import step_weights
-from backtalk.run.estimates import Interval
-from backtalk.run.evaluate import Evaluation
 from backtalk.run.log import RunLog
-from backtalk.settings import to_plain
-from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
+from backtalk.trajectory import Segment, TokenRole, TrajectoryGroup
 from backtalk.viewer.data import find_groups, find_rollout, token_texts, visible
 from backtalk.viewer.terminal import list_groups, render
 from backtalk.viewer.web.report import write_report
 from backtalk.viewer.web.study import read_study
-from tiny import tiny_tokenizer
-
-TOKENIZER = tiny_tokenizer()
-HOSTILE = "\x1b]0;owned\x07<script>alert(1)</script> ünï☃"
-
-
-def encode(text: str) -> tuple[int, ...]:
-    return tuple(TOKENIZER.backend_tokenizer.encode(text, add_special_tokens=False).ids)
-
-
-def rollout(task: str, index: int, reward: float | None, said: str, *, failed: bool = False) -> Trajectory:
-    action = encode("<bash>ls</bash><|im_end|>")
-    segments = [
-        Segment(TokenRole.TEMPLATE, encode("<|im_start|>user\n")),
-        Segment(TokenRole.CONTEXT, encode("count the lines")),
-        Segment(TokenRole.TEMPLATE, encode("<|im_end|>\n<|im_start|>assistant\n")),
-        Segment(TokenRole.ACTION, action, (-0.5,) * len(action), 0),
-        Segment(TokenRole.TEMPLATE, encode("\n<|im_start|>tool\n"), None, 0, "bash"),
-        Segment(TokenRole.ENV_OUTPUT, encode(said), None, 0, "bash"),
-        Segment(TokenRole.WARNING, encode("[exit code 1]"), None, 0, "bash"),
-        Segment(TokenRole.TEMPLATE, encode("<|im_end|>\n"), None, 0, "bash"),
-    ]
-    return Trajectory(
-        task_id=task,
-        sample_index=index,
-        segments=tuple(segment for segment in segments if len(segment)),
-        reward=reward,
-        stop_reason=StopReason.FAILED if failed else StopReason.SUBMITTED,
-        failure=Failure("score", "VerifierError", "no reward") if failed else None,
-    )
-
-
-GROUPS = [
-    TrajectoryGroup("a", (rollout("a", 0, 1.0, "total 12"), rollout("a", 1, 0.0, HOSTILE))),
-    TrajectoryGroup("b", (rollout("b", 0, 0.5, ""), rollout("b", 1, None, "total 3 notes.txt", failed=True))),
-]
-
 
 # ---------------------------------------------------------------- text
 
@@ -78,48 +36,9 @@ def test_tokens_become_the_text_they_are_of_and_control_characters_are_pictures(
 # ---------------------------------------------------------------- a run folder
 
 
-def train_on(log: RunLog, step: int, groups: list[TrajectoryGroup]) -> None:
-    log.write_groups(step, groups)
-    samples = [sample for group in groups for sample in build_samples(group)]
-    log.write_weights(step, groups, step_weights(samples, ObjectiveConfig()))
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    log = RunLog(tmp_path / "run")
-    objective = to_plain(ObjectiveConfig())
-    log.write_config(
-        {
-            "steps": 2,
-            "engine": {"model": "base"},
-            "tasks": {"source": "triage"},
-            "rollout": {"max_tokens": 100},
-            "objective": objective,
-        }
-    )
-    TOKENIZER.save_pretrained(str(log.tokenizer_path))
-    for step in range(2):
-        train_on(log, step, GROUPS)
-        log.write_metrics(
-            step, {"reward": 0.5, "rollouts": 4, "env_output_ce": 2.0, "grad_norm": 1.0, "action_tokens": 9}
-        )
-    evaluation = Evaluation(
-        step=0,
-        samples_per_task=2,
-        pass_at_1=Interval(0.25, 0.1, 0.4),
-        pass_at_k=None,
-        reward=Interval(0.25),
-        env_ce_recorded=None,
-        env_ce_own=Interval(2.5, 2.4, 2.6),
-        per_rollout={"num_turns": 3.0},
-        stop_reasons={"submitted": 4},
-        no_reward=1,
-        seconds=1.0,
-        tasks=(),
-        recorded=(),
-    )
-    log.write_evaluation(0, evaluation.to_dict(), GROUPS[:1])
-    return log.folder
+    return write_run(tmp_path / "run")
 
 
 def shown(folder: Path, **which: Any) -> str:

@@ -23,6 +23,7 @@ from backtalk.cli.show import report, show
 from backtalk.cli.study import study
 from backtalk.cli.tasks import tasks_app
 from backtalk.cli.train import train
+from backtalk.cli.view import view
 from backtalk.errors import BacktalkError
 
 app = typer.Typer(
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, show, report, evaluate, study, settings, serve, capture, account, export, doctor, check):
+for command in (train, view, show, report, evaluate, study, settings, serve, capture, account, export, doctor, check):
     app.command()(command)
 app.command("import")(import_trajectories)
 app.add_typer(tasks_app, name="tasks")

@@ -210,7 +210,12 @@ def application(endpoint: Endpoint) -> Starlette:
 
 
 async def serve(endpoint: Endpoint, *, host: str, port: int) -> None:
-    """Serve until cancelled.
+    """Serve the endpoint until cancelled; raises as :func:`serve_application`."""
+    await serve_application(application(endpoint), host=host, port=port)
+
+
+async def serve_application(app: Starlette, *, host: str, port: int) -> None:
+    """Serve a web application until cancelled.
 
     Raises:
         ConfigError: the packages for it are not installed.
@@ -226,7 +231,7 @@ async def serve(endpoint: Endpoint, *, host: str, port: int) -> None:
         def capture_signals(self) -> Iterator[None]:  # the caller has handlers of its own
             yield
 
-    server = Server(uvicorn.Config(application(endpoint), host=host, port=port, log_level="warning"))
+    server = Server(uvicorn.Config(app, host=host, port=port, log_level="warning"))
     serving = asyncio.ensure_future(server.serve())
     try:
         await asyncio.shield(serving)

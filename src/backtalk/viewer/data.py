@@ -115,7 +115,12 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """Return the text of each token, control characters made visible.
+    """Return the text of each token, control characters made visible; see :func:`raw_token_texts`."""
+    return [visible(text) for text in raw_token_texts(tokenizer, token_ids)]
+
+
+def raw_token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
+    """Return the text of each token as it is.
 
     A character spread over several tokens is shown at the first of them, and the others are empty.
     """
@@ -129,7 +134,7 @@ def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
         else:
             width, text = 1, tokenizer.decode([token_ids[start]], skip_special_tokens=False)
         width = min(width, len(token_ids) - start)
-        texts += [visible(text), *[""] * (width - 1)]
+        texts += [text, *[""] * (width - 1)]
     return texts
 
 

@@ -89,7 +89,7 @@ def import_files(
         raise ConfigError(f"format {source!r} is unknown; use {', '.join(get_args(Format))}")
 
     def read(rollout: Rollout) -> Trajectory:
-        made_with = renderer_of or (for_text if _is_text(rollout) else None)
+        made_with = renderer_of or (for_text if is_text(rollout) else None)
         trajectory = import_record(rollout.record, rollout.source, made_with, options, name=rollout.file)
         return _fitting(trajectory, options, longest)
 
@@ -153,7 +153,7 @@ def _rollouts(record: Any, place: str, source: Format | None) -> list[Rollout]:
     return [Rollout(row, chosen, place) for row in rows_of(record, chosen)]
 
 
-def _is_text(rollout: Rollout) -> bool:
+def is_text(rollout: Rollout) -> bool:
     """Return whether a rollout is recorded as messages, without token ids."""
     record: Mapping[str, Any] = rollout.record if isinstance(rollout.record, Mapping) else {}
     match rollout.source:

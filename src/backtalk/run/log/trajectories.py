@@ -10,7 +10,7 @@ from typing import Any
 
 from backtalk.errors import DataError
 from backtalk.files import append_json_line, read_json_lines, write_bytes
-from backtalk.parquet import read_table, write_table
+from backtalk.parquet import read_row, read_table, write_table
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 
 SCHEMA_VERSION = 3  # 1 had no branches, and 1 and 2 no unsampled actions
@@ -133,6 +133,18 @@ def read_trajectories(path: str | Path) -> list[Trajectory]:
     return [trajectory_from_dict(row) for row in rows]
 
 
+def read_trajectory(path: Path, index: int) -> Trajectory:
+    """Read one row of a Parquet file that :func:`write_trajectories` wrote, without holding the others.
+
+    Raises:
+        DataError: the file cannot be read, has no such row, or holds something other than trajectories.
+    """
+    try:
+        return trajectory_from_dict(_plain_row(read_row(path, index)))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a Parquet file of trajectories ({error}); it may be foreign") from error
+
+
 def group_trajectories(trajectories: Sequence[Trajectory]) -> list[TrajectoryGroup]:
     """Return trajectories, in written order, as groups; another task or a restarted sample index begins a new one."""
     groups: list[list[Trajectory]] = []
@@ -198,13 +210,14 @@ def _from_parquet(path: Path) -> list[dict[str, Any]]:
                 f"{path} is of version {version!r} of the trajectory format, and this backtalk reads 1 to "
                 f"{SCHEMA_VERSION}; read it with the backtalk that wrote it, or a later one"
             )
-        rows = table.to_pylist()
-        for row in rows:
-            row["failure"] = row["failure"] and json.loads(row["failure"])
-            row["messages"] = json.loads(row["messages"])
-            row["stats"] = dict(row["stats"])
-        return rows
+        return [_plain_row(row) for row in table.to_pylist()]
     except (pa.ArrowException, json.JSONDecodeError, TypeError) as error:
         raise DataError(
             f"{path} is not a Parquet file of trajectories ({error}); it may be cut off or foreign"
         ) from error
+
+
+def _plain_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of Parquet as plain data, its columns of JSON read."""
+    failure = row["failure"] and json.loads(row["failure"])
+    return {**row, "failure": failure, "messages": json.loads(row["messages"]), "stats": dict(row["stats"])}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from backtalk.errors import DataError
-from backtalk.parquet import read_table, write_table
+from backtalk.parquet import read_row, read_table, write_table
 from backtalk.trajectory import TokenWeights, TrajectoryGroup
 
 
@@ -44,6 +44,25 @@ def read_weights(path: Path, groups: Sequence[TrajectoryGroup]) -> list[list[Tok
         raise DataError(f"{path} does not hold the weights of this step ({error}); remove it to go without") from error
     left = iter(weights)
     return [[next(left) for _ in group] for group in groups]
+
+
+def read_weights_row(path: Path, index: int, length: int) -> TokenWeights:
+    """Read the weights of one trajectory of ``length`` tokens, without holding those of the others.
+
+    Raises:
+        DataError: the file cannot be read, or belongs to other trajectories.
+    """
+    row = read_row(path, index)
+    try:
+        weights = TokenWeights(row["advantage"], tuple(row["policy"]), tuple(row["world"]))
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path} does not hold token weights ({error}); remove it to go without") from error
+    if not len(weights.policy) == len(weights.world) == length:
+        raise DataError(
+            f"{path} has weights of {len(weights.policy)} tokens in row {index}, and the trajectory has {length}; it "
+            "belongs to another step, so remove it to go without"
+        )
+    return weights
 
 
 def _check_fit(groups: Sequence[TrajectoryGroup], weights: Sequence[TokenWeights], source: str) -> None:

@@ -1,0 +1,78 @@
+"""`backtalk view`: the live page over runs, studies and files of trajectories."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from backtalk.cli.interrupts import Interrupted, run
+from backtalk.errors import ConfigError, DataError
+
+HOST = "127.0.0.1"
+FIRST_PORT = 7870
+PORTS_TRIED = 20
+
+
+def view(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[PATH]...",
+            help="Run folders, studies, folders of them, or files of trajectories in any format that import reads. "
+            "Without any: runs/.",
+        ),
+    ] = None,
+    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help=f"Without it: the first free one from {FIRST_PORT} on.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Whose tokenizer the files are of: a folder, a Hugging Face name, or base. Runs know it."),
+    ] = None,
+) -> None:
+    """Look at runs and rollouts in the browser, also while they are being made. Nothing is ever written.
+
+    Only this machine reaches the page. Example: `backtalk view runs/study jobs/trajectories.jsonl --open`.
+    """
+    try:
+        from backtalk.viewer.live.app import make_app
+    except ImportError as error:
+        raise ConfigError(
+            f"the page needs starlette and uvicorn ({error}); type: pip install 'backtalk[view]'"
+        ) from error
+    from backtalk.run.serve import serve_application
+    from backtalk.viewer.live.sources import Library
+
+    chosen = paths or [Path("runs")]
+    for path in chosen:
+        if not path.exists():
+            raise DataError(f"{path} does not exist; pass a run folder, a folder of runs, or a file of trajectories")
+    port = _free_port() if port is None else port
+    library = Library(chosen, model)
+    found = len(library.sources())
+    address = f"http://{HOST}:{port}/"
+    typer.echo(f"{found} run{'s' * (found != 1)} and files at {address} ; Ctrl-C ends it.", err=True)
+    if open_browser:
+        typer.launch(address)
+    try:
+        run(serve_application(make_app(library), host=HOST, port=port))
+    except Interrupted:
+        typer.echo("Ended.", err=True)
+    finally:
+        library.close()
+
+
+def _free_port() -> int:
+    for port in range(FIRST_PORT, FIRST_PORT + PORTS_TRIED):
+        with socket.socket() as attempt:
+            attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                attempt.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise ConfigError(f"ports {FIRST_PORT} to {FIRST_PORT + PORTS_TRIED - 1} are all taken; pass one with --port")

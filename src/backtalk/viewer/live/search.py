@@ -1,0 +1,113 @@
+"""Find rollouts in which a text was said: in their messages, or in their tokens where no messages are on record."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from threading import Lock
+from typing import Any
+
+from backtalk.errors import DataError
+from backtalk.parquet import read_columns
+from backtalk.viewer.live.sources import Part, Source, Stamp
+
+BUDGET_S = 0.6  # of one request
+REMEMBERED = 2000  # files and words
+SNIPPET_CHARS = 60  # on each side of what was found
+
+
+class Search:
+    """Full-text search that reads one column of one file at a time and remembers which rows it found."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[tuple[str, str, str], tuple[Stamp, dict[int, str]]] = OrderedDict()
+        self._lock = Lock()
+
+    def find(
+        self, sources: Sequence[Source], words: Sequence[str], parts: set[tuple[str, str]], budget_s: float = BUDGET_S
+    ) -> tuple[dict[tuple[str, str, int], str], int]:
+        """Return what was said around the words, by run, file and row; and the number of files not searched yet.
+
+        Only files in ``parts`` are searched, for ``budget_s`` seconds, the newest first. Case does not count.
+        """
+        deadline, pending, found = time.monotonic() + budget_s, 0, {}
+        with self._lock:
+            for source in sources:
+                for part in source.parts():
+                    if (source.name, part.key) not in parts:
+                        continue
+                    rows = self._search_part(source, part, words, deadline)
+                    if rows is None:
+                        pending += 1
+                    else:
+                        found |= {(source.name, part.key, row): text for row, text in rows.items()}
+        return found, pending
+
+    def _search_part(
+        self, source: Source, part: Part, words: Sequence[str], deadline: float
+    ) -> Mapping[int, str] | None:
+        rows: dict[int, str] | None = None
+        for word in words:
+            key, stamp = (source.name, part.key, word.lower()), part.stamp
+            known = self._found.get(key)
+            if known is None or known[0] != stamp:
+                if time.monotonic() > deadline:
+                    return None
+                try:
+                    known = stamp, _matches(source, part, word)
+                except DataError:  # removed by a resume while we looked
+                    known = stamp, {}
+                self._found[key] = known
+                while len(self._found) > REMEMBERED:
+                    self._found.popitem(last=False)
+            rows = known[1] if rows is None else {row: text for row, text in rows.items() if row in known[1]}
+        return rows or {}
+
+
+def _matches(source: Source, part: Part, word: str) -> dict[int, str]:
+    """Return a snippet of each row of a file in which a text was said."""
+    import pyarrow.compute as pc
+
+    column = read_columns(part.path, ["messages"])["messages"].combine_chunks()
+    written = json.dumps(word)[1:-1]  # as it stands in the column, which is JSON
+    mask = pc.match_substring(column, written, ignore_case=True)
+    rows = pc.indices_nonzero(mask).to_pylist()
+    found = {row: _snippet(json.loads(column[row].as_py()), word) for row in rows}
+    found = {row: text for row, text in found.items() if text is not None}
+    return found | _in_tokens(source, part, word, pc.indices_nonzero(pc.equal(column, "[]")).to_pylist())
+
+
+def _snippet(messages: Sequence[Mapping[str, Any]], word: str) -> str | None:
+    for message in messages:
+        if text := around(_text(message), word):
+            return text
+    return None
+
+
+def _text(value: Any) -> str:
+    """Return all text in a message, whatever its shape."""
+    if isinstance(value, Mapping):
+        return "\n".join(filter(None, (_text(inner) for key, inner in value.items() if key != "role")))
+    if isinstance(value, (list, tuple)):
+        return "\n".join(filter(None, map(_text, value)))
+    return value if isinstance(value, str) else ""
+
+
+def around(text: str, word: str) -> str | None:
+    """Return the text around a word, on one line; None if the word is not in it."""
+    position = text.lower().find(word.lower())
+    if position < 0:
+        return None
+    start, end = max(0, position - SNIPPET_CHARS), position + len(word) + SNIPPET_CHARS
+    before, after = "…" if start else "", "…" if end < len(text) else ""
+    return " ".join(f"{before}{text[start:end]}{after}".split())
+
+
+def _in_tokens(source: Source, part: Part, word: str, rows: Sequence[int]) -> dict[int, str]:
+    if not rows or source.tokenizer is None:
+        return {}
+    column = read_columns(part.path, ["token_ids"])["token_ids"]
+    texts = ((row, source.tokenizer.decode(column[row].as_py(), skip_special_tokens=False)) for row in rows)
+    return {row: found for row, text in texts if (found := around(text, word))}
