@@ -25,7 +25,7 @@ from backtalk.viewer.live.query import parse_query, select, sorted_rows
 from backtalk.viewer.live.rollout import Opened
 from backtalk.viewer.live.search import Search
 from backtalk.viewer.live.sources import Library, RunSource, Source
-from backtalk.viewer.live.table import NUMBERS, RolloutTable, read_facts
+from backtalk.viewer.live.table import NUMBERS, RolloutTable, compute, read_facts
 
 HOSTS = ["127.0.0.1", "localhost", "[::1]"]  # a page of another name that resolves to this machine is refused
 MAX_ROWS = 500  # of the table, in one answer
@@ -105,13 +105,15 @@ class Viewer:
 
     def _said(self, table: Any, sources: list[Source], words: tuple[str, ...]) -> tuple[Any, dict[Any, str], int]:
         """Return the rows in which all words were said, the text around them, and the number of files left."""
+        import pyarrow as pa
+
         if not words:
             return table, {}, 0
         keys = list(zip(table["run"].to_pylist(), table["part"].to_pylist(), strict=True))
         found, pending = self.search.find(sources, words, set(keys))
         rows = table["row"].to_pylist()
         mask = [(*key, int(row)) in found for key, row in zip(keys, rows, strict=True)]
-        return table.filter(mask), found, pending
+        return table.filter(pa.array(mask, pa.bool_())), found, pending
 
 
 def make_app(library: Library) -> Starlette:
@@ -170,12 +172,10 @@ def _number(params: Mapping[str, str], name: str, default: int | None = None) ->
 
 
 def _means(table: Any) -> dict[str, float | None]:
-    import pyarrow.compute as pc
-
+    pc = compute()
     return {name: pc.mean(table[name]).as_py() for name in NUMBERS if name not in ("row", "group", "sample", "version")}
 
 
 def _counts(table: Any, column: str) -> dict[str, int]:
-    import pyarrow.compute as pc
-
+    pc = compute()
     return {str(pair["values"]): pair["counts"] for pair in pc.value_counts(table[column]).to_pylist()}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backtalk.viewer.live.table import NUMBERS, TEXT
+from backtalk.viewer.live.table import NUMBERS, TEXT, compute
 
 _TERM = re.compile(r'(?:(?P<field>[a-z_]+)(?P<op>:|<=|>=|!=|=|<|>))?(?:"(?P<quoted>[^"]*)"?|(?P<bare>\S+))')
 
@@ -50,9 +50,9 @@ def parse_query(text: str) -> Query:
 def select(table: Any, conditions: Sequence[Condition]) -> Any:
     """Return a mask of the rows of a table for which all conditions hold. A fact that is not known fits none."""
     import pyarrow as pa
-    import pyarrow.compute as pc
 
-    mask = pa.array([True] * table.num_rows)
+    pc = compute()
+    mask = pa.array([True] * table.num_rows, pa.bool_())
     for condition in conditions:
         holds = _text_mask if condition.field in TEXT else _number_mask
         mask = pc.and_(mask, pc.fill_null(holds(table[condition.field].combine_chunks(), condition), False))
@@ -61,8 +61,7 @@ def select(table: Any, conditions: Sequence[Condition]) -> Any:
 
 def sorted_rows(table: Any, column: str, descending: bool) -> Any:
     """Return a table ordered by a column, ties by step (newest first), group and sample."""
-    import pyarrow.compute as pc
-
+    pc = compute()
     if column not in table.schema.names:
         column, descending = "step", True
     keys = [(column, "descending" if descending else "ascending")]
@@ -88,8 +87,7 @@ def _is_number(text: str) -> bool:
 
 
 def _text_mask(column: Any, condition: Condition) -> Any:
-    import pyarrow.compute as pc
-
+    pc = compute()
     known = pc.fill_null(column, "")
     mask = None
     for value in condition.value.split(","):
@@ -100,8 +98,7 @@ def _text_mask(column: Any, condition: Condition) -> Any:
 
 
 def _number_mask(column: Any, condition: Condition) -> Any:
-    import pyarrow.compute as pc
-
+    pc = compute()
     compare = {"<": pc.less, "<=": pc.less_equal, ">": pc.greater, ">=": pc.greater_equal}.get(condition.op)
     mask = None
     for value in condition.value.split(","):

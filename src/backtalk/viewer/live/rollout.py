@@ -136,8 +136,10 @@ class Opened:
         if tokenizer is None or not segment.token_ids:
             return 0
         added = tokenizer.get_added_tokens_decoder().get(segment.token_ids[-1])
-        is_stop = added is not None and added.special and not added.content.startswith("</")
-        return len(added.content) if is_stop or (added is not None and added.content == "</s>") else 0
+        if added is None or not (added.special or added.content == "</s>"):
+            return 0
+        closes_call = added.content.startswith("</") and added.content != "</s>"
+        return 0 if closes_call else len(added.content)
 
 
 def _tools(source: Source, trajectory: Trajectory) -> tuple[str | None, list[str]]:

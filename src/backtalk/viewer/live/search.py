@@ -12,6 +12,7 @@ from typing import Any
 from backtalk.errors import DataError
 from backtalk.parquet import read_columns
 from backtalk.viewer.live.sources import Part, Source, Stamp
+from backtalk.viewer.live.table import compute
 
 BUDGET_S = 0.6  # of one request
 REMEMBERED = 2000  # files and words
@@ -68,8 +69,7 @@ class Search:
 
 def _matches(source: Source, part: Part, word: str) -> dict[int, str]:
     """Return a snippet of each row of a file in which a text was said."""
-    import pyarrow.compute as pc
-
+    pc = compute()
     column = read_columns(part.path, ["messages"])["messages"].combine_chunks()
     written = json.dumps(word)[1:-1]  # as it stands in the column, which is JSON
     mask = pc.match_substring(column, written, ignore_case=True)

@@ -174,7 +174,7 @@ class Library:
 
     def __init__(self, paths: Sequence[Path], model: str | None = None) -> None:
         self._paths, self._model = [path.expanduser() for path in paths], model
-        self._scratch = TemporaryDirectory(prefix="backtalk-view-")
+        self._scratch: TemporaryDirectory[str] | None = None
         self._sources: dict[Path, Source] = {}
         self._looked_at = float("-inf")
         self._lock = Lock()
@@ -201,12 +201,15 @@ class Library:
         return sources[name]
 
     def close(self) -> None:
-        """Remove the temporary folder."""
-        self._scratch.cleanup()
+        """Remove the temporary folder, if there is one."""
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
     def _open(self, path: Path, name: str) -> Source:
         if (path / "config.yaml").is_file():
             return RunSource(name, RunLog(path))
+        if self._scratch is None:
+            self._scratch = TemporaryDirectory(prefix="backtalk-view-")
         return FileSource(name, path, self._model, Path(self._scratch.name))
 
 

@@ -101,6 +101,13 @@ def read_facts(run: str, part: Part) -> Any:
     return pa.table([_as(columns[field.name], field.type) for field in _schema()], schema=_schema())
 
 
+def compute() -> Any:
+    """Return Arrow's functions over columns, which have no types that a checker could see."""
+    import pyarrow.compute
+
+    return pyarrow.compute
+
+
 def empty() -> Any:
     """Return a table of no rows."""
     return _schema().empty_table()

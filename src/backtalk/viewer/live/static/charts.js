@@ -51,7 +51,7 @@ export function chart(place, { title, series, marks, log, height, group, xLabel 
   const plot = new uPlot({
     width: Math.max(120, place.clientWidth - 4), height,
     legend: { show: false },
-    padding: [10, 10, 0, 0],
+    padding: [10, 16, 0, 0],
     cursor: { sync: { key: group, setSeries: false }, drag: { x: true, y: false, setScale: true }, points: { size: 6 }, y: false },
     scales: { x: { time: false }, y: log && positive ? { distr: 3 } : { range: padded } },
     axes: [{ ...axis, values: (u, splits) => splits.map(short), space: 56 }, { ...axis, size: 46, values: (u, splits) => splits.map((x) => (x === null ? "" : short(x))) }],

@@ -81,12 +81,12 @@ export async function overview(main, params, context) {
       const arm = context.sources.find((source) => source.name === each.name)?.arm || each.name;
       arms.set(arm, [...(arms.get(arm) || []), each]);
     }
-    return [...arms].map(([arm, seeds]) => {
+    return [...arms].map(([arm, seeds], index) => {
       const longest = seeds.reduce((a, b) => (a.x.length >= b.x.length ? a : b));
       const at = longest.x.map((_, index) => seeds.map((seed) => seed.y[index]).filter((y) => y !== null && y !== undefined));
       const over = (f) => at.map((values) => (values.length ? f(values) : null));
       const bounds = seeds.length > 1 ? { low: over((v) => Math.min(...v)), high: over((v) => Math.max(...v)) } : { low: longest.low, high: longest.high };
-      return { name: `${arm} (${plural(seeds.length, "seed")})`, colour: seeds[0].colour, x: longest.x, y: over((v) => v.reduce((a, b) => a + b, 0) / v.length), ...bounds, points: longest.points };
+      return { name: `${arm} (${plural(seeds.length, "seed")})`, colour: lineColour(arms.size > 1 ? index : 0), x: longest.x, y: over((v) => v.reduce((a, b) => a + b, 0) / v.length), ...bounds, points: longest.points };
     });
   }
 
@@ -102,6 +102,12 @@ export async function overview(main, params, context) {
     return [...all].filter((name) => wanted.every((word) => name.toLowerCase().includes(word)));
   }
 
+  // The only value that a metric has in all runs, if it has only one.
+  function constant(name) {
+    const values = new Set(seriesOf(name).flatMap((each) => each.y.filter((y) => y !== null && y !== undefined)));
+    return values.size === 1 && seriesOf(name).some((each) => each.y.length > 1) ? { value: [...values][0] } : null;
+  }
+
   function layout() {
     for (const plot of plots.values()) plot.destroy();
     plots.clear();
@@ -109,8 +115,12 @@ export async function overview(main, params, context) {
     const sections = SECTIONS.map(([title, fits]) => {
       const mine = [...left].filter(fits).sort((a, b) => rank(a) - rank(b) || a.localeCompare(b));
       mine.forEach((name) => left.delete(name));
-      const varying = mine.filter((name) => seriesOf(name).length);
-      return varying.length ? h("section", {}, h("h2", {}, title, h("span", { class: "count" }, String(varying.length))), h("div", { class: "grid" }, varying.map((name) => h("figure", { class: "chart", "data-name": name }, h("figcaption", {}, TITLES[name] || name))))) : null;
+      const known = mine.filter((name) => seriesOf(name).length);
+      const varying = known.filter((name) => state.find || !constant(name));
+      const still = known.filter((name) => !varying.includes(name));
+      return known.length ? h("section", {}, h("h2", {}, title, h("span", { class: "count" }, String(varying.length))),
+        h("div", { class: "grid" }, varying.map((name) => h("figure", { class: "chart", "data-name": name }, h("figcaption", {}, TITLES[name] || name)))),
+        still.length ? h("p", { class: "still" }, "The same in every step: ", still.map((name) => `${name} ${number(constant(name).value)}`).join(", ")) : null) : null;
     });
     replace(charts, sections.some(Boolean) ? sections : h("p", { class: "empty" }, state.find ? `No metric is called like “${state.find}”.` : "No step has finished yet; curves appear here as they do."));
     seen.disconnect();
@@ -186,6 +196,9 @@ export async function overview(main, params, context) {
     close: () => { seen.disconnect(); resized.disconnect(); for (const plot of plots.values()) plot.destroy(); },
   };
 }
+
+const PALETTE = 8; // --line-0 to --line-7
+const lineColour = (index) => getComputedStyle(document.documentElement).getPropertyValue(`--line-${index % PALETTE}`).trim();
 
 async function fetchAll(runs) {
   const found = await Promise.allSettled(runs.map((run) => ask("curves", { run })));

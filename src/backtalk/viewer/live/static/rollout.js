@@ -7,6 +7,7 @@ import { change, link, read } from "./state.js";
 import { tokenView } from "./tokens.js";
 
 const LONG_CHARS = 12000; // of one output, before it is folded
+const LONG_GIVEN = 1500; // of given text, which people know
 export const NAMES = { CONTEXT: "given text", TEMPLATE: "chat template", ACTION: "action", ENV_OUTPUT: "environment output", WARNING: "harness" };
 
 // ---------------------------------------------------------------- blocks
@@ -38,12 +39,12 @@ function label(block) {
 }
 
 // Long text is folded: what is not looked at costs no time.
-function folded(text, make, className) {
+function folded(text, make, className, most = LONG_CHARS) {
   const element = h("pre", { class: className });
-  if (text.length <= LONG_CHARS) return element.append(...make(text)), element;
-  const head = text.slice(0, LONG_CHARS / 2);
-  const tail = text.slice(-LONG_CHARS / 2);
-  const more = h("button", { class: "more", onclick: () => replace(element, make(text)) }, `show ${number(text.length - LONG_CHARS)} more characters`);
+  if (text.length <= most) return element.append(...make(text)), element;
+  const head = text.slice(0, most / 2);
+  const tail = text.slice(-most / 2);
+  const more = h("button", { class: "more", onclick: () => replace(element, make(text)) }, `show ${number(text.length - most)} more characters`);
   element.append(...make(head), "\n", more, "\n", ...make(tail));
   return element;
 }
@@ -93,7 +94,8 @@ export function conversation(data, options = {}) {
       ? options.tokens(block.segments)
       : block.kind === "action" ? actionBody(block.segments[0], options.raw)
       : block.kind === "output" ? outputBody(block.segments, options.raw)
-      : folded(block.segments[0].text, visible, block.kind === "template" ? "template-text" : "said");
+      : block.kind === "template" ? folded(block.segments[0].text, visible, "template-text")
+      : folded(block.segments[0].text, visible, "said", options.compact ? LONG_CHARS : LONG_GIVEN);
     parts.push(h("section", { class: `block block-${block.kind}`, "aria-label": `${block.turn === null ? "" : `turn ${block.turn}, `}${NAMES[block.segments[0].role]}` }, label(block), body));
   }
   if (data.failure) parts.push(failure(data.failure));
@@ -111,7 +113,7 @@ export function failure(failed) {
 
 function heading(data) {
   const where = data.kind === "train" ? `training step ${data.step}` : data.kind === "eval" ? `evaluation before step ${data.step}` : "file";
-  const advantage = !data.trained ? "no step was trained on it" : data.advantage === null ? "outside the policy term" : signed(data.advantage);
+  const advantage = !data.trained ? (data.kind === "train" ? "not trained (yet)" : null) : data.advantage === null ? "outside the policy term" : signed(data.advantage);
   const fact = (name, value, extra = "") => h("div", { class: `fact ${extra}` }, h("dt", {}, name), h("dd", {}, value));
   const scale = data.reward === null ? "" : data.reward > 0 ? "good" : "";
   return h("header", { class: "rollout-head" },
@@ -119,9 +121,9 @@ function heading(data) {
       h("a", { href: link("group", { run: data.run, part: data.part, group: data.group }) }, `group ${data.group}`), ` / sample ${data.sample}`),
     h("h1", {}, visible(data.task)),
     h("dl", { class: "facts-row" },
-      fact("reward", number(data.reward), scale), fact("advantage", advantage), fact("ended", data.stop.replace("_", " "), data.failure ? "bad" : ""),
+      fact("reward", number(data.reward), scale), advantage && fact("advantage", advantage), fact("ended", data.stop.replace("_", " "), data.failure ? "bad" : ""),
       fact("turns", number(data.turns)), fact("tokens", number(data.tokens)),
-      data.branches > 1 ? fact("branches", number(data.branches)) : null, fact("policy version", number(data.version))));
+      data.branches > 1 ? fact("branches", number(data.branches)) : null, data.kind === "file" ? null : fact("policy version", number(data.version))));
 }
 
 function siblings(data) {
@@ -150,7 +152,7 @@ function legend(data) {
 function audit(data) {
   const found = data.findings.map((finding) => h("li", {}, h("button", { class: "linkish", onclick: () => jump(finding.positions[0]) }, plural(finding.tokens, "token")), ` ${finding.meaning.replace(/^tokens /, "")}`));
   const clean = data.compared ? "Every token's role agrees with the messages on record, and every weight is on a role that may have it." : data.trained ? "Every weight is on a role that may have it. The text could not be compared with messages." : "No messages to compare with, and no weights.";
-  return h("section", { class: "card" }, h("h2", {}, "Mask audit"), found.length ? h("ul", { class: "findings" }, found) : h("p", { class: "note ok" }, clean));
+  return h("section", { class: "card" }, h("h2", {}, "Mask audit"), found.length ? h("ul", { class: "findings" }, found) : h("p", { class: `note${data.compared || data.trained ? " ok" : ""}` }, clean));
 }
 
 function stats(data) {

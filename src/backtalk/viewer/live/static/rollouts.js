@@ -5,6 +5,7 @@ import { h, number, plural, replace, signed, visible } from "./dom.js";
 import { change, link, read } from "./state.js";
 
 const ROW_PX = 36;
+const FOUND_PX = 60; // of a row with the text that was found
 const PAGE = 100; // rows of one question
 const COLUMNS = [
   ["step", "step", number], ["task", "task", null], ["group", "group", number], ["sample", "sample", number],
@@ -19,6 +20,7 @@ export async function rollouts(main, params, context) {
   let answer = { total: 0, rows: [], pending: 0, problems: [], means: {}, stops: {} };
   let here = -1;
   let asking = 0;
+  const height = () => (wordsOf(state.q).length ? FOUND_PX : ROW_PX);
 
   const input = h("input", { type: "search", value: state.q, placeholder: HELP, "aria-label": "Conditions and words to search for", spellcheck: "false", autocomplete: "off" });
   const summary = h("p", { class: "summary", role: "status" });
@@ -55,7 +57,7 @@ export async function rollouts(main, params, context) {
   const address = (row) => link("rollout", { run: row.run, part: row.part, row: row.row });
 
   function cell(row, [name, , format]) {
-    if (name === "task") return h("span", { class: "cell cell-task", role: "cell" }, h("a", { href: address(row), tabindex: "-1" }, visible(row.task)), several() ? h("span", { class: "of" }, row.run) : null, row.snippet ? h("span", { class: "snippet" }, marked(row.snippet)) : null);
+    if (name === "task") return h("span", { class: "cell cell-task", role: "cell" }, h("a", { href: address(row), tabindex: "-1" }, visible(row.task)), several() ? h("span", { class: "of" }, row.run) : null);
     if (name === "step") return h("span", { class: "cell", role: "cell" }, row.step === null ? "–" : number(row.step), row.kind === "eval" ? h("span", { class: "kind" }, "eval") : null);
     if (name === "group") return h("span", { class: "cell", role: "cell" }, h("a", { class: "quiet", href: link("group", { run: row.run, part: row.part, group: row.group }), title: "side by side" }, number(row.group)));
     if (name === "stop") return h("span", { class: `cell stop${row.stop === "failed" ? " bad" : ""}`, role: "cell", title: row.failure ? `${row.failure.phase}: ${row.failure.error}: ${row.failure.message}` : "" }, row.failure ? row.failure.error : row.stop.replace("_", " "));
@@ -71,18 +73,20 @@ export async function rollouts(main, params, context) {
   }
 
   function drawRows() {
+    const px = height();
     const top = Math.max(0, scroller.scrollTop - heads.offsetHeight);
-    const from = Math.max(0, Math.floor(top / ROW_PX) - 8);
-    const to = Math.min(answer.total, Math.ceil((top + scroller.clientHeight) / ROW_PX) + 8);
+    const from = Math.max(0, Math.floor(top / px) - 8);
+    const to = Math.min(answer.total, Math.ceil((top + scroller.clientHeight) / px) + 8);
     const rows = [];
     for (let index = from; index < to; index++) {
       const row = rowAt(index);
       const page = Math.floor(index / PAGE);
       if (!row && !pages.has(page)) fill(page);
-      rows.push(h("div", { class: `row${index === here ? " here" : ""}${row ? "" : " waiting"}`, role: "row", "aria-rowindex": String(index + 2), style: { top: `${index * ROW_PX}px` },
-        onclick: (event) => { if (row && !event.target.closest("a")) open(index); } }, row ? COLUMNS.map((column) => cell(row, column)) : null));
+      rows.push(h("div", { class: `row${px === FOUND_PX ? " tall" : ""}${index === here ? " here" : ""}${row ? "" : " waiting"}`, role: "row", "aria-rowindex": String(index + 2), style: { top: `${index * px}px` },
+        onclick: (event) => { if (row && !event.target.closest("a")) open(index); } }, row ? COLUMNS.map((column) => cell(row, column)) : null,
+        row?.snippet ? h("span", { class: "snippet", role: "cell" }, marked(row.snippet)) : null));
     }
-    space.style.height = `${answer.total * ROW_PX}px`;
+    space.style.height = `${answer.total * px}px`;
     scroller.setAttribute("aria-rowcount", String(answer.total + 1));
     replace(space, rows);
   }
@@ -133,9 +137,11 @@ export async function rollouts(main, params, context) {
   }
   function move(step) {
     here = Math.min(answer.total - 1, Math.max(0, here + step));
-    const top = here * ROW_PX;
+    const px = height();
+    const top = here * px;
+    const end = top + px + heads.offsetHeight;
     if (top < scroller.scrollTop) scroller.scrollTop = top;
-    else if (top + 2 * ROW_PX + heads.offsetHeight > scroller.scrollTop + scroller.clientHeight) scroller.scrollTop = top + 2 * ROW_PX + heads.offsetHeight - scroller.clientHeight;
+    else if (end > scroller.scrollTop + scroller.clientHeight) scroller.scrollTop = end - scroller.clientHeight;
     drawRows();
   }
 
@@ -148,7 +154,7 @@ export async function rollouts(main, params, context) {
   draw();
   await load();
   return {
-    keys: { "/": () => input.focus(), j: () => move(1), k: () => move(-1), ArrowDown: () => move(1), ArrowUp: () => move(-1), Enter: () => open(here), s: () => { const row = rowAt(here); if (row) location.hash = link("group", { run: row.run, part: row.part, group: row.group }); } },
+    keys: { "/": () => { input.focus(); input.setSelectionRange(input.value.length, input.value.length); }, j: () => move(1), k: () => move(-1), ArrowDown: () => move(1), ArrowUp: () => move(-1), Enter: () => open(here), s: () => { const row = rowAt(here); if (row) location.hash = link("group", { run: row.run, part: row.part, group: row.group }); } },
     refresh: () => load({ keep: true }),
     close: () => { asking += 1; resized.disconnect(); },
   };

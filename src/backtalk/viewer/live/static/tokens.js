@@ -39,7 +39,7 @@ export function tokenView(tokens, data, status, onselect) {
   function describe(position) {
     const segment = segmentAt(position);
     const logprob = tokens.logprobs[position];
-    const fact = (name, value) => h("span", { class: "token-fact" }, h("span", { class: "token-name" }, name), value);
+    const fact = (name, value) => h("span", { class: "token-fact" }, h("span", { class: "token-name" }, name), " ", value);
     return [
       fact("token", h("code", {}, visible(JSON.stringify(tokens.texts[position])))), fact("id", String(tokens.ids[position])), fact("at", `${position}`),
       h("span", { class: `role role-${segment.role}` }, segment.role), segment.turn === null ? null : fact("turn", String(segment.turn)), segment.tool ? fact("tool", segment.tool) : null,

@@ -1,0 +1,348 @@
+"""The live page's answers: facts, weights and text as they are on record, found by query and by search, read-only."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recorded import HEAD, HOSTILE, TAIL, A, B, encode, weigh, write_run, write_step
+from starlette.testclient import TestClient
+
+from backtalk.errors import DataError
+from backtalk.run.log import RunLog, read_trajectory, write_trajectories
+from backtalk.run.log.weights import read_weights_row
+from backtalk.trajectory import Segment, TokenRole, TokenWeights, Trajectory, TrajectoryGroup
+from backtalk.viewer.live.app import Viewer, make_app
+from backtalk.viewer.live.calls import read_action
+from backtalk.viewer.live.query import Condition, parse_query
+from backtalk.viewer.live.sources import Library
+from backtalk.viewer.live.table import RolloutTable
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "runs" / "echo_seed1")
+
+
+@pytest.fixture
+def library_of() -> Iterator[Callable[..., Library]]:
+    opened: list[Library] = []
+
+    def open_library(*paths: Path) -> Library:
+        opened.append(Library(paths))
+        return opened[-1]
+
+    yield open_library
+    for library in opened:
+        library.close()
+
+
+@pytest.fixture
+def viewer_of(library_of: Callable[..., Library]) -> Callable[..., Viewer]:
+    return lambda *paths: Viewer(library_of(*paths))
+
+
+def ask(viewer: Viewer, q: str = "", **more: str) -> dict[str, Any]:
+    """Return the table's answer, asked again until all files are read, as the page does."""
+    while (found := viewer.rollouts({"q": q, "limit": "500", **more}))["pending"]:
+        pass
+    return found
+
+
+def rows(viewer: Viewer, q: str = "", **more: str) -> list[tuple[Any, ...]]:
+    found = ask(viewer, q, **more)
+    assert found["problems"] == []
+    return [(row["part"], row["row"]) for row in found["rows"]]
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_a_row_says_what_is_on_record(run: Path, viewer_of: Callable[..., Viewer]) -> None:
+    found = ask(viewer_of(run), "part=train-1")
+    assert (found["total"], found["means"]["reward"], found["stops"]) == (4, 0.5, {"submitted": 3, "failed": 1})
+    by_row = {row["row"]: row for row in found["rows"]}
+    action, output = len(encode("<bash>ls</bash><|im_end|>")), len(encode(HOSTILE))
+    around, frame = len(encode(HEAD + "count the lines" + TAIL)), len(encode("\n<|im_start|>tool\n"))
+    assert {name: by_row[1][name] for name in ("run", "task", "group", "sample", "reward", "advantage", "turns")} == {
+        "run": "echo_seed1", "task": "a", "group": 0, "sample": 1, "reward": 0.0, "advantage": -1.5, "turns": 2,
+    }  # fmt: skip
+    assert (by_row[1]["action"], by_row[1]["env"], by_row[1]["warning"]) == (2 * action, 2 * output, 0)
+    assert by_row[1]["tokens"] == around + 2 * (action + frame + output)
+    assert (by_row[1]["invalid"], by_row[1]["branches"], by_row[1]["stop"]) == (1.0, 1, "submitted")
+    assert (by_row[3]["group"], by_row[3]["reward"], by_row[3]["advantage"]) == (1, None, None)
+    assert by_row[3]["failure"] == {"phase": "step", "error": "SandboxError", "message": "bwrap <b>died</b>"}
+
+
+def test_queries_select_sort_and_page(run: Path, viewer_of: Callable[..., Viewer]) -> None:
+    viewer = viewer_of(run)
+    assert rows(viewer, "kind:train step:1") == [("train-1", i) for i in range(4)]
+    assert rows(viewer, "kind:eval") == [("eval-0", 0), ("eval-0", 1)]
+    assert rows(viewer, "reward<1 kind:train", sort="reward", order="asc")[:2] == [("train-1", 1), ("train-0", 1)]
+    assert rows(viewer, "failed step:1") == rows(viewer, "failure:sandbox step=1") == [("train-1", 3)]
+    assert rows(viewer, "advantage:-2..0 step:1") == [("train-1", 1), ("train-1", 2)]
+    assert rows(viewer, "turns>1 step:1,7 kind!=eval") == [("train-1", 1)]
+    assert rows(viewer, "task:a step:1", offset="1", limit="1") == [("train-1", 1)]
+    assert rows(viewer, "step:1.. task=a") == [("train-1", 0), ("train-1", 1)]
+
+
+def test_words_are_searched_in_what_was_said(run: Path, viewer_of: Callable[..., Viewer]) -> None:
+    viewer = viewer_of(run)
+    assert rows(viewer, "notes.txt step:1") == [("train-1", 2)]  # case does not count
+    assert rows(viewer, '"total 3" step:0 kind:train') == [("train-0", 3)]
+    assert rows(viewer, "<script>alert(1)</script> evil step:0 kind:train") == [("train-0", 1)]
+    assert rows(viewer, "total nowhere") == []
+    found = ask(viewer, "NOTES step:1")["rows"][0]
+    assert found["snippet"] == "Notes.txt"
+    log = RunLog(run)  # without messages the tokens are searched
+    bare = [Trajectory(task_id="c", sample_index=0, segments=A.trajectories[0].segments)]
+    log.write_groups(2, [TrajectoryGroup("c", tuple(bare))])
+    assert rows(viewer_of(run), '"total 12" step:2') == [("train-2", 0)]
+
+
+def test_what_is_no_condition_is_a_word() -> None:
+    query = parse_query('reward<1 stop:max_turns,deadline http://x y=2 step:abc "two words" failed task:a..b')
+    assert query.conditions == (
+        Condition("reward", "<", "1"), Condition("stop", ":", "max_turns,deadline"), Condition("stop", ":", "failed"),
+        Condition("task", ":", "a..b"),
+    )  # fmt: skip
+    assert query.words == ("http://x", "y=2", "step:abc", "two words")
+    assert parse_query("reward< :x step:..").words == ("reward<", ":x")
+
+
+def test_files_are_read_a_few_at_a_time_and_only_once(
+    run: Path, monkeypatch: pytest.MonkeyPatch, library_of: Callable[..., Library]
+) -> None:
+    library, table = library_of(run), RolloutTable()
+    sources = list(library.sources().values())
+    found, pending, problems = table.read(sources, budget_s=-1.0)
+    assert (found.num_rows, pending, problems) == (0, 3, [])
+    assert table.read(sources)[0].num_rows == 10
+    monkeypatch.setattr("backtalk.viewer.live.table.read_facts", lambda *_: pytest.fail("was read again"))
+    assert table.read(sources)[0].num_rows == 10
+
+
+# ---------------------------------------------------------------- one rollout
+
+
+def test_a_rollout_shows_the_weights_it_was_trained_with(run: Path, viewer_of: Callable[..., Viewer]) -> None:
+    which = {"run": "echo_seed1", "part": "train-1", "row": "1"}
+    viewer = viewer_of(run)
+    shown, tokens = viewer.rollout(which), viewer.tokens(which)
+    action, output = len(encode("<bash>ls</bash><|im_end|>")), len(encode(HOSTILE))
+    assert (shown["advantage"], shown["trained"], shown["group"], len(shown["siblings"])) == (-1.5, True, 0, 2)
+    roles = {row["role"]: row for row in shown["roles"]}
+    assert (roles["ACTION"]["policy_sum"], roles["ACTION"]["policy_tokens"]) == (-0.75 * 2 * action, 2 * action)
+    assert roles["ENV_OUTPUT"]["world_sum"] == 0.125 * 2 * output and roles["TEMPLATE"]["policy_tokens"] == 0
+    first = next(segment for segment in shown["segments"] if segment["role"] == "ACTION")
+    assert first["action"] == {"calls": [{"tool": "bash", "arguments": {"command": "ls"}}]}
+    assert first["text"] == "<bash>ls</bash><|im_end|>" and first["stop_chars"] == len("<|im_end|>")
+    assert first["logprob"] == pytest.approx(-0.25 * (action - 1) / 2) and first["policy"] == -0.75 * action
+    said = next(segment for segment in shown["segments"] if segment["role"] == "ENV_OUTPUT")
+    assert said["text"] == HOSTILE and said["world"] == 0.125 * output  # as it is: the page makes it harmless
+    position = first["start"] + 2
+    assert tokens["policy"][position] == -0.75 and tokens["logprobs"][position] == -0.5
+    assert tokens["ids"][position] == encode("<bash>ls</bash><|im_end|>")[2]
+    assert tokens["world"][said["start"]] == 0.125 and tokens["logprobs"][said["start"]] is None
+    assert "".join(tokens["texts"][said["start"] : said["end"]]) == HOSTILE
+    assert shown["findings"] == [] and shown["compared"]
+
+
+def test_a_step_that_has_not_trained_has_no_weights(run: Path, viewer_of: Callable[..., Viewer]) -> None:
+    write_step(RunLog(run), 2, trained=False)
+    shown = viewer_of(run).rollout({"run": "echo_seed1", "part": "train-2", "row": "0"})
+    assert (shown["trained"], shown["advantage"]) == (False, None)
+    assert all("policy" not in segment for segment in shown["segments"])
+    failed = viewer_of(run).rollout({"run": "echo_seed1", "part": "train-1", "row": "3"})
+    assert failed["failure"]["message"] == "bwrap <b>died</b>"
+    assert failed["trained"] and failed["advantage"] is None  # outside the baseline, and its output still teaches
+    assert next(row for row in failed["roles"] if row["role"] == "ENV_OUTPUT")["world_tokens"] > 0
+
+
+def test_the_audit_finds_tokens_whose_role_and_text_do_not_agree(run: Path, viewer_of: Callable[..., Viewer]) -> None:
+    whole = A.trajectories[0]
+    output = encode("total 12\n")
+    segments = [
+        *whole.segments[:5],
+        Segment(TokenRole.ENV_OUTPUT, (*output, *encode("\n<|im_start|>")), None, 0, "bash"),  # template as output
+    ]
+    wrong = Trajectory(task_id="a", sample_index=0, segments=tuple(segments), messages=whole.messages, reward=1.0)
+    weights = weigh(wrong, 1.0)
+    policy = list(weights.policy)
+    policy[0] = 0.5  # on a template token
+    log = RunLog(run)
+    group = TrajectoryGroup("a", (wrong,))
+    log.write_groups(2, [group])
+    log.write_weights(2, [group], [TokenWeights(1.0, tuple(policy), weights.world)])
+    shown = viewer_of(run).rollout({"run": "echo_seed1", "part": "train-2", "row": "0"})
+    found = {finding["kind"]: finding["positions"] for finding in shown["findings"]}
+    assert found == {
+        "in_no_message": [len(wrong) - 2, len(wrong) - 1],
+        "template_trained": [0],
+        "policy_on_unsampled": [0],
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>hm</think>\nGo.\n<bash>ls -l</bash>", {"thinking": "hm", "said": "Go.", "calls": [("bash", "ls -l")]}),
+        ('<tool_call>\n{"name": "f", "arguments": {"x": "1"}}\n</tool_call>', {"calls": [("f", "1")]}),
+        (
+            "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>",
+            {"calls": [("f", "1")]},
+        ),
+        ("Look:\n```bash\nls\n```", {"said": "Look:", "calls": [("bash", "ls")]}),
+        ("no call <b>at</b all", {"said": "no call <b>at</b all"}),
+        ("", {}),
+    ],
+)
+def test_an_action_is_read_as_people_do(text: str, expected: dict[str, Any]) -> None:
+    found = read_action(text)
+    calls = [(call["tool"], *map(str, call["arguments"].values())) for call in found.pop("calls", [])]
+    assert {**found, **({"calls": calls} if calls else {})} == expected
+
+
+def test_one_row_of_a_file_is_read_alone(run: Path) -> None:
+    log = RunLog(run)
+    assert read_trajectory(log.groups_path(0), 2) == B.trajectories[0]
+    assert read_weights_row(log.weights_path(0), 1, len(A.trajectories[1])) == weigh(A.trajectories[1], -1.5)
+    with pytest.raises(DataError, match="has 4 rows, so none at 4"):
+        read_trajectory(log.groups_path(0), 4)
+    with pytest.raises(DataError, match=r"weights of .* tokens in row 0, and the trajectory has 1"):
+        read_weights_row(log.weights_path(0), 0, 1)
+
+
+# ---------------------------------------------------------------- curves
+
+
+def test_curves_have_three_axes_evaluations_and_the_guards_warnings(
+    run: Path, viewer_of: Callable[..., Viewer]
+) -> None:
+    curves = viewer_of(run).curves({"run": "echo_seed1"})
+    assert (curves["steps"], curves["seconds"], curves["tokens"]) == ([0, 1], [2.0, 4.0], [32.0, 64.0])
+    assert curves["metrics"]["reward"] == [0.5, 1.5] and "ce" not in curves["metrics"]  # which was never measured
+    assert curves["evaluations"] == [
+        {"step": 0, "samples_per_task": 2, "pass_at_1": {"value": 0.25, "low": 0.1, "high": 0.4}}
+    ]
+    assert [(w["step"], w["text"].split(":")[0]) for w in curves["warnings"]] == [(1, "world_grad_share=0.7")]
+    assert curves["settings"]["objective.world_model_coeff"] == 0.05
+
+
+# ---------------------------------------------------------------- sources
+
+
+def test_runs_and_files_are_found_also_while_they_appear(
+    run: Path, monkeypatch: pytest.MonkeyPatch, viewer_of: Callable[..., Viewer]
+) -> None:
+    monkeypatch.setattr("backtalk.viewer.live.sources.RESCAN_S", 0.0)
+    root = run.parent
+    (root / "not_a_run").mkdir()
+    viewer = viewer_of(root)
+    described = viewer.sources({})["sources"]
+    assert [(s["name"], s["arm"], s["seed"], s["done"], s["steps"], s["state"]) for s in described] == [
+        ("echo_seed1", "echo", 1, 2, 3, "running")
+    ]
+    shutil.copytree(run, root / "deeper" / "grpo_seed1")
+    assert [s["name"] for s in viewer.sources({})["sources"]] == ["deeper/grpo_seed1", "echo_seed1"]
+    shutil.rmtree(root / "deeper")
+    assert [s["name"] for s in viewer.sources({})["sources"]] == ["echo_seed1"]
+    with pytest.raises(DataError, match=r"no run or file '../../etc'"):
+        viewer.rollouts({"runs": "../../etc"})
+
+
+def test_half_written_files_cost_only_themselves(run: Path, viewer_of: Callable[..., Viewer]) -> None:
+    log = RunLog(run)
+    whole = log.groups_path(1).read_bytes()
+    log.groups_path(1).write_bytes(whole[: len(whole) // 2])
+    with open(log.metrics_path, "ab") as file:
+        file.write(b'{"step": 2, "rew')
+    viewer = viewer_of(run)
+    found = ask(viewer)
+    assert found["total"] == 6 and len(found["problems"]) == 1 and "not a whole Parquet file" in found["problems"][0]
+    assert viewer.curves({"run": "echo_seed1"})["steps"] == [0, 1]
+    log.groups_path(1).write_bytes(whole)
+    assert ask(viewer)["total"] == 10
+    log.truncate_after(-1)  # as a resume from the beginning does
+    assert ask(viewer)["total"] == 2 and viewer.curves({"run": "echo_seed1"})["steps"] == []
+
+
+def test_files_of_others_are_opened_as_they_are(run: Path, tmp_path: Path, viewer_of: Callable[..., Viewer]) -> None:
+    trl = {"prompt_ids": [[1, 2]], "completion_ids": [[3, 4]], "logprobs": [[-0.5, -1.0]], "rewards": [0.5]}
+    path = tmp_path / "trl.json"
+    path.write_text(json.dumps(trl))
+    ours = tmp_path / "ours.jsonl"
+    write_trajectories(ours, A.trajectories)
+    with open(ours, "a") as file:
+        file.write("this line is broken\n")
+    viewer = viewer_of(path, ours, RunLog(run).groups_path(1))
+    assert [s["name"] for s in viewer.sources({})["sources"]] == ["trl.json", "ours.jsonl", "step_00001.parquet"]
+    found = ask(viewer, runs="ours.jsonl")
+    assert found["total"] == 2 and len(found["problems"]) == 1 and "is not JSON" in found["problems"][0]
+    shown = viewer.rollout({"run": "trl.json", "part": "file", "row": "0"})
+    assert [s["text"] for s in shown["segments"]] == ["⟨1⟩ ⟨2⟩", "⟨3⟩ ⟨4⟩"] and not shown["has_text"]
+    assert shown["segments"][1]["logprob"] == -0.75
+    step = viewer.rollout({"run": "step_00001.parquet", "part": "file", "row": "0"})  # its run knows the tokenizer
+    assert step["advantage"] == 1.5 and step["segments"][1]["text"] == "count the lines"
+
+
+# ---------------------------------------------------------------- the server
+
+
+@pytest.fixture
+def client(run: Path, library_of: Callable[..., Library]) -> TestClient:
+    return TestClient(make_app(library_of(run)), base_url="http://127.0.0.1:7870")
+
+
+def test_the_server_answers_only_this_machine_and_reads_only(client: TestClient) -> None:
+    assert client.get("/api/sources").json()["sources"][0]["name"] == "echo_seed1"
+    assert client.get("/api/sources", headers={"Host": "evil.example:7870"}).status_code == 400
+    assert client.get("/api/sources", headers={"Host": "localhost:9"}).status_code == 200
+    assert client.post("/api/sources").status_code == 405
+    for path in ("/static/../app.py", "/static/..%2fapp.py", "/static/%2e%2e/%2e%2e/data.py", "/etc/passwd"):
+        assert client.get(path).status_code == 404
+
+
+def test_every_answer_has_a_strict_policy_and_a_tag(client: TestClient) -> None:
+    for path in ("/", "/static/app.js", "/api/sources"):
+        answer = client.get(path)
+        assert answer.status_code == 200
+        policy = answer.headers["content-security-policy"]
+        assert "script-src 'self'" in policy and "unsafe" not in policy and "default-src 'none'" in policy
+    tag = client.get("/api/curves?run=echo_seed1").headers["etag"]
+    assert client.get("/api/curves?run=echo_seed1", headers={"If-None-Match": tag}).status_code == 304
+
+
+def test_mistakes_are_answered_in_words(client: TestClient) -> None:
+    for question, words in (
+        ("rollout?run=nothing&part=x&row=0", "no run or file 'nothing'"),
+        ("rollout?run=echo_seed1&part=train-9&row=0", "no trajectories 'train-9'"),
+        ("rollout?run=echo_seed1&part=train-0&row=99", "so none at 99"),
+        ("rollout?run=echo_seed1&part=train-0&row=abc", "row has to be a whole number"),
+    ):
+        answer = client.get(f"/api/{question}")
+        assert answer.status_code == 404 and words in answer.json()["error"]
+
+
+def test_a_missing_tokenizer_is_said(run: Path, library_of: Callable[..., Library]) -> None:
+    log = RunLog(run)
+    (run / "tokenizer" / "tokenizer.json").unlink()
+    client = TestClient(make_app(library_of(log.folder)), base_url="http://127.0.0.1")
+    answer = client.get("/api/rollout?run=echo_seed1&part=train-0&row=0")
+    assert answer.status_code == 404 and "tokenizer.json is missing" in answer.json()["error"]
+    assert client.get("/api/rollouts").json()["total"] == 10  # the table needs no tokenizer
+
+
+def test_the_page_loads_nothing_from_elsewhere_and_writes_no_html() -> None:
+    static = Path(str(resources.files("backtalk"))) / "viewer" / "live" / "static"
+    for path in [*static.glob("*.js"), *static.glob("*.html"), *static.glob("*.css")]:
+        text = path.read_text()
+        assert "https://" not in text and "http://" not in text.replace("http://www.w3.org/2000/svg", ""), path
+        assert not any(word in text for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write")), (
+            path
+        )

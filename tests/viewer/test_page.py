@@ -1,0 +1,167 @@
+"""The page in a real browser: a run that is being written, the table, a rollout, its tokens, hostile text, a phone.
+
+Needs playwright and Chromium, which `scripts/viewer test` brings.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+from recorded import A, encode, write_run, write_step
+
+from backtalk.run.log import RunLog
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="scripts/viewer test drives the page in a browser")
+pytestmark = pytest.mark.filterwarnings("ignore")
+WAIT_MS = 60_000
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "echo_seed1")
+
+
+@pytest.fixture(scope="module")
+def address(run: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "backtalk.cli", "view", str(run.parent), "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    server = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(240):
+            try:
+                urlopen(f"http://127.0.0.1:{port}/", timeout=30).close()
+                break
+            except OSError:
+                assert server.poll() is None, "the server ended"
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        server.terminate()
+        server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        path = shutil.which("chromium")
+        opened = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    opened = context.new_page()
+    opened.set_default_timeout(WAIT_MS)
+    problems: list[str] = []
+    opened.on("pageerror", lambda error: problems.append(str(error)))
+    opened.on("console", lambda line: problems.append(line.text) if line.type == "error" else None)
+    opened.on("dialog", lambda dialog: (problems.append(f"a dialog: {dialog.message}"), dialog.dismiss()))
+    yield opened
+    context.close()
+    assert problems == []
+
+
+def text_of(page: Any, selector: str) -> str:
+    """Return the text that is seen, on one line, with a plain minus."""
+    return " ".join(page.locator(selector).first.inner_text().split()).replace("\u2212", "-")
+
+
+def test_curves_are_drawn_and_new_steps_appear_by_themselves(page: Any, address: str, run: Path) -> None:
+    page.goto(f"{address}#/overview?find=reward")
+    page.wait_for_selector("[data-name=reward] canvas")
+    assert "1.5" in text_of(page, "[data-name=reward] .readings")
+    assert "world_grad_share=0.7" in text_of(page, ".warnings")
+    log = RunLog(run)
+    write_step(log, 2)
+    log.write_metrics(2, {"reward": 4.5, "world_model_coeff": 0.05})
+    sync_api.expect(page.locator("[data-name=reward] .readings")).to_contain_text("4.5", timeout=WAIT_MS)
+    assert "3 of 3 steps" in text_of(page, ".source-facts")
+
+
+def test_the_table_filters_searches_sorts_and_opens_by_keys(page: Any, address: str) -> None:
+    page.goto(f"{address}#/rollouts?q=part%3Dtrain-1")
+    page.wait_for_selector(".space .row a")
+    assert page.locator(".space .row").count() == 4
+    page.keyboard.press("/")
+    page.keyboard.type(" notes")
+    sync_api.expect(page.locator(".space .row")).to_have_count(1, timeout=WAIT_MS)
+    assert text_of(page, ".snippet mark") == "Notes" and "q=part%3Dtrain-1+notes" in page.url
+    page.goto(f"{address}#/rollouts?q=part%3Dtrain-1&sort=reward&order=desc")
+    sync_api.expect(page.locator(".heads [aria-sort=descending]")).to_contain_text("reward", timeout=WAIT_MS)
+    sync_api.expect(page.locator(".space .row")).to_have_count(4, timeout=WAIT_MS)
+    page.keyboard.press("j")
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".talk .block")
+    assert "row=2" in page.url and text_of(page, "h1") == "b"  # reward 0.5 is the second
+    page.keyboard.press("]")
+    page.wait_for_url("**row=1*")
+    sync_api.expect(page.locator("h1")).to_have_text("a", timeout=WAIT_MS)
+    page.keyboard.press("s")
+    page.wait_for_selector(".column")
+    assert page.locator(".column h2").all_inner_texts() == ["sample 0", "sample 1"]
+
+
+def test_tokens_carry_the_numbers_that_are_on_record(page: Any, address: str) -> None:
+    page.goto(f"{address}#/rollout?run=echo_seed1&part=train-1&row=1")
+    page.wait_for_selector(".talk .block")
+    assert "advantage -1.5" in text_of(page, ".facts-row")
+    assert text_of(page, ".call-tool") == "bash" and text_of(page, ".call pre") == "ls"
+    page.keyboard.press("t")
+    page.wait_for_selector(".token")
+    whole = A.trajectories[1]
+    assert page.locator(".token").count() == len(whole)
+    action = next(start for start, _, segment in whole.spans() if segment.role.name == "ACTION")
+    page.locator(".token").nth(action + 2).click()
+    told = text_of(page, ".token-numbers")
+    assert f"id {encode('<bash>ls</bash><|im_end|>')[2]} " in told and "ACTION" in told
+    assert "logprob -0.5 " in told and "policy weight -0.75" in told and "world weight 0" in told
+    assert f"pos={action + 2}" in page.url
+    page.keyboard.press("ArrowLeft")
+    assert "logprob -0.25 " in text_of(page, ".token-numbers")
+    output = next(start for start, _, segment in whole.spans() if segment.role.name == "ENV_OUTPUT")
+    page.goto(f"{address}#/rollout?run=echo_seed1&part=train-1&row=1&tokens=1&pos={output}")
+    page.wait_for_selector(".token.pinned")
+    assert "world weight +0.125" in text_of(page, ".token-numbers")
+
+
+def test_hostile_text_is_shown_and_runs_nothing(page: Any, address: str) -> None:
+    page.goto(f"{address}#/rollout?run=echo_seed1&part=train-0&row=1")
+    page.wait_for_selector(".talk .block")
+    assert "red <script>alert(1)</script> U+202EevilU+202C" in text_of(page, ".screen")
+    assert page.locator(".screen .fg1").first.inner_text() == "red"
+    assert page.locator("main script").count() == 0
+    page.keyboard.press("r")
+    assert "^[[31mred^[[0m" in text_of(page, ".screen")
+    page.goto(f"{address}#/rollout?run=echo_seed1&part=train-0&row=3")
+    page.wait_for_selector(".failure")
+    assert "bwrap <b>died</b>" in text_of(page, ".failure")
+
+
+@pytest.mark.parametrize("place", ["overview", "rollouts", "rollout?run=echo_seed1&part=train-0&row=1&tokens=1"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_shows_everything_without_scrolling_sideways(
+    browser: Any, address: str, place: str, scheme: str
+) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme=scheme)
+    page = context.new_page()
+    page.goto(f"{address}#/{place}")
+    page.wait_for_selector(".readings, .space .row a, .token", timeout=WAIT_MS)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("document.getElementById('main').scrollWidth") <= 390
+    context.close()
