@@ -16,6 +16,7 @@ from backtalk.viewer.live.table import compute
 
 BUDGET_S = 0.6  # of one request
 REMEMBERED = 2000  # files and words
+_NAMES = {"role", "tool", "name", "tool_call_id", "id", "type"}  # fields of a message that nobody said
 SNIPPET_CHARS = 60  # on each side of what was found
 
 
@@ -31,40 +32,43 @@ class Search:
     ) -> tuple[dict[tuple[str, str, int], str], int]:
         """Return what was said around the words, by run, file and row; and the number of files not searched yet.
 
-        Only files in ``parts`` are searched, for ``budget_s`` seconds, the newest first. Case does not count.
+        Only files in ``parts`` are searched, for ``budget_s`` seconds, the newest first and one at least. Case does not
+        count.
         """
-        deadline, pending, found = time.monotonic() + budget_s, 0, {}
+        deadline, pending, searched = time.monotonic() + budget_s, 0, False
+        found: dict[tuple[str, str, int], str] = {}
         with self._lock:
             for source in sources:
                 for part in source.parts():
                     if (source.name, part.key) not in parts:
                         continue
-                    rows = self._search_part(source, part, words, deadline)
-                    if rows is None:
+                    if searched and time.monotonic() > deadline and not self._is_known(source, part, words):
                         pending += 1
-                    else:
-                        found |= {(source.name, part.key, row): text for row, text in rows.items()}
+                        continue
+                    searched = True
+                    rows = [self._rows(source, part, word) for word in words]
+                    everywhere = set.intersection(*map(set, rows))
+                    found |= {(source.name, part.key, row): rows[0][row] for row in everywhere}
         return found, pending
 
-    def _search_part(
-        self, source: Source, part: Part, words: Sequence[str], deadline: float
-    ) -> Mapping[int, str] | None:
-        rows: dict[int, str] | None = None
-        for word in words:
-            key, stamp = (source.name, part.key, word.lower()), part.stamp
-            known = self._found.get(key)
-            if known is None or known[0] != stamp:
-                if time.monotonic() > deadline:
-                    return None
-                try:
-                    known = stamp, _matches(source, part, word)
-                except DataError:  # removed by a resume while we looked
-                    known = stamp, {}
-                self._found[key] = known
-                while len(self._found) > REMEMBERED:
-                    self._found.popitem(last=False)
-            rows = known[1] if rows is None else {row: text for row, text in rows.items() if row in known[1]}
-        return rows or {}
+    def _is_known(self, source: Source, part: Part, words: Sequence[str]) -> bool:
+        stamp = part.stamp
+        known = (self._found.get((source.name, part.key, word.lower())) for word in words)
+        return all(each is not None and each[0] == stamp for each in known)
+
+    def _rows(self, source: Source, part: Part, word: str) -> Mapping[int, str]:
+        """Return what was said around a word in each row of a file that holds it."""
+        key, stamp = (source.name, part.key, word.lower()), part.stamp
+        known = self._found.get(key)
+        if known is None or known[0] != stamp:
+            try:
+                known = stamp, _matches(source, part, word)
+            except DataError:  # removed by a resume while we looked
+                known = stamp, {}
+            self._found[key] = known
+            while len(self._found) > REMEMBERED:
+                self._found.popitem(last=False)
+        return known[1]
 
 
 def _matches(source: Source, part: Part, word: str) -> dict[int, str]:
@@ -89,7 +93,7 @@ def _snippet(messages: Sequence[Mapping[str, Any]], word: str) -> str | None:
 def _text(value: Any) -> str:
     """Return all text in a message, whatever its shape."""
     if isinstance(value, Mapping):
-        return "\n".join(filter(None, (_text(inner) for key, inner in value.items() if key != "role")))
+        return "\n".join(filter(None, (_text(inner) for key, inner in value.items() if key not in _NAMES)))
     if isinstance(value, (list, tuple)):
         return "\n".join(filter(None, map(_text, value)))
     return value if isinstance(value, str) else ""

@@ -36,19 +36,20 @@ class RolloutTable:
     def read(self, sources: Iterable[Source], budget_s: float = BUDGET_S) -> tuple[Any, int, list[str]]:
         """Return the rows as a ``pyarrow.Table``, the number of files not read yet, and what could not be read.
 
-        Files are read for ``budget_s`` seconds, the newest first.
+        Files are read for ``budget_s`` seconds, the newest first; one at least, so that asking again ends.
         """
         import pyarrow as pa
 
-        deadline, pending, problems, tables = time.monotonic() + budget_s, 0, [], []
+        deadline, pending, problems, tables, has_read = time.monotonic() + budget_s, 0, [], [], False
         with self._lock:
             for source, part in _newest_first(sources, problems):
                 key, stamp = (source.name, part.key), part.stamp
                 known = self._known.get(key)
                 if known is None or known[0] != stamp:
-                    if time.monotonic() > deadline:
+                    if has_read and time.monotonic() > deadline:
                         pending += 1
                         continue
+                    has_read = True
                     try:
                         known = stamp, read_facts(source.name, part)
                     except DataError as error:  # removed by a resume, or foreign

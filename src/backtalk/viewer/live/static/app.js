@@ -12,7 +12,7 @@ const PAGES = { overview, rollouts, rollout, group };
 const POLL_MS = 4000;
 const main = document.getElementById("main");
 
-const context = { sources: [], roles: [], colours: new Map() };
+const context = { sources: [], roles: [], colours: new Map(), dashes: new Map() };
 let shown = { keys: {}, refresh: null, close: null };
 let stamp = "";
 
@@ -67,9 +67,21 @@ function head() {
 
 const PALETTE = 8; // --line-0 to --line-7
 
+const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]];
+
+// An arm has one colour, and its seeds differ by their dashes; all else has a colour of its own.
 function paint() {
   const style = getComputedStyle(document.documentElement);
-  context.sources.forEach((source, index) => context.colours.set(source.name, style.getPropertyValue(`--line-${index % PALETTE}`).trim()));
+  const kinds = [...new Set(context.sources.map((source) => source.arm || source.name))];
+  const seeds = new Map();
+  context.colours.clear();
+  for (const source of context.sources) {
+    const kind = source.arm || source.name;
+    const nth = seeds.get(kind) || 0;
+    seeds.set(kind, nth + 1);
+    context.colours.set(source.name, style.getPropertyValue(`--line-${kinds.indexOf(kind) % PALETTE}`).trim());
+    context.dashes.set(source.name, DASHES[nth % DASHES.length]);
+  }
 }
 
 // ---------------------------------------------------------------- pages

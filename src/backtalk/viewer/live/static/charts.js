@@ -63,7 +63,6 @@ export function chart(place, { title, series, marks, log, height, group, xLabel 
   }, joined(series), place);
   tell(plot, readings, series, xLabel, marks);
   place.append(readings);
-  place.setAttribute("role", "img");
   place.setAttribute("aria-label", describe(title, series));
   return plot;
 }

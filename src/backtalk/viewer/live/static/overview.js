@@ -41,7 +41,7 @@ export async function overview(main, params, context) {
     h("button", { "data-flag": "log", onclick: () => set({ log: !state.log }) }, "log axis", h("kbd", {}, "l")),
     hasArms ? h("button", { "data-flag": "arms", onclick: () => set({ arms: !state.arms }) }, "arms", h("kbd", {}, "a")) : null,
     h("button", { class: "reset", hidden: true, onclick: () => set({ zoom: null }) }, "all of it"));
-  replace(main, h("div", { class: "overview" }, tiles(), controls, charts, beside));
+  replace(main, h("div", { class: "overview" }, h("h1", { class: "unseen" }, "Overview"), tiles(), controls, charts, beside));
 
   function tiles() {
     return h("div", { class: "tiles" }, curves.map((run) => {
@@ -62,13 +62,14 @@ export async function overview(main, params, context) {
     const held = name.startsWith("held-out ") ? name.slice(9) : null;
     const one = (run) => {
       const colour = context.colours.get(run.name);
+      const dash = context.dashes.get(run.name);
       if (held) {
         const points = run.evaluations.filter((evaluation) => evaluation[held]);
         const at = (step) => (state.x === "steps" || !step ? (state.x === "steps" ? step : 0) : run[state.x][run.steps.indexOf(step - 1)] ?? step);
-        return { name: run.name, colour, x: points.map((p) => at(p.step)), y: points.map((p) => p[held].value), low: points.map((p) => p[held].low), high: points.map((p) => p[held].high), points: true };
+        return { name: run.name, colour, dash, x: points.map((p) => at(p.step)), y: points.map((p) => p[held].value), low: points.map((p) => p[held].low), high: points.map((p) => p[held].high), points: true };
       }
       const x = state.x === "steps" ? run.steps : run[state.x];
-      return { name: run.name, colour, x, y: smooth(run.metrics[name] || x.map(() => null), state.smooth) };
+      return { name: run.name, colour, dash, x, y: smooth(run.metrics[name] || x.map(() => null), state.smooth) };
     };
     const found = curves.map(one).filter((each) => each.y.some((y) => y !== null && y !== undefined));
     return state.arms && hasArms ? byArm(found) : found;
@@ -81,12 +82,12 @@ export async function overview(main, params, context) {
       const arm = context.sources.find((source) => source.name === each.name)?.arm || each.name;
       arms.set(arm, [...(arms.get(arm) || []), each]);
     }
-    return [...arms].map(([arm, seeds], index) => {
+    return [...arms].map(([arm, seeds]) => {
       const longest = seeds.reduce((a, b) => (a.x.length >= b.x.length ? a : b));
       const at = longest.x.map((_, index) => seeds.map((seed) => seed.y[index]).filter((y) => y !== null && y !== undefined));
       const over = (f) => at.map((values) => (values.length ? f(values) : null));
       const bounds = seeds.length > 1 ? { low: over((v) => Math.min(...v)), high: over((v) => Math.max(...v)) } : { low: longest.low, high: longest.high };
-      return { name: `${arm} (${plural(seeds.length, "seed")})`, colour: lineColour(arms.size > 1 ? index : 0), x: longest.x, y: over((v) => v.reduce((a, b) => a + b, 0) / v.length), ...bounds, points: longest.points };
+      return { name: `${arm} (${plural(seeds.length, "seed")})`, colour: seeds[0].colour, x: longest.x, y: over((v) => v.reduce((a, b) => a + b, 0) / v.length), ...bounds, points: longest.points };
     });
   }
 
@@ -196,9 +197,6 @@ export async function overview(main, params, context) {
     close: () => { seen.disconnect(); resized.disconnect(); for (const plot of plots.values()) plot.destroy(); },
   };
 }
-
-const PALETTE = 8; // --line-0 to --line-7
-const lineColour = (index) => getComputedStyle(document.documentElement).getPropertyValue(`--line-${index % PALETTE}`).trim();
 
 async function fetchAll(runs) {
   const found = await Promise.allSettled(runs.map((run) => ask("curves", { run })));

@@ -87,7 +87,7 @@ export function conversation(data, options = {}) {
     }
     if (block.kind === "action" && block.turn !== turn) {
       turn = block.turn;
-      parts.push(h("h3", { class: "turn", id: `turn-${branch}-${turn}` }, `Turn ${turn}`));
+      parts.push(h("h2", { class: "turn", id: `turn-${branch}-${turn}` }, `Turn ${turn}`));
     }
     if (block.kind === "template" && !options.template && !options.tokens) continue;
     const body = options.tokens
@@ -96,15 +96,15 @@ export function conversation(data, options = {}) {
       : block.kind === "output" ? outputBody(block.segments, options.raw)
       : block.kind === "template" ? folded(block.segments[0].text, visible, "template-text")
       : folded(block.segments[0].text, visible, "said", options.compact ? LONG_CHARS : LONG_GIVEN);
-    parts.push(h("section", { class: `block block-${block.kind}`, "aria-label": `${block.turn === null ? "" : `turn ${block.turn}, `}${NAMES[block.segments[0].role]}` }, label(block), body));
+    parts.push(h("div", { class: `block block-${block.kind}`, role: "group", "aria-label": `${block.turn === null ? "" : `turn ${block.turn}, `}${NAMES[block.segments[0].role]}` }, label(block), body));
   }
   if (data.failure) parts.push(failure(data.failure));
   return parts;
 }
 
 export function failure(failed) {
-  return h("section", { class: "failure", role: "group", "aria-label": "failure" },
-    h("h3", {}, `Failed in ${failed.phase}: ${failed.error}`),
+  return h("div", { class: "failure", role: "group", "aria-label": "failure" },
+    h("h2", {}, `Failed in ${failed.phase}: ${failed.error}`),
     h("p", {}, "The infrastructure broke, so there is no reward; what the environment had said by then can still be learned from."),
     h("pre", {}, visible(failed.message || "it said nothing")));
 }

@@ -29,7 +29,7 @@ export async function rollouts(main, params, context) {
   const space = h("div", { class: "space", role: "rowgroup" });
   const scroller = h("div", { class: "scroller", role: "table", "aria-label": "Rollouts", tabindex: "0" }, heads, space);
   const chips = h("div", { class: "chips" });
-  replace(main, h("div", { class: "table-page" }, h("div", { class: "filter" }, input, chips), summary, problems, scroller));
+  replace(main, h("div", { class: "table-page" }, h("h1", { class: "unseen" }, "Rollouts"), h("div", { class: "filter" }, input, chips), summary, problems, scroller));
 
   const question = (offset) => ask("rollouts", { q: state.q, sort: state.sort, order: state.order, offset, limit: PAGE, runs: context.selected(read().params).length === context.sources.length ? "" : context.selected(read().params).join("\n") });
 
@@ -67,9 +67,9 @@ export async function rollouts(main, params, context) {
 
   const several = () => context.selected(read().params).length > 1;
   function marked(text) {
-    const word = wordsOf(state.q)[0];
-    const at = word ? text.toLowerCase().indexOf(word.toLowerCase()) : -1;
-    return at < 0 ? visible(text) : [visible(text.slice(0, at)), h("mark", {}, visible(text.slice(at, at + word.length))), visible(text.slice(at + word.length))];
+    const words = wordsOf(state.q).map((word) => word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
+    if (!words.length) return visible(text);
+    return text.split(new RegExp(`(${words.join("|")})`, "gi")).map((part, index) => (index % 2 ? h("mark", {}, visible(part)) : visible(part)));
   }
 
   function drawRows() {
