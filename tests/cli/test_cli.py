@@ -17,8 +17,11 @@ from backtalk import __version__
 from backtalk.cli import explain, main
 from backtalk.cli.train import _resolve
 from backtalk.errors import ConfigError, DataError
+from backtalk.run.log import RunLog
 from backtalk.tasks.load import load_tasks
 from backtalk.tasks.task import Split
+from backtalk.viewer.live.app import Viewer
+from backtalk.viewer.live.sources import Library
 from tiny import tiny_model_dir
 
 SRC = str(Path(__file__).parents[2] / "src")
@@ -194,6 +197,17 @@ def test_a_run_from_training_to_report(backtalk: Run, tmp_path: Path) -> None:
     assert "ACTION" in backtalk("show", "runs/x", "--task", task, "--index", "1").out
     assert "no task" in refused(backtalk("show", "runs/x", "--task", "other"))
     assert "report.html" in backtalk("report", "runs/x").out
+    page = Viewer(Library([tmp_path / "runs" / "x"]))
+    log = RunLog(tmp_path / "runs" / "x")
+    weights = log.read_weights(0, groups := log.read_groups(0))
+    assert weights is not None
+    told = [page.tokens({"run": "x", "part": "train-0", "row": str(row)}) for row in range(4)]
+    assert [(row["ids"], row["policy"], row["world"]) for row in told] == [
+        (list(t.token_ids), list(w.policy), list(w.world))
+        for t, w in zip([t for group in groups for t in group], [w for row in weights for w in row], strict=True)
+    ]
+    conversations = [page.rollout({"run": "x", "part": "train-0", "row": str(row)}) for row in range(4)]
+    assert all(shown["compared"] and shown["findings"] == [] for shown in conversations)
 
     measured = backtalk("evaluate", "runs/x", "--tasks", "1", "--samples", "1", "--json", "found.json")
     assert "pass@1" in measured.out
