@@ -234,6 +234,17 @@ def test_curves_have_three_axes_evaluations_and_the_guards_warnings(
     assert curves["settings"]["objective.world_model_coeff"] == 0.05
 
 
+def test_a_finished_study_gives_its_own_intervals(run: Path, viewer_of: Callable[..., Viewer]) -> None:
+    assert viewer_of(run).curves({"run": "echo_seed1"})["arm_curves"] == {}
+    interval = {"value": 0.5, "low": 0.4, "high": 0.6}
+    points = [{"arm": arm, "metric": metric, "step": 3, "interval": interval}
+              for arm, metric in (("echo", "pass@1"), ("grpo", "pass@1"), ("echo", "invalid calls"))]  # fmt: skip
+    (run.parent / "study.json").write_text(json.dumps({"interval": "seeds and tasks", "curves": points}))
+    assert viewer_of(run).curves({"run": "echo_seed1"})["arm_curves"] == {
+        "over": "seeds and tasks", "curves": {"pass_at_1": [{"step": 3, **interval}]},
+    }  # fmt: skip
+
+
 # ---------------------------------------------------------------- sources
 
 
@@ -250,6 +261,7 @@ def test_runs_and_files_are_found_also_while_they_appear(
     ]
     shutil.copytree(run, root / "deeper" / "grpo_seed1")
     assert [s["name"] for s in viewer.sources({})["sources"]] == ["deeper/grpo_seed1", "echo_seed1"]
+    assert viewer.sources({})["sources"][0]["arm"] == "deeper/grpo"  # arms of two studies stay apart
     shutil.rmtree(root / "deeper")
     assert [s["name"] for s in viewer.sources({})["sources"]] == ["echo_seed1"]
     with pytest.raises(DataError, match=r"no run or file '../../etc'"):

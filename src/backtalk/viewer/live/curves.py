@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import time
@@ -20,6 +21,12 @@ RUNNING_S = 180.0  # since the last change of the metrics of an unfinished run
 TOKENS = ("action_tokens", "env_output_tokens", "warning_tokens")
 SECONDS = ("rollout_seconds", "train_seconds")
 EVALUATED = ("pass_at_1", "pass_at_k", "reward", "env_ce_recorded", "env_ce_own")
+STUDIED = {  # metric of a study: its name in an evaluation
+    "pass@1": "pass_at_1",
+    "reward": "reward",
+    "env CE, recorded": "env_ce_recorded",
+    "env CE, own": "env_ce_own",
+}
 
 
 def describe(source: Source) -> dict[str, Any]:
@@ -27,7 +34,7 @@ def describe(source: Source) -> dict[str, Any]:
     row: dict[str, Any] = {"name": source.name, "refused": len(source.refusals)}
     if not isinstance(source, RunSource):
         return row | {"kind": "file", "tokens_of": source.tokens_of}
-    arm = re.fullmatch(r"(.+)_seed(\d+)", source.log.folder.name)
+    arm = re.fullmatch(r"(.+)_seed(\d+)", source.name)  # as a study names its runs
     row |= {"kind": "run", "arm": arm[1] if arm else None, "seed": int(arm[2]) if arm else None}
     try:
         config = source.log.read_config()
@@ -67,6 +74,7 @@ def read_curves(source: RunSource) -> dict[str, Any]:
         "tokens": list(accumulate(_total(row, TOKENS) for row in rows)),
         "metrics": {name: [_short(row.get(name)) for row in rows] for name in names if name != "step"},
         "evaluations": _evaluations(log),
+        "arm_curves": _arm_curves(log),
         "warnings": read_warnings(config, rows),
         "settings": {key: value for key, value in flatten(config).items()},
     }
@@ -95,6 +103,20 @@ def _evaluations(log: RunLog) -> list[dict[str, Any]]:
         estimates = {name: evaluation[name] for name in EVALUATED if isinstance(evaluation.get(name), Mapping)}
         found.append({"step": step, "samples_per_task": evaluation.get("samples_per_task"), **estimates})
     return found
+
+
+def _arm_curves(log: RunLog) -> dict[str, Any]:
+    """Return the study's own estimates for the arm of a run, by metric; nothing before the study has finished."""
+    arm = re.fullmatch(r"(.+)_seed\d+", log.folder.name)
+    try:
+        study = json.loads((log.folder.parent / "study.json").read_bytes()) if arm else {}
+        curves: dict[str, Any] = {}
+        for point in study.get("curves", []):
+            if arm and point["arm"] == arm[1] and point["metric"] in STUDIED:
+                curves.setdefault(STUDIED[point["metric"]], []).append({"step": point["step"], **point["interval"]})
+        return {"over": study["interval"], "curves": curves} if curves else {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):  # not there, or not whole yet
+        return {}
 
 
 def _total(row: Mapping[str, Any], names: Sequence[str]) -> float:

@@ -41,7 +41,7 @@ function sidebar() {
       h("button", { class: "name", title: `Only ${source.name}`, onclick: toggle(source.name, true) },
         h("span", { class: "source-name" }, source.name),
         h("span", { class: "source-facts" }, facts(source)))));
-  const head = h("h2", {}, "Runs and files");
+  const head = h("h2", {}, "Runs and files", chosen.size < context.sources.length && !["rollout", "group"].includes(page) ? h("button", { class: "linkish", onclick: () => change({ runs: [] }, { push: true }) }, "all") : null);
   replace(document.querySelector(".side"), head, h("ul", { class: "sources" }, rows));
 }
 
@@ -98,6 +98,7 @@ async function show() {
   document.documentElement.dataset.page = page;
   head();
   sidebar();
+  if (!context.sources.length) return nothing();
   try {
     const made = await PAGES[page](main, params, context);
     if (read().page === page) shown = { keys: {}, ...made };
@@ -105,6 +106,11 @@ async function show() {
   } catch (error) {
     failed(error);
   }
+}
+
+function nothing() {
+  replace(main, h("div", { class: "empty" }, h("h1", {}, "Nothing to show yet"), h("p", {}, "There is no run and no file of trajectories in what was given. New runs appear here by themselves.")));
+  shown = { keys: {}, refresh: show };
 }
 
 function failed(error) {

@@ -36,6 +36,8 @@ export function chart(place, { title, series, marks, log, height, group, xLabel 
   const grid = { stroke: css("--grid"), width: 1 };
   const axis = { stroke: muted, grid, ticks: { ...grid, size: 4 }, font: `11px ${css("--ui")}`, size: 30 };
   const readings = h("div", { class: "readings" });
+  const at = h("span", { class: "at" });
+  place.querySelector("figcaption").append(at);
   const lines = [{}];
   const bands = [];
   for (const each of series) {
@@ -52,16 +54,16 @@ export function chart(place, { title, series, marks, log, height, group, xLabel 
     width: Math.max(120, place.clientWidth - 4), height,
     legend: { show: false },
     padding: [10, 16, 0, 0],
-    cursor: { sync: { key: group, setSeries: false }, drag: { x: true, y: false, setScale: true }, points: { size: 6 }, y: false },
+    cursor: { sync: { key: group, setSeries: false, scales: ["x", null] }, drag: { x: true, y: false, setScale: true }, points: { size: 6 }, y: false },
     scales: { x: { time: false }, y: log && positive ? { distr: 3 } : { range: padded } },
     axes: [{ ...axis, values: (u, splits) => splits.map(short), space: 56 }, { ...axis, size: 46, values: (u, splits) => splits.map((x) => (x === null ? "" : short(x))) }],
     series: lines, bands,
     hooks: {
-      setCursor: [(u) => tell(u, readings, series, xLabel, marks)],
+      setCursor: [(u) => tell(u, readings, at, series, xLabel, marks)],
       draw: [(u) => drawMarks(u, marks)],
     },
   }, joined(series), place);
-  tell(plot, readings, series, xLabel, marks);
+  tell(plot, readings, at, series, xLabel, marks);
   place.append(readings);
   place.setAttribute("aria-label", describe(title, series));
   return plot;
@@ -84,22 +86,22 @@ function short(x) {
 
 const translucent = (colour) => `color-mix(in srgb, ${colour} 11%, transparent)`;
 
-function tell(u, readings, series, xLabel, marks) {
+function tell(u, readings, at, series, xLabel, marks) {
   const index = u.cursor.idx;
   const rows = [];
   let column = 1;
   for (const each of series) {
     const values = u.data[column];
-    let at = index;
-    if (at === null || at === undefined) at = values.findLastIndex((value) => value !== null && value !== undefined);
-    const value = at >= 0 ? values[at] : null;
-    const spread = each.low && at >= 0 && u.data[column + 1][at] != null ? ` [${number(u.data[column + 1][at])}, ${number(u.data[column + 2][at])}]` : "";
+    const last = () => values.findLastIndex((value) => value !== null && value !== undefined);
+    const where = index ?? last();
+    const value = where >= 0 ? values[where] : null;
+    const spread = each.low && where >= 0 && u.data[column + 1][where] != null ? ` [${number(u.data[column + 1][where])}, ${number(u.data[column + 2][where])}]` : "";
     column += each.low ? 3 : 1;
     if (value === null || value === undefined) continue;
     rows.push(h("span", { class: "reading" }, h("span", { class: "swatch", style: { background: each.colour } }), series.length > 1 ? h("span", { class: "reading-name" }, each.name) : null, h("b", {}, number(value, 4)), spread));
   }
   const x = index === null || index === undefined ? null : u.data[0][index];
-  if (x !== null) rows.unshift(h("span", { class: "reading at" }, `${xLabel} ${short(x)}`));
+  at.textContent = x === null ? "" : `${xLabel} ${short(x)}`;
   const close = x === null ? [] : marks.filter((mark) => mark.x === x);
   readings.replaceChildren(...rows, ...close.map((mark) => h("span", { class: "reading warn" }, `⚠ ${mark.text.split(":")[0]}`)));
 }

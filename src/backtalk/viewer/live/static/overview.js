@@ -2,7 +2,7 @@
 
 import { ask } from "./api.js";
 import { chart, smooth } from "./charts.js";
-import { h, number, plural, replace, visible } from "./dom.js";
+import { h, number, replace, visible } from "./dom.js";
 import { change, read } from "./state.js";
 
 const X = { steps: "step", tokens: "tokens", seconds: "seconds" };
@@ -66,28 +66,31 @@ export async function overview(main, params, context) {
       if (held) {
         const points = run.evaluations.filter((evaluation) => evaluation[held]);
         const at = (step) => (state.x === "steps" || !step ? (state.x === "steps" ? step : 0) : run[state.x][run.steps.indexOf(step - 1)] ?? step);
-        return { name: run.name, colour, dash, x: points.map((p) => at(p.step)), y: points.map((p) => p[held].value), low: points.map((p) => p[held].low), high: points.map((p) => p[held].high), points: true };
+        return { name: run.name, over: "95 % over tasks", colour, dash, x: points.map((p) => at(p.step)), y: points.map((p) => p[held].value), low: points.map((p) => p[held].low), high: points.map((p) => p[held].high), points: true };
       }
       const x = state.x === "steps" ? run.steps : run[state.x];
       return { name: run.name, colour, dash, x, y: smooth(run.metrics[name] || x.map(() => null), state.smooth) };
     };
     const found = curves.map(one).filter((each) => each.y.some((y) => y !== null && y !== undefined));
-    return state.arms && hasArms ? byArm(found) : found;
+    return state.arms && hasArms ? byArm(found, held) : found;
   }
 
-  // The mean over seeds with the range over them; x of one seed is taken where steps are the same.
-  function byArm(series) {
+  // What a finished study estimated, else the mean over seeds with the range over them, by the x of the longest.
+  function byArm(series, held) {
     const arms = new Map();
     for (const each of series) {
       const arm = context.sources.find((source) => source.name === each.name)?.arm || each.name;
       arms.set(arm, [...(arms.get(arm) || []), each]);
     }
     return [...arms].map(([arm, seeds]) => {
+      const study = held && state.x === "steps" && curves.find((run) => run.name === seeds[0].name).arm_curves;
+      const known = study?.curves?.[held];
+      if (known) return { name: arm, over: `95 % over ${study.over}`, colour: seeds[0].colour, x: known.map((p) => p.step), y: known.map((p) => p.value), low: known.map((p) => p.low), high: known.map((p) => p.high), points: true };
       const longest = seeds.reduce((a, b) => (a.x.length >= b.x.length ? a : b));
       const at = longest.x.map((_, index) => seeds.map((seed) => seed.y[index]).filter((y) => y !== null && y !== undefined));
       const over = (f) => at.map((values) => (values.length ? f(values) : null));
       const bounds = seeds.length > 1 ? { low: over((v) => Math.min(...v)), high: over((v) => Math.max(...v)) } : { low: longest.low, high: longest.high };
-      return { name: `${arm} (${plural(seeds.length, "seed")})`, colour: seeds[0].colour, x: longest.x, y: over((v) => v.reduce((a, b) => a + b, 0) / v.length), ...bounds, points: longest.points };
+      return { name: arm, over: seeds.length > 1 ? `mean and range of ${seeds.length} seeds` : held ? "95 % over tasks" : "", colour: seeds[0].colour, x: longest.x, y: over((v) => v.reduce((a, b) => a + b, 0) / v.length), ...bounds, points: longest.points };
     });
   }
 
@@ -138,6 +141,8 @@ export async function overview(main, params, context) {
     if (!series.length) return;
     plots.get(figure)?.destroy();
     figure.querySelector(".readings")?.remove();
+    const over = [...new Set(series.map((each) => each.over).filter(Boolean))].join("; ");
+    replace(figure.querySelector("figcaption"), TITLES[name] || name, over && h("span", { class: "over", title: over }, over));
     const plot = chart(figure, { title: TITLES[name] || name, series, marks: marksOf(), log: state.log, height: CHART_PX, group, xLabel: X[state.x] });
     plots.set(figure, plot);
     if (state.zoom.length === 2) plot.setScale("x", { min: state.zoom[0], max: state.zoom[1] });

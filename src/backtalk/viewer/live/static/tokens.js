@@ -66,7 +66,7 @@ export function tokenView(tokens, data, status, onselect) {
     const span = spans.get(pinned);
     span.classList.add("pinned");
     replace(numbers, describe(pinned));
-    if (scroll) span.scrollIntoView({ block: "center" });
+    if (scroll) span.scrollIntoView({ block: "nearest" });
   }
 
   function render(segments) {
