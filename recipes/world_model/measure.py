@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from backtalk.engines.copied import copied_mask
+from backtalk.engines.metrics import copied_mask
 from backtalk.engines.torch.engine import TorchEngine
 from backtalk.objective.samples import to_samples
 from backtalk.trajectory import TokenRole, Trajectory

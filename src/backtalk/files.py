@@ -27,7 +27,11 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -60,6 +64,20 @@ def append_json_line(path: Path, data: Mapping[str, Any]) -> None:
         raise write_error(path, error) from error
 
 
+def read_json(path: Path, advice: str = "") -> Any:
+    """Return the JSON of a file; ``advice`` ends the message where it is none.
+
+    Raises:
+        DataError: the file cannot be read, or is not JSON.
+    """
+    with reading(path):
+        content = path.read_bytes()
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}){advice}") from error
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the JSON lines of a file; a last line without a newline is unfinished and left out.
 
@@ -88,14 +106,6 @@ def _whole_lines_bytes(path: Path) -> int:
             return size
         file.seek(0)
         return file.read().rfind(b"\n") + 1
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

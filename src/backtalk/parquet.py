@@ -120,14 +120,11 @@ def _without_fill(value: Any, kind: Any) -> Any:
     if value is None or not types.is_nested(kind):
         return value
     if types.is_struct(kind):
-        return {field.name: _without_fill(value[field.name], field.type) for field in kind if _is_there(value, field)}
+        known = (field for field in kind if value.get(field.name) is not None)
+        return {field.name: _without_fill(value[field.name], field.type) for field in known}
     if types.is_map(kind):
         return {key: _without_fill(item, kind.item_type) for key, item in value}
     inner = getattr(kind, "value_type", None)  # a union has none
     if inner is None or not types.is_nested(inner):
         return value
     return [_without_fill(item, inner) for item in value]
-
-
-def _is_there(row: dict[str, Any], field: Any) -> bool:
-    return row.get(field.name) is not None

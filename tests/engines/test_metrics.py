@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from backtalk.engines.copied import copied_mask
-from backtalk.engines.metrics import StepRecord, token_metrics
+from backtalk.engines.metrics import StepRecord, copied_mask, token_metrics
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.engine import TorchEngine
 from backtalk.objective import objective

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from backtalk.sandboxes.machine.sweep import sweep
+from backtalk.sandboxes.bubblewrap.backend import sweep
 
 # Starts a process named bwrap that holds a memory file of the given name, leaves it to init, and prints its id.
 _LEAVE = """

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from backtalk.cli.import_trajectories import USER_ROLE_HELP, UserRole, user_notes
+from backtalk.cli.import_trajectories import USER_ROLE_HELP, Source, UserRole, user_notes
 from backtalk.cli.interrupts import run
+from backtalk.cli.options import new_console
 from backtalk.errors import DataError
 from backtalk.exchange.detect import Format
 
@@ -37,9 +38,7 @@ def account(
     model: Annotated[
         str | None, typer.Option(help="Also the losses of this model, from one forward pass: base, a folder or a name.")
     ] = None,
-    source: Annotated[
-        Format | None, typer.Option("--format", help="What wrote the files. Without it: found out by their fields.")
-    ] = None,
+    source: Source = None,
     user_role: Annotated[UserRole, typer.Option(help=USER_ROLE_HELP)] = "auto",
     coeff: Annotated[float, typer.Option(min=0, help="ECHO's world_model_coeff.")] = 0.05,
     advantage: Annotated[
@@ -57,7 +56,6 @@ def account(
 
     Example: `backtalk account episode.json captured.jsonl --tokenizer characters --model base`.
     """
-    from rich.console import Console
     from rich.text import Text
 
     from backtalk.cli.account_tables import tables
@@ -74,11 +72,12 @@ def account(
         own = counted if unit == model else _read(files, source, model, model, options)
         advantages, notes = _advantages(files, own, advantage)
         scored, step = _score(own.trajectories, model, coeff, advantages)
-    console = Console()
+    console = new_console()
     for part in tables(accounts, unit, scored, step, model, coeff):
         console.print(part, soft_wrap=isinstance(part, Text))
         console.print()
-    for note in [*notes, *user_notes(counted, user_role), *_refused(counted)]:
+    refused = [f"refused: {refusal.where}: {refusal.reason}" for refusal in counted.refusals]
+    for note in [*notes, *user_notes(counted, user_role), *refused]:
         console.print(f"- {note}", markup=False, highlight=False, soft_wrap=True)
     if json_path is not None:
         from backtalk.files import write_bytes
@@ -86,10 +85,6 @@ def account(
         write_bytes(json_path, json.dumps(_json(unit, coeff, accounts, scored, step), indent=1).encode())
     if counted.refusals:
         raise typer.Exit(1)
-
-
-def _refused(counted: Imported) -> list[str]:
-    return [f"refused: {refusal.where}: {refusal.reason}" for refusal in counted.refusals]
 
 
 def _renderer(name: str) -> Renderer:

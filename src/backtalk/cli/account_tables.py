@@ -58,19 +58,13 @@ def _token_rows() -> Rows:
 
 
 def _loss_rows(coeff: float) -> Rows:
+    tokens = "{0.action_tokens:,} + {0.observed_tokens:,}".format
     yield "advantage", lambda account: _number(account.advantage, "+.3f")
     for kind in SPOKEN:
         yield f"CE of {kind}", lambda account, kind=kind: _number(account.whole.cross_entropy(kind), ".4f")
     for name, label in (("grpo", "GRPO"), ("echo", f"ECHO, {coeff:g}"), ("verifier_free", "verifier-free")):
         yield label, lambda account, name=name: _of(account, name, lambda loss: f"{loss.total:+.4f}")
-        yield (
-            "  on tokens",
-            lambda account, name=name: _of(account, name, _gradients),
-        )
-
-
-def _gradients(loss: Loss) -> str:
-    return f"{loss.action_tokens:,} + {loss.observed_tokens:,}"
+        yield "  on tokens", lambda account, name=name: _of(account, name, tokens)
 
 
 def _breakdown(title: str, tallies: Mapping[str, Tally]) -> Table:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from backtalk.cli.interrupts import run
-from backtalk.cli.options import HostPackages
+from backtalk.cli.options import HostPackages, new_console
 from backtalk.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,15 +71,13 @@ def capture(
     `backtalk capture awm:shop --script buy.txt --out shop.jsonl`,
     `backtalk capture terminal --task triage --endpoint http://127.0.0.1:8000/v1 --model Qwen/Qwen3-0.6B --out q.jsonl`.
     """
-    from rich.console import Console
-
     from backtalk.capture.people import read_script
     from backtalk.run.log import lock_file
 
     if sum((script is not None, human, endpoint is not None)) != 1:
         raise ConfigError("nothing says who plays; give one of --script FILE, --human and --endpoint URL")
     _refuse_unless_new(out)
-    console = Console()
+    console = new_console()
     lines = [] if script is None else read_script(script)
     authors = _authors(lines, endpoint, model, tokens, temperature, console)
     config = _config(world, _source(world, task), list(settings or []), max_turns, len(lines), human, host_packages)

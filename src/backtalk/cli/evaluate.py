@@ -58,12 +58,11 @@ def evaluate(
         config, checkpoint = policy_settings(folder, model, base, list(settings or []))
         from backtalk.run.benchmark import Benchmark
 
-        wanted = tuple(names or ())
         benchmark = Benchmark(
             dataset=dataset,
             environment=environment,
             samples_per_task=samples or 5,
-            names=wanted,
+            names=tuple(names or ()),
             count=tasks,
             host_packages=host_packages,
             on_refuse=on_refuse_choice(on_refuse),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from backtalk.cli.options import new_console
 from backtalk.errors import ConfigError
 from backtalk.exchange.detect import Format
 
@@ -29,7 +30,6 @@ USER_ROLE_HELP = (
     "What a user's message after the first turn is; auto: env_output where it always answers an action or reads like "
     "an output, else context."
 )
-
 
 Files = Annotated[
     list[Path],
@@ -109,13 +109,11 @@ def import_trajectories(
 
 def _write(out: Path, imported: Imported, user_role: UserRole) -> None:
     """Write the trajectories and print what was imported; exit with 1 where a record was refused."""
-    from rich.console import Console
-
     from backtalk.run.log import write_trajectories
 
     if imported.trajectories:
         write_trajectories(out, imported.trajectories)
-    _print(imported, user_role, Console())
+    _print(imported, user_role, new_console())
     if not imported.trajectories:
         raise ConfigError(f"nothing could be imported, so {out} was not written; the reasons are above")
     typer.echo(f"Written: {out}")
@@ -161,11 +159,13 @@ def _model(model: str, tool_format: str | None, on_drift: Drift) -> tuple[Render
 def _print(imported: Imported, user_role: UserRole, console: Console) -> None:
     from rich.table import Table
 
+    from backtalk.trajectory import TokenRole
+
     rewarded = sum(trajectory.reward is not None for trajectory in imported.trajectories)
     table = Table("imported", "number", show_header=False)
     table.columns[1].justify = "right"
     rows = {"trajectories": len(imported.trajectories), "with a reward": rewarded, "turns": imported.total("num_turns")}
-    rows |= {f"{role.name} tokens": count for role, count in imported.tokens().items()}
+    rows |= {f"{role.name} tokens": sum(t.count(role) for t in imported.trajectories) for role in TokenRole}
     for name, number in {**rows, "refused": len(imported.refusals)}.items():
         table.add_row(name, f"{number:,}")
     console.print(table)

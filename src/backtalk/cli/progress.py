@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from backtalk.evidence.compare import Comparison
-from backtalk.evidence.study import StudyDone, StudyEvent, StudyProgress, StudyRunDone, StudyStarted
+from backtalk.evidence.study import StudyEvent, StudyProgress, StudyRunDone, StudyStarted
 from backtalk.run.benchmark import BenchmarkResult
 from backtalk.run.estimates import interval_text
 from backtalk.run.evaluate import Evaluation
@@ -68,8 +68,9 @@ class RunDisplay(_Display):
         match event:
             case RunStarted():
                 self._started(event)
-            case RolloutDone():
-                self._rollout_done(event)
+            case RolloutDone() if self._rollouts is not None:
+                name = "rollouts" if event.phase == "training" else event.phase
+                self._bars.update(self._rollouts, description=name, total=event.total, completed=event.done)
             case StepDone():
                 self._step_done(event)
             case EvaluationDone():
@@ -90,11 +91,6 @@ class RunDisplay(_Display):
         self._last_step_at = self._clock()
         self._steps = self._bars.add_task("steps", total=event.steps, completed=event.first_step, note="")
         self._rollouts = self._bars.add_task("rollouts", total=None, note="")
-
-    def _rollout_done(self, event: RolloutDone) -> None:
-        if self._rollouts is not None:
-            name = "rollouts" if event.phase == "training" else event.phase
-            self._bars.update(self._rollouts, description=name, total=event.total, completed=event.done)
 
     def _step_done(self, event: StepDone) -> None:
         now = self._clock()
@@ -129,9 +125,10 @@ class StudyDisplay(_Display):
             case StudyProgress():
                 self._progress(event)
             case StudyRunDone():
-                self._run_done(event)
-            case StudyDone():
-                return
+                ending = "finished" if event.exit_code == 0 else f"ended with exit code {event.exit_code}"
+                self._bars.update(self._tasks[event.run], note=ending)
+                if not self._console.is_terminal or event.exit_code:
+                    self._print(f"{event.run}  {ending}")
 
     def _progress(self, event: StudyProgress) -> None:
         reward = _number(event.metrics.get("reward"), ".3f")
@@ -140,12 +137,6 @@ class StudyDisplay(_Display):
         self._bars.update(self._tasks[event.run], total=event.steps, completed=event.step, note=note)
         if not self._console.is_terminal and event.step % max(1, event.steps // 10) == 0:
             self._print(f"{event.run}  step {event.step}/{event.steps}  {note}")
-
-    def _run_done(self, event: StudyRunDone) -> None:
-        ending = "finished" if event.exit_code == 0 else f"ended with exit code {event.exit_code}"
-        self._bars.update(self._tasks[event.run], note=ending)
-        if not self._console.is_terminal or event.exit_code:
-            self._print(f"{event.run}  {ending}")
 
 
 def comparison_table(comparison: Comparison) -> Table:

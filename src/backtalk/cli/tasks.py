@@ -131,10 +131,10 @@ def _record_path(folder: Path, host_packages: bool, root: str | None) -> Path:
     """Return the file that keeps the findings of a check until it is done."""
     import hashlib
 
-    base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "backtalk" / "checks"
-    base.mkdir(parents=True, exist_ok=True)
+    from backtalk.sandboxes.root import cache_folder
+
     key = repr((str(folder.resolve()), host_packages, root))
-    return base / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.jsonl"
+    return cache_folder("checks") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.jsonl"
 
 
 @contextmanager

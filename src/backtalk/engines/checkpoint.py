@@ -24,7 +24,9 @@ def write_atomically(folder: Path, save: Callable[[Path], None]) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         save(fresh)
-        _sync(fresh)
+        for path in filter(Path.is_file, fresh.rglob("*")):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(folder, old)
@@ -36,14 +38,6 @@ def write_atomically(folder: Path, save: Callable[[Path], None]) -> None:
             f"checkpoint {folder} cannot be written: {error}; free some space, or choose another folder "
             "(an older checkpoint there is unharmed)"
         ) from error
-
-
-def _sync(folder: Path) -> None:
-    """Flush all files of a folder to the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def find_checkpoint(folder: Path) -> Path | None:

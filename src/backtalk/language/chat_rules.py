@@ -43,8 +43,9 @@ class ChatRules:
         """Return the messages with the roles that the template accepts, merged where it requires that."""
         merged: list[ChatMessage] = []
         for message in messages:
-            role = self._accepted_role(message.role)
-            if merged and self._is_merged(merged[-1].role, role):
+            moves = message.role == "system" and not self._accepts_system
+            role = self.tool_role if message.role == "tool" else "user" if moves else message.role
+            if merged and merged[-1].role == role == "user" and not self._accepts_user_runs:
                 separator = Piece(_SEPARATOR, TokenRole.TEMPLATE, message.tool)
                 merged[-1] = merged[-1]._replace(pieces=(*merged[-1].pieces, separator, *message.pieces))
             else:
@@ -54,14 +55,6 @@ class ChatRules:
     def merge_roles(self, roles: Iterable[str]) -> Roles:
         """Return the roles of what :meth:`merge` returns for messages of these roles."""
         return tuple(message.role for message in self.merge(ChatMessage(role, ()) for role in roles))
-
-    def _accepted_role(self, role: str) -> str:
-        if role == "tool":
-            return self.tool_role
-        return "user" if role == "system" and not self._accepts_system else role
-
-    def _is_merged(self, previous: str, role: str) -> bool:
-        return previous == role == "user" and not self._accepts_user_runs
 
     def _keeps_system(self) -> bool:
         try:
@@ -103,7 +96,8 @@ def _choose_roles(templates: Sequence[ChatTemplate], on_drift: Literal["stop", "
     for template in templates:
         for role in ("tool", "user"):
             try:
-                if template.keeps_first_turns((role,)):
+                # The first two turns: what can be known before there is a conversation.
+                if all(template.keeps_history(roles, (role,)) for roles in (("user",), ("user", "assistant", role))):
                     return ChatRules(template, role, True)
                 fallback = fallback or (template, role)
             except RenderError as error:

@@ -164,10 +164,6 @@ class ChatTemplate:
             and Scaffold(after[n + 1 :], escaped[n + 1 :]) == self.observation_scaffold(roles)
         )
 
-    def keeps_first_turns(self, roles: Roles) -> bool:
-        """Return whether the first two turns keep the history: what can be known before there is a conversation."""
-        return self.keeps_history(("user",), roles) and self.keeps_history(("user", "assistant", *roles), roles)
-
 
 def escape_json(text: str) -> str:
     """Return text as it is written inside a JSON string by chat templates (``tojson`` of transformers)."""

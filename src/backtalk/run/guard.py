@@ -25,10 +25,6 @@ class Change:
     margin: float = 0.0  # and this much more
     least: float = 0.0  # times the start
 
-    def is_trouble(self, start: float, now: float) -> bool:
-        """Return whether the metric has left its bounds."""
-        return now > self.most * start + self.margin or now < self.least * start
-
 
 CHANGES = {
     "entropy": Change("the policy's actions become random, or one and the same", most=1.5, margin=0.1, least=0.2),
@@ -108,7 +104,7 @@ class Guard:
                 continue
             start, now = (sum(part) / WINDOW_STEPS for part in (values[:WINDOW_STEPS], values[-WINDOW_STEPS:]))
             signs[name] = (
-                change.is_trouble(start, now),
+                now > change.most * start + change.margin or now < change.least * start,
                 f"{name}={now:.3g} over the last {WINDOW_STEPS} steps, {start:.3g} over the first {WINDOW_STEPS}: "
                 f"{change.means}; if this goes on, lower {cure}",
             )

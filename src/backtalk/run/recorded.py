@@ -42,7 +42,13 @@ def recorded_trajectories(config: TrainConfig, renderer: Renderer, on_notice: On
         return []
     if config.evaluation.recorded_path is not None:
         tokenizer: Any = renderer.tokenizer
-        return _own_file(Path(config.evaluation.recorded_path), len(tokenizer))
+        trajectories = read_trajectories(config.evaluation.recorded_path)
+        if (highest := max((token for t in trajectories for token in t.token_ids), default=0)) >= len(tokenizer):
+            raise ConfigError(
+                f"{config.evaluation.recorded_path} holds token {highest}, and this model has only {len(tokenizer)}; "
+                "record it with the same tokenizer, or leave evaluation.recorded_path out"
+            )
+        return trajectories
     if all(source.name != "triage" for source in config.tasks.sources):
         on_notice(
             "there are no recorded trajectories of these tasks, so held-out cross-entropy is measured on the model's "
@@ -62,18 +68,6 @@ def recorded_trajectories(config: TrainConfig, renderer: Renderer, on_notice: On
     except RenderError as error:
         on_notice(f"recorded trajectories cannot be rendered for this model, so they are not measured: {error}")
         return []
-
-
-def _own_file(path: Path, vocab_size: int) -> list[Trajectory]:
-    """Read a user's file, whose tokens must be those of the model."""
-    trajectories = read_trajectories(path)
-    highest = max((token for t in trajectories for token in t.token_ids), default=0)
-    if highest >= vocab_size:
-        raise ConfigError(
-            f"{path} holds token {highest}, and this model has only {vocab_size}; "
-            "record it with the same tokenizer, or leave evaluation.recorded_path out"
-        )
-    return trajectories
 
 
 def render_again(trajectory: Trajectory, source: Renderer, target: Renderer) -> Trajectory:

@@ -81,8 +81,6 @@ def _forward(event: Event, log: Log) -> None:
             intervals = {name: getattr(event.evaluation, name) for name in ESTIMATES}
             values = {f"held_out/{name}": interval.value for name, interval in intervals.items() if interval}
             log(event.evaluation.step, _finite(values))
-        case _:
-            return
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -83,9 +83,8 @@ def _open_first_that_works(root: str | Path | None, readable: Sequence[str]) -> 
 
 
 def _open_bubblewrap(root: str | Path | None, readable: Sequence[str]) -> SandboxBackend:
-    from backtalk.sandboxes.bubblewrap.backend import BubblewrapBackend
+    from backtalk.sandboxes.bubblewrap.backend import BubblewrapBackend, sweep
     from backtalk.sandboxes.images.open import open_root
-    from backtalk.sandboxes.machine.sweep import sweep
 
     sweep()
     return BubblewrapBackend(root=open_root(None if root is None else str(root)), readable=readable)

@@ -41,11 +41,6 @@ class PooledBackend:
 
     @asynccontextmanager
     async def open(self, limits: SandboxLimits) -> AsyncGenerator[Sandbox]:
-        """Wait for a place and start a sandbox, which is closed with everything in it on exit.
-
-        Raises:
-            SandboxError: on entry, when it could not start.
-        """
         loop = asyncio.get_running_loop()
         if loop not in self._places:
             live = self._max_live or capacity(limits).sandboxes

@@ -13,7 +13,7 @@ import shutil
 import stat
 import subprocess
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +46,8 @@ class Root:
 
     def has(self, program: str) -> bool:
         """Return whether a program is in one of the folders of programs."""
-        return _has(self.folder, program)
+        found = (resolve_inside(self.folder, f"{part}/{program}") for part in DEFAULT_PATH.split(":"))
+        return any(place and os.access(self.folder / place, os.X_OK) for place in found)
 
 
 def read_root(folder: Path, machine: Machine, name: str) -> Root:
@@ -64,7 +65,8 @@ def read_root(folder: Path, machine: Machine, name: str) -> Root:
                     f"root {name}: /{top} leads to /{found}, where an agent could write; copy it to /{top}"
                 )
             programs.append((found, f"/{top}"))
-    missing = [need for need in _REQUIRED_PROGRAMS if not _has(folder, need)]
+    root = Root(name=name, folder=folder, programs=tuple(programs))
+    missing = [need for need in _REQUIRED_PROGRAMS if not root.has(need)]
     if missing:
         raise ConfigError(
             f"root {name} has no {', '.join(missing)} in {DEFAULT_PATH}, and every command of a task runs in bash; "
@@ -72,13 +74,7 @@ def read_root(folder: Path, machine: Machine, name: str) -> Root:
         )
     require_bubblewrap(machine)
     etc = [p for pattern in ETC_WITH_CODE for p in sorted((folder / "etc").glob(pattern)) if not p.is_symlink()]
-    return Root(
-        name=name,
-        folder=folder,
-        programs=tuple(programs),
-        etc=tuple(f"/etc/{path.name}" for path in etc),
-        tools=_tools(machine.bwrap),
-    )
+    return replace(root, etc=tuple(f"/etc/{path.name}" for path in etc), tools=_tools(machine.bwrap))
 
 
 def resolve_inside(folder: Path, path: str) -> str | None:
@@ -107,21 +103,16 @@ def resolve_inside(folder: Path, path: str) -> str | None:
     return done
 
 
-def _has(folder: Path, program: str) -> bool:
-    found = (resolve_inside(folder, f"{part}/{program}") for part in DEFAULT_PATH.split(":"))
-    return any(place and os.access(folder / place, os.X_OK) for place in found)
-
-
 def file_digest(path: Path) -> str:
     """Return the SHA-256 of a file's content, shortened to 32 digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
-def cache_folder() -> Path:
-    """Return the folder in which roots are cached. Its content may be removed while no training runs."""
+def cache_folder(kind: str = "roots") -> Path:
+    """Return the folder in which roots, or files of another kind, are cached. It may be emptied between trainings."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(base).expanduser() / "backtalk" / "roots"
+    folder = Path(base).expanduser() / "backtalk" / kind
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

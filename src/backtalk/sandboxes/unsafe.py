@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
 import posixpath
 import secrets
@@ -28,7 +27,7 @@ from pathlib import Path
 from backtalk.errors import SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import BackendReport, SandboxFile, SandboxLimits
 from backtalk.sandboxes.files import clean_path, read_regular, remove_tree
-from backtalk.sandboxes.machine.probe import probe
+from backtalk.sandboxes.machine.probe import next_uid, probe
 from backtalk.sandboxes.session.exec_server import SHELL_PROGRAM, supervisor_program
 from backtalk.sandboxes.session.pipes import PipePair, sealed_file
 from backtalk.sandboxes.session.sandbox import SessionSandbox
@@ -81,9 +80,7 @@ class _ProcessKeeper:
         self._supervisor.stdin.close()
 
     async def end(self) -> None:
-        until_s = time.monotonic() + _END_TIMEOUT_S
-        while (left := self._kill(lambda _id, _tick: True)) and time.monotonic() < until_s:
-            await asyncio.sleep(0.005)
+        left = await self._kill(lambda _id, _tick: True)
         if self._supervisor is not None:
             with contextlib.suppress(OSError):
                 os.killpg(self._supervisor.pid, signal.SIGKILL)
@@ -95,27 +92,24 @@ class _ProcessKeeper:
         def is_new(process_id: int, start_tick: int) -> bool:
             return process_id == shell_id or start_tick > tick or (start_tick == tick and process_id > last_id)
 
-        until_s = time.monotonic() + _END_TIMEOUT_S
-        while left := self._kill(is_new):
-            if time.monotonic() > until_s:
-                break
-            await asyncio.sleep(0.005)
-        return not left and Path("/proc/self/stat").exists()
+        return not await self._kill(is_new) and Path("/proc/self/stat").exists()
 
     async def lost(self) -> int:
         while self._supervisor is None or self._supervisor.poll() is None:
             await asyncio.sleep(0.05)
         return 128 - self._supervisor.returncode if self._supervisor.returncode < 0 else self._supervisor.returncode
 
-    def _kill(self, chosen: Callable[[int, int], bool]) -> int:
-        """Kill the sandbox's processes that are `chosen` by id and start tick; return how many there were."""
-        count = 0
-        for process_id, tick in self._processes():
-            if chosen(process_id, tick):
-                count += 1
+    async def _kill(self, chosen: Callable[[int, int], bool]) -> int:
+        """Kill the sandbox's processes that are `chosen` by id and start tick; return how many do not end."""
+        until_s = time.monotonic() + _END_TIMEOUT_S
+        while left := [process_id for process_id, tick in self._processes() if chosen(process_id, tick)]:
+            for process_id in left:
                 with contextlib.suppress(OSError):
                     os.kill(process_id, signal.SIGKILL)
-        return count
+            if time.monotonic() > until_s:
+                break
+            await asyncio.sleep(0.005)
+        return len(left)
 
     def _processes(self) -> Iterator[tuple[int, int]]:
         """Yield id and start tick of every living process with the mark."""
@@ -212,7 +206,6 @@ class UnsafeBackend:
                 "install setpriv (apt install util-linux) or run as an ordinary user"
             )
         self._uids = machine.uid_range if machine.setpriv is not None else range(0)
-        self._count = itertools.count(os.getpid())
 
     @property
     def report(self) -> BackendReport:
@@ -228,8 +221,7 @@ class UnsafeBackend:
     async def open(self, limits: SandboxLimits) -> AsyncGenerator[UnsafeSandbox]:
         folder = Path(tempfile.mkdtemp(prefix="backtalk-unsafe-")).resolve()
         try:
-            uid = self._uids[next(self._count) % len(self._uids)] if self._uids else None
-            sandbox = UnsafeSandbox(folder, limits, uid)
+            sandbox = UnsafeSandbox(folder, limits, next_uid(self._uids))
             try:
                 await sandbox.start()
                 yield sandbox

@@ -28,14 +28,11 @@ def load_tasks(
     count: int,
     seed: int = 0,
     levels: Sequence[int] = (1, 2),
-    host_packages: bool = False,
-    world_model_only: bool = False,
-    on_skip: Callable[[str], None] | None = None,
 ) -> list[Task]:
     """Return at most ``count`` tasks of one split, generated from the seed ("triage") or drawn by it from a source.
 
-    ``levels`` are the difficulties of triage; the other options are those of ``read_tasks``. A source without a task
-    of that split gives none.
+    ``levels`` are the difficulties of triage. A source without a task of that split gives none; ``read_tasks`` and
+    ``draw_tasks`` do the same with more options.
 
     Raises:
         ConfigError: there is no such source.
@@ -45,8 +42,7 @@ def load_tasks(
         from backtalk.tasks.triage import triage_tasks
 
         return triage_tasks(split=split, levels=levels, count=count, seed=seed)
-    tasks = read_tasks(source, host_packages=host_packages, world_model_only=world_model_only, on_skip=on_skip)
-    return draw_tasks(tasks, split, count, seed)
+    return draw_tasks(read_tasks(source), split, count, seed)
 
 
 def draw_tasks(tasks: Sequence[Task], split: Split, count: int, seed: int) -> list[Task]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from backtalk.errors import TaskError
 from backtalk.sandboxes.base import DEFAULT_PATH, SandboxFile
-from backtalk.sandboxes.bubblewrap.layers import gives_python
+from backtalk.sandboxes.bubblewrap.layers import python_of_host
 from backtalk.sandboxes.root import Root
 from backtalk.tasks.modules import find_test_commands, find_test_modules, find_unexplained_modules
 from backtalk.tasks.scripts import find_test_programs
@@ -99,7 +99,7 @@ def _is_there(name: str, root: Root | None) -> bool:
 @lru_cache
 def _is_on_host(command: str, module: str) -> bool:
     path = shutil.which(command, path=DEFAULT_PATH)
-    if path is None and command == "python" and gives_python():
+    if path is None and command == "python" and python_of_host():
         path = shutil.which("python3", path=DEFAULT_PATH)
     if path is None or not module:
         return path is not None

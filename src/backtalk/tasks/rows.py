@@ -139,10 +139,6 @@ def _parse_files(value: Any, script: str = "") -> Any:
     return files
 
 
-def _parse_list(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 class _File(BaseModel):
     """A file as a row holds it: a text, or an object with content or base64."""
 
@@ -164,7 +160,6 @@ class _File(BaseModel):
         return fields
 
     def build(self) -> SandboxFile:
-        """Return the file as a task has it."""
         return SandboxFile(self.content, mode=int(self.mode, 8), mtime=self.mtime)
 
 
@@ -195,7 +190,7 @@ class _Row(BaseModel):
     """the script test.sh, or files by path as in files"""
     solution: Annotated[_Files, BeforeValidator(partial(_parse_files, script="solve.sh"))] = {}
     """the script solve.sh, or files by path as in files"""
-    setup: Annotated[list[str], BeforeValidator(_parse_list), AfterValidator(tuple)] = []
+    setup: Annotated[list[str], BeforeValidator(lambda x: [x] if isinstance(x, str) else x), AfterValidator(tuple)] = []
     """a list of commands"""
     env: Annotated[dict[_Variable, str], _Object] = {}
     """environment variables, texts by name"""
@@ -212,11 +207,7 @@ class _Row(BaseModel):
 
 
 def _check_row(row: Any) -> _Row:
-    """Check the fields of a row; those that are not known go to its metadata.
-
-    Raises:
-        TaskError: a field is wrong, or nearly has the name of a known one.
-    """
+    """Check the fields of a row; those that are not known go to its metadata, unless they are nearly a known one."""
     if isinstance(row, str):
         try:
             row = json.loads(row)

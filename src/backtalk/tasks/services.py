@@ -38,7 +38,11 @@ def refuse_services(name: str, tests: Mapping[str, SandboxFile], metadata: Mappi
         TaskError: such a line, unless ``metadata`` says that the tests start what they look for.
     """
     texts = {path: file.content.decode("utf-8", "replace") for path, file in tests.items()}
-    texts = {path: _without_comments(text) for path, text in texts.items() if path.endswith((".sh", ".py"))}
+    texts = {  # comment lines are emptied, so that line numbers stay
+        path: re.sub(r"^[ \t]*#[^\n]*", "", text, flags=re.MULTILINE)
+        for path, text in texts.items()
+        if path.endswith((".sh", ".py"))
+    }
     if metadata.get(STARTED) is True or any(_STARTS.search(text) for text in texts.values()):
         return
     for path, text in texts.items():
@@ -53,8 +57,3 @@ def refuse_services(name: str, tests: Mapping[str, SandboxFile], metadata: Mappi
                 f"service, and start it in tests/test.sh (docs/tasks.md shows how), or write {STARTED} = true under "
                 "[metadata] where the tests start it already"
             )
-
-
-def _without_comments(text: str) -> str:
-    """Return a text with its comment lines emptied, so that line numbers stay."""
-    return re.sub(r"^[ \t]*#[^\n]*", "", text, flags=re.MULTILINE)

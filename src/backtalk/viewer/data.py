@@ -12,6 +12,8 @@ from backtalk.run.log import RunLog
 from backtalk.trajectory import TokenRole, TokenWeights, Trajectory, TrajectoryGroup
 
 MAX_TOKENS_A_CHARACTER = 4  # of UTF-8 bytes, each possibly its own token
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\n\t"}
+_PICTURES |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 
 # By role: terminal style, HTML text colour, HTML background, meaning.
 LOOKS = {
@@ -140,11 +142,4 @@ def raw_token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
 
 def visible(text: str) -> str:
     """Return the text with control characters as pictures, so that sandbox output cannot steer a terminal."""
-    return "".join(_picture(c) for c in text)
-
-
-def _picture(c: str) -> str:
-    code = ord(c)
-    if c in "\n\t" or (code >= 0x20 and not 0x7F <= code <= 0x9F):
-        return c
-    return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+    return text.translate(_PICTURES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from rich.console import Group, RenderableType
+from rich import console
 from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
@@ -13,12 +13,9 @@ from backtalk.trajectory import Segment, TokenRole, TrajectoryGroup
 from backtalk.viewer.data import LOOKS, ShownRollout
 
 
-def render(shown: ShownRollout) -> RenderableType:
-    """Return heading, legend with tokens and weight of each role, and the tokens themselves, for a rich console."""
-    return Group(*_parts(shown))
-
-
-def _parts(shown: ShownRollout) -> Iterator[RenderableType]:
+@console.group()
+def render(shown: ShownRollout) -> Iterator[console.RenderableType]:
+    """Yield heading, legend with tokens and weight of each role, and the tokens themselves, for a rich console."""
     trajectory = shown.trajectory
     yield Rule(Text(f"{trajectory.task_id} · {shown.title}"))
     facts = [*shown.facts, f"{trajectory.num_turns} turns"]

@@ -125,40 +125,26 @@ def _check(run: Callable[[Suite], str]) -> Check:
     return Check(run.__name__, claim[:1].upper() + claim[1:], run)
 
 
-def _setting(name: str, claim: str, **changes: Any) -> Check:
-    return Check(name, claim, partial(_gradient, **changes))
-
-
+_CHOICES = (
+    ("world", "world_normalizer", WorldNormalizer),
+    ("policy", "policy_normalizer", PolicyNormalizer),
+    ("target", "world_loss_target", WorldLossTarget),
+)
+_WEIGHTS = {"world_loss_target": "warning_plus_env", "world": WorldOptions(weights={"warning": 0.25})}
 CHECKS: tuple[Check, ...] = (
     *(
-        _setting(
-            f"world_{name}",
-            f"The gradient of every token is the formula's with world_normalizer={name}.",
-            world_normalizer=name,
+        Check(
+            f"{prefix}_{choice}",
+            f"The gradient of every token is the formula's with {setting}={choice}.",
+            partial(_gradient, **{setting: choice}),
         )
-        for name in get_args(WorldNormalizer)
+        for prefix, setting, choices in _CHOICES
+        for choice in get_args(choices)
     ),
-    *(
-        _setting(
-            f"policy_{name}",
-            f"The gradient of every token is the formula's with policy_normalizer={name}.",
-            policy_normalizer=name,
-        )
-        for name in get_args(PolicyNormalizer)
-    ),
-    *(
-        _setting(
-            f"target_{name}",
-            f"The gradient of every token is the formula's with world_loss_target={name}.",
-            world_loss_target=name,
-        )
-        for name in get_args(WorldLossTarget)
-    ),
-    _setting(
+    Check(
         "weights_of_roles",
         "Weights of roles multiply the gradients of their tokens and change no denominator.",
-        world_loss_target="warning_plus_env",
-        world=WorldOptions(weights={"warning": 0.25}),
+        partial(_gradient, **_WEIGHTS),
     ),
     *map(_check, _PLAIN),
 )

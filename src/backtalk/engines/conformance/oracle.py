@@ -14,13 +14,12 @@ from backtalk.objective.config import ObjectiveConfig
 from backtalk.trajectory import TokenRole
 
 Rows = tuple[tuple[Row, ...], ...]
-_SCAFFOLD = TokenRole.TEMPLATE
 _BODY = (TokenRole.ENV_OUTPUT, TokenRole.WARNING)
 _TARGETS = {
     "env_only": (TokenRole.ENV_OUTPUT,),
     "warning_only": (TokenRole.WARNING,),
     "warning_plus_env": _BODY,
-    "full_observation": (*_BODY, _SCAFFOLD),
+    "full_observation": (*_BODY, TokenRole.TEMPLATE),
 }
 
 

@@ -63,13 +63,9 @@ class Suite:
         order = list(range(len(samples)))
         if processes > 1:
             order.sort(key=lambda i: bool(samples[i].target_mask("full_observation").any()))
+        taken = [samples[i] for i in order]
         result = self.trainer.train_step(
-            Step(
-                samples=[samples[i] for i in order],
-                objective=config,
-                microbatches=microbatches,
-                processes=processes,
-            )
+            Step(samples=taken, objective=config, microbatches=microbatches, processes=processes)
         )
         back = sorted(range(len(order)), key=lambda k: order[k])
         return replace(result, gradients=[result.gradients[k] for k in back])
@@ -80,7 +76,7 @@ class Suite:
 
     def without_observations(self, config: ObjectiveConfig) -> StepResult:
         """Take a step in which every observation is given text."""
-        step = Step(samples=[_without_observations(sample) for sample in self.samples(config)], objective=config)
+        step = Step(samples=[without_observations(sample) for sample in self.samples(config)], objective=config)
         return self.trainer.train_step(step)
 
     def expect(self, config: ObjectiveConfig, result: StepResult) -> str:
@@ -110,7 +106,7 @@ class Suite:
                         position += 1
 
 
-def _without_observations(sample: Sample) -> Sample:
+def without_observations(sample: Sample) -> Sample:
     """Return a sample whose tokens are all given text, except the actions."""
     roles = sample.roles.masked_fill(sample.roles != TokenRole.ACTION, TokenRole.CONTEXT)
     others = sample.other_branches._replace(observations=0, scaffold=0, targets=0)
@@ -137,4 +133,3 @@ class CheckResult:
     check: Check
     outcome: Outcome
     reason: str = ""
-    seconds: float = 0.0

@@ -64,7 +64,8 @@ def write_table_model(folder: Path) -> Path:
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-    from transformers.utils import logging
+
+    from backtalk.engines.torch.model import quiet_transformers
 
     words = {"<end>": 0, "<unknown>": 1} | {f"w{i}": i for i in range(FIRST_TOKEN, VOCABULARY)}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unknown>"))
@@ -95,12 +96,7 @@ def write_table_model(folder: Path) -> Path:
         model.model.embed_tokens.weight.copy_(root * torch.eye(VOCABULARY))
         model.model.norm.weight.fill_(1 / root)
         model.lm_head.weight.copy_(torch.tensor(table))
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
+    with quiet_transformers():
         model.save_pretrained(folder)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     tokenizer.save_pretrained(folder)
     return folder

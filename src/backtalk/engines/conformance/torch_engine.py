@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from backtalk.engines.conformance.base import Step, StepResult
+from backtalk.engines.conformance.suite import without_observations
 from backtalk.engines.conformance.table import token_gradients
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.engine import TorchEngine
 from backtalk.errors import ConfigError
-from backtalk.trajectory import TokenRole
 
 
 class TorchUnderTest:
@@ -25,7 +25,6 @@ class TorchUnderTest:
         self._engines: dict[int, TorchEngine] = {}  # by the size of micro-batches
 
     def train_step(self, step: Step) -> StepResult:
-        """Take a step with Backtalk's objective."""
         if step.processes > 1:
             raise ConfigError("the embedded engine is one process on one device; use a host such as TRL for more")
         engine = self._engine(math.ceil(len(step.samples) / step.microbatches) * max(map(len, step.samples)))
@@ -52,15 +51,7 @@ class TorchUnderTest:
 
     def own_grpo(self, step: Step) -> StepResult:
         """Take the step on samples that know of no observation."""
-        bare = [
-            replace(
-                sample,
-                roles=sample.roles.masked_fill(sample.roles != TokenRole.ACTION, TokenRole.CONTEXT),
-                other_branches=sample.other_branches._replace(observations=0, scaffold=0, targets=0),
-                world_scale=None,
-            )
-            for sample in step.samples
-        ]
+        bare = [replace(without_observations(sample), world_scale=None) for sample in step.samples]
         return self.train_step(replace(step, samples=bare, objective=replace(step.objective, world_model_coeff=0.0)))
 
 

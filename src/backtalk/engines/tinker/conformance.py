@@ -9,11 +9,11 @@ from pathlib import Path
 
 from backtalk.engines.conformance import Step, StepResult, token_gradients
 from backtalk.engines.conformance.base import Failure
+from backtalk.engines.conformance.suite import without_observations
 from backtalk.engines.tinker.config import Reduction, TinkerConfig
 from backtalk.engines.tinker.engine import TinkerEngine
 from backtalk.engines.tinker.local import LocalService
 from backtalk.errors import ConfigError
-from backtalk.trajectory import TokenRole
 
 REDUCTIONS: tuple[Reduction, ...] = ("sum", "row_mean")
 AGREEMENT = 1e-6  # of both reductions, relative
@@ -41,15 +41,7 @@ class TinkerUnderTest:
 
     def own_grpo(self, step: Step) -> StepResult:
         """Take the step on samples that know of no observation."""
-        bare = [
-            replace(
-                sample,
-                roles=sample.roles.masked_fill(sample.roles != TokenRole.ACTION, TokenRole.CONTEXT),
-                other_branches=sample.other_branches._replace(observations=0, scaffold=0, targets=0),
-                world_scale=None,
-            )
-            for sample in step.samples
-        ]
+        bare = [replace(without_observations(sample), world_scale=None) for sample in step.samples]
         return self.train_step(replace(step, samples=bare, objective=replace(step.objective, world_model_coeff=0.0)))
 
     def _take(self, step: Step, reduction: Reduction) -> StepResult:

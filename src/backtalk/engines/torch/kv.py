@@ -122,12 +122,18 @@ def _cache_argument(model: nn.Module) -> str | None:
     return next(iter({"cache", "past_key_values"} & _parameters(model)), None)
 
 
-def _last_logits_only(model: nn.Module) -> dict[str, Any]:
-    """Return the arguments that make a model compute the logits of the last column alone."""
-    return {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
+class _ModelCache:
+    """The parts of both caches that know the model."""
+
+    def __init__(self, model: nn.Module, pad_token_id: int, device: torch.device) -> None:
+        self.stats = KVStats()
+        self._model: Any = model
+        self._pad_token_id, self._device = pad_token_id, device
+        self._extra = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}  # of the last column
+        self._cache_argument = _cache_argument(model) or ""
 
 
-class PersistentKVCache:
+class PersistentKVCache(_ModelCache):
     """One row for each live session, kept between waves.
 
     The token at position p of a history is in column p of its row. Rows of uneven length then need no bookkeeping: a
@@ -147,12 +153,9 @@ class PersistentKVCache:
         max_tokens: int | None = None,  # of one forward pass, padding included
         max_padding: int | None = None,  # tokens of padding accepted to save a pass
     ) -> None:
-        self.stats = KVStats()
-        self._model: Any = model
-        self._pad_token_id, self._device = pad_token_id, device
+        super().__init__(model, pad_token_id, device)
         self._max_tokens = max_tokens or (2048 if device.type == "cpu" else 16_384)
         self._max_padding = max_padding or (64 if device.type == "cpu" else 4096)
-        self._extra, self._cache_argument = _last_logits_only(model), _cache_argument(model) or ""
         self._additive_mask = self._model.config._attn_implementation == "eager"
         self._dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         self.clear()
@@ -313,7 +316,7 @@ def _row_groups(new: Sequence[int], max_tokens: int, max_padding: int) -> list[s
     return groups
 
 
-class FreshKVCache:
+class FreshKVCache(_ModelCache):
     """A cache for one wave at a time: every wave runs whole histories again, padded on the left.
 
     Slower, but right for any causal model, also one with sliding-window, linear or other layers whose state cannot be
@@ -321,10 +324,7 @@ class FreshKVCache:
     """
 
     def __init__(self, model: nn.Module, pad_token_id: int, device: torch.device) -> None:
-        self.stats = KVStats()
-        self._model: Any = model
-        self._pad_token_id, self._device = pad_token_id, device
-        self._extra, self._cache_argument = _last_logits_only(model), _cache_argument(model) or ""
+        super().__init__(model, pad_token_id, device)
         self._takes_positions = "position_ids" in _parameters(model)
         self.clear()
 

@@ -31,7 +31,10 @@ class StepOptimizer:
 
     def __init__(self, parameters: Iterable[nn.Parameter], config: TorchConfig) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
-        self._masters = [p if p.dtype in (torch.float32, torch.float64) else _master(p) for p in self._parameters]
+        self._masters: list[Tensor] = [
+            p if p.dtype in (torch.float32, torch.float64) else p.detach().to(torch.float32, copy=True).requires_grad_()
+            for p in self._parameters
+        ]
         groups = [  # norms and biases do not decay
             {"params": [m for m in self._masters if m.dim() >= 2], "weight_decay": config.weight_decay},
             {"params": [m for m in self._masters if m.dim() < 2], "weight_decay": 0.0},
@@ -119,7 +122,3 @@ class StepOptimizer:
                 master.copy_(saved)
         self.updates = state["updates"]
         self._scale = UpdateScale(self._config.betas[1], state["seen_square"], state["unit_square"])
-
-
-def _master(parameter: nn.Parameter) -> Tensor:
-    return parameter.detach().to(torch.float32, copy=True).requires_grad_()

@@ -90,15 +90,6 @@ class Layout:
         return {"input_ids": self.token_ids_RL, "use_cache": False, **packed}
 
 
-def packing_is_faster(model: Any) -> bool:
-    """Return whether the model's attention skips the pairs between samples of a row, as flash attention does.
-
-    Others mask the whole row and compute the hidden pairs too. On a CPU a step of the embedded model was 12 % slower
-    with packing than with padding (benchmarks/objective.py packing).
-    """
-    return str(getattr(model.config, "_attn_implementation", "")).startswith("flash")
-
-
 @torch.no_grad()
 def packing_isolates_samples(model: Any) -> bool:
     """Return whether samples in one row do not affect each other, tried on a few tokens.

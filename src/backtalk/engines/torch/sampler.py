@@ -97,20 +97,6 @@ class TorchSampler:
         """Return a rollout's session, for ``async with sampler.session(key) as session``."""
         return _Session(self, key)
 
-    def _enter(self, session: _Session) -> None:
-        """Open a session; ConfigError where its key is already open."""
-        if session.key in self._open:
-            raise ConfigError(
-                f"session {session.key!r} is already open, and a second one would draw the same random numbers; "
-                "give every rollout a key of its own"
-            )
-        self._open[session.key] = session
-
-    def _leave(self, session: _Session) -> None:
-        """Close a session."""
-        del self._open[session.key]
-        self._check_soon()
-
     async def _ask(
         self,
         session: _Session,
@@ -174,7 +160,12 @@ class _Session:
         self._is_open = self._is_waiting = False
 
     async def __aenter__(self) -> _Session:
-        self._sampler._enter(self)
+        if self.key in self._sampler._open:
+            raise ConfigError(
+                f"session {self.key!r} is already open, and a second one would draw the same random numbers; "
+                "give every rollout a key of its own"
+            )
+        self._sampler._open[self.key] = self
         self._is_open = True
         return self
 
@@ -182,15 +173,11 @@ class _Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._is_open = False
-        self._sampler._leave(self)
+        del self._sampler._open[self.key]
+        self._sampler._check_soon()
 
     async def sample(self, token_ids: Sequence[int], max_tokens: int | None = None) -> Completion:
-        """Wait for the next wave and return this session's action.
-
-        Raises:
-            ConfigError: the session is not open or already waits, or there is nothing to continue or no room.
-            SamplerError: the wave failed.
-        """
+        """Wait for the next wave and return this session's action; ConfigError for a call that cannot be answered."""
         return await self._sample(token_ids, max_tokens, None)
 
     async def sample_watched(
@@ -231,7 +218,6 @@ class _Worker:
         self._model, self._params, self._stop_ids, self._device = model, params, stop_ids, device
 
     def run(self, wave: Sequence[_Request]) -> list[Completion]:
-        """Sample a wave."""
         was_training = self._model.training
         self._model.eval()
         try:
@@ -258,7 +244,9 @@ class _Worker:
         """Return the sampled ids and their log-probabilities of each request, in the order of ``wave``."""
         order, logits_MV = self.cache.begin([History(r.session, r.token_ids) for r in wave])
         width = max(request.limit for request in wave)
-        uniforms_NL = self._uniforms(wave, width)
+        seed = self._params.seed
+        uniforms = np.stack([uniform_numbers(seed, r.session.key, r.call, width) for r in wave])
+        uniforms_NL = torch.from_numpy(uniforms).to(self._device, _cdf_dtype(self._device))
         limits_N = torch.tensor([request.limit for request in wave], device=self._device)
         stop_ids = torch.tensor(sorted(self._stop_ids), dtype=torch.long, device=self._device)
         active_M = torch.tensor(order, device=self._device)  # the request in each row
@@ -281,11 +269,6 @@ class _Worker:
             self.stats.decode_steps += 1
             self.stats.decode_rows += len(ids_M)
         return _gather(steps, lengths_N)
-
-    def _uniforms(self, wave: Sequence[_Request], width: int) -> Tensor:
-        """Return the random numbers of each request, [N, L]."""
-        rows = [uniform_numbers(self._params.seed, request.session.key, request.call, width) for request in wave]
-        return torch.from_numpy(np.stack(rows)).to(self._device, _cdf_dtype(self._device))
 
 
 def _end_watched(wave: Sequence[_Request], active_M: Tensor, ids_M: Tensor, alive_M: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from backtalk.envs.openenv.config import OpenEnvConfig
 from backtalk.envs.openenv.env import OpenEnvWorld
 from backtalk.envs.openenv.messages import mcp_actions
 from backtalk.envs.openenv.session import OpenEnvSession, connect
+from backtalk.envs.openenv.session import Result as Answer
 from backtalk.errors import InfrastructureError
 from backtalk.messages import ToolSpec
 
@@ -76,16 +77,16 @@ def list_scenarios(url: str, headers: Mapping[str, str]) -> list[dict[str, Any]]
     Raises:
         InfrastructureError: no server answers there, or it serves another environment.
     """
+
+    async def ask() -> Answer:
+        session = await connect(url, headers=headers)
+        try:
+            return await session.call_tool("__list_scenarios__", {})
+        finally:
+            await session.close()
+
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(asyncio.run, _list_scenarios(url, headers)).result()
-
-
-async def _list_scenarios(url: str, headers: Mapping[str, str]) -> list[dict[str, Any]]:
-    session = await connect(url, headers=headers)
-    try:
-        answer = await session.call_tool("__list_scenarios__", {})
-    finally:
-        await session.close()
+        answer = thread.submit(asyncio.run, ask()).result()
     scenarios = answer.observation.get("scenarios")
     if not isinstance(scenarios, list):
         raise InfrastructureError(

@@ -98,10 +98,12 @@ class LocalServer(Server):
         with socket.create_server(("127.0.0.1", 0), backlog=512) as listening:
             self._url = f"http://127.0.0.1:{listening.getsockname()[1]}"
             launcher = str(Path(__file__).with_name("launch.py"))
+            shared = (name for name in os.environ if name in PASSED_VARIABLES or name.startswith(PASSED_PREFIXES))
+            variables = {name: os.environ[name] for name in shared}
             self._process = subprocess.Popen(
                 [sys.executable, "-P", launcher, str(self._folder), self._app, str(listening.fileno())],
                 cwd=self._folder,
-                env={**_default_variables(), **_passed_variables(self._config)},
+                env={**variables, **_passed_variables(self._config)},
                 stdin=subprocess.PIPE,
                 stdout=self._log,
                 stderr=subprocess.STDOUT,
@@ -217,11 +219,6 @@ def find_app(folder: Path) -> str:
         f"{folder} is no OpenEnv environment: it has neither an openenv.yaml that names its app nor server/app.py; "
         "make one with: openenv init NAME"
     )
-
-
-def _default_variables() -> dict[str, str]:
-    names = (name for name in os.environ if name in PASSED_VARIABLES or name.startswith(PASSED_PREFIXES))
-    return {name: os.environ[name] for name in names}
 
 
 def _passed_variables(config: OpenEnvConfig) -> dict[str, str]:

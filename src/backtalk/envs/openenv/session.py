@@ -148,7 +148,6 @@ async def connect(
     url: str,
     *,
     step_timeout_s: float = STEP_TIMEOUT_S,
-    connect_timeout_s: float = CONNECT_TIMEOUT_S,
     headers: Mapping[str, str] | None = None,
     log_tail: Callable[[], str] = str,
 ) -> OpenEnvSession:
@@ -169,7 +168,7 @@ async def connect(
     try:
         socket = await open_socket(
             f"{websocket_url(url)}/ws",
-            open_timeout=connect_timeout_s,
+            open_timeout=CONNECT_TIMEOUT_S,
             close_timeout=1.0,
             max_size=MAX_MESSAGE_BYTES,
             compression=None if local else "deflate",
@@ -231,7 +230,6 @@ def _is_finite(value: Any) -> bool:
         return False
 
 
-def _excerpt(value: Any, width: int = 200) -> str:
-    value = value[: 2 * width] if isinstance(value, str | bytes) else value
-    text = value if isinstance(value, str) else repr(value)
-    return text if len(text) <= width else f"{text[:width]}..."
+def _excerpt(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value[:400] if isinstance(value, bytes) else value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

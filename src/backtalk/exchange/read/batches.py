@@ -39,11 +39,10 @@ def skyrl_rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise DataError(f"the columns of a GeneratorOutput hold a row for each response, got {lengths}")
     names = record.get("trajectory_ids") or [None] * len(ids)
     rows = [{name: column[i] for name, column in columns.items()} for i in range(len(ids))]
-    return [{**row, "reward": _total(row.get("reward")), **_named(names[i])} for i, row in enumerate(rows)]
-
-
-def _total(reward: Any) -> Any:
-    return sum(reward) if isinstance(reward, (list, tuple)) else reward
+    for i, row in enumerate(rows):
+        reward = row.get("reward")
+        row |= {"reward": sum(reward) if isinstance(reward, (list, tuple)) else reward, **_named(names[i])}
+    return rows
 
 
 def _named(identifier: Any) -> dict[str, Any]:
@@ -68,7 +67,9 @@ def rllm_trajectories(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         steps = [mapping(step, f"step {i} of {what}") for i, step in enumerate(required(one, what, "steps"))]
         if not steps:
             raise DataError(f"{what} has no steps")
-        about = {"task_id": task or _task(one), "reward": one.get("reward")}
+        named = one.get("task")
+        named = first_of(named, "id", "task_id", "uid", "instance_id") if isinstance(named, Mapping) else None
+        about = {"task_id": task or named, "reward": one.get("reward")}
         if all(step.get("response_ids") for step in steps):
             turns: Sequence[Any] = [{k: s.get(k) for k in ("prompt_ids", "response_ids", "logprobs")} for s in steps]
             found.append({**about, "turns": turns})
@@ -77,8 +78,3 @@ def rllm_trajectories(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         else:
             raise DataError(f"{what} has neither response_ids nor chat_completions, so nothing of it is known")
     return found
-
-
-def _task(trajectory: Mapping[str, Any]) -> Any:
-    task = trajectory.get("task")
-    return first_of(task, "id", "task_id", "uid", "instance_id") if isinstance(task, Mapping) else None

@@ -54,7 +54,8 @@ def harness_spans(text: str, commands: Sequence[str], earlier: Sequence[str] = (
             spans += _typed_ahead(text, end, start, typed[number:]) if known else ()
             spans += _without_prompt(text, end, start, typed[known:number])
             known = number + 1
-        prompt = _prompt_start(text, start, begin, users)
+        match = _BEFORE_COMMAND.search(text[start:begin])  # output without a line's end may stand before the prompt
+        prompt = begin if match is None else _without_output(text, start + match.start(), users)
         prompts.add(text[prompt:begin].rstrip())
         hosts.update(match[0] for match in _USER.finditer(text[prompt:begin]))
         spans.append((prompt, upto))
@@ -99,12 +100,6 @@ def _end_of_echo(text: str, at: int, line: str) -> int | None:
     if at == len(text):
         return at
     return at + 1 if text.startswith("\n", at) else None
-
-
-def _prompt_start(text: str, start: int, begin: int, users: set[str]) -> int:
-    """Return where the prompt before an echo begins: output without a line's end may stand before it."""
-    match = _BEFORE_COMMAND.search(text[start:begin])
-    return begin if match is None else _without_output(text, start + match.start(), users)
 
 
 def _without_output(text: str, start: int, users: set[str]) -> int:

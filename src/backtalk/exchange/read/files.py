@@ -18,23 +18,21 @@ from backtalk.exchange.read.chat import trajectory_from_chat
 from backtalk.exchange.read.conversation import Conversation, about_of
 from backtalk.exchange.read.harbor import about_trial
 from backtalk.exchange.read.inspect_ai import read_inspect, samples_of
-from backtalk.exchange.read.mini_swe_agent import read_mini_swe_agent
 from backtalk.exchange.read.observations import DEFAULTS, Observations
 from backtalk.exchange.read.openenv import trajectory_from_openenv
 from backtalk.exchange.read.openhands import read_openhands
 from backtalk.exchange.read.records import read_records
-from backtalk.exchange.read.results import read_result
 from backtalk.exchange.read.spellings import chat_messages
-from backtalk.exchange.read.swe_agent import read_swe_agent
+from backtalk.exchange.read.swe_agent import read_mini_swe_agent, read_swe_agent
 from backtalk.exchange.read.trl import rows_of as trl_rows
 from backtalk.exchange.read.trl import trajectory_from_trl
 from backtalk.exchange.read.turns import trajectory_from_turns, turns_of
-from backtalk.exchange.read.verifiers import trajectory_from_trace
+from backtalk.exchange.read.verifiers import read_result, trajectory_from_trace
 from backtalk.exchange.read.wrappers import MINI_SWE_AGENT, NO_WRAPPERS, SWE_AGENT, TERMINUS, Wrappers, find_wrappers
 from backtalk.exchange.rfc010 import from_rfc010
 from backtalk.language.renderer import Renderer
 from backtalk.messages import ToolSpec
-from backtalk.trajectory import Segment, StopReason, TokenRole, Trajectory
+from backtalk.trajectory import Segment, StopReason, Trajectory
 
 _MESSAGES = ("messages", "conversations", "conversation", "chat_completions", "trajectory")
 
@@ -56,10 +54,6 @@ class Imported:
 
     trajectories: tuple[Trajectory, ...]
     refusals: tuple[Refusal, ...]
-
-    def tokens(self) -> dict[TokenRole, int]:
-        """Return the number of tokens of each role."""
-        return {role: sum(trajectory.count(role) for trajectory in self.trajectories) for role in TokenRole}
 
     def total(self, stat: str) -> int:
         """Return the sum of one of the trajectories' ``stats``."""
@@ -123,7 +117,7 @@ def collect(
     refusals: list[Refusal] = []
     counts: Counter[str] = Counter()
 
-    def take(place: str, make: Callable[[], Sequence[T]]) -> Sequence[T]:
+    def take(place: str, make: Callable[[], T]) -> T | None:
         try:
             return make()
         except (BacktalkError, ValueError) as error:  # a Trajectory raises ValueError
@@ -131,13 +125,12 @@ def collect(
         except (TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:  # of some other shape
             reason = f"this is not what a record of this format looks like ({type(error).__name__}: {error})"
             refusals.append(Refusal(place, reason))
-        return ()
 
     for place, record in records:
-        rollouts = take(place, partial(_rollouts, record, place, source))
+        rollouts = take(place, partial(_rollouts, record, place, source)) or []
         for number, rollout in enumerate(rollouts):
             where = place if len(rollouts) == 1 else f"{place}, rollout {number}"
-            for trajectory in take(where, partial(_one, read, rollout)):
+            if (trajectory := take(where, partial(read, rollout))) is not None:
                 index = counts[trajectory.task_id]
                 found.append(trajectory if rollout.source is None else replace(trajectory, sample_index=index))
                 counts[trajectory.task_id] += 1
@@ -160,18 +153,12 @@ def is_text(rollout: Rollout) -> bool:
         case "atif" | "harbor":
             steps = mapping(document_of(record, rollout.source), "the trajectory").get("steps") or ()
             return not any("completion_token_ids" in (step.get("metrics") or {}) for step in steps)
-        case "openenv":
+        case "openenv" | "rllm":
             return record.get("turns") is None
         case "verifiers":
             return "nodes" not in record
-        case "rllm":
-            return "turns" not in record
         case source:
             return source in ("chat", "mini-swe-agent", "swe-agent", "inspect", "openhands")
-
-
-def _one(read: Callable[[Rollout], Trajectory], rollout: Rollout) -> list[Trajectory]:
-    return [read(rollout)]
 
 
 def import_record(
@@ -308,16 +295,9 @@ def wrappers_of(record: Any, found: Conversation | None) -> Wrappers:
         return found.wrappers or find_wrappers(said)
     agent = record.get("agent") if isinstance(record, Mapping) else None
     name = agent.get("name") if isinstance(agent, Mapping) else None
-    name = str(name).lower()
-    return (
-        TERMINUS
-        if "terminus" in name
-        else SWE_AGENT
-        if name == "swe-agent"
-        else MINI_SWE_AGENT
-        if "mini-swe" in name
-        else NO_WRAPPERS
-    )
+    name, known = str(name).lower(), {"terminus": TERMINUS, "mini-swe": MINI_SWE_AGENT}
+    otherwise = SWE_AGENT if name == "swe-agent" else NO_WRAPPERS
+    return next((wrappers for part, wrappers in known.items() if part in name), otherwise)
 
 
 def _fitting(trajectory: Trajectory, options: Observations, longest: int | None) -> Trajectory:

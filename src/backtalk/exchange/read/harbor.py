@@ -14,7 +14,7 @@ from typing import Any
 from backtalk.errors import DataError
 from backtalk.exchange.plain import first_of, is_finite, mapping
 from backtalk.exchange.read.turns import About
-from backtalk.files import reading
+from backtalk.files import read_json, reading
 from backtalk.trajectory import Failure, StopReason
 
 
@@ -27,7 +27,7 @@ def read_trials(folder: Path) -> Iterator[tuple[str, Any]]:
     found = False
     for path in sorted(folder.rglob("result.json")):
         try:
-            result = _json(path)
+            result = read_json(path)
         except DataError as error:
             found = True
             yield str(path.parent), error
@@ -53,18 +53,9 @@ def _trial(folder: Path, result: Mapping[str, Any]) -> Iterator[tuple[str, Any]]
     for document in documents:
         try:
             step = document.parts[-3] if len(documents) > 1 else None
-            yield str(document), {**result, "trajectory": _json(document), "step": step, "reward": _written(folder)}
+            yield str(document), {**result, "trajectory": read_json(document), "step": step, "reward": _written(folder)}
         except DataError as error:
             yield str(document), error
-
-
-def _json(path: Path) -> Any:
-    with reading(path):
-        content = path.read_bytes()
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error})") from error
 
 
 def _written(folder: Path) -> Any:

@@ -72,8 +72,7 @@ def _old(event: Mapping[str, Any], number: int) -> Iterator[ChatMessage]:
         yield ChatMessage(role="system" if kind == "system" else "assistant" if agent else "user", text=text)
     elif "action" in event:
         written = _written(meta, where)
-        given = {key: value for key, value in args.items() if key not in _NOT_ARGUMENTS and value is not None}
-        call = ToolCall(str(meta.get("function_name") or kind), given)
+        call = ToolCall(str(meta.get("function_name") or kind), _given(args))
         yield written or ChatMessage(role="assistant", text=str(args.get("thought") or ""), calls=(call,))
     else:
         text = content_text(first_of(event, "content"), where)

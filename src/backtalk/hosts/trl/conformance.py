@@ -41,7 +41,6 @@ class TrlUnderTest:
         self.model_folder = model_folder
 
     def train_step(self, step: Step) -> StepResult:
-        """Take a step with Backtalk's objective."""
         if step.processes == 1:
             gradient, metrics = take_step(self.model_folder, step, step.samples)
             return StepResult(gradients=token_gradients(gradient, step.samples), metrics=[metrics], raw=[gradient])
@@ -53,7 +52,6 @@ class TrlUnderTest:
         )
 
     def own_grpo(self, step: Step) -> StepResult:
-        """Take the step by TRL's own trainer."""
         gradient, metrics = take_step(self.model_folder, step, step.samples, plain=True)
         return StepResult(gradients=token_gradients(gradient, step.samples), metrics=[metrics], raw=[gradient])
 

@@ -40,7 +40,9 @@ class ToolRoles:
     ) -> Trajectory:
         """Return a completion with its roles: model tokens are actions, and each tool's text is an observation."""
         segments = [Segment(TokenRole.CONTEXT, tuple(prompt_ids))]
-        answers = _tool_answers(messages)
+        answers = (
+            list(run) for role, run in groupby(messages, key=lambda message: message.get("role")) if role == "tool"
+        )
         turn = -1
         for written, run in groupby(zip(completion_ids, tool_mask, strict=True), key=lambda pair: bool(pair[1])):
             ids = tuple(token for token, _ in run)
@@ -108,13 +110,6 @@ class ToolRoles:
         return self._tokenizer.apply_chat_template(
             before + [dict(answer) for answer in answers], add_generation_prompt=True, tokenize=False, **self._options
         )
-
-
-def _tool_answers(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """Yield the answers of tools between two actions."""
-    for role, run in groupby(messages, key=lambda message: message.get("role")):
-        if role == "tool":
-            yield list(run)
 
 
 def _role(answer: Message) -> TokenRole:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import string
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
@@ -85,6 +85,7 @@ class Syntax(ABC):
 
     tools: Sequence[ToolSpec]
     in_chat_templates: ClassVar[bool] = False  # whether chat templates that get the tools may explain this format
+    between: ClassVar[str] = ""  # characters allowed between calls
     # Whether only control tokens count as its marks, so that the same characters are plain text.
     marks_are_tokens = False
     has_prose = False  # whether prose before a call is part of the format
@@ -103,16 +104,13 @@ class Syntax(ABC):
         """Check that the tools fit the format; a ConfigError says what does not."""
 
     @abstractmethod
-    def read(self, reply: Reply) -> Reading:
-        """Read the calls of a reply; this raises nothing, whatever the text."""
-
-    @abstractmethod
     def write(self, call: ToolCall) -> list[str]:
         """Return a call as markup (``Mark``) and text, without checking that it can be read back."""
 
-    @abstractmethod
     def instructions(self, calls: str) -> str:
         """Return instructions for a policy whose chat template has none; ``calls`` is the limit, such as "one call"."""
+        lines = "\n".join(f"{self.example(tool.name)}\n{tool.description}" for tool in self.tools)
+        return f"You can call these tools, {calls} in each reply:\n{lines}"
 
     def is_explained_in(self, template: str) -> bool:
         """Return whether a rendered prompt explains this format."""
@@ -123,32 +121,38 @@ class Syntax(ABC):
         first = self.tools[0] if self.tools else _SOME_TOOL
         return "".join(self.write(example_call(next((tool for tool in self.tools if tool.name == name), first))))
 
+    def _opening(self) -> re.Pattern[str]:
+        """Return the pattern of what opens a call."""
+        raise NotImplementedError
+
     def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
         """Return the call that a match opens, and its end position; raise Unreadable if it cannot be read."""
         raise NotImplementedError
 
-    def _read_calls(self, reply: Reply, opening: re.Pattern[str], *, between: str = "") -> Reading:
+    def read(self, reply: Reply) -> Reading:
         """Read the calls of a reply in order, up to the first that cannot be read; those inside thinking do not count.
 
-        ``between`` are characters allowed between calls.
+        This raises nothing, whatever the text.
         """
         reading = Reading()
         start = position = 0
+        calls = (m for m in self._opening().finditer(reply.text) if reply.marks is None or m.start() in reply.marks)
+        thinking = re.finditer(re.escape(THINK_OPEN), reply.text)
         try:
             if reply.opened:
                 position = _skip_thinking(reply, 0, reading)
-            for match in _openings(reply, opening):
+            for match in sorted((*calls, *thinking), key=lambda match: match.start()):
                 if match.start() < position:
                     continue
                 start = match.start()
-                _check_outside(reply.text[position:start], reading, between, self.has_prose)
+                _check_outside(reply.text[position:start], reading, self.between, self.has_prose)
                 if match[0] == THINK_OPEN:
                     position = _skip_thinking(reply, match.end(), reading)
                 else:
                     call, position = self._read_call(reply, match, reading)
                     reading.calls.append(call)
                     reading.spans.append((start, position))
-            _check_outside(reply.text[position:], reading, between)
+            _check_outside(reply.text[position:], reading, self.between)
             if not reading.calls:
                 raise Unreadable(no_call_problem(reply, self.example()))
         except Unreadable as problem:
@@ -182,12 +186,6 @@ def skip_leading_thinking(reply: Reply, reading: Reading) -> int:
     for _ in range(2):  # the blank line that follows thinking
         end += reply.text.startswith("\n", end)
     return end
-
-
-def _openings(reply: Reply, opening: re.Pattern[str]) -> Iterator[re.Match[str]]:
-    thinking = re.compile(re.escape(THINK_OPEN))
-    calls = (m for m in opening.finditer(reply.text) if reply.marks is None or m.start() in reply.marks)
-    yield from sorted((*calls, *thinking.finditer(reply.text)), key=lambda match: match.start())
 
 
 def _skip_thinking(reply: Reply, start: int, reading: Reading) -> int:

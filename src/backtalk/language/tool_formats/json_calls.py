@@ -35,8 +35,8 @@ class HermesSyntax(Syntax):
     def closings(self) -> tuple[str, ...]:
         return (CALL_CLOSE,)
 
-    def read(self, reply: Reply) -> Reading:
-        return self._read_calls(reply, re.compile(re.escape(CALL_OPEN)))
+    def _opening(self) -> re.Pattern[str]:
+        return re.compile(re.escape(CALL_OPEN))
 
     def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
         text = reply.text
@@ -77,9 +77,10 @@ class Llama3Syntax(Syntax):
     """
 
     in_chat_templates = True
+    between = ";"
 
-    def read(self, reply: Reply) -> Reading:
-        return self._read_calls(reply, _LLAMA_OPEN, between=";")
+    def _opening(self) -> re.Pattern[str]:
+        return _LLAMA_OPEN
 
     def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
         try:

@@ -91,8 +91,8 @@ class TagsSyntax(Syntax):
     def closings(self) -> tuple[str, ...]:
         return tuple(f"</{tool.name}>" for tool in self.tools)
 
-    def read(self, reply: Reply) -> Reading:
-        return self._read_calls(reply, re.compile(f"<({self._names})>"))
+    def _opening(self) -> re.Pattern[str]:
+        return re.compile(f"<({self._names})>")
 
     def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
         opening, closing = match[0], f"</{match[1]}>"
@@ -106,9 +106,6 @@ class TagsSyntax(Syntax):
 
     def write(self, call: ToolCall) -> list[str]:
         return [Mark(f"<{call.tool}>"), _only_argument(call), Mark(f"</{call.tool}>")]
-
-    def instructions(self, calls: str) -> str:
-        return _list_tools(self, calls)
 
     def is_explained_in(self, template: str) -> bool:
         return self.marks_are_tokens  # a model with such tokens was trained on them
@@ -135,10 +132,9 @@ class BashBlockSyntax(Syntax):
     def closings(self) -> tuple[str, ...]:
         return ("```",)
 
-    def read(self, reply: Reply) -> Reading:
+    def _opening(self) -> re.Pattern[str]:
         languages = "|".join(map(re.escape, self._by_language))
-        opening = re.compile(rf"^[ ]{{0,3}}(`{{3,}})[ \t]*({languages})[ \t\r]*$", re.MULTILINE)
-        return self._read_calls(reply, opening)
+        return re.compile(rf"^[ ]{{0,3}}(`{{3,}})[ \t]*({languages})[ \t\r]*$", re.MULTILINE)
 
     def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
         fence, language, start = match[1], match[2], match.end() + 1
@@ -152,9 +148,6 @@ class BashBlockSyntax(Syntax):
         text = _only_argument(call)
         fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
         return [f"{fence}{call.tool}\n{text}\n{fence}"]
-
-    def instructions(self, calls: str) -> str:
-        return _list_tools(self, calls)
 
 
 class PlainSyntax(Syntax):
@@ -183,17 +176,15 @@ class PlainSyntax(Syntax):
             if not text.strip():
                 shapes = ["a command", *(self.example(tool.name) for tool in self._others)]
                 raise Unreadable(no_call_problem(reply, " or ".join(shapes)))
-            reading.calls.append(self._read_command(text))
+            name, argument = self._command, text
+            for tool in self._others:
+                if match := re.match(rf"{re.escape(tool.name)}(?:\s(.*))?\Z", text, re.DOTALL):
+                    name, argument = tool.name, match[1] or ""
+                    break
+            reading.calls.append(_make_call(self.tools, name, argument))
         except Unreadable as problem:
             reading.problem = str(problem)
         return reading
-
-    def _read_command(self, text: str) -> ToolCall:
-        for tool in self._others:
-            match = re.match(rf"{re.escape(tool.name)}(?:\s(.*))?\Z", text, re.DOTALL)
-            if match:
-                return _make_call(self.tools, tool.name, match[1] or "")
-        return _make_call(self.tools, self._command, text)
 
     def write(self, call: ToolCall) -> list[str]:
         return [_only_argument(call) if call.tool == self._command else f"{call.tool} {_only_argument(call)}"]
@@ -203,8 +194,3 @@ class PlainSyntax(Syntax):
             f"\nReply {self.example(tool.name)} to call {tool.name}: {tool.description}" for tool in self._others
         )
         return f"Reply with one shell command and nothing else: the whole reply is run.{others}"
-
-
-def _list_tools(syntax: Syntax, calls: str) -> str:
-    lines = "\n".join(f"{syntax.example(tool.name)}\n{tool.description}" for tool in syntax.tools)
-    return f"You can call these tools, {calls} in each reply:\n{lines}"

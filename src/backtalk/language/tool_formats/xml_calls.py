@@ -50,8 +50,8 @@ class Qwen3CoderSyntax(Syntax):
     def closings(self) -> tuple[str, ...]:
         return (CALL_CLOSE,)
 
-    def read(self, reply: Reply) -> Reading:
-        return self._read_calls(reply, _OPEN)
+    def _opening(self) -> re.Pattern[str]:
+        return _OPEN
 
     def _read_call(self, reply: Reply, match: re.Match[str], reading: Reading) -> tuple[ToolCall, int]:
         cursor = _Cursor(reply.text, reply.stopped, match.start())

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from backtalk.errors import DataError
-from backtalk.files import append_json_line, read_json_lines, reading, write_bytes
+from backtalk.files import append_json_line, read_json, read_json_lines, reading, write_bytes
 from backtalk.run.log.trajectories import group_trajectories, read_trajectories, write_trajectories
 from backtalk.run.log.weights import read_weights, write_weights
 from backtalk.trajectory import TokenWeights, TrajectoryGroup
@@ -161,13 +161,7 @@ class RunLog:
         Raises:
             DataError: there is none, or it is not JSON.
         """
-        path = self.evaluation_path(step)
-        with reading(path):
-            text = path.read_text()
-        try:
-            return json.loads(text)
-        except ValueError as error:
-            raise DataError(f"{path} is not JSON ({error}); remove it and evaluate again") from error
+        return read_json(self.evaluation_path(step), "; remove it and evaluate again")
 
     def read_evaluation_groups(self, step: int) -> list[TrajectoryGroup]:
         """Read the trajectories of the evaluation before a step."""

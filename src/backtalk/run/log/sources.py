@@ -14,6 +14,7 @@ from backtalk.run.log import read_trajectories, trajectory_from_dict
 from backtalk.trajectory import Trajectory
 
 OPTIONS = Observations(on_drift="fork")
+_OURS = {"segments", "token_ids", "policy_version", "stop_reason"}  # fields of our own records
 
 
 def record_reader(renderer_of: RendererOf, options: Observations = OPTIONS) -> Callable[[Rollout], Trajectory]:
@@ -37,14 +38,10 @@ def read_rollouts(
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield each record after its place; those of a file of our own as trajectories."""
     for place, record in read_records(path):
-        if not _is_ours(record):
+        if not (isinstance(record, Mapping) and record.keys() >= _OURS):
             yield place, record
         elif path.suffix == ".parquet":  # where some columns are JSON, which its own reader knows
             yield from ((f"{path}[{i}]", trajectory) for i, trajectory in enumerate(read_trajectories(path)))
             return
         else:
             yield place, trajectory_from_dict(record)
-
-
-def _is_ours(record: Any) -> bool:
-    return isinstance(record, Mapping) and {"segments", "token_ids", "policy_version", "stop_reason"} <= set(record)

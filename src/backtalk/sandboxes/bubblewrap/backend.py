@@ -15,12 +15,14 @@ these fork the trainer, which may hold many gigabytes.
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import os
 import shlex
+import signal
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from backtalk.errors import SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import BackendReport, SandboxFile, SandboxLimits
@@ -28,7 +30,7 @@ from backtalk.sandboxes.bubblewrap.holder import Holder
 from backtalk.sandboxes.bubblewrap.layers import DISABLE_USERNS_SINCE, SIZE_SINCE
 from backtalk.sandboxes.files import clean_path
 from backtalk.sandboxes.machine.cgroup import watch
-from backtalk.sandboxes.machine.probe import Machine, advice, probe, require_bubblewrap, run_trial
+from backtalk.sandboxes.machine.probe import Machine, advice, next_uid, probe, require_bubblewrap, run_trial
 from backtalk.sandboxes.machine.seccomp import seccomp_program
 from backtalk.sandboxes.root import Root
 from backtalk.sandboxes.session.sandbox import SessionSandbox
@@ -40,6 +42,30 @@ _CANNOT_WITHOUT_CGROUPS = {
     "memory_of_all_processes": "no writable memory cgroup: rlimits hold for each process alone",
     "number_of_files": "no writable memory cgroup: the kernel's memory for empty files is not counted",
 }
+
+
+_MARK = "memfd:backtalk"  # a file that each of our sandboxes holds open
+
+
+def sweep() -> int:
+    """Kill bubblewrap processes that a killed trainer left waiting for ever, and return how many there were.
+
+    The child of bubblewrap first waits to be told its user, and only then asks the kernel to end with its parent. If
+    the trainer is killed before, init inherits the child. Sandboxes of living trainers have living parents, so none of
+    theirs is touched.
+    """
+    if os.getpid() == 1:  # then init's children are our own
+        return 0
+    count = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
+            if name != "bwrap" or int(rest.split()[1]) != 1:
+                continue
+            if any(_MARK in os.readlink(link) for link in (folder / "fd").iterdir()):
+                os.kill(int(folder.name), signal.SIGKILL)
+                count += 1
+    return count
 
 
 class BubblewrapSandbox(SessionSandbox):
@@ -104,7 +130,6 @@ class BubblewrapBackend:
         where no root is chosen.
         """
         self._machine = probe(use_cgroups=use_cgroups)
-        self._count = itertools.count(os.getpid())
         require_bubblewrap(self._machine)
         watch(self._machine.cgroups)
         self._root, self._readable = root, tuple(readable)
@@ -118,8 +143,7 @@ class BubblewrapBackend:
     @asynccontextmanager
     async def open(self, limits: SandboxLimits) -> AsyncGenerator[BubblewrapSandbox]:
         uids = self._machine.uid_range[:-1] or self._machine.uid_range  # the last one is for building roots
-        uid = uids[next(self._count) % len(uids)] if uids else None
-        holder = Holder(self._machine, limits, uid, self._root, self._readable)
+        holder = Holder(self._machine, limits, next_uid(uids), self._root, self._readable)
         sandbox = BubblewrapSandbox(holder, limits, self._root)
         try:
             await sandbox.start()

@@ -69,10 +69,6 @@ class _Pipes:
             raise SandboxError(f"no pipes for a sandbox: {error.strerror}; raise the limit `ulimit -n`") from error
         return cls(*made)
 
-    def close_theirs(self) -> None:
-        for name in self.__slots__:
-            os.close(getattr(self, name).theirs)
-
 
 class Holder:
     """The outer layer of a sandbox, with its one trusted process. A `Keeper` of sessions."""
@@ -103,7 +99,8 @@ class Holder:
         except OSError as error:
             self._broken = f"a sandbox could not start: {error.strerror or error}"
         finally:
-            pipes.close_theirs()
+            for name in pipes.__slots__:
+                os.close(getattr(pipes, name).theirs)
         self._answers = FrameReader(pipes.answers.ours)
         self._info = FrameReader(pipes.info.ours, end=b"\n")
 

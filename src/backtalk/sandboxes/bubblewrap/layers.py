@@ -113,20 +113,15 @@ def programs_of_host(machine: Machine) -> list[str]:
     argv += ["--proc", "/proc", "--dev", "/dev", "--dir", "/etc"]
     for path in sorted(str(path) for pattern in ETC_WITH_CODE for path in Path("/etc").glob(pattern)):
         argv += ["--ro-bind", path, path]
-    return argv + _python_of_host()
+    return argv + python_of_host()
 
 
-def _python_of_host() -> list[str]:
+def python_of_host() -> list[str]:
     """Return options that show this machine's python3 as python too, where it has none: in a folder that is empty."""
     python3, empty = shutil.which("python3", path=DEFAULT_PATH), "/usr/local/sbin"
     if python3 is None or shutil.which("python", path=DEFAULT_PATH) or not os.path.isdir(empty) or os.listdir(empty):
         return []
     return ["--tmpfs", empty, "--symlink", python3, f"{empty}/python", "--remount-ro", empty]
-
-
-def gives_python() -> bool:
-    """Return whether sandboxes have a python that this machine has not."""
-    return bool(_python_of_host())
 
 
 def _programs_of_root(root: Root) -> list[str]:
@@ -181,7 +176,11 @@ def drop_argv(machine: Machine, uid: int | None) -> list[str]:
 
 def inner_argv(machine: Machine, *, info_fd: int, root: Root | None = None) -> list[str]:
     """Return the command by which the holder starts a session: processes, devices and variables of its own."""
-    argv = _tools_of(root) if root is not None and root.programs else [_inner_bwrap(machine)]
+    argv = [_inner_bwrap(machine)]
+    if root is not None and root.programs and root.tools is not None:
+        # With its own loader and libraries, unless it is linked statically: those of the root may be another system's.
+        loader = [f"{_TOOLS}/loader", "--library-path", _TOOLS] if (root.tools / "loader").exists() else []
+        argv = [*loader, f"{_TOOLS}/bwrap"]
     argv += ["--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-cgroup-try"]
     argv += ["--disable-userns"] if machine.bwrap_version >= DISABLE_USERNS_SINCE else []
     argv += ["--uid", AGENT_ID, "--gid", AGENT_ID, "--cap-drop", "ALL", "--die-with-parent", "--new-session"]
@@ -201,14 +200,6 @@ def inner_argv(machine: Machine, *, info_fd: int, root: Root | None = None) -> l
 
 def _inner_bwrap(machine: Machine) -> str:
     return machine.bwrap if machine.bwrap.startswith(("/usr/", "/bin/")) else _TOOLS
-
-
-def _tools_of(root: Root) -> list[str]:
-    """Return the command of bubblewrap with its own loader and libraries; those of the root may be another system's."""
-    assert root.tools is not None
-    if not (root.tools / "loader").exists():  # linked statically
-        return [f"{_TOOLS}/bwrap"]
-    return [f"{_TOOLS}/loader", "--library-path", _TOOLS, f"{_TOOLS}/bwrap"]
 
 
 def _bytes(limits: SandboxLimits) -> int:

@@ -53,12 +53,12 @@ def main(plan: dict, command: list[str]) -> None:
     match how:
         case "overlay":
             _furnish(UPPER, plan)
-            _give(UPPER, owner)
+            give(UPPER, owner)
             _overlay()
         case "copy":
             _copy(LOWER, ROOT, plan["programs"])
             _furnish(ROOT, plan)
-            _give(ROOT, owner)
+            give(ROOT, owner)
         case "build":  # what is written stays
             _check(_libc.mount(LOWER.encode(), ROOT.encode(), None, _BIND, None), "mount")
     os.chdir("/")
@@ -136,7 +136,8 @@ def _folder(made: str, below: str) -> None:
             os.chmod(made, stat.S_IMODE(os.stat(below).st_mode) | 0o700)
 
 
-def _give(tree: str, owner: int | None) -> None:
+def give(tree: str, owner: int | None) -> None:
+    """Change the owner of a whole tree; None keeps it."""
     if owner is not None:
         os.lchown(tree, owner, owner)
         for folder, names, files in os.walk(tree):

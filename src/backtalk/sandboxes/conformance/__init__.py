@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from functools import partial
 from types import ModuleType
@@ -102,11 +101,10 @@ async def _result(check: Check, backend: SandboxBackend) -> CheckResult:
     if check.harmful_if_open and not isolates(backend.report):
         reason = f"it would hurt this machine: {backend.report.name} reports that it isolates nothing"
         return CheckResult(check, Outcome.NOT_APPLICABLE, reason)
-    began = time.perf_counter()
     outcome, reason = await _run(check, backend)
     if outcome is Outcome.FAILED and check.name in backend.report.cannot:
         outcome, reason = Outcome.CANNOT, f"{backend.report.cannot[check.name]} ({reason})"
-    return CheckResult(check, outcome, reason, time.perf_counter() - began)
+    return CheckResult(check, outcome, reason)
 
 
 async def _run(check: Check, backend: SandboxBackend) -> tuple[Outcome, str]:

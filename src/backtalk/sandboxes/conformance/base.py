@@ -135,7 +135,6 @@ class CheckResult:
     check: Check
     outcome: Outcome
     reason: str = ""  # what was found, or why it could not be tried
-    seconds: float = 0.0
 
 
 def expect(condition: bool, found: str) -> None:

@@ -51,22 +51,20 @@ class _Command:
     mode: int | None = None  # of the sources
 
 
-def build_root(plan: Plan, open_base: Callable[[str], Root | None], machine: Machine) -> Root:
-    """Return the root that `plan` describes, from the cache or built now, with the stages it copies from.
+def build_root(
+    plan: Plan, open_base: Callable[[str], Root | None], machine: Machine, stage: Stage | None = None
+) -> Root:
+    """Return the root that `plan` describes, or a `stage` of it, from the cache or built now with the stages it needs.
 
     `open_base` gives the root for an image's name, None for this machine's programs.
 
     Raises:
         ConfigError: a command failed; nothing is left of the build.
     """
-    return _build_stage(plan, plan.last, open_base, machine)
-
-
-def _build_stage(plan: Plan, stage: Stage, open_base: Callable[[str], Root | None], machine: Machine) -> Root:
-    """Return the root of one stage, and build those that it needs."""
+    stage = stage or plan.last
 
     def other(stage: Stage) -> Root:
-        return _build_stage(plan, stage, open_base, machine)  # from the cache when it is needed again
+        return build_root(plan, open_base, machine, stage)  # from the cache when it is needed again
 
     base = open_base(stage.image) if stage.parent is None else other(stage.parent)
     commands = [command for step in stage.steps for command in _command(plan, step, other)]
@@ -168,7 +166,7 @@ def _build(plan: Plan, commands: Sequence[_Command], base: Root | None, machine:
         if copied.returncode != 0:
             raise ConfigError(f"root {base.name} could not be copied: {copied.stderr.strip()[-_KEPT_OUTPUT:]}")
     uid = machine.uid_range[-1] if machine.uid_range else None
-    _give(folder, uid)
+    mount.give(str(folder), uid)
     for command in commands:
         _put_sources(command, folder / _STAGE.lstrip("/"), uid)
         _run(plan, command, base, machine, uid, folder)
@@ -194,24 +192,11 @@ def _put_sources(step: _Command, stage: Path, uid: int | None) -> None:
         is_executable = path.is_dir() or path.stat().st_mode & 0o100
         path.chmod((0o755 if is_executable else 0o644) if step.mode is None or path.is_dir() else step.mode)
     if step.sources:
-        _give(stage, uid)
-
-
-def _give(tree: Path, uid: int | None) -> None:
-    """Change the owner of a whole tree; None keeps it."""
-    if uid is not None:
-        os.lchown(tree, uid, uid)
-        for folder, names, files in os.walk(tree):
-            for name in (*names, *files):
-                os.lchown(f"{folder}/{name}", uid, uid)
+        mount.give(str(stage), uid)
 
 
 def _run(plan: Plan, step: _Command, base: Root | None, machine: Machine, uid: int | None, folder: Path) -> None:
-    """Carry out one step in a sandbox that can write to the tree being built, and to nothing else.
-
-    Raises:
-        ConfigError: it failed.
-    """
+    """Carry out one step in a sandbox that can write to the tree being built, and to nothing else."""
     assert machine.bwrap is not None
     rules = seccomp_program()
     filter_fd = None if rules is None else sealed_file(rules)

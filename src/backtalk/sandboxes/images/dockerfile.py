@@ -63,20 +63,14 @@ def parse_dockerfile(text: str) -> Iterator[Instruction]:
         text = rest[0].strip() if rest else ""
         shell, heredocs = text, []
         if keyword.upper() in ("RUN", "COPY", "ADD"):
-            for match in _heredoc_marks(shell):
-                found = _heredoc(lines, at, match)
-                if found is not None:
+            positions = set(unquoted(shell))
+            for match in HEREDOC_MARK.finditer(shell):
+                is_mark = match.start() in positions and shell[match.start() - 1 : match.start()] != "<"
+                if is_mark and (found := _heredoc(lines, at, match)) is not None:
                     heredoc, body, at = found
                     heredocs.append(heredoc)
                     shell += "\n" + body
         yield Instruction(keyword.upper(), text, shell, tuple(heredocs), start + 1)
-
-
-def _heredoc_marks(shell: str) -> list[re.Match[str]]:
-    """Return the unquoted heredoc marks (<<END) of a shell command."""
-    positions = set(unquoted(shell))
-    found = (match for match in HEREDOC_MARK.finditer(shell) if match.start() in positions)
-    return [match for match in found if shell[match.start() - 1 : match.start()] != "<"]
 
 
 def _heredoc(lines: list[str], at: int, mark: re.Match[str]) -> tuple[Heredoc, str, int] | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from backtalk.errors import ConfigError
 from backtalk.sandboxes.images.build import build_root
 from backtalk.sandboxes.images.plan import read_plan
-from backtalk.sandboxes.images.tar import is_tar, unpack
+from backtalk.sandboxes.images.tar import TAR_SUFFIXES, unpack
 from backtalk.sandboxes.machine.probe import probe, require_bubblewrap
 from backtalk.sandboxes.root import Root, cached_folder, file_digest, read_root
 
@@ -46,7 +46,7 @@ def open_root(choice: str | None, *, images: Mapping[str, str] | None = None) ->
         plan, given = read_plan(path), images or {}
         require_bubblewrap(machine)
         return build_root(plan, lambda image: open_root(given.get(image, "host"), images=images), machine)
-    if not is_tar(path):
+    if not path.name.endswith(TAR_SUFFIXES):
         raise ConfigError(f"root {path} is neither a folder nor a .tar file nor a Dockerfile")
     place = cached_folder(f"tar-{file_digest(path)}", lambda folder: unpack(path, folder))
     return read_root(place, machine, str(path))

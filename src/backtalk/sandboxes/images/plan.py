@@ -198,7 +198,6 @@ def read_plan(path: Path) -> Plan:
 
 
 def _read(plan: Plan, instruction: Instruction) -> None:
-    """Add one instruction to the plan."""
     text, at = instruction.text, {"line": instruction.line, "keyword": instruction.keyword}
     if instruction.keyword == "FROM":
         plan.stages.append(_read_from(plan, instruction))
@@ -236,7 +235,6 @@ def _read(plan: Plan, instruction: Instruction) -> None:
 
 
 def _read_from(plan: Plan, instruction: Instruction) -> Stage:
-    """Return the stage that a FROM begins."""
     match [word for word in instruction.text.split() if not word.startswith("--")]:
         case [image]:
             name = ""
@@ -264,7 +262,6 @@ def _read_arg(plan: Plan, text: str) -> None:
 
 
 def _read_run(stage: Stage, instruction: Instruction) -> Run:
-    """Return the step of a RUN."""
     flags, command = split_flags(instruction.shell)
     if any(not flag.startswith(("mount=type=cache", "network=none")) for flag in flags):
         raise ValueError(f"--{' --'.join(flags)} cannot be carried out: there is no image builder here")
@@ -291,7 +288,6 @@ def _read_run(stage: Stage, instruction: Instruction) -> Run:
 
 
 def _read_copy(plan: Plan, instruction: Instruction) -> Copy:
-    """Return the step of a COPY or an ADD."""
     stage, folder, is_add = plan.last, plan.path.parent, instruction.keyword == "ADD"
     flags, text = split_flags(instruction.text)
     mode, origin, owner = None, None, ""

@@ -18,9 +18,9 @@ from __future__ import annotations
 import posixpath
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from backtalk.errors import ConfigError, TaskError
 from backtalk.sandboxes.base import DEFAULT_PATH, SandboxFile
@@ -134,7 +134,6 @@ def read_tree(folder: Path, root: Path | None = None) -> dict[str, SandboxFile]:
 
 
 def _carry_out(state: StartState, step: Step) -> None:
-    """Add one step to the start state."""
     match step:
         case Workdir(path=path) if is_program_path(path):
             raise TaskError(f"{path} {WHY_NOT_THERE}")
@@ -174,7 +173,7 @@ def _copy(state: StartState, copy: Copy) -> None:
         name = posixpath.basename(source.name) if source.kind == "f" and is_folder else ""
         placed = {posixpath.join(to, name or path).rstrip("/"): file for path, file in tree}
         state.files |= placed
-        state.folders |= {parent for place in placed for parent in _parents(place)}
+        state.folders |= {str(parent) for place in placed for parent in PurePosixPath(place).parents}
 
 
 def _read_source(state: StartState, source: Source, mode: int | None) -> list[tuple[str, SandboxFile]]:
@@ -191,7 +190,6 @@ def _read_source(state: StartState, source: Source, mode: int | None) -> list[tu
 
 
 def _run(state: StartState, run: Run) -> None:
-    """Add the command of a RUN, or refuse it."""
     command, outside = run.command, run.outside
     if run.is_script:
         command = outside = command.removesuffix("\n")
@@ -275,10 +273,3 @@ def _without_packages(state: StartState, command: str, parts: list[tuple[str, st
 def _is_below(path: str, folder: str) -> bool:
     """Return whether ``path`` is ``folder`` or below it, so that making it makes the folder."""
     return folder == "/" or f"{path}/".startswith(f"{folder}/")
-
-
-def _parents(path: str) -> Iterator[str]:
-    """Yield the folders above a path, up to the root."""
-    while path != "/":
-        path = posixpath.dirname(path)
-        yield path

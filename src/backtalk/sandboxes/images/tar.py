@@ -13,12 +13,7 @@ from pathlib import Path
 from backtalk.errors import ConfigError
 from backtalk.sandboxes.files import clean_path
 
-_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
-
-
-def is_tar(path: Path) -> bool:
-    """Return whether a file is an archive, by its name."""
-    return path.name.endswith(_SUFFIXES)
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst")
 
 
 def unpack(path: Path, folder: Path) -> None:

@@ -76,8 +76,8 @@ class Users:
             if is_made and (program == "adduser" or {"m", "--create-home"} & options.keys()):
                 self.to_make.append(home)
 
-    def enter(self, user: str, image: str, *, installs: bool) -> str | None:
-        """Make ``user`` of a USER line the one that commands run as, and return its name, or None for a bare number.
+    def enter(self, user: str, image: str, *, installs: bool) -> None:
+        """Make ``user`` of a USER line the one that commands run as; a bare number changes nothing.
 
         ``installs`` says that packages are installed, which may make any user.
 
@@ -86,7 +86,7 @@ class Users:
         """
         name = user.partition(":")[0]
         if name.isdigit():
-            return None
+            return
         known = name in self.homes or name in _SYSTEM_USERS or installs
         bare = image.removeprefix("docker.io/").removeprefix("library/").partition(":")[0].partition("@")[0]
         if not known and bare in _BARE_IMAGES and not name == bare == "ubuntu":
@@ -97,7 +97,6 @@ class Users:
         home = self.homes.pop(name, f"/home/{name}")
         self.homes = {name: home, **self.homes}
         self.to_make.append(home)
-        return name
 
     def tables(self) -> dict[str, str]:
         """Return /etc/passwd and /etc/group with every user and group under the sandbox's one uid; {} without any."""

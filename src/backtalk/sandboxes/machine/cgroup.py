@@ -42,11 +42,7 @@ class Cgroup:
     """The control groups of one sandbox."""
 
     def __init__(self, parents: CgroupParents, limits: SandboxLimits) -> None:
-        """Make the groups and set the limits.
-
-        Raises:
-            OSError: the kernel refuses.
-        """
+        """Make the groups and set the limits; OSError where the kernel refuses."""
         name = f"{_NAME}-{os.getpid()}-{_TOKEN}-{next(_counter)}"
         self._folders = [folder / name for folder in parents.folders]
         self._memory = None if parents.memory is None else parents.memory / name

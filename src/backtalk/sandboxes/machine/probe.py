@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import re
 import shutil
@@ -34,6 +35,15 @@ class Machine:
     uid_range: range  # host uids for sandboxes; empty: they keep our own
     cgroups: CgroupParents
     blocked_by: str | None = None  # what to change, where a setting forbids what bubblewrap needs
+
+
+# Trainings that are started together have neighbouring process ids, so each begins far from the next.
+_uids_given = itertools.count(os.getpid() * 1009)
+
+
+def next_uid(uids: range) -> int | None:
+    """Return a host uid for a new sandbox, in turn; None where there is none to give."""
+    return uids[next(_uids_given) % len(uids)] if uids else None
 
 
 def probe(*, use_cgroups: bool = True) -> Machine:

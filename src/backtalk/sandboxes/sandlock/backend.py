@@ -10,7 +10,6 @@ command can make a socket at all.
 
 from __future__ import annotations
 
-import itertools
 import os
 import tempfile
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -22,7 +21,7 @@ from backtalk.errors import SandboxError, SandboxUnavailable
 from backtalk.sandboxes.base import HOME, BackendReport, SandboxFile, SandboxLimits
 from backtalk.sandboxes.bubblewrap.layers import FIXED_FILES, IMAGE_FOLDERS, SESSION_FOLDERS
 from backtalk.sandboxes.files import clean_path, remove_tree
-from backtalk.sandboxes.machine.probe import probe, run_trial
+from backtalk.sandboxes.machine.probe import next_uid, probe, run_trial
 from backtalk.sandboxes.machine.seccomp import seccomp_program
 from backtalk.sandboxes.sandlock.files import RootedFiles, lock_folder, remove_orphans
 from backtalk.sandboxes.sandlock.keeper import (
@@ -139,7 +138,6 @@ class SandlockBackend:
         if machine.uid == 0 and not machine.uid_range:
             raise SandboxUnavailable("only root's own uid is mapped here, and sandlock would run commands under it")
         self._uids = machine.uid_range
-        self._count = itertools.count(os.getpid())
         try:
             run_trial(self._try_one)
         except SandboxUnavailable as error:
@@ -173,8 +171,7 @@ class SandlockBackend:
         lock = lock_folder(folder)
         folder.chmod(0o711)  # another uid passes through to its root
         try:
-            uid = self._uids[next(self._count) % len(self._uids)] if self._uids else None
-            sandbox = SandlockSandbox(folder, limits, uid, self._readable)
+            sandbox = SandlockSandbox(folder, limits, next_uid(self._uids), self._readable)
             try:
                 await sandbox.start()
                 yield sandbox

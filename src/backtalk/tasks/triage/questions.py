@@ -200,8 +200,7 @@ def host_address(machine: Machine) -> Question:
 
 
 def changed_setting(machine: Machine) -> Question:
-    service, key = _change_after_backup(machine)
-    path, backup = config_path(service), f"/var/backups/{service}.conf"
+    service, key, path, backup = _change_after_backup(machine)
     return Question(
         instruction=f"Alert: {service} broke after a change. Which setting differs between {path} and {backup}?",
         answer=key,
@@ -249,8 +248,7 @@ def repaired_setting(machine: Machine) -> Question:
 
 
 def restored_config(machine: Machine) -> Question:
-    service, key = _change_after_backup(machine)
-    path, backup = config_path(service), f"/var/backups/{service}.conf"
+    service, key, path, backup = _change_after_backup(machine)
     return Question(
         instruction=f"Alert: {service} broke after a change. Backups are in /var/backups. Restore its config and "
         "answer with the setting that was wrong.",
@@ -301,11 +299,11 @@ def _address_question(
     )
 
 
-def _change_after_backup(machine: Machine) -> tuple[str, str]:
-    """Back up every config, then change one setting of one service; return the service and the key."""
+def _change_after_backup(machine: Machine) -> tuple[str, str, str, str]:
+    """Back up every config, then change one setting of a service; return the service, the key and both paths."""
     service, key = machine.draw_setting()
     for name in machine.services:
         machine.write(f"/var/backups/{name}.conf", config_lines(name, machine.configs[name]))
     changed = machine.configs[service] | {key: machine.configs[service][key] + machine.random.randint(1, 90)}
-    machine.write(config_path(service), config_lines(service, changed))
-    return service, key
+    machine.write(path := config_path(service), config_lines(service, changed))
+    return service, key, path, f"/var/backups/{service}.conf"

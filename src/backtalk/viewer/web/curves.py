@@ -24,11 +24,6 @@ SHARES = {"world_grad_share": "its share", "grad_cosine": "cosine with the polic
 BEHAVIOUR = {"num_turns": "turns", "invalid_calls": "invalid calls", "command_timeouts": "time-outs"}
 
 
-def run_curves(metrics: Rows, evaluations: Mapping[int, Mapping[str, Any]]) -> bytes:
-    """Draw the curves of a run; PNG bytes."""
-    return finish(draw_run(metrics, evaluations))
-
-
 def draw_run(metrics: Rows, evaluations: Mapping[int, Mapping[str, Any]]) -> Any:
     """Return a figure of eight panels over training steps.
 

@@ -13,7 +13,7 @@ from backtalk.run.log import RunLog
 from backtalk.trajectory import TrajectoryGroup
 from backtalk.viewer.data import ShownRollout, load_tokenizer, token_texts
 from backtalk.viewer.web import page
-from backtalk.viewer.web.curves import run_curves
+from backtalk.viewer.web.curves import draw_run, finish
 
 EVALUATION_ROWS = (
     ("pass@1", "pass_at_1", "{:.1%}"),
@@ -33,7 +33,7 @@ def write_report(folder: str | Path) -> Path:
     log = RunLog(folder)
     config, metrics = log.read_config(), log.read_metrics()
     evaluations = {step: log.read_evaluation(step) for step in log.evaluation_steps()}
-    curves = run_curves(metrics, evaluations)
+    curves = finish(draw_run(metrics, evaluations))
     write_bytes(log.folder / "curves.png", curves)
     parts = [
         page.paragraph(_summary(config, metrics)),

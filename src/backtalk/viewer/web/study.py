@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from backtalk.errors import DataError
-from backtalk.files import write_bytes
+from backtalk.files import read_json, write_bytes
 from backtalk.run.estimates import Interval, interval_text
 from backtalk.run.log import RunLog
 from backtalk.viewer.web import page
@@ -49,10 +48,7 @@ def read_study(folder: Path) -> dict[str, Any]:
     path = folder / "study.json"
     if not path.is_file():
         raise DataError(f"{folder} holds no finished study: no study.json; start it again to finish it")
-    try:
-        study = json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); start the study again, which keeps its runs") from error
+    study = read_json(path, "; start the study again, which keeps its runs")
     if "curves" not in study:
         raise DataError(f"{path} is of an older version, without curves; start the study again, which keeps its runs")
     return study
@@ -99,7 +95,8 @@ def draw(folder: Path, study: Mapping[str, Any]) -> bytes:
     by_arm: dict[str, list[RunLog]] = defaultdict(list)
     for (arm, _), name in _runs(study).items():
         by_arm[arm].append(RunLog(folder / name))
-    metric = "env CE, recorded" if _has(study, "env CE, recorded") else "env CE, own"
+    recorded = [r for r in study["results"] if r["metric"] == "env CE, recorded" and r["before"] is not None]
+    metric = "env CE, recorded" if recorded else "env CE, own"
     for number, (arm, logs) in enumerate(by_arm.items()):
         color = f"C{number}"
         steps, values = _mean_curve(logs, "reward")
@@ -140,13 +137,8 @@ def _summary(study: Mapping[str, Any]) -> str:
 
 
 def _runs(study: Mapping[str, Any]) -> dict[tuple[str, int], str]:
-    """Return the folder name of every arm and seed."""
     arms = dict.fromkeys(result["arm"] for result in study["results"])
     return {(arm, seed): f"{arm}_seed{seed}" for arm in arms for seed in study["seeds"]}
-
-
-def _has(study: Mapping[str, Any], metric: str) -> bool:
-    return any(r["metric"] == metric and r["before"] is not None for r in study["results"])
 
 
 def _mean_curve(logs: Sequence[RunLog], name: str) -> tuple[list[int], list[float]]:
@@ -160,6 +152,5 @@ def _mean_curve(logs: Sequence[RunLog], name: str) -> tuple[list[int], list[floa
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """Return the moving mean over ``SMOOTHED_STEPS``."""
     windows = [values[max(0, i + 1 - SMOOTHED_STEPS) : i + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
