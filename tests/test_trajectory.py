@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
@@ -65,6 +65,7 @@ def test_an_action_that_nobody_sampled_is_an_action() -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(list(TokenRole)), st.lists(st.integers(0, 9), max_size=4)), max_size=8))
+@settings(deadline=None)
 def test_spans_partition_the_tokens(runs: list[tuple[TokenRole, list[int]]]) -> None:
     segments = [
         Segment(r, tuple(ids), (-1.0,) * len(ids) if r is TokenRole.ACTION else None, turn=0) for r, ids in runs

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -55,6 +55,7 @@ def test_first_fit_decreasing_by_hand() -> None:
 
 
 @given(st.lists(st.integers(0, 40), max_size=30), st.integers(1, 120))
+@settings(deadline=None)
 def test_a_plan_holds_every_sample_once_within_the_budget(lengths: list[int], max_tokens: int) -> None:
     samples = [sample_of(n) for n in lengths]
     parts = plan_micro_batches(samples, max_tokens, packing=True)

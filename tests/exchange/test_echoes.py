@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backtalk.exchange.read.chat import ChatMessage
@@ -101,6 +101,7 @@ def test_keystrokes_in_an_agents_json_are_what_it_typed() -> None:
 
 
 @given(st.text("ab \n$>#\t", max_size=40), st.lists(st.text("ab \n\t", max_size=8), max_size=4))
+@settings(deadline=None)
 def test_no_text_is_lost(text: str, commands: list[str]) -> None:
     assert "".join(part.text for part in TERMINAL.split(text, commands, commands)) == text
 

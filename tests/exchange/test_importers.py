@@ -351,6 +351,7 @@ def test_terminus_is_split_into_harness_and_world() -> None:
 
 
 @given(st.text(max_size=20), st.lists(st.text(max_size=5), max_size=3))
+@settings(deadline=None)
 def test_splitting_loses_no_text(text: str, commands: list[str]) -> None:
     for wrappers in (TERMINUS, Wrappers((r"\s+",), echoes=True)):
         assert "".join(part.text for part in wrappers.split(text, commands)) == text

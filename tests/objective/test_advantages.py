@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backtalk.errors import ConfigError
@@ -34,6 +34,7 @@ def test_nothing_to_compare_gives_exact_zeros(group: list[float | None]) -> None
 
 
 @given(rewards)
+@settings(deadline=None)
 def test_advantages_sum_to_zero_and_keep_the_order(group: list[float | None]) -> None:
     advantages = group_advantages(group)
     assert len(advantages) == len(group)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -121,12 +119,12 @@ class EndsHere(Exception):
 def test_the_command_plays_a_dataset_and_writes_what_it_saw(tmp_path: Path) -> None:
     backend_or_skip()
     model = tiny_model_dir(tmp_path / "tiny")
-    command = [sys.executable, "-m", "backtalk.cli", "evaluate", "--model", str(model), "--dataset", "workbench"]
-    command += ["--task", "csv-join", "--samples", "2", "--json", "out.json", "--trajectories", "out.parquet"]
-    command += [word for one in SMALL for word in ("--set", one)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "pass@2" in done.stdout and "0 of 2 rollouts solved" in done.stdout
+    files = {"--json": tmp_path / "out.json", "--trajectories": tmp_path / "out.parquet"}
+    command = ["evaluate", "--model", str(model), "--dataset", "workbench", "--task", "csv-join", "--samples", "2"]
+    command += [str(word) for option in files.items() for word in option]
+    done = CliRunner().invoke(app, [*command, *(word for one in SMALL for word in ("--set", one))])
+    assert done.exit_code == 0, done.output
+    assert "pass@2" in done.output and "0 of 2 rollouts solved" in done.output
     result = json.loads((tmp_path / "out.json").read_text())
     assert sorted(result["pass_at"]) == ["1", "2"]
     attempts = read_trajectories(tmp_path / "out.parquet")
@@ -134,8 +132,7 @@ def test_the_command_plays_a_dataset_and_writes_what_it_saw(tmp_path: Path) -> N
     assert all(one.reward == 0.0 and one.failure is None for one in attempts)  # scored, by the tests of the task
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "backtalk.cli", "evaluate"]
+def test_what_is_missing_is_named() -> None:
     for more, said in (((), "name a RUN"), (("--dataset", "x"), "--model NAME")):
-        done = subprocess.run([*command, *more], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+        done = CliRunner().invoke(app, ["evaluate", *more])
+        assert isinstance(done.exception, ConfigError) and said in str(done.exception)

@@ -506,20 +506,6 @@ async def test_a_world_in_which_nothing_works_stops_the_run(model: Path, sandbox
 # ---------------------------------------------------------------- little room, little time
 
 
-def run_command(
-    config: Path, out: Path, *settings: str, open_files: int | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run ``backtalk train``, if asked for with as few open files as ``ulimit -n`` would give."""
-
-    def limit() -> None:
-        if open_files is not None:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
-
-    command = [sys.executable, "-m", "backtalk.cli", "train", str(config), "--out", str(out)]
-    command += [part for setting in settings for part in ("--set", setting)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, preexec_fn=limit)
-
-
 @pytest.fixture
 def config_file(config: TrainConfig, tmp_path: Path) -> Path:
     changed = replace(config, steps=1, group_size=16, evaluation=replace(config.evaluation, tasks=0))
@@ -531,7 +517,12 @@ def config_file(config: TrainConfig, tmp_path: Path) -> Path:
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_few_open_files_mean_fewer_rollouts_at_once(config_file: Path, tmp_path: Path) -> None:
     """32 rollouts with 200 open files, of which 64 are the trainer's, and 8 a sandbox: at most 17 at once."""
-    done = run_command(config_file, tmp_path / "run", open_files=200)
+
+    def limit() -> None:  # as `ulimit -n` would
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, 200))
+
+    command = [sys.executable, "-m", "backtalk.cli", "train", str(config_file), "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, preexec_fn=limit)
     assert done.returncode == 0, done.stdout + done.stderr
     lowered = re.search(r"rollout\.concurrency=64 is lowered to (\d+),.*with \d+ open files left", done.stdout)
     assert lowered is not None and 1 <= int(lowered[1]) <= 17
@@ -539,11 +530,11 @@ def test_few_open_files_mean_fewer_rollouts_at_once(config_file: Path, tmp_path:
     assert len(rollouts) == 32 and all(t.num_turns and t.failure is None for t in rollouts)
 
 
-def test_a_deadline_before_any_action_is_an_error(config_file: Path, tmp_path: Path) -> None:
-    done = run_command(config_file, tmp_path / "run", "rollout.rollout_timeout_s=0.001")
-    assert done.returncode == 2
-    assert "all 32 rollouts of step 0 ended at their deadline, before the policy sampled an action" in done.stderr
-    assert "raise rollout.rollout_timeout_s" in done.stderr
+async def test_a_deadline_before_any_action_is_an_error(config_file: Path, tmp_path: Path) -> None:
+    config = load_config(config_file, {"rollout.rollout_timeout_s": 0.001})
+    with pytest.raises(InfrastructureError, match=r"raise rollout\.rollout_timeout_s") as error:
+        await train(config, tmp_path / "run")
+    assert "all 32 rollouts of step 0 ended at their deadline, before the policy sampled an action" in str(error.value)
     assert RunLog(tmp_path / "run").read_metrics() == []
 
 
