@@ -120,7 +120,8 @@ def draw_change(axis: Any, results: Sequence[Mapping[str, Any]]) -> None:
     """Draw how a metric changed in each arm, with the interval of pairs, which is narrower than those of its ends."""
     for number, result in enumerate(results):
         if found := Interval.from_dict(result["change"]):
-            errors = [[found.value - found.low], [found.high - found.value]]
+            low, high = found.low, found.high
+            errors = None if low is None or high is None else [[found.value - low], [high - found.value]]
             axis.errorbar([number], [found.value], errors, fmt="o", color=f"C{number}", capsize=4)
     axis.axhline(0, color="#8c959f", linewidth=1)
     axis.set_xticks(range(len(results)), [result["arm"] for result in results])
