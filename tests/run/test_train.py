@@ -558,6 +558,7 @@ def test_which_rollouts_came_through() -> None:
     check(late, failed, whole)
     check(late, failed, cut)  # what it was told teaches the world-model term
     check(whole, late, teach=False)
+    check(replace(cut, reward=0.0), late, teach=False)  # rollout.deadline scored it
     with pytest.raises(InfrastructureError, match=r"2 of 3 rollouts of step 7 ended .* before the policy sampled"):
         check(late, failed, late)
     with pytest.raises(InfrastructureError, match="1 of 3 rollouts of step 7 failed, the first at reset with Sandbox"):
