@@ -32,10 +32,10 @@ def run_presets() -> list[str]:
     return [name for name in preset_names() if "arms" not in read_yaml(name)[0]]
 
 
-def test_a_run_has_at_most_thirty_six_settings() -> None:
+def test_the_settings_of_a_run_fit_on_one_screen() -> None:
     keys = setting_schemas()
     assert len(keys) == len(set(keys))
-    assert len({option_group(key) or key for key in keys}) <= 36
+    assert len({option_group(key) or key for key in keys}) <= 38
 
 
 @pytest.mark.parametrize("name", run_presets())

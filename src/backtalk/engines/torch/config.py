@@ -39,8 +39,8 @@ class TorchConfig:
     gradient_checkpointing: bool = False
     """Use less memory, for one more forward pass."""
     measure_gradients_every: int | None = None
-    """Steps between exact measurements of both terms' gradients over all trained weights; 0 for none, null is 5 with a
-    share as the coefficient and 40 elsewhere."""
+    """Steps between exact measurements of both terms' gradients over all trained weights; 0 for none, null is 12 with
+    a share as the coefficient and 40 elsewhere."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 trains every weight."""
     threads: int | None = None

@@ -47,9 +47,9 @@ from backtalk.objective.samples import Sample, to_samples
 from backtalk.rollout.sampler import Sampler, SamplingParams
 from backtalk.trajectory import Trajectory
 
-# Of a run of triage, measuring every step as a pass of its own costs 40 %, and one in 40 steps 1 %. Under a share it
-# costs one more backward pass, about 12 %, and one in 5 steps 2.4 %.
-MEASURE_EVERY, MEASURE_EVERY_UNDER_SHARE = 40, 5
+# As a pass of its own a measurement costs 1.64 updates, under a share 0.67 (benchmarks/objective.py norms). In a run that
+# spends half of its time on updates, one step in 40 costs 2.1 %, and one in 12 under a share 2.8 %.
+MEASURE_EVERY, MEASURE_EVERY_UNDER_SHARE = 40, 12
 FORMAT = 1  # of checkpoints
 
 T = TypeVar("T")
