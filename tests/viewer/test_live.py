@@ -13,6 +13,7 @@ import pytest
 from recorded import HEAD, HOSTILE, TAIL, A, B, encode, weigh, write_run, write_step
 from starlette.testclient import TestClient
 
+from backtalk.cli.view import view
 from backtalk.errors import DataError
 from backtalk.run.log import RunLog, read_trajectory, write_trajectories
 from backtalk.run.log.weights import read_weights_row
@@ -303,6 +304,20 @@ def test_files_of_others_are_opened_as_they_are(run: Path, tmp_path: Path, viewe
     assert step["advantage"] == 1.5 and step["segments"][1]["text"] == "count the lines"
 
 
+def test_a_file_that_cannot_be_read_is_said_and_costs_only_itself(
+    run: Path, tmp_path: Path, viewer_of: Callable[..., Viewer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "broken.parquet"
+    path.write_bytes(b"PAR1 no more than this")
+    viewer = viewer_of(path, run)
+    found = ask(viewer, "total")
+    assert found["total"] == 5 and len(found["problems"]) == 1 and "broken.parquet" in found["problems"][0]
+    monkeypatch.setattr("backtalk.viewer.live.sources.read_rollouts", lambda *_: pytest.fail("was read again"))
+    assert len(ask(viewer)["problems"]) == 1
+    with pytest.raises(DataError, match="does not exist; pass a run folder"):
+        view([tmp_path / "absent"])
+
+
 # ---------------------------------------------------------------- the server
 
 
@@ -339,6 +354,15 @@ def test_mistakes_are_answered_in_words(client: TestClient) -> None:
     ):
         answer = client.get(f"/api/{question}")
         assert answer.status_code == 404 and words in answer.json()["error"]
+
+
+def test_a_bug_is_answered_in_words_too(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr("backtalk.viewer.live.app.read_curves", fail)
+    answer = client.get("/api/curves?run=echo_seed1")
+    assert answer.status_code == 500 and answer.json()["error"].startswith("ZeroDivisionError: by zero")
 
 
 def test_a_missing_tokenizer_is_said(run: Path, library_of: Callable[..., Library]) -> None:

@@ -125,7 +125,8 @@ def test_tokens_carry_the_numbers_that_are_on_record(page: Any, address: str) ->
     page.keyboard.press("t")
     page.wait_for_selector(".token")
     whole = A.trajectories[1]
-    assert page.locator(".token").count() == len(whole)
+    page.evaluate("document.getElementById('main').scrollTop = 1e6")  # blocks get their tokens as they come near
+    sync_api.expect(page.locator(".token")).to_have_count(len(whole), timeout=WAIT_MS)
     action = next(start for start, _, segment in whole.spans() if segment.role.name == "ACTION")
     page.locator(".token").nth(action + 2).click()
     told = text_of(page, ".token-numbers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from hashlib import sha1
 from importlib import resources
@@ -26,6 +27,8 @@ from backtalk.viewer.live.rollout import Opened
 from backtalk.viewer.live.search import Search
 from backtalk.viewer.live.sources import Library, RunSource, Source
 from backtalk.viewer.live.table import NUMBERS, RolloutTable, compute, read_facts
+
+log = logging.getLogger(__name__)
 
 HOSTS = ["127.0.0.1", "localhost", "[::1]"]  # a page of another name that resolves to this machine is refused
 MAX_ROWS = 500  # of the table, in one answer
@@ -155,6 +158,9 @@ def _answer(question: Callable[[Mapping[str, str]], Any]) -> Callable[[Request],
             status, data = 200, question(request.query_params)
         except BacktalkError as error:
             status, data = 404, {"error": str(error)}
+        except Exception as error:  # a bug of ours, or a file of a shape that nobody foresaw; the page goes on
+            log.exception("%s", request.url)
+            status, data = 500, {"error": f"{type(error).__name__}: {error} (the terminal has the traceback)"}
         body = json.dumps(data, separators=(",", ":")).encode()
         tag = f'"{sha1(body, usedforsecurity=False).hexdigest()}"'
         if request.headers.get("if-none-match") == tag:

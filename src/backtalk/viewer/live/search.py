@@ -39,7 +39,7 @@ class Search:
         found: dict[tuple[str, str, int], str] = {}
         with self._lock:
             for source in sources:
-                for part in source.parts():
+                for part in source.parts() if any(source.name == name for name, _ in parts) else ():
                     if (source.name, part.key) not in parts:
                         continue
                     if searched and time.monotonic() > deadline and not self._is_known(source, part, words):

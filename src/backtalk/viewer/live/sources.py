@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 from typing import Any, Literal
 
-from backtalk.errors import DataError
+from backtalk.errors import BacktalkError, DataError
 from backtalk.exchange.read.files import Refusal, RendererOf, Rollout, import_record, is_text
 from backtalk.run.log import RunLog, write_trajectories
 from backtalk.run.log.sources import OPTIONS, read_rollouts
@@ -100,7 +100,7 @@ class FileSource:
     tokenizer: Any = None
     tokens_of: str | None = None
     _stamp: Stamp | None = None
-    _parts: list[Part] = field(default_factory=list)
+    _parts: list[Part] | BacktalkError = field(default_factory=list)
     _lock: Any = field(default_factory=Lock)
 
     def parts(self) -> list[Part]:
@@ -112,7 +112,13 @@ class FileSource:
         """
         with self._lock:
             if self._stamp != (now := stamp_of(self.path)):
-                self._parts, self._stamp = self._read(), now
+                self._stamp = now
+                try:
+                    self._parts = self._read()
+                except BacktalkError as error:  # it is read again only when it has changed
+                    self._parts = error
+            if isinstance(self._parts, BacktalkError):
+                raise self._parts
             return self._parts
 
     def _read(self) -> list[Part]:

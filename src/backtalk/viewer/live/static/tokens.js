@@ -60,17 +60,35 @@ export function tokenView(tokens, data, status, onselect) {
   function hint() { replace(numbers, h("span", { class: "muted" }, "Point at a token, or click it and move with ← →. Underlined: trained on; solid makes it likelier, dotted less likely.")); }
   function select(position, scroll = false) {
     spans.get(pinned)?.classList.remove("pinned");
+    const block = position === null ? null : blocks.findLast((pre) => pre.segments[0].start <= position && position < pre.segments.at(-1).end);
+    if (block) fill(block);
     pinned = position !== null && spans.has(position) ? position : null;
     onselect(pinned);
     if (pinned === null) return hint();
     const span = spans.get(pinned);
     span.classList.add("pinned");
     replace(numbers, describe(pinned));
-    if (scroll) span.scrollIntoView({ block: "nearest" });
+    // Blocks that come into the window get their height only then, so the place is looked for again.
+    for (const wait of scroll ? [0, 60, 300] : []) setTimeout(() => spans.get(pinned) === span && span.scrollIntoView({ block: "nearest" }), wait);
+  }
+
+  // A block gets its tokens when it comes near the window, or when one of them is selected.
+  const blocks = [];
+  const near = new IntersectionObserver((entries) => entries.forEach((entry) => entry.isIntersecting && fill(entry.target)), { rootMargin: "1200px" });
+
+  function fill(pre) {
+    near.unobserve(pre);
+    if (pre.hasChildNodes()) return;
+    pre.append(...pre.segments.flatMap((segment) => Array.from({ length: segment.end - segment.start }, (_, i) => token(segment.start + i, segment))));
+    pre.style.minHeight = "";
   }
 
   function render(segments) {
-    const pre = h("pre", { class: "tokens" }, segments.map((segment) => Array.from({ length: segment.end - segment.start }, (_, i) => token(segment.start + i, segment))));
+    const pre = h("pre", { class: "tokens" });
+    pre.segments = segments;
+    pre.style.minHeight = `${Math.ceil((segments.at(-1).end - segments[0].start) / 14) * 23}px`;
+    blocks.push(pre);
+    near.observe(pre);
     pre.addEventListener("mouseover", (event) => { const span = event.target.closest(".token"); if (span && pinned === null) replace(numbers, describe(span.position)); });
     pre.addEventListener("mouseleave", () => { if (pinned === null) hint(); });
     pre.addEventListener("click", (event) => { const span = event.target.closest(".token"); if (span) select(span.position === pinned ? null : span.position); });
