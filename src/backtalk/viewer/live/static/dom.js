@@ -20,7 +20,7 @@ export function number(value, digits = 3) {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   if (Number.isInteger(value)) return value.toLocaleString("en");
   const size = Math.abs(value);
-  if (size !== 0 && (size < 0.001 || size >= 100000)) return value.toExponential(2).replace("e+", "e").replace("-", "−");
+  if (size !== 0 && (size < 0.001 || size >= 100000)) return value.toExponential(digits - 1).replace("e+", "e").replace("-", "−");
   return String(+value.toPrecision(digits)).replace("-", "−");
 }
 

@@ -142,8 +142,8 @@ function legend(data) {
   const rows = data.roles.map((row) => h("tr", {},
     h("th", { scope: "row" }, h("span", { class: `role role-${row.role}` }, row.role), h("span", { class: "meaning" }, NAMES[row.role])),
     h("td", {}, number(row.tokens)),
-    h("td", { title: row.policy_tokens ? `on ${row.policy_tokens} tokens` : "" }, row.policy_tokens ? signed(row.policy_sum) : "–"),
-    h("td", { title: row.world_tokens ? `on ${row.world_tokens} tokens` : "" }, row.world_tokens ? signed(row.world_sum) : "–")));
+    h("td", { title: row.policy_tokens ? `on ${row.policy_tokens} tokens` : "" }, row.policy_tokens ? signed(row.policy_sum, 2) : "–"),
+    h("td", { title: row.world_tokens ? `on ${row.world_tokens} tokens` : "" }, row.world_tokens ? signed(row.world_sum, 2) : "–")));
   return h("section", { class: "card" }, h("h2", {}, "Who made the tokens"),
     h("table", { class: "legend" }, h("thead", {}, h("tr", {}, h("th", {}, "role"), h("th", {}, "tokens"), h("th", { title: "sum of the weights in the policy term; positive: training makes them likelier" }, "policy"), h("th", { title: "sum of the weights in the world-model term" }, "world"))), h("tbody", {}, rows)),
     h("p", { class: "note" }, data.trained ? "Sums of the weights in the loss, as they were trained." : "No weights on record: no step was trained on it."));
