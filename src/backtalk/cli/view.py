@@ -53,9 +53,8 @@ def view(
             raise DataError(f"{path} does not exist; pass a run folder, a folder of runs, or a file of trajectories")
     port = _free_port() if port is None else port
     library = Library(chosen, model)
-    found = len(library.sources())
     address = f"http://{HOST}:{port}/"
-    typer.echo(f"{found} run{'s' * (found != 1)} and files at {address} ; Ctrl-C ends it.", err=True)
+    typer.echo(f"Runs and files found: {len(library.sources())}. Open {address} ; Ctrl-C ends it.", err=True)
     if open_browser:
         typer.launch(address)
     try:
