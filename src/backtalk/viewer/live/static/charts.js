@@ -5,6 +5,8 @@ import uPlot from "./vendor/uPlot.esm.js";
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+const FEW = 8; // points that are drawn as such, because a line alone may not be seen
+
 // Exponential smoothing that does not begin at zero: a mean of what has been seen, weighted towards the last.
 export function smooth(values, factor) {
   if (!factor) return values;
@@ -42,7 +44,7 @@ export function chart(place, { title, series, marks, log, height, group, xLabel 
   const bands = [];
   for (const each of series) {
     const base = lines.length;
-    lines.push({ label: each.name, stroke: each.colour, width: 1.6, points: { show: each.points || each.x.length < 3, size: 6, fill: each.colour }, spanGaps: true, dash: each.dash });
+    lines.push({ label: each.name, stroke: each.colour, width: 1.6, points: { show: each.points || each.y.filter((y) => y !== null && y !== undefined).length < FEW, size: 6, fill: each.colour }, spanGaps: true, dash: each.dash });
     if (each.low) {
       const edge = { stroke: "transparent", width: 0, points: { show: false }, spanGaps: true };
       lines.push({ ...edge, label: "" }, { ...edge, label: "" });
@@ -92,8 +94,8 @@ function tell(u, readings, at, series, xLabel, marks) {
   let column = 1;
   for (const each of series) {
     const values = u.data[column];
-    const last = () => values.findLastIndex((value) => value !== null && value !== undefined);
-    const where = index ?? last();
+    let where = index ?? values.length - 1;
+    while (where >= 0 && (values[where] === null || values[where] === undefined)) where -= 1; // what was known by then
     const value = where >= 0 ? values[where] : null;
     const spread = each.low && where >= 0 && u.data[column + 1][where] != null ? ` [${number(u.data[column + 1][where])}, ${number(u.data[column + 2][where])}]` : "";
     column += each.low ? 3 : 1;
