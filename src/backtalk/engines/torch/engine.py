@@ -47,8 +47,8 @@ from backtalk.objective.samples import Sample, to_samples
 from backtalk.rollout.sampler import Sampler, SamplingParams
 from backtalk.trajectory import Trajectory
 
-# A measurement costs 1.64 updates as a pass of its own, 0.67 under a share (benchmarks/objective.py norms). In a run that
-# spends half of its time on updates, one step in 40 costs 2.1 %, and one in 12 under a share 2.8 %.
+# A measurement costs 1.64 updates as a pass of its own, and 0.67 under a share (benchmarks/objective.py norms). In a
+# run that spends half of its time on updates, one step in 40 costs 2.1 %, and one in 12 under a share 2.8 %.
 MEASURE_EVERY, MEASURE_EVERY_UNDER_SHARE = 40, 12
 FORMAT = 1  # of checkpoints
 
