@@ -68,8 +68,8 @@ def to_prime_rl(trajectories: Sequence[Trajectory], config: ObjectiveConfig) -> 
     theirs = Reduction(policy="token_mean", world="token_mean", advantage="dr_grpo")
     alpha = translate_coefficient(trajectories, config, theirs)
     lines = [
-        f"# world_model_coeff {config.world_model_coeff:g}, {config.world_normalizer} over {config.policy_normalizer}, "
-        f"from {len(trajectories)} rollouts.",
+        f"# As hard as Backtalk's world_model_coeff {config.world_model_coeff:g} on {len(trajectories)} rollouts, "
+        f"with {config.world_normalizer} and, of the policy term, {config.policy_normalizer}.",
         "# Not in here: the policy term (prime-rl's own), warnings (learned with the body they are in), and the",
         "# temperature of the cross-entropy (prime-rl's is that of sampling).",
         "[orchestrator.train.algo]",
