@@ -54,7 +54,10 @@ def test_a_server_that_is_not_there() -> None:
             sdk.connect(config(free.getsockname()[1]))
 
 
-@pytest.mark.parametrize(("status", "advice"), [(401, "check TINKER_API_KEY"), (404, "is it the root address")])
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [(401, "check TINKER_API_KEY"), (404, "is it the root address"), (422, r"SkyRL 0\.4 is made for 0\.25")],
+)
 def test_a_server_that_refuses(
     server: ThreadingHTTPServer, status: int, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

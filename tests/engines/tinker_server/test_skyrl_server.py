@@ -42,7 +42,7 @@ sdk = pytest.importorskip("backtalk.engines.tinker.sdk")
 PATIENCE_S = float(os.environ.get("BACKTALK_TINKER_PATIENCE_S", "300"))  # for the server to start, and for one answer
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, ALPHA = 4, 32  # SkyRL's server fixes the second
-RATE, EPS = 100.0, 1e4  # a step of AdamW without memory and with this eps is RATE times the gradient
+RATE, EPS = 100.0, 1e6  # a step of AdamW without memory and with this eps is RATE times the gradient
 BOTH = ObjectiveConfig(world_model_coeff=0.3)
 
 
@@ -151,7 +151,10 @@ def torch_gradient(server: Server, adapters: dict[str, Tensor], config: Objectiv
     loss, _ = objective(torch.nn.functional.pad(logprobs, (1, 0)), batch, TokenCounts.of(samples), config)
     loss.backward()
     named = ((name.replace(".default", ""), p.grad) for name, p in model.named_parameters() if p.requires_grad)
-    return {name: gradient for name, gradient in named if gradient is not None}
+    found = {name: gradient for name, gradient in named if gradient is not None}
+    # The server holds one A for q, k and v, and one for gate and up, and writes a copy for each.
+    twins = {name: [other for other in found if torch.equal(adapters[other], adapters[name])] for name in found}
+    return {name: torch.stack([found[other] for other in others]).sum(0) for name, others in twins.items()}
 
 
 def flat(gradient: dict[str, Tensor], names: Sequence[str]) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -72,7 +73,9 @@ class TinkerService:
         self._config, self._seed = config, seed
         self._where = url or "hosted Tinker"
         self._client = self._ask("a session", lambda: tinker.ServiceClient(base_url=url, api_key=key))
-        capabilities = self._ask("its models", self._client.get_server_capabilities)
+        with warnings.catch_warnings():  # newer SDKs have another client for this question, which older ones lack
+            warnings.simplefilter("ignore", FutureWarning)
+            capabilities = self._ask("its models", self._client.get_server_capabilities)
         names = [model.model_name for model in capabilities.supported_models]
         if config.model not in names:
             raise ConfigError(
@@ -192,10 +195,10 @@ def _explain(error: Exception) -> str:
             advice = "check TINKER_API_KEY and the account"
         case 404:
             advice = "check engine.base_url: is it the root address of a server of the Tinker API?"
-        case int(status) if status >= 500:
+        case int(status) if status == 422 or status >= 500:
             advice = (
-                f"the server failed; its log says why. One of an older protocol fails so too: tinker "
-                f"{version('tinker')} is installed, and SkyRL 0.4 is made for 0.25"
+                "the server failed, and its log says why; or it speaks an older protocol than tinker "
+                f"{version('tinker')}: SkyRL 0.4 is made for 0.25, so pip install 'tinker==0.25.*'"
             )
         case _ if isinstance(error, tinker.APIConnectionError):
             advice = "check that the server runs at engine.base_url"
