@@ -14,7 +14,7 @@ from skyrl.tinker import api
 from skyrl.tinker.config import EngineConfig, config_to_argv
 
 # One row a micro-batch, so that one shape is compiled for any number of rows.
-BACKEND = {"max_lora_adapters": 12, "max_lora_rank": 8, "train_micro_batch_size": 1, "sample_max_num_sequences": 4}
+BACKEND = {"max_lora_adapters": 16, "max_lora_rank": 8, "train_micro_batch_size": 1, "sample_max_num_sequences": 4}
 
 
 def main(model: str, work: str, port: str) -> None:
