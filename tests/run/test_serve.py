@@ -9,15 +9,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from typer.testing import CliRunner
 
+from backtalk.cli.app import app
+from backtalk.errors import ConfigError
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.language.tool_formats import ToolFormat
 from backtalk.rollout.sampler import SamplingParams, ScriptedSampler
-from backtalk.run.serve import Endpoint
+from backtalk.run.serve import Endpoint, listen
 from tiny import tiny_model_dir, tiny_tokenizer
 
 USER = {"role": "user", "content": "Say it"}
@@ -204,6 +208,24 @@ def shown_ends(messages: list[dict[str, Any]]) -> int:
     [
         ({}, "messages has to be"),
         ({"messages": [USER], "stream": True}, "stream"),
+        ({"messages": [USER], "n": 2}, "n=2 is not served"),
+        ({"messages": [USER], "response_format": {"type": "json_object"}}, "response_format=.*not enforced"),
+        ({"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {}}}, "not enforced"),
+        ({"messages": [USER], "guided_json": {}}, "guided_json"),
+        ({"messages": [USER], "tools": [TOOL], "tool_choice": "required"}, "tool_choice='required'.*forced"),
+        (
+            {"messages": [USER], "tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "bash"}}},
+            "tool_choice=.*forced",
+        ),
+        ({"messages": [USER], "top_p": 0.9}, "top_p=0.9 is not served.*whole distribution"),
+        ({"messages": [USER], "logit_bias": {"7": -100}}, "logit_bias"),
+        ({"messages": [USER], "functions": [TOOL["function"]]}, "functions.*name them in tools"),
+        ({"messages": [USER], "chat_template_kwargs": {"enable_thinking": False}}, "settings render the prompt"),
+        ({"messages": [USER], "stop": ["a", ""]}, "stop=.*none of them empty"),
+        ({"messages": [USER], "stop": 7}, "stop=7"),
+        ({"messages": [USER], "max_tokens": 0}, "max_tokens=0 leaves no room"),
+        ({"messages": [USER], "temperature": "warm"}, "temperature='warm' is no number"),
+        ({"messages": [USER], "tools": {"bash": TOOL}}, "tools has to be a list"),
         ({"messages": [USER, {"role": "assistant", "content": "x"}]}, "the last message"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "robot"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text"),
@@ -214,6 +236,75 @@ def shown_ends(messages: list[dict[str, Any]]) -> int:
 async def test_what_cannot_be_served_is_named(body: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         await scripted("x").complete(body)
+
+
+async def test_a_text_of_stop_ends_the_reply_before_it() -> None:
+    whole = (await scripted("one two three").complete({"messages": [USER]}))["choices"][0]
+    cases: list[tuple[str | list[str], str]] = [("two", "one "), (["x", "three", " two"], "one"), ("e t", "on")]
+    for stop, text in [*cases, ("zebra", "one two three")]:
+        endpoint = scripted("one two three", "on")
+        (choice,) = (await endpoint.complete({"messages": [USER], "stop": stop}))["choices"]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
+        held = tiny_tokenizer().decode(choice["token_ids"])
+        # The ids are those that were sampled, up to the token that completes the stop and no further.
+        assert choice["token_ids"] == whole["token_ids"][: len(choice["token_ids"])]
+        stops = [stop] if isinstance(stop, str) else stop
+        before = tiny_tokenizer().decode(choice["token_ids"][:-1])
+        assert text == "one two three" or (any(s in held for s in stops) and not any(s in before for s in stops))
+        history = [USER, choice["message"], {"role": "user", "content": "on"}]
+        after = await endpoint.complete({"messages": history})
+        assert tiny_tokenizer().decode(choice["token_ids"]) in prompt_text(after)
+
+
+async def test_calls_and_stop() -> None:
+    body = {"messages": [USER], "tools": [TOOL]}
+    (cut,) = (await scripted("<bash>ls</bash>").complete({**body, "stop": "</bash>"}))["choices"]
+    assert (cut["message"], cut["finish_reason"]) == ({"role": "assistant", "content": "<bash>ls"}, "stop")
+    (called,) = (await scripted("<bash>ls</bash> and then").complete({**body, "stop": [" and"]}))["choices"]
+    assert called["finish_reason"] == "tool_calls"
+    assert json.loads(called["message"]["tool_calls"][0]["function"]["arguments"]) == {"command": "ls"}
+
+
+async def test_no_call_where_the_agent_wants_none() -> None:
+    body = {"messages": [USER], "tools": [TOOL]}
+    (choice,) = (await scripted(CALL).complete({**body, "tool_choice": "none"}))["choices"]
+    assert choice["message"] == {"role": "assistant", "content": CALL}
+    (choice,) = (await scripted(CALL).complete({**body, "tool_choice": "auto"}))["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    # Two calls may come where the renderer reads two, and an agent that wants one at a time is told.
+    with pytest.raises(ValueError, match="parallel_tool_calls=false is not served, since a reply may hold 2"):
+        await scripted(CALL, calls=2).complete({**body, "parallel_tool_calls": False})
+    assert await scripted(CALL).complete({**body, "parallel_tool_calls": False})
+
+
+async def test_values_that_change_nothing_are_taken() -> None:
+    neutral: dict[str, Any] = {
+        "n": 1,
+        "stream": False,
+        "top_p": 1.0,
+        "top_k": -1,
+        "frequency_penalty": 0,
+        "logit_bias": {},
+    }
+    neutral |= {"response_format": {"type": "text"}, "stop": [], "tool_choice": "auto", "logprobs": True}
+    nulls: dict[str, Any] = dict.fromkeys(
+        ("n", "stream", "stop", "tools", "tool_choice", "response_format", "seed", "max_tokens")
+    )
+    for fields in (neutral, nulls):
+        answer = await scripted("one").complete({"messages": [USER], **fields})
+        assert answer["choices"][0]["message"]["content"] == "one"
+
+
+def test_a_taken_port_is_one_sentence_before_anything_is_loaded(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"cannot serve at 127.0.0.1 port {port} \(.*--port {port + 1}"):
+            listen("127.0.0.1", port)
+        result = CliRunner().invoke(app, ["serve", "--model", str(tmp_path), "--port", str(port)])
+        assert isinstance(result.exception, ConfigError) and "another program listens there" in str(result.exception)
+        assert "Serving" not in result.output
+    with pytest.raises(ConfigError, match=r"cannot serve at no\.such\.host\.invalid"):
+        listen("no.such.host.invalid", 8000)
 
 
 @pytest.fixture(scope="module")

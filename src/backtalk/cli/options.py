@@ -81,7 +81,7 @@ def policy_settings(
     from backtalk.run.log import RunLog
 
     if folder is None and model is None:
-        raise ConfigError("nothing says which policy to measure; name a RUN, or --model NAME")
+        raise ConfigError("nothing names a policy; give a RUN, or --model NAME")
     tree = {} if folder is None else RunLog(folder).read_config()
     checkpoint = None
     if folder is not None and model is None and not base:

@@ -26,9 +26,10 @@ def serve(
     config, checkpoint = policy_settings(folder, model, base, list(settings or []))
     from backtalk.engines.choose import open_engine
     from backtalk.language.renderer import Renderer
-    from backtalk.run.serve import Endpoint
+    from backtalk.run.serve import Endpoint, listen
     from backtalk.run.serve import serve as serve_forever
 
+    listener = listen(host, port)  # before a model is loaded, which may take minutes
     engine = open_engine(config.engine, seed=config.seed)
     if checkpoint is not None:
         engine.load(checkpoint)
@@ -38,8 +39,10 @@ def serve(
         config.sampling_params,
         max_tokens=config.rollout.max_tokens,
     )
-    typer.echo(f"Serving {folder or model} at http://{host}:{port}/v1; Ctrl-C ends it.", err=True)
+    policy = model or (f"the model that {folder} began with" if base else folder)
+    place = f"[{host}]" if ":" in host else host
+    typer.echo(f"Serving {policy} at http://{place}:{port}/v1; Ctrl-C ends it.", err=True)
     try:
-        run(serve_forever(endpoint, host=host, port=port))
+        run(serve_forever(endpoint, listener))
     except Interrupted:
         typer.echo("Ended.", err=True)

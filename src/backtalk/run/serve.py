@@ -10,7 +10,10 @@ ids of its prompt, its own and their log-probabilities, under the names that vLL
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import math
+import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
+from importlib.util import find_spec
 from itertools import count
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any
@@ -26,8 +30,9 @@ from backtalk.errors import BacktalkError, ConfigError
 from backtalk.language.history import History
 from backtalk.language.openai_chat import AssistantMessage, content_text, read_assistant, write_call
 from backtalk.language.renderer import Renderer
-from backtalk.messages import Message, ParsedAction, Part, ToolSpec, clean_text
+from backtalk.messages import Message, ParsedAction, Part, clean_text
 from backtalk.rollout.sampler import Completion, Sampler, SamplingParams, sample_action
+from backtalk.run.chat_request import Request, stop_reply
 from backtalk.trajectory import TokenRole
 
 if TYPE_CHECKING:
@@ -38,39 +43,6 @@ REMEMBERED = 4096  # replies, each known by two keys
 
 class ContextTooLong(ConfigError):
     """A history that leaves no room for a reply. Agents look for the code that OpenAI gives it, and summarise."""
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A request for one chat completion. ``max_tokens`` is of the reply."""
-
-    messages: tuple[Mapping[str, Any], ...]
-    tools: tuple[ToolSpec, ...]
-    params: SamplingParams
-    max_tokens: int
-
-    @classmethod
-    def of(cls, body: Mapping[str, Any], defaults: SamplingParams) -> Request:
-        """Read the body of a request.
-
-        Raises:
-            ConfigError: it asks for what cannot be served, or is no request.
-        """
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages or not all(isinstance(m, Mapping) for m in messages):
-            raise ConfigError("messages has to be a list of at least one message")
-        if messages[-1].get("role") == "assistant":
-            raise ConfigError("the last message is the assistant's; a reply follows one of the user or of a tool")
-        if body.get("stream") or body.get("n", 1) != 1:
-            raise ConfigError("stream=true and n > 1 are not served; ask for one whole reply at a time")
-        limit = body.get("max_completion_tokens") or body.get("max_tokens") or defaults.max_tokens
-        changes: dict[str, Any] = {
-            name: kind(body[name])
-            for name, kind in (("temperature", float), ("seed", int))
-            if body.get(name) is not None
-        }
-        tools = tuple(_read_tool(tool) for tool in body.get("tools") or ())
-        return cls(tuple(messages), tools, replace(defaults, **changes), min(int(limit), defaults.max_tokens))
 
 
 class Endpoint:
@@ -102,6 +74,11 @@ class Endpoint:
         """
         request = Request.of(body, self._defaults)
         renderer = self._renderer.for_tools(request.tools)
+        if (request.max_calls or math.inf) < renderer.config.max_calls_per_turn:
+            raise ConfigError(
+                f"parallel_tool_calls=false is not served, since a reply may hold {renderer.config.max_calls_per_turn} "
+                "calls here; start the server with --set renderer.max_calls_per_turn=1"
+            )
         conversation = Conversation.of(request)
         history = self._history(conversation, renderer)
         prompt = tuple(history.token_ids)
@@ -113,9 +90,10 @@ class Endpoint:
         number = next(self._numbers)
         async with self._sampler(request.params).session(f"serve/{number}") as session:
             room = min(tokens_left, request.max_tokens)
-            completion = await sample_action(session, prompt, room, renderer.action_end)
-        action = renderer.parse_action(completion.token_ids, completion.stopped)
-        message = _write_reply(action, bool(request.tools), f"{self._salt}{number}")
+            end = renderer.action_end if request.may_call else None
+            sampled = await sample_action(session, prompt, room, end)
+        completion, action = stop_reply(sampled, request.stop, renderer)
+        message = _write_reply(action, request.may_call, f"{self._salt}{number}")
         history.act(completion.token_ids)
         self._remember(conversation.keys_with(message), history)
         return self._answer(number, prompt, completion, message, renderer)
@@ -209,44 +187,48 @@ def application(endpoint: Endpoint) -> Starlette:
     return Starlette(routes=routes)
 
 
-async def serve(endpoint: Endpoint, *, host: str, port: int) -> None:
-    """Serve the endpoint until cancelled; raises as :func:`serve_application`."""
-    await serve_application(application(endpoint), host=host, port=port)
-
-
-async def serve_application(app: Starlette, *, host: str, port: int) -> None:
-    """Serve a web application until cancelled.
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at an address; whoever connects waits until it is served.
 
     Raises:
-        ConfigError: the packages for it are not installed.
-        OSError: the address is taken.
+        ConfigError: the packages for serving are not installed, or the address cannot be had.
     """
+    if find_spec("uvicorn") is None or find_spec("starlette") is None:
+        raise ConfigError("serving needs uvicorn and starlette; type: pip install 'backtalk[serve]'")
     try:
-        import uvicorn
-    except ImportError as error:
-        raise ConfigError("serving needs uvicorn and starlette; type: pip install 'backtalk[serve]'") from error
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        fix = "name an address of this machine with --host, 127.0.0.1 or 0.0.0.0"
+        if error.errno == errno.EADDRINUSE:
+            fix = f"another program listens there; end it, or choose another port, such as --port {port % 65535 + 1}"
+        elif error.errno == errno.EACCES:
+            fix = "ports below 1024 need root; choose another, such as --port 8000"
+        raise ConfigError(f"cannot serve at {host} port {port} ({error.strerror}): {fix}") from error
+
+
+async def serve(endpoint: Endpoint, listener: socket.socket) -> None:
+    """Serve an endpoint until cancelled, as :func:`serve_application`."""
+    await serve_application(application(endpoint), listener)
+
+
+async def serve_application(app: Starlette, listener: socket.socket) -> None:
+    """Serve a web application, until cancelled, to those who connect to a socket that listens (``listen``)."""
+    import uvicorn
 
     class Server(uvicorn.Server):
         @contextmanager
         def capture_signals(self) -> Iterator[None]:  # the caller has handlers of its own
             yield
 
-    server = Server(uvicorn.Config(app, host=host, port=port, log_level="warning"))
-    serving = asyncio.ensure_future(server.serve())
+    server = Server(uvicorn.Config(app, log_level="warning"))
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     try:
         await asyncio.shield(serving)
     except asyncio.CancelledError:
         server.should_exit = True
         await serving
         raise
-
-
-def _read_tool(tool: Mapping[str, Any]) -> ToolSpec:
-    function = tool.get("function")
-    if tool.get("type") != "function" or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise ConfigError(f"tool {tool!r} is none of type function with a name")
-    parameters = function.get("parameters") or {"type": "object", "properties": {}}
-    return ToolSpec(function["name"], function.get("description") or "", parameters)
 
 
 @dataclass(frozen=True, slots=True)
