@@ -124,4 +124,9 @@ def write_error(path: Path, error: OSError) -> DataError:
             f"cannot write {path}: the disk is full. Files written before are whole; "
             "free some space, then continue with --resume"
         )
+    if error.errno == errno.EFBIG:
+        return DataError(
+            f"cannot write {path}: it would become larger than this shell allows. Files written before are whole; "
+            "type ulimit -f unlimited, then continue with --resume"
+        )
     return DataError(f"cannot write {path}: {error.strerror or error}; choose a folder that you can write to")

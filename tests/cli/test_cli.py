@@ -188,7 +188,7 @@ def test_a_run_from_training_to_report(backtalk: Run, tmp_path: Path) -> None:
 
     trained = backtalk("train", "--preset", "triage", "--model", "./tiny", *settings, "--out", "runs/x")
     assert trained.exit_code == 0, trained
-    assert "step 1/1" in trained.out and "finished after step 1: runs/x" in trained.out
+    assert "step 0 (1/1)" in trained.out and "finished after 1 step: runs/x" in trained.out
     assert (tmp_path / "runs" / "x" / "report.html").is_file()
 
     assert "--resume" in refused(backtalk("train", "--preset", "triage", "--model", "./tiny", "--out", "runs/x"))

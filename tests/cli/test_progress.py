@@ -47,13 +47,13 @@ def test_times_are_read_as_on_a_clock() -> None:
 
 def test_a_step_is_one_line() -> None:
     event = StepDone(step=8, steps=50, metrics=METRICS)
-    assert step_line(event, 125) == "step  9/50  reward 0.250  env CE 1.500 nats  12,346 tokens/s  2:05 left"
+    assert step_line(event, 125) == "step  8 (9/50)  reward 0.250  env CE 1.500 nats  12,346 tokens/s  2:05 left"
 
 
 def test_a_step_says_what_it_could_not_measure_and_what_broke() -> None:
     event = StepDone(step=0, steps=2, metrics={"reward": 0.0, "env_output_ce": float("nan"), "failed": 3})
     line = step_line(event, float("nan"))
-    assert line == "step 1/2  reward 0.000  env CE - nats  - tokens/s  ? left  3 rollouts failed"
+    assert line == "step 0 (1/2)  reward 0.000  env CE - nats  - tokens/s  ? left  3 rollouts failed"
 
 
 def test_plain_lines_where_there_is_no_terminal() -> None:
@@ -75,9 +75,9 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
         "note: memory is not limited",
         evaluation_line(EVALUATION),
         "note: [sic] no markup",
-        "step 1/3  reward 0.250  env CE 1.500 nats  12,346 tokens/s  0:20 left",  # 2 steps of 10 s
-        "step 2/3  reward 0.250  env CE 1.500 nats  12,346 tokens/s  0:15 left",  # 1 step of (10 + 20) / 2 s
-        "stopped after step 2: runs/x",
+        "step 0 (1/3)  reward 0.250  env CE 1.500 nats  12,346 tokens/s  0:20 left",  # 2 steps of 10 s
+        "step 1 (2/3)  reward 0.250  env CE 1.500 nats  12,346 tokens/s  0:15 left",  # 1 step of (10 + 20) / 2 s
+        "stopped after 2 steps: runs/x",
     ]
 
 
@@ -89,9 +89,9 @@ def test_bars_in_a_terminal() -> None:
         display._bars.refresh()
         display.show(StepDone(1, 3, METRICS))
     text = out.getvalue()
-    assert "continuing after step 1: 3 steps" in text
+    assert "continuing after 1 step: 3 steps" in text
     assert "5/64" in text and "1/3" in text
-    assert "step 2/3  reward 0.250" in text
+    assert "step 1 (2/3)  reward 0.250" in text
 
 
 def test_an_evaluation_in_full() -> None:
@@ -111,7 +111,7 @@ def test_a_study_is_a_line_for_every_tenth_of_a_run() -> None:
         display.show(StudyRunDone("echo_seed0", 1))
     lines = out.getvalue().splitlines()
     assert lines[0] == "study in runs/demo: 2 runs, 2 at a time"
-    assert lines[1] == "echo_seed0  step 4/40  reward 0.250  env CE 1.500 nats"
+    assert lines[1] == "echo_seed0  4/40 steps  reward 0.250  env CE 1.500 nats"
     assert len(lines) == 1 + 10 + 1
     assert lines[-1] == "echo_seed0  ended with exit code 1"
 

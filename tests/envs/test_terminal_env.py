@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from backtalk.envs.terminal import TerminalConfig, TerminalEnv, _test_command, open_terminal_env
-from backtalk.errors import SandboxError, SandboxUnavailable, TaskError, VerifierError
+from backtalk.envs.terminal import NEW_SHELL, TerminalConfig, TerminalEnv, _test_command, open_terminal_env
+from backtalk.errors import ConfigError, SandboxError, SandboxUnavailable, TaskError, VerifierError
 from backtalk.messages import Message, Part, ToolCall
 from backtalk.sandboxes import local_sandbox
 from backtalk.sandboxes.base import ExecResult, Sandbox, SandboxBackend, SandboxFile
@@ -122,7 +122,7 @@ async def test_a_time_out_is_told(backend: SandboxBackend) -> None:
         assert step.timed_out and not step.done
         output, said = step.messages[0].parts
         assert output.text.startswith("begun\n") and output.role is OUT
-        assert said == Part("[timed out after 0.5 s; the command was stopped]", SAID)
+        assert said == Part(f"[timed out after 0.5 s; the command was stopped]\n{NEW_SHELL}", SAID)
         assert (await parts_of(env, "echo on"))[0] == ("on\n", OUT)
 
 
@@ -449,3 +449,30 @@ async def test_what_ls_tells_of_a_dated_task_is_the_same_on_every_day(backend: S
         await env.reset()
         said = await parts_of(env, "stat -c %Y /home /home/agent /etc/svc /srv /etc/svc/a.conf")
         assert said == [("1704070800\n" * 4 + "1704067200\n", OUT)]
+
+
+async def test_of_a_progress_bar_the_last_frame_is_read_and_raw_keeps_them_all(backend: SandboxBackend) -> None:
+    bar = "for i in 1 2 3; do printf '\\r%d%%' $i; done; echo; printf 'a\\tb \\033[31mred\\033[0m\\n'"
+    for output, said in (("shown", "3%\na\tb red\n"), ("raw", "\r1%\r2%\r3%\na\tb \x1b[31mred\x1b[0m\n")):
+        config = replace(CONFIG, output=output)
+        async with open_terminal_env(task_of(RIGHT_ANSWER), backend, config) as env:
+            await env.reset()
+            assert await parts_of(env, bar) == [(said, OUT)]
+            frames = "for i in {1..99}; do printf '\\rframe %03d' $i; done"  # 99 x 10 characters, of which 100 may stay
+            parts = await parts_of(env, frames)
+            assert parts[0] == ("frame 099", OUT) if output == "shown" else parts[1][1] is SAID
+    with pytest.raises(ConfigError, match="output='cooked' is no choice; use one of shown, raw"):
+        replace(CONFIG, output="cooked")
+
+
+async def test_a_shell_that_ended_says_what_is_lost(env: TerminalEnv, backend: SandboxBackend) -> None:
+    await parts_of(env, "set -euo pipefail")
+    await parts_of(env, "f() { echo function; }; x=kept; export Y=exported; cd /srv")
+    assert await parts_of(env, "grep nothing-like-this /etc/passwd") == [(f"[exit code 1]\n{NEW_SHELL}", SAID)]
+    assert await parts_of(env, 'pwd; echo "$Y ${x-lost}"') == [("/srv\nexported lost\n", OUT)]
+    assert await parts_of(env, "echo bye; exit 0") == [("bye\n", OUT), (NEW_SHELL, SAID)]
+    assert await parts_of(env, "(exit 3)") == [("[exit code 3]", SAID)]  # a shell of its own
+    async with open_terminal_env(task_of(RIGHT_ANSWER), backend, replace(CONFIG, command_timeout_s=0.5)) as env:
+        await env.reset()
+        stopped = "[timed out after 0.5 s; the command was stopped]"
+        assert await parts_of(env, "sleep 5") == [(f"{stopped}\n{NEW_SHELL}", SAID)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
 from typer.testing import CliRunner
 
 from backtalk.cli import app
@@ -15,8 +15,9 @@ from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.engine import TorchEngine
 from backtalk.errors import ConfigError
 from backtalk.language.renderer import Renderer
-from backtalk.language.tokenizer import load_tokenizer
+from backtalk.language.tokenizer import load_tokenizer, longest_history
 from backtalk.run.config import config_from_dict
+from backtalk.run.history import fit_history
 from backtalk.run.log import RunLog
 from backtalk.run.train import train
 from tiny import tiny_model_dir, tiny_tokenizer
@@ -75,6 +76,57 @@ def test_more_tokens_than_embedding_rows_is_told_with_both_numbers(tmp_path: Pat
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"up to 518 .* has 512 rows.*resize_token_embeddings\(519\)"):
         load_tokenizer(tmp_path)
+
+
+def test_far_fewer_tokens_than_embedding_rows_are_told_with_both_numbers(tmp_path: Path) -> None:
+    """Half of what such a policy samples is no text. A tenth more rows, or up to a multiple of 256, is padding."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(config_only(tmp_path, rows=1024))
+    with pytest.raises(ConfigError, match=r"up to 487 and the model's embedding has 1024 rows, so much of .* no text"):
+        load_tokenizer(tmp_path)
+    config_only(tmp_path, rows=537)
+    with pytest.raises(ConfigError, match=r"embedding has 537 rows.*resize_token_embeddings\(488\)"):
+        load_tokenizer(tmp_path)
+    config_only(tmp_path, rows=536)
+    assert len(load_tokenizer(tmp_path)) == 488
+
+
+def test_every_stop_token_that_the_model_states_ends_a_reply(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|eom_id|>", "<|observation|>"]})
+    ids = dict(zip(names := ("<|im_end|>", "<|endoftext|>", "<|eom_id|>", "<|observation|>"),
+                   tokenizer.convert_tokens_to_ids(list(names)), strict=True))  # fmt: skip
+    config = Qwen3Config(vocab_size=len(tokenizer), eos_token_id=ids["<|eom_id|>"])
+    config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    plain = tokenizer.encode("a", add_special_tokens=False)[0]  # one that is text never ends a reply
+    GenerationConfig(eos_token_id=[ids["<|im_end|>"], ids["<|observation|>"], plain, 99_999]).save_pretrained(tmp_path)
+    renderer = Renderer(load_tokenizer(tmp_path), ())
+    assert renderer.stop_token_ids >= {ids["<|im_end|>"], ids["<|eom_id|>"], ids["<|observation|>"]}
+    assert not renderer.stop_token_ids & {plain, 99_999}
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert ids["<|observation|>"] not in Renderer(load_tokenizer(tmp_path), ()).stop_token_ids
+
+
+def test_a_history_is_no_longer_than_the_models_positions(tmp_path: Path) -> None:
+    tiny_tokenizer().save_pretrained(tmp_path)
+    for scaling, longest in ((None, 512), ({"rope_type": "yarn", "factor": 4.0}, 2048)):
+        rope = {} if scaling is None else {"rope_parameters": {"rope_theta": 10000.0, **scaling}}
+        Qwen3Config(vocab_size=488, max_position_embeddings=512, **rope).save_pretrained(tmp_path)
+        assert longest_history(tmp_path) == longest
+    Qwen3Config(vocab_size=488, max_position_embeddings=512).save_pretrained(tmp_path)
+    said: list[str] = []
+
+    def fitted(**rollout: int) -> int:
+        config = config_from_dict({"engine": {"model": str(tmp_path)}, "rollout": rollout})
+        return fit_history(config, said.append).rollout.max_tokens
+
+    assert (fitted(max_tokens=512), fitted(max_tokens=100), said) == (512, 100, [])
+    assert fitted() == 512 and said == [
+        f"model {tmp_path} has positions for 512 tokens: histories end there, not at 16384"
+    ]
+    with pytest.raises(ConfigError, match=r"rollout.max_tokens=513, and model .* has positions for 512 tokens.*=512"):
+        fitted(max_tokens=513)
 
 
 def test_a_tokenizer_without_model_or_template_is_one(tmp_path: Path) -> None:

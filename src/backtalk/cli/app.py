@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from typing import Annotated
 
@@ -15,7 +17,7 @@ from backtalk.cli.doctor import doctor
 from backtalk.cli.evaluate import evaluate
 from backtalk.cli.export import export
 from backtalk.cli.import_trajectories import import_trajectories
-from backtalk.cli.interrupts import Interrupted, disk_is_full
+from backtalk.cli.interrupts import Interrupted, disk_is_full, file_is_too_large
 from backtalk.cli.options import fail
 from backtalk.cli.serve import serve
 from backtalk.cli.settings import settings
@@ -46,6 +48,7 @@ app.add_typer(tasks_app, name="tasks")
 
 def main() -> None:
     """Run the `backtalk` command; print mistakes as messages, and bugs, or all errors with --debug, as tracebacks."""
+    _speak_any_encoding()
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]  # it may stand anywhere
     try:
@@ -59,6 +62,24 @@ def main() -> None:
         fail(message, exit_code=1 if isinstance(error, OSError) else 2)
 
 
+def _speak_any_encoding() -> None:
+    """Make names of files UTF-8 and printing never fail, whatever the locale and the terminal.
+
+    Libraries that are not Python's open files by UTF-8 names alone. So under another locale Python begins anew in its
+    UTF-8 mode, and goes on to print in the terminal's encoding, with "?" for what that has not got.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and not sys.flags.utf8_mode and sys.executable:
+        encoding = getattr(sys.stdout, "encoding", None) or "ascii"
+        env = {"PYTHONIOENCODING": encoding} | os.environ
+        os.execve(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]], env)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+    for argument in sys.argv[1:]:
+        if any("\udc80" <= character <= "\udcff" for character in argument):
+            fail(f"{argument!r} is not UTF-8 text; rename what it names, or give it another way")
+
+
 def explain(error: BaseException) -> str | None:
     """Return the message to print for an error, or None for a bug, whose traceback helps more."""
     if isinstance(error, BaseExceptionGroup):
@@ -70,6 +91,11 @@ def explain(error: BaseException) -> str | None:
         return (
             f"the disk is full ({error}). What was written before is whole; make room, then continue a training "
             "with: backtalk train --out RUN --resume"
+        )
+    if file_is_too_large(error):
+        return (
+            f"a file would become larger than this shell allows ({error}); allow it with `ulimit -f unlimited`. "
+            "What was written before is whole; continue a training with: backtalk train --out RUN --resume"
         )
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror or error}; check the path, and whether you may read and write there"

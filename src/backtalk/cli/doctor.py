@@ -43,6 +43,11 @@ MIN_MEMORY_GIB = 2.0
 MIN_DISK_GIB = 1.0
 DEFAULT_ROLLOUTS = 64  # at once
 GIB = 1 << 30
+NEEDS_LINUX = "bubblewrap and Landlock isolate commands on Linux only, so nothing runs in a terminal here"
+ELSEWHERE = (
+    "import, account, export, show, report, check, and train with worlds of Python classes, work without; for terminals"
+    " take a Linux machine, virtual machine or container, or an environment of Harbor (docs/harbor.md)"
+)
 STYLES = {"ok": "green", "note": "yellow", "optional": "dim", "missing": "bold red"}
 
 
@@ -76,9 +81,11 @@ def doctor(
         if failed := print_conformance(console):
             fail(f"the sandbox fails {failed} checks; docs/security.md says what each means", exit_code=1)
         return
-    missing = print_findings(examine(), console)
-    if missing:
-        fail(f"a default run cannot work here: {', '.join(missing)}. What to do stands above", exit_code=1)
+    findings: list[Finding] = []
+    missing = print_findings((findings.append(finding) or finding for finding in examine()), console)
+    if missing:  # with the reasons, since what was printed may have gone elsewhere
+        reasons = [f"{f.name}: {f.text}; {f.fix}" for f in findings if f.state is State.MISSING]
+        fail(f"a default run cannot work here. {' | '.join(reasons)}", exit_code=1)
     console.print("\nReady. Begin with: backtalk train --preset triage", markup=False, highlight=False)
 
 
@@ -190,6 +197,9 @@ def _base_model() -> Finding:
 def _sandbox() -> Iterator[Finding]:
     from backtalk.sandboxes import local_sandbox
 
+    if sys.platform != "linux":
+        yield Finding("Sandbox", State.MISSING, f"none on {platform.system()}: {NEEDS_LINUX}", ELSEWHERE)
+        return
     try:
         backend = local_sandbox("auto")
         asyncio.run(_try_sandbox(backend))
@@ -213,10 +223,14 @@ def _sandbox() -> Iterator[Finding]:
 
 
 def _capacity() -> Finding:
-    from backtalk.sandboxes.machine.capacity import capacity
+    from backtalk.sandboxes.machine.capacity import available_mb, capacity, carried_by_memory, memory_limits
 
-    found = capacity(SandboxLimits())
+    found, left_mb = capacity(SandboxLimits()), available_mb()
     text = f"{found.sandboxes} at once, with {found.bound}"
+    if "memory" not in found.bound:
+        text += f"; the {left_mb:.0f} MiB of memory left carry {carried_by_memory(SandboxLimits(), left_mb)}"
+    if memory_limits():
+        text += f"; memory is that of the control group, {min(memory_limits()) / GIB:.1f} GiB"
     if found.sandboxes >= DEFAULT_ROLLOUTS:
         return Finding("Sandboxes", State.OK, text)
     return Finding("Sandboxes", State.NOTE, f"{text}; the default run wants {DEFAULT_ROLLOUTS} and takes longer")

@@ -109,13 +109,16 @@ def import_trajectories(
 
 def _write(out: Path, imported: Imported, user_role: UserRole) -> None:
     """Write the trajectories and print what was imported; exit with 1 where a record was refused."""
+    from rich.console import Console
+
     from backtalk.run.log import write_trajectories
 
     if imported.trajectories:
         write_trajectories(out, imported.trajectories)
     _print(imported, user_role, new_console())
+    _print_refusals(imported, Console(stderr=True))
     if not imported.trajectories:
-        raise ConfigError(f"nothing could be imported, so {out} was not written; the reasons are above")
+        raise ConfigError(f"nothing could be imported, so {out} was not written; the reasons stand above")
     typer.echo(f"Written: {out}")
     if imported.refusals:
         raise typer.Exit(1)
@@ -171,9 +174,12 @@ def _print(imported: Imported, user_role: UserRole, console: Console) -> None:
     console.print(table)
     for note in _notes(imported, user_role):
         console.print(f"- {note}", markup=False, highlight=False)
-    if not imported.refusals:
-        return
-    console.print("\nRefused:", style="red")
+
+
+def _print_refusals(imported: Imported, console: Console) -> None:
+    """Print the reasons where the error is printed, so that they stand above it."""
+    if imported.refusals:
+        console.print("\nRefused:", style="red")
     for refusal in imported.refusals[:SHOWN_REFUSALS]:
         console.print(f"- {refusal.where}: {refusal.reason}", markup=False, highlight=False, soft_wrap=True)
     rest = len(imported.refusals) - SHOWN_REFUSALS

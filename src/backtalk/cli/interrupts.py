@@ -1,4 +1,4 @@
-"""Stop work on Ctrl-C (once: after its clean-up, twice: at once), and recognise a full disk."""
+"""Stop work on Ctrl-C (once: after its clean-up, twice: at once), and recognise a full disk or too large a file."""
 
 from __future__ import annotations
 
@@ -66,13 +66,20 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 def disk_is_full(error: BaseException) -> bool:
     """Return whether an error, or one that caused it, says that the disk is full; libraries wrap it variously."""
+    return _says(error, (errno.ENOSPC, errno.EDQUOT), ("No space left on device", "os error 28", "Disk quota exceeded"))
+
+
+def file_is_too_large(error: BaseException) -> bool:
+    """Return whether an error, or one that caused it, says that a file may not become that large (``ulimit -f``)."""
+    return _says(error, (errno.EFBIG,), ("File too large", "os error 27"))
+
+
+def _says(error: BaseException, numbers: tuple[int, ...], texts: tuple[str, ...]) -> bool:
     seen: BaseException | None = error
     for _ in range(10):
         if seen is None:
             return False
-        if isinstance(seen, OSError) and seen.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(text in str(seen) for text in ("No space left on device", "os error 28", "Disk quota exceeded")):
+        if (isinstance(seen, OSError) and seen.errno in numbers) or any(text in str(seen) for text in texts):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -19,9 +20,22 @@ RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, as
 OptionalRunFolder = Annotated[
     Path | None, typer.Argument(metavar="[RUN]", help="A run folder, as `backtalk train` made it.")
 ]
+
+
+def _check_overrides(given: list[str] | None) -> list[str] | None:
+    for override in given or ():
+        if "=" not in override:
+            raise ConfigError(
+                f"--set {override} has no =; write --set {override}=VALUE, without spaces, for example --set steps=100"
+            )
+    return given
+
+
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; may be given many times."),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change one setting; may be given many times.", callback=_check_overrides
+    ),
 ]
 
 HostPackages = Annotated[
@@ -46,11 +60,17 @@ def on_refuse_choice(given: str) -> Literal["stop", "skip"]:
     raise ConfigError(f"--on-refuse {given} is unknown; use stop or skip")
 
 
-def new_console() -> Console:
-    """Return a console on standard output."""
+def new_console(*, lasting: bool = False) -> Console:
+    """Return a console on standard output; if it is ``lasting``, the work goes on when nobody reads it."""
     from rich.console import Console
 
-    return Console()
+    class LastingConsole(Console):
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            typer.echo("note: nobody reads the output any more; the work goes on", err=True)
+
+    return LastingConsole() if lasting else Console()
 
 
 def new_folder(name: str) -> Path:

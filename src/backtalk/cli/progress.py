@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from backtalk.cli.heartbeat import Heartbeat
 from backtalk.evidence.compare import Comparison
 from backtalk.evidence.study import StudyEvent, StudyProgress, StudyRunDone, StudyStarted
 from backtalk.run.benchmark import BenchmarkResult
@@ -55,9 +56,12 @@ class RunDisplay(_Display):
     A context manager; pass ``show`` as ``on_event``.
     """
 
-    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, console: Console, clock: Callable[[], float] = time.monotonic, heartbeat: Heartbeat | None = None
+    ) -> None:
         super().__init__(console, "{task.description:>12}", transient=True)
         self._clock = clock
+        self._heartbeat = heartbeat or Heartbeat(None, "")
         self._steps: TaskID | None = None
         self._rollouts: TaskID | None = None
         self._last_step_at = clock()
@@ -68,9 +72,8 @@ class RunDisplay(_Display):
         match event:
             case RunStarted():
                 self._started(event)
-            case RolloutDone() if self._rollouts is not None:
-                name = "rollouts" if event.phase == "training" else event.phase
-                self._bars.update(self._rollouts, description=name, total=event.total, completed=event.done)
+            case RolloutDone():
+                self._rollout_done(event)
             case StepDone():
                 self._step_done(event)
             case EvaluationDone():
@@ -80,17 +83,30 @@ class RunDisplay(_Display):
                 self._print(f"note: {event.text}")
             case RunDone():
                 ending = "finished" if event.finished else "stopped"
-                self._print(f"{ending} after step {event.step}: {event.folder}")
+                self._print(f"{ending} after {_steps(event.step)}: {event.folder}")
+                self._heartbeat.doing("writing the report")
+
+    def _print(self, text: str) -> None:
+        super()._print(text)
+        self._heartbeat.heard()
 
     def _started(self, event: RunStarted) -> None:
-        begin = f"continuing after step {event.first_step}" if event.first_step else "starting"
+        begin = f"continuing after {_steps(event.first_step)}" if event.first_step else "starting"
         worlds = ", ".join(world.name for world in event.worlds)
-        self._print(f"{begin}: {event.steps} steps, into {event.folder}; {worlds}")
+        self._print(f"{begin}: {_steps(event.steps)}, into {event.folder}; {worlds}")
+        self._heartbeat.doing("preparing the first rollouts")
         for warning in (warning for world in event.worlds for warning in world.warnings):
             self._print(f"note: {warning}")
         self._last_step_at = self._clock()
         self._steps = self._bars.add_task("steps", total=event.steps, completed=event.first_step, note="")
         self._rollouts = self._bars.add_task("rollouts", total=None, note="")
+
+    def _rollout_done(self, event: RolloutDone) -> None:
+        if self._rollouts is not None:
+            name = "rollouts" if event.phase == "training" else event.phase
+            self._bars.update(self._rollouts, description=name, total=event.total, completed=event.done)
+        done = f"{event.done} of {event.total} rollouts"
+        self._heartbeat.doing(f"{event.phase}, step {event.step}: {done}", goes_on=event.done > 1)
 
     def _step_done(self, event: StepDone) -> None:
         now = self._clock()
@@ -98,6 +114,7 @@ class RunDisplay(_Display):
         self._last_step_at = now
         left = self.seconds_left(event.steps - event.step - 1)
         self._print(step_line(event, left))
+        self._heartbeat.doing(f"the rollouts of step {event.step + 1}")
         if self._steps is not None:
             self._bars.update(self._steps, completed=event.step + 1, note=f"{clock_text(left)} left")
 
@@ -136,7 +153,7 @@ class StudyDisplay(_Display):
         note = f"reward {reward}  env CE {ce} nats"
         self._bars.update(self._tasks[event.run], total=event.steps, completed=event.step, note=note)
         if not self._console.is_terminal and event.step % max(1, event.steps // 10) == 0:
-            self._print(f"{event.run}  step {event.step}/{event.steps}  {note}")
+            self._print(f"{event.run}  {event.step}/{event.steps} steps  {note}")
 
 
 def comparison_table(comparison: Comparison) -> Table:
@@ -161,11 +178,11 @@ def comparison_table(comparison: Comparison) -> Table:
 
 
 def step_line(event: StepDone, seconds_left: float) -> str:
-    """Return a step as a line: reward, cross-entropy of the environment's output, speed, time left."""
+    """Return a step, counted from 0, as a line: reward, cross-entropy of the environment's output, speed, time left."""
     metrics = event.metrics
     width = len(str(event.steps))
     words = [
-        f"step {event.step + 1:>{width}}/{event.steps}",
+        f"step {event.step:>{width}} ({event.step + 1}/{event.steps})",
         f"reward {_number(metrics.get('reward'), '.3f')}",
         f"env CE {_number(metrics.get('env_output_ce'), '.3f')} nats",
         f"{_number(metrics.get('tokens_per_second'), ',.0f')} tokens/s",
@@ -218,6 +235,10 @@ def clock_text(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' if count != 1 else ''}"
 
 
 def _number(value: float | None, form: str) -> str:

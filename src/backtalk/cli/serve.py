@@ -26,10 +26,12 @@ def serve(
     config, checkpoint = policy_settings(folder, model, base, list(settings or []))
     from backtalk.engines.choose import open_engine
     from backtalk.language.renderer import Renderer
+    from backtalk.run.history import fit_history
     from backtalk.run.serve import Endpoint, listen
     from backtalk.run.serve import serve as serve_forever
 
     listener = listen(host, port)  # before a model is loaded, which may take minutes
+    config = fit_history(config, lambda text: typer.echo(f"note: {text}", err=True))
     engine = open_engine(config.engine, seed=config.seed)
     if checkpoint is not None:
         engine.load(checkpoint)

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from backtalk.cli.heartbeat import Heartbeat
 from backtalk.cli.interrupts import Interrupted, run
 from backtalk.cli.options import Settings, new_console, new_folder
 from backtalk.cli.show import report
 from backtalk.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from backtalk.run.config import TrainConfig
     from backtalk.run.events import Event, OnEvent
 
@@ -47,29 +50,38 @@ def train(
     overrides = list(settings or []) + ([f"engine.model={model}"] if model else [])
     overrides += [f"tasks.source=openenv:{openenv}"] if openenv else []
     resolved = _resolve(config, preset, overrides, out, resume)
+    folder = out or new_folder(preset or Path(config or "run").stem)
+    console = new_console(lasting=True)
+    say = None if console.is_terminal else (lambda text: console.print(text, markup=False, highlight=False))
+    with Heartbeat(say, "loading PyTorch, the model and the tasks") as heartbeat:
+        _train(resolved, folder, resume, track, console, heartbeat)
+        report(folder)
+
+
+def _train(
+    config: TrainConfig, folder: Path, resume: bool, track: str | None, console: Console, heartbeat: Heartbeat
+) -> None:
     from backtalk.cli.progress import RunDisplay
     from backtalk.run.config import config_to_dict
     from backtalk.run.track import tracking
     from backtalk.run.train import train as run_training
 
-    folder = out or new_folder(preset or Path(config or "run").stem)
     with ExitStack() as stack:
-        listeners: list[OnEvent] = [stack.enter_context(RunDisplay(new_console())).show]
+        listeners: list[OnEvent] = [stack.enter_context(RunDisplay(console, heartbeat=heartbeat)).show]
         if track is not None:
-            listeners.append(stack.enter_context(tracking(track, folder, config_to_dict(resolved))))
+            listeners.append(stack.enter_context(tracking(track, folder, config_to_dict(config))))
 
         def on_event(event: Event) -> None:
             for listener in listeners:
                 listener(event)
 
         try:
-            run(run_training(resolved, folder, resume=resume, on_event=on_event))
+            run(run_training(config, folder, resume=resume, on_event=on_event))
         except Interrupted:
             stack.close()
             if (folder / "config.yaml").exists():
                 typer.echo(f"Stopped. Continue with: backtalk train --out {folder} --resume", err=True)
             raise
-    report(folder)
 
 
 def _resolve(

@@ -44,7 +44,7 @@ def view(
         raise ConfigError(
             f"the page needs starlette and uvicorn ({error}); type: pip install 'backtalk[view]'"
         ) from error
-    from backtalk.run.serve import serve_application
+    from backtalk.run.serve import listen, serve_application
     from backtalk.viewer.live.sources import Library
 
     chosen = paths or [Path("runs")]
@@ -52,17 +52,18 @@ def view(
         if not path.exists():
             raise DataError(f"{path} does not exist; pass a run folder, a folder of runs, or a file of trajectories")
     port = _free_port() if port is None else port
-    library = Library(chosen, model)
-    address = f"http://{HOST}:{port}/"
-    typer.echo(f"Runs and files found: {len(library.sources())}. Open {address} ; Ctrl-C ends it.", err=True)
-    if open_browser:
-        typer.launch(address)
-    try:
-        run(serve_application(make_app(library), host=HOST, port=port))
-    except Interrupted:
-        typer.echo("Ended.", err=True)
-    finally:
-        library.close()
+    with listen(HOST, port) as listener:
+        library = Library(chosen, model)
+        address = f"http://{HOST}:{port}/"
+        typer.echo(f"Runs and files found: {len(library.sources())}. Open {address} ; Ctrl-C ends it.", err=True)
+        if open_browser:
+            typer.launch(address)
+        try:
+            run(serve_application(make_app(library), listener))
+        except Interrupted:
+            typer.echo("Ended.", err=True)
+        finally:
+            library.close()
 
 
 def _free_port() -> int:

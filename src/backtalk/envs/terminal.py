@@ -18,6 +18,7 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from backtalk.envs.base import Step, WorldReport, text_tool, warning_step
+from backtalk.envs.screen import shown_text
 from backtalk.errors import ConfigError, SandboxError, TaskError, VerifierError
 from backtalk.messages import Message, Part, ToolCall, ToolSpec, truncate_text
 from backtalk.sandboxes.base import DEFAULT_PATH, HOME, ExecResult, Sandbox, SandboxBackend, SandboxFile, SandboxLimits
@@ -29,6 +30,7 @@ from backtalk.trajectory import TokenRole
 ANSWER = "/logs/agent/answer.txt"
 REWARD_FILES = ("/logs/verifier/reward.json", "/logs/verifier/reward.txt")  # the first that is there counts
 SETUP_TIMEOUT_S = 120.0
+NEW_SHELL = "[the shell ended; a new one has its folder and exported variables, no other variables, functions, options]"
 
 BASH = text_tool(
     "bash",
@@ -79,6 +81,8 @@ class TerminalConfig:
     """Of the output of one command."""
     truncate: Literal["both", "head", "tail"] = "both"
     """What stays of a longer output."""
+    output: Literal["shown", "raw"] = "shown"
+    """shown: what a terminal would show, of a progress bar its last frame; raw: all that was written."""
     root: str | None = None
     """Root file system to start from: a folder, `docker export`'s tar, a Dockerfile; null is our own."""
     sandbox: SandboxLimits = field(default_factory=SandboxLimits)
@@ -283,7 +287,7 @@ def _test_command(task: Task, stage: str, *, answered: bool) -> str:
 
 
 def _observation(result: ExecResult, config: TerminalConfig) -> tuple[tuple[Part, ...], bool]:
-    output, notices = result.output, []
+    output, notices = shown_text(result.output) if config.output == "shown" else result.output, []
     parts = truncate_text(output, config.max_output_chars, TokenRole.ENV_OUTPUT, config.truncate)
     if result.dropped_bytes:
         notices.append(f"[{result.dropped_bytes} bytes more were dropped]")
@@ -293,6 +297,8 @@ def _observation(result: ExecResult, config: TerminalConfig) -> tuple[tuple[Part
         notices.append(f"[exit code {result.exit_code}]")
     elif not parts and not notices:
         notices.append("[no output]")
+    if result.new_shell:
+        notices.append(NEW_SHELL)
     if notices:
         own_line = "\n" if parts and not parts[-1].text.endswith("\n") else ""
         parts.append(Part(own_line + "\n".join(notices), TokenRole.WARNING))

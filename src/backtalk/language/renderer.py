@@ -111,7 +111,8 @@ class Renderer:
         self._opens_thinking = generation_prompt.rstrip().endswith(THINK_OPEN)
         self.end_of_turn_id = self._find_end_of_turn()
         eos, pad = (getattr(tokenizer, name, None) for name in ("eos_token_id", "pad_token_id"))
-        self.stop_token_ids = frozenset({self.end_of_turn_id} | (self.encoder.control_id_set & {eos, pad}))
+        ends = {eos, pad} | getattr(tokenizer, "stated_stop_ids", frozenset())
+        self.stop_token_ids = frozenset({self.end_of_turn_id} | (self.encoder.control_id_set & ends))
         self.pad_token_id = self.end_of_turn_id if pad is None else pad
         self._action_marks = frozenset(
             {CALL_OPEN, CALL_CLOSE, THINK_OPEN, THINK_CLOSE, "<|python_tag|>", *tag_tokens(self.tools)}

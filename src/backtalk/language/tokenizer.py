@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Iterable
 from importlib import resources
@@ -14,6 +15,7 @@ from backtalk.errors import ConfigError
 
 EMBEDDED = {"base": "base_model", "shop": "shop_model"}  # models in the package: folder of assets by name
 HUB_TIMEOUT_S = 10.0
+_SPARE, _PADDED_TO = 0.1, 256  # rows that an embedding may have beyond its tokens: a tenth, or up to a round number
 
 
 def model_location(model: str) -> str:
@@ -65,8 +67,11 @@ def _check_reach(name: str) -> None:
 def load_tokenizer(location: str | Path) -> Any:
     """Return the fast tokenizer of a model's folder or Hugging Face name.
 
+    The stop tokens that the model's files state beside the tokenizer's own are its ``stated_stop_ids``.
+
     Raises:
-        ConfigError: it is missing or damaged, has only special tokens, or more tokens than the embedding has rows.
+        ConfigError: it is missing or damaged, has only special tokens, more tokens than the embedding has rows or far
+            fewer.
     """
     from transformers import AutoTokenizer
 
@@ -84,14 +89,40 @@ def load_tokenizer(location: str | Path) -> Any:
             f"{_missing(location, tokenizer.vocab_files_names.values())}; save the tokenizer that the model was "
             "trained with beside it, or pass another model"
         )
-    rows, needed = _embedding_rows(location), max(ids.values()) + 1
-    if rows is not None and needed > rows:
+    config, needed = _model_config(location), max(ids.values()) + 1
+    rows = getattr(config, "vocab_size", None)
+    beside = "or save the tokenizer that it was trained with beside it"
+    if isinstance(rows, int) and needed > rows:
         raise ConfigError(
             f"the tokenizer of {str(location)!r} has token ids up to {needed - 1} and the model's embedding has {rows} "
             f"rows, so it cannot read all of them; call model.resize_token_embeddings({needed}) and save the model "
-            "again, or save the tokenizer that it was trained with beside it"
+            f"again, {beside}"
         )
+    if isinstance(rows, int) and rows > max(needed * (1 + _SPARE), math.ceil(needed / _PADDED_TO) * _PADDED_TO):
+        raise ConfigError(
+            f"the tokenizer of {str(location)!r} has token ids up to {needed - 1} and the model's embedding has {rows} "
+            "rows, so much of what it can sample is no text; its tokenizer is another model's: call "
+            f"model.resize_token_embeddings({needed}) if you mean it, {beside}"
+        )
+    tokenizer.stated_stop_ids = _stated_stop_ids(location, config)
     return tokenizer
+
+
+def longest_history(location: str | Path) -> int | None:
+    """Return how many tokens a model has positions for; None where its config does not say.
+
+    Positions that are scaled (YaRN and the like) reach as far as the scaling says.
+    """
+    config = _model_config(location)
+    longest = getattr(config, "max_position_embeddings", None)
+    if not isinstance(longest, int) or longest < 1:
+        return None
+    for name in ("rope_parameters", "rope_scaling"):
+        scaling = getattr(config, name, None)
+        if isinstance(scaling, dict) and isinstance(scaling.get("factor"), int | float):
+            trained = scaling.get("original_max_position_embeddings") or longest
+            longest = max(longest, int(trained * scaling["factor"]))
+    return longest
 
 
 def _missing(location: str | Path, names: Iterable[str] = ()) -> str:
@@ -103,14 +134,27 @@ def _missing(location: str | Path, names: Iterable[str] = ()) -> str:
     return f" (the folder lacks {', '.join(sorted(lacking))})"
 
 
-def _embedding_rows(location: str | Path) -> int | None:
-    """Return the vocabulary size in the model's config; None if there is no config, or none in it."""
+def _model_config(location: str | Path) -> Any:
+    """Return the config of a model, of its text part; None where there is none that can be read."""
     from transformers import AutoConfig
 
     if Path(location).is_dir() and not (Path(location) / "config.json").is_file():
         return None
     try:
-        rows = getattr(AutoConfig.from_pretrained(location).get_text_config(), "vocab_size", None)
+        return AutoConfig.from_pretrained(location).get_text_config()
     except (OSError, ValueError, KeyError):  # loading the model reports what is wrong with it
         return None
-    return rows if isinstance(rows, int) else None
+
+
+def _stated_stop_ids(location: str | Path, config: Any) -> frozenset[int]:
+    """Return the tokens that end a reply by a model's generation_config.json and config.json."""
+    from transformers import GenerationConfig
+
+    stated = [getattr(config, "eos_token_id", None)]
+    try:
+        if config is not None:
+            stated.append(GenerationConfig.from_pretrained(location).eos_token_id)
+    except (OSError, ValueError, KeyError):  # most folders have none
+        pass
+    ids = [token for tokens in stated for token in (tokens if isinstance(tokens, list | tuple) else [tokens])]
+    return frozenset(token for token in ids if isinstance(token, int))

@@ -18,6 +18,7 @@ from backtalk.run.config import TrainConfig
 from backtalk.run.estimates import Interval, pass_at_k, ratio_interval
 from backtalk.run.evaluate import Evaluation, evaluate
 from backtalk.run.events import Notice, OnEvent, report_rollouts
+from backtalk.run.history import fit_history
 from backtalk.run.rollouts import check_rollouts
 from backtalk.run.worlds import OnNotice, open_sandboxes
 from backtalk.sandboxes.images.open import open_root
@@ -87,7 +88,7 @@ async def run_benchmark(
 
     tasks = await benchmark_tasks(benchmark, notice, config.terminal.root)
     num_rollouts = len(tasks) * benchmark.samples_per_task
-    limits = config.rollout
+    limits = fit_history(config, notice).rollout
     world = _open_world(config, benchmark)
     try:
         engine = open_engine(config.engine, seed=config.seed)

@@ -91,7 +91,9 @@ def parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, A
     parsed: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = (part.strip() for part in override.partition("="))
-        if not equals or not key:
+        if not equals:
+            raise ConfigError(f"override {override!r} has no =; write {override}=VALUE, for example steps=100")
+        if not key:
             raise ConfigError(f"override {override!r} is no setting; write key=value, for example steps=100")
         try:
             value = yaml.safe_load(text)

@@ -25,6 +25,7 @@ from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict
 from backtalk.run.evaluate import Evaluation, evaluate
 from backtalk.run.events import EvaluationDone, Notice, OnEvent, RunDone, RunStarted, StepDone, report_rollouts
 from backtalk.run.guard import Guard
+from backtalk.run.history import fit_history
 from backtalk.run.log import RunLog, lock_folder
 from backtalk.run.recorded import recorded_trajectories
 from backtalk.run.rollouts import check_rollouts, rollout_metrics, row_metrics, time_metrics
@@ -148,6 +149,7 @@ def _check_folder(log: RunLog, config: TrainConfig, resume: bool) -> None:
 @asynccontextmanager
 async def open_run(config: TrainConfig, on_event: OnEvent) -> AsyncIterator[Run]:
     """Open the parts of a run; its worlds are closed when the context is left, and if another part cannot be had."""
+    config = fit_history(config, lambda text: on_event(Notice(text)))
     async with open_worlds(config, lambda text: on_event(Notice(text))) as worlds:
         yield Run(config, worlds, on_event)
 

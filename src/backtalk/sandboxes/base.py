@@ -37,6 +37,7 @@ class ExecResult:
     timed_out: bool = False
     dropped_bytes: int = 0  # output beyond the limit
     seconds: float = 0.0
+    new_shell: bool = False  # the shell ended; the next has its folder and exported variables, and nothing else of it
 
 
 @dataclass(frozen=True, slots=True)

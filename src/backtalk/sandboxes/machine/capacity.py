@@ -55,17 +55,20 @@ def capacity(limits: SandboxLimits, left: Resources | None = None) -> Capacity:
     At least 1. `left` None is what this machine has left.
     """
     left = left or available_resources()
-    each_mb = _MEMORY_MB + limits.memory_mb / _AT_LIMITS
     each_processes = _PROCESSES + limits.processes / _AT_LIMITS
     bounds = (
         (int(left.cores * PER_CORE), f"{left.cores:g} processor cores"),
-        # An eighth is left for the trainer to grow.
-        (int(left.memory_mb * (1 - 1 / _AT_LIMITS) / each_mb), f"{left.memory_mb:.0f} MiB of memory left"),
+        (carried_by_memory(limits, left.memory_mb), f"{left.memory_mb:.0f} MiB of memory left"),
         (int((left.processes - _KEPT_PROCESSES) / each_processes), f"{left.processes} processes left"),
         ((left.open_files - _KEPT_FILES) // _OPEN_FILES, f"{left.open_files} open files left (ulimit -n)"),
     )
     number, bound = min(bounds)
     return Capacity(max(1, number), bound)
+
+
+def carried_by_memory(limits: SandboxLimits, memory_mb: float) -> int:
+    """Return how many sandboxes this much memory carries; an eighth of it is left for the trainer to grow."""
+    return int(memory_mb * (1 - 1 / _AT_LIMITS) / (_MEMORY_MB + limits.memory_mb / _AT_LIMITS))
 
 
 def memory_is_short(limits: SandboxLimits) -> bool:

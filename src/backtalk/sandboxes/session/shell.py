@@ -129,7 +129,7 @@ class Session:
         self._check()
         if self._running_since is not None:  # an earlier call was cancelled
             await self._stop(self._running_since)
-        number = secrets.token_hex(8)
+        number, before = secrets.token_hex(8), self._shell
         tick = int(time.clock_gettime(_CLOCK) * _TICKS_PER_S)
         began = time.perf_counter()
         self._running_since = tick
@@ -143,7 +143,8 @@ class Session:
             await self._stop(tick)
         self._running_since = None
         output, dropped = self._output.take()
-        return ExecResult(output, exit_code, timed_out, dropped, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        return ExecResult(output, exit_code, timed_out, dropped, seconds, self._shell is not before)
 
     async def _outcome(self, number: str) -> int:
         """Return the exit code from what comes first: the report or the end of the shell, or the end of the session."""
