@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from typer.testing import CliRunner
 
-from backtalk.cli import doctor
+from backtalk.cli import app, doctor
 from backtalk.cli.doctor import GIB, Finding, State, examine, print_findings
 from backtalk.errors import SandboxUnavailable
 from backtalk.sandboxes import BackendReport
@@ -142,3 +143,25 @@ def test_printing_names_what_stops_a_run() -> None:
         "missing   Sandbox           none",
         "                            -> apt-get install bubblewrap",
     ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="control groups are Linux's")
+def test_it_says_what_the_memory_of_a_control_group_carries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "capacity", lambda limits: Capacity(22, "246 open files left (ulimit -n)"))
+    monkeypatch.setattr(capacity, "available_mb", lambda: 3264.0)
+    monkeypatch.setattr(capacity, "memory_limits", lambda: [4 * GIB, 8 * GIB])
+    # 7/8 of 3264 MiB, and 4 + 512 / 8 MiB for each: 2856 / 68 = 42
+    assert doctor._capacity().text == (
+        "22 at once, with 246 open files left (ulimit -n); the 3264 MiB of memory left carry 42; memory is that of the "
+        "control group, 4.0 GiB; the default run wants 64 and takes longer"
+    )
+
+
+def test_what_stops_a_run_is_in_the_error_with_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = Finding("Sandbox", State.MISSING, "none that is safe works here", "apt install bubblewrap")
+    monkeypatch.setattr(doctor, "examine", lambda: [Finding("Python", State.OK, "3.12"), missing])
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: a default run cannot work here. Sandbox: none that is safe works here; apt install bubblewrap\n"
+    )

@@ -136,3 +136,42 @@ def test_sources_in_the_settings() -> None:
     ]
     with pytest.raises(ConfigError, match="weight=0"):
         load_config("triage", ["tasks.source=[{name: triage, weight: 0}]"])
+
+
+def test_forms_in_which_writers_of_data_sets_give_a_row(tmp_path: Path) -> None:
+    """The same task, its fields as text, as parts, as messages and as JSON."""
+    plain = {**ROW, "setup": ["touch b"], "env": {"PORT": "80"}, "agent_timeout_s": 900, "solution": {"solve.sh": "ls"}}
+    text = ROW["instruction"]
+    forms: list[dict[str, Any]] = [
+        {"instruction": [{"type": "text", "text": text}]},
+        {"instruction": [{"role": "user", "content": text}]},
+        {"instruction": [{"from": "human", "value": text}]},
+        {"instruction": {"role": "user", "content": [{"type": "text", "text": text}]}},
+        {"instruction": json.dumps([{"role": "user", "content": text}])},
+        {"tests": json.dumps({"test.sh": ROW["tests"]})},
+        {"tests": json.dumps([{"path": "test.sh", "content": ROW["tests"]}])},
+        {"files": json.dumps(ROW["files"])},
+        {"files": [{"path": "a.txt", "content": "1\n2\n"}]},
+        {"files": json.dumps([{"path": "a.txt", "content": "1\n2\n"}])},
+        {"setup": "touch b"},
+        {"setup": json.dumps(["touch b"])},
+        {"env": json.dumps({"PORT": 80})},
+        {"env": {"PORT": 80}},
+        {"agent_timeout_s": "900"},
+        {"solution": json.dumps({"solve.sh": "ls"})},
+    ]
+    rows = [{**plain, **form, "id": f"t{number}"} for number, form in enumerate([{}, *forms])]
+    first, *others = read_tasks(str(write(tmp_path / "tasks.jsonl", *rows)))
+    for form, task in zip(forms, others, strict=True):
+        for part in ("instruction", "files", "setup", "env", "agent_timeout_s"):
+            assert getattr(task, part) == getattr(first, part), form
+        assert {name: file.content for name, file in task.tests.items()} == {
+            name: file.content for name, file in first.tests.items()
+        }, form
+    # What only looks like JSON is what it says.
+    for instruction in ('{"answer": "what is the value?"}', "[1, 2, 3]: which is the largest?", '["a", "b"]'):
+        (task,) = read_tasks(str(write(tmp_path / "t.jsonl", {**ROW, "instruction": instruction})))
+        assert task.instruction == instruction
+    with pytest.raises(TaskError, match=r"line 1: instruction: .*messages of an instruction are the system's and"):
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        read_tasks(str(write(tmp_path / "t.jsonl", {**ROW, "instruction": turns})))

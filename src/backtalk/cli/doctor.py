@@ -43,11 +43,6 @@ MIN_MEMORY_GIB = 2.0
 MIN_DISK_GIB = 1.0
 DEFAULT_ROLLOUTS = 64  # at once
 GIB = 1 << 30
-NEEDS_LINUX = "bubblewrap and Landlock isolate commands on Linux only, so nothing runs in a terminal here"
-ELSEWHERE = (
-    "import, account, export, show, report, check, and train with worlds of Python classes, work without; for terminals"
-    " take a Linux machine, virtual machine or container, or an environment of Harbor (docs/harbor.md)"
-)
 STYLES = {"ok": "green", "note": "yellow", "optional": "dim", "missing": "bold red"}
 
 
@@ -195,7 +190,7 @@ def _base_model() -> Finding:
 
 
 def _sandbox() -> Iterator[Finding]:
-    from backtalk.sandboxes import local_sandbox
+    from backtalk.sandboxes import ELSEWHERE, NEEDS_LINUX, local_sandbox
 
     if sys.platform != "linux":
         yield Finding("Sandbox", State.MISSING, f"none on {platform.system()}: {NEEDS_LINUX}", ELSEWHERE)

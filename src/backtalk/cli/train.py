@@ -49,11 +49,11 @@ def train(
     """
     overrides = list(settings or []) + ([f"engine.model={model}"] if model else [])
     overrides += [f"tasks.source=openenv:{openenv}"] if openenv else []
-    resolved = _resolve(config, preset, overrides, out, resume)
-    folder = out or new_folder(preset or Path(config or "run").stem)
     console = new_console(lasting=True)
     say = None if console.is_terminal else (lambda text: console.print(text, markup=False, highlight=False))
     with Heartbeat(say, "loading PyTorch, the model and the tasks") as heartbeat:
+        resolved = _resolve(config, preset, overrides, out, resume)
+        folder = out or new_folder(preset or Path(config or "run").stem)
         _train(resolved, folder, resume, track, console, heartbeat)
         report(folder)
 

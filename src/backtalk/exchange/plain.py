@@ -53,6 +53,14 @@ def parsed(value: Any, what: str) -> Any:
         raise DataError(f"{what} is a text that is not JSON ({error}): {value[:80]!r}") from error
 
 
+def unpacked(value: Any) -> Any:
+    """Return a text that is JSON, read; any other value as it is, so that it is named as it was written."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
 def first_of(record: Mapping[str, Any], *names: str) -> Any:
     """Return the first of these fields that is not None, else None."""
     return next((record[name] for name in names if record.get(name) is not None), None)
@@ -85,7 +93,7 @@ def booleans(values: Any, what: str) -> tuple[bool, ...]:
 
 def reward_of(record: Mapping[str, Any]) -> float | None:
     """Return the reward, None where there is none; raise DataError for one that is not finite."""
-    value = record.get("reward")
+    value = unpacked(record.get("reward"))
     if value is not None and not is_finite(value):
         raise DataError(f"reward is {value!r}; it must be a finite number, or null where there is none")
     return None if value is None else float(value)
@@ -117,6 +125,7 @@ def is_finite(x: Any) -> bool:
 
 def _checked(values: Any, what: str, is_valid: Callable[[Any], bool], problem: str) -> Sequence[Any]:
     """Return the values as a list, an array or tensor too; raise DataError with the first that is not valid."""
+    values = unpacked(values)
     if hasattr(values, "tolist"):
         values = values.tolist()
     if not isinstance(values, (list, tuple)):

@@ -16,17 +16,22 @@ from backtalk.language.tool_formats.reply import call_text
 from backtalk.language.tool_formats.values import clean_value, read_json
 from backtalk.messages import ToolCall, clean_text
 
-_THINKING = ("thinking", "reasoning", "redacted_thinking")  # types of parts that do not belong to the answer
+# Types of parts that do not belong to the answer, and the fields in which servers and data sets put reasoning.
+THOUGHTS = ("thinking", "reasoning", "redacted_thinking", "reasoning.text", "summary_text", "reasoning_text")
+_REASONING = ("reasoning_content", "reasoning", "thinking", "reasoning_text")
+_BLOCKS = ("content", "thinking_blocks", "reasoning_details", "reasoning", "thinking", "summary")
 
 
 def content_text(content: Any, what: str = "a message") -> str:
-    """Return the text of a message's content: a text, null, or a list of parts; thinking is left out.
+    """Return the text of a message's content: a text, null, a part or a list of parts; thinking is left out.
 
     Raises:
         DataError: a part that is neither text nor thinking, or content of another type.
     """
     if content is None or isinstance(content, str):
         return content or ""
+    if isinstance(content, Mapping):
+        content = [content]
     if not isinstance(content, (list, tuple)):
         raise DataError(f"{what} has content of type {type(content).__name__}; only text can be read")
     return "".join(_part_text(part, what) for part in content)
@@ -38,23 +43,47 @@ def _part_text(part: Any, what: str) -> str:
     kind: Any = type(part).__name__
     if isinstance(part, Mapping):
         kind = part.get("type")
-        if kind in _THINKING:
+        if kind in THOUGHTS or part.get("thought") is True:
             return ""
         for name in ("text", "refusal"):
-            if isinstance(part.get(name), str):
-                return part[name]
+            found = part.get(name)
+            found = found.get("value") if isinstance(found, Mapping) else found  # as OpenAI's assistants wrote it
+            if isinstance(found, str):
+                return found
     raise DataError(f"{what} holds {kind!r}; only text can be read")
 
 
 def reasoning_text(message: Mapping[str, Any]) -> str:
     """Return a message's reasoning, from the fields in which servers put it or from its thinking parts."""
-    for name in ("reasoning_content", "reasoning"):
-        if message.get(name):
-            return str(message[name])
-    content = message.get("content")
-    parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, (list, tuple)) else []
-    thoughts = [part.get("thinking") or part.get("text") for part in parts if part.get("type") in _THINKING]
-    return "\n".join(content_text(thought, "a thought") for thought in thoughts)
+    for fields in (message, message.get("provider_specific_fields") or {}):
+        for name in _REASONING:
+            if isinstance(fields.get(name), str) and fields[name]:
+                return fields[name]
+    for name in _BLOCKS:
+        thoughts = [_thought(part) for part in _mappings(message.get(name))]
+        if any(thoughts):
+            return "\n".join(filter(None, thoughts))
+    return ""
+
+
+def _thought(part: Mapping[str, Any]) -> str:
+    """Return the text of a part that is thinking; an empty one for other parts, and where it is encrypted."""
+    if part.get("type") not in THOUGHTS and part.get("thought") is not True:
+        return ""
+    found = next((part[name] for name in ("thinking", "reasoning", "text") if part.get(name)), "")
+    return found if isinstance(found, str) else "".join(str(inner.get("text") or "") for inner in _mappings(found))
+
+
+def _mappings(values: Any) -> list[Mapping[str, Any]]:
+    return [value for value in values if isinstance(value, Mapping)] if isinstance(values, (list, tuple)) else []
+
+
+def _unpacked(value: Any) -> Any:
+    """Return a value that may be JSON in a text, read; other texts as they are."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value.strip() else value
+    except ValueError:
+        return value
 
 
 def read_call(call: Any, what: str = "a tool call") -> tuple[ToolCall, str | None]:
@@ -67,13 +96,16 @@ def read_call(call: Any, what: str = "a tool call") -> tuple[ToolCall, str | Non
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
         raise DataError(f"{what} names no tool: {str(call)[:80]!r}")
-    arguments, identifier = function.get("arguments"), call.get("id")
+    arguments = next((function[key] for key in ("arguments", "input", "args") if function.get(key) is not None), None)
+    identifier = call.get("id")
     try:
         if isinstance(arguments, str):
             text = arguments.strip() or "{}"
             arguments, end = read_json(text)
             if text[end:]:
                 raise ValueError(f"{text[end : end + 24]!r} follows it")
+            if isinstance(arguments, str):  # JSON in JSON
+                arguments = json.loads(arguments)
         arguments = {} if arguments is None else clean_value(arguments)
     except ValueError as error:
         raise DataError(f"{what} has arguments that are not JSON ({error}): {str(arguments)[:80]!r}") from None
@@ -106,10 +138,13 @@ def read_assistant(message: Mapping[str, Any]) -> AssistantMessage:
     Raises:
         DataError: content that is not text.
     """
-    text = clean_text(content_text(message.get("content")) or content_text(message.get("refusal")))
+    content = message.get("content")
+    used = [part for part in _mappings(content) if part.get("type") == "tool_use"]
+    content = [part for part in content if part not in used] if used and isinstance(content, (list, tuple)) else content
+    text = clean_text(content_text(content) or content_text(message.get("refusal")))
     calls, call_ids = list[ToolCall](), list[str | None]()
-    written = message.get("tool_calls") or message.get("function_call")
-    for raw in filter(None, written if isinstance(written, list) else [written]):
+    written = _unpacked(message.get("tool_calls")) or _unpacked(message.get("function_call"))
+    for raw in [*filter(None, map(_unpacked, written if isinstance(written, list) else [written])), *used]:
         try:
             call, call_id = read_call(raw)
         except DataError:

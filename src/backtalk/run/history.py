@@ -20,10 +20,8 @@ def fit_history(config: TrainConfig, on_notice: Callable[[str], None]) -> TrainC
         ConfigError: the number was set, and the model has fewer positions.
     """
     model = getattr(config.engine, "model", None)
-    if getattr(config.engine, "kind", None) != "torch" or not isinstance(
-        model, str
-    ):  # other engines know their own models
-        return config
+    if getattr(config.engine, "kind", None) != "torch" or not isinstance(model, str):
+        return config  # another engine knows its own models
     asked, longest = config.rollout.max_tokens, longest_history(model_location(model))
     if longest is None or asked <= longest:
         return config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -19,6 +21,13 @@ __all__ = [
     "SandboxLimits",
     "local_sandbox",
 ]
+
+NEEDS_LINUX = "bubblewrap and Landlock isolate commands on Linux only, so nothing runs in a terminal here"
+ELSEWHERE = (
+    "What works: import, account, export, show, report, check, and training with worlds of Python classes or OpenEnv "
+    "servers. For terminals take a Linux machine, virtual machine or container, or an environment of Harbor "
+    "(docs/harbor.md)"
+)
 
 SandboxChoice = Literal["auto", "bubblewrap", "sandlock", "unsafe"]
 
@@ -40,6 +49,8 @@ def local_sandbox(
         SandboxUnavailable: no safe backend works; the message says what was tried, and what to install or to allow.
         ConfigError: an unknown choice, or a ``root`` for a backend that takes none.
     """
+    if sys.platform != "linux" and choice != "unsafe":
+        raise SandboxUnavailable(f"no sandbox on {platform.system()}: {NEEDS_LINUX}. {ELSEWHERE}")
     if root is not None and choice not in ("auto", "bubblewrap"):
         raise ConfigError(f"sandbox {choice!r} cannot start from a file system of its own; use bubblewrap, or no root")
     match choice:

@@ -22,6 +22,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from backtalk.errors import ConfigError, DataError, TaskError
+from backtalk.language.openai_chat import content_text
 from backtalk.parquet import parquet_rows
 from backtalk.sandboxes.base import HOME, SandboxFile
 from backtalk.sandboxes.bubblewrap.layers import USR_SRC
@@ -125,8 +126,44 @@ def _parse_object(value: Any) -> Any:
     return _without_nulls(json.loads(value)) if isinstance(value, str) else value
 
 
+def _unpacked(value: Any) -> Any:
+    """Parse a text that is an object or a list in JSON; return any other value as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "["):
+        try:
+            return _without_nulls(json.loads(value))
+        except ValueError:  # a script may begin so too
+            return value
+    return value
+
+
+def _parse_instruction(value: Any) -> Any:
+    """Return an instruction that is given as parts of a message, or as messages, as one text."""
+    given = _unpacked(value)
+    given = [given] if isinstance(given, dict) else given
+    if not isinstance(given, list) or not all(isinstance(item, dict) for item in given):
+        return value
+    if given and all({"role", "from"} & item.keys() for item in given):
+        if any(item.get("role", item.get("from")) not in ("system", "user", "human") for item in given):
+            raise ValueError("messages of an instruction are the system's and the user's")
+        return "\n\n".join(content_text(item.get("content", item.get("value"))) for item in given)
+    return content_text(given) if all("type" in item for item in given) else value
+
+
+def _parse_number(value: Any) -> Any:
+    return float(value) if isinstance(value, str) else value
+
+
+def _parse_env(value: Any) -> Any:
+    """Return variables; a number is the text of it."""
+    found = _parse_object(value)
+    if not isinstance(found, dict):
+        return found
+    return {name: str(text) if type(text) in (int, float) else text for name, text in found.items()}
+
+
 def _parse_files(value: Any, script: str = "") -> Any:
     """Return files by path; a text is the file ``script``, and a list holds objects with path and content."""
+    value = _unpacked(value)
     if isinstance(value, str) and script:
         return {script: {"content": value, "mode": "755"}}
     if not isinstance(value, list):
@@ -137,6 +174,11 @@ def _parse_files(value: Any, script: str = "") -> Any:
     if len(files) < len(value):
         raise ValueError("two entries have one path; leave one out")
     return files
+
+
+def _parse_list(value: Any) -> Any:
+    value = _unpacked(value)
+    return [value] if isinstance(value, str) else value
 
 
 class _File(BaseModel):
@@ -164,7 +206,7 @@ class _File(BaseModel):
 
 
 _Text = Annotated[str, Field(pattern=r"\S")]
-_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_parse_number)]
 _Variable = Annotated[str, Field(pattern="^[A-Za-z_][A-Za-z0-9_]*$")]
 _Files = dict[str, Annotated[_File, AfterValidator(_File.build)]]
 _Object = BeforeValidator(_parse_object)
@@ -180,7 +222,7 @@ class _Row(BaseModel):
 
     id: Annotated[_Text, BeforeValidator(lambda value: str(value) if type(value) is int else value)] = ""
     """a text or a whole number that no other task has"""
-    instruction: _Text = ""
+    instruction: Annotated[_Text, BeforeValidator(_parse_instruction)] = ""
     """the task, in words for the agent"""
     folder: _Text = ""
     """the path of a task folder, from where the file of rows lies"""
@@ -190,9 +232,9 @@ class _Row(BaseModel):
     """the script test.sh, or files by path as in files"""
     solution: Annotated[_Files, BeforeValidator(partial(_parse_files, script="solve.sh"))] = {}
     """the script solve.sh, or files by path as in files"""
-    setup: Annotated[list[str], BeforeValidator(lambda x: [x] if isinstance(x, str) else x), AfterValidator(tuple)] = []
+    setup: Annotated[list[str], BeforeValidator(_parse_list), AfterValidator(tuple)] = []
     """a list of commands"""
-    env: Annotated[dict[_Variable, str], _Object] = {}
+    env: Annotated[dict[_Variable, str], BeforeValidator(_parse_env)] = {}
     """environment variables, texts by name"""
     workdir: str = Field(HOME, pattern=r"^/[\w./+@-]*$")
     """a plain absolute path"""

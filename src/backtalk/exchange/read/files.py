@@ -279,12 +279,12 @@ def _tools(outer: Any, inner: Any) -> tuple[ToolSpec, ...]:
         agent = inner.get("agent")
         listed = agent.get("tool_definitions") if isinstance(agent, Mapping) else first_of(outer, "tools")
     tools = []
-    for tool in parsed(listed, "tools") or ():
-        function = first_of(tool, "function") or tool if isinstance(tool, Mapping) else {}
-        if isinstance(function, Mapping) and isinstance(function.get("parameters"), Mapping):
-            tools.append(
-                ToolSpec(str(function["name"]), str(function.get("description") or ""), function["parameters"])
-            )
+    for number, given in enumerate(parsed(listed, "tools") or ()):
+        tool = parsed(given, what := f"tool {number}")
+        function = parsed(first_of(tool, "function") or tool, what) if isinstance(tool, Mapping) else {}
+        schema = parsed(first_of(function, "parameters", "input_schema"), what) if isinstance(function, Mapping) else 0
+        if isinstance(schema, Mapping):
+            tools.append(ToolSpec(str(function["name"]), str(function.get("description") or ""), schema))
     return tuple(tools)
 
 

@@ -15,17 +15,16 @@ from typing import Any
 
 from backtalk.errors import DataError
 from backtalk.exchange.plain import first_of, mapping, parsed, plain
-from backtalk.language.openai_chat import content_text, read_call
+from backtalk.language.openai_chat import THOUGHTS, content_text, read_call, reasoning_text
 from backtalk.messages import Part, ToolCall
 
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "ai", "model", "agent", "bot", "function_call"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "ai", "model", "agent", "bot", "function_call", "tool_call"), "assistant"),
     **dict.fromkeys(("tool", "function", "ipython", "observation", "environment", "tool_response"), "tool"),
+    **dict.fromkeys(("tool_result", "tool_output", "function_response", "function_result"), "tool"),
 }
-_REASONING = ("reasoning_content", "reasoning", "thinking", "reasoning_text")
-_THOUGHTS = ("thinking", "reasoning", "redacted_thinking", "reasoning.text", "summary_text", "reasoning_text")
 _KEYSTROKES = re.compile(r'"keystrokes"\s*:\s*("(?:[^"\\]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*")')
 
 
@@ -97,6 +96,8 @@ def _flat(messages: Sequence[Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for position, entry in enumerate(messages):
         where = f"message {position}"
         message = mapping(parsed(entry, where), where)
+        if isinstance(message.get("data"), Mapping) and "content" in message["data"]:  # LangChain's older dumps
+            message = {**message["data"], "type": message.get("type")}
         if message.get("object") == "response" and isinstance(message.get("output"), (list, tuple)):
             yield from ((where, {**mapping(item, where), "role": None}) for item in message["output"])
         else:
@@ -114,27 +115,29 @@ def _read(message: Mapping[str, Any], where: str) -> Iterator[tuple[ChatMessage,
         yield ChatMessage(role="tool", text=text), [str(message.get("call_id") or "")]
         return
     if kind == "reasoning":
-        yield ChatMessage(role="assistant", text="", reasoning=_reasoning(message, message.get("summary"))), []
+        yield ChatMessage(role="assistant", text="", reasoning=reasoning_text(message)), []
         return
-    named = "assistant" if kind in ("function_call", "message") else first_of(message, "role", "from")
+    named = "assistant" if kind in ("function_call", "message") else first_of(message, "role", "from", "type")
     role = _ROLES.get(str(named).lower())
     if role is None:
         raise DataError(f"{where} has role {named!r}; known are system, user, assistant and tool")
-    content = _content(first_of(message, "content", "value"))
+    content = _content(first_of(message, "content", "value", "parts"))
     parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, (list, tuple)) else []
     for part in parts:
         if part.get("type") == "tool_result":
             text = content_text(_content(part.get("content")), f"a tool_result of {where}")
             yield ChatMessage(role="tool", text=text), [str(part.get("tool_use_id") or "")]
+        elif (answer := first_of(part, *_ANSWERS)) is not None:
+            yield _answer(mapping(parsed(answer, where), f"a function's answer of {where}")), [""]
     if isinstance(content, (list, tuple)):
-        content = [part for part in content if not isinstance(part, Mapping) or part.get("type") not in _NOT_TEXT]
-    answered = any(part.get("type") == "tool_result" for part in parts)
+        content = [part for part in content if not isinstance(part, Mapping) or not _is_no_text(part)]
+    answered = any(part.get("type") == "tool_result" or first_of(part, *_ANSWERS) is not None for part in parts)
     if role == "assistant":
         raw = list(_calls(message, kind, named, parts, where))
         calls = [_call(call, f"call {number} of {where}") for number, call in enumerate(raw)]
-        text = "" if named == "function_call" else content_text(content, where)
-        made = tuple(call for call, _ in calls)
-        yield ChatMessage(role=role, text=text, calls=made, reasoning=_reasoning(message, parts)), [i for _, i in calls]
+        text = "" if named in _CALLS else content_text(content, where)
+        made, reasoning = tuple(call for call, _ in calls), reasoning_text({**message, "content": parts})
+        yield ChatMessage(role=role, text=text, calls=made, reasoning=reasoning), [i for _, i in calls]
     elif content or not answered:
         text = content_text(content, where)
         if role == "tool":
@@ -148,7 +151,18 @@ def _read(message: Mapping[str, Any], where: str) -> Iterator[tuple[ChatMessage,
         )
 
 
-_NOT_TEXT = ("tool_use", "tool_result", *_THOUGHTS)
+_CALLS = ("function_call", "tool_call")  # roles
+_ASKS, _ANSWERS = ("functionCall", "function_call"), ("functionResponse", "function_response")  # Gemini's parts
+
+
+def _answer(answer: Mapping[str, Any]) -> ChatMessage:
+    said = answer.get("response")
+    text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
+    return ChatMessage(role="tool", text=text, tool=str(answer.get("name")))
+
+
+def _is_no_text(part: Mapping[str, Any]) -> bool:
+    return part.get("type") in ("tool_use", "tool_result", *THOUGHTS) or first_of(part, *_ASKS, *_ANSWERS) is not None
 
 
 def _content(content: Any) -> Any:
@@ -161,15 +175,18 @@ def _calls(
     """Yield a message's calls as they are written."""
     if kind == "function_call":
         yield message
-    elif named == "function_call":
-        yield parsed(first_of(message, "content", "value"), where)
-    listed = parsed(message.get("tool_calls"), f"tool_calls of {where}") or ()
+    elif named in _CALLS:
+        spelled = parsed(first_of(message, "content", "value"), where)
+        yield from spelled if isinstance(spelled, list) else [spelled]
+    listed = parsed(message.get("tool_calls") or None, f"tool_calls of {where}") or ()
+    listed = [listed] if isinstance(listed, Mapping) else listed
     if not isinstance(listed, (list, tuple)):
         raise DataError(f"tool_calls of {where} is a {type(listed).__name__}, not a list of calls")
     yield from listed
     if kind is None and message.get("function_call"):
         yield message["function_call"]
     yield from (part for part in parts if part.get("type") == "tool_use")
+    yield from (asked for part in parts if (asked := first_of(part, *_ASKS)) is not None)
 
 
 def _call(raw: Any, what: str) -> tuple[ToolCall, str]:
@@ -177,9 +194,8 @@ def _call(raw: Any, what: str) -> tuple[ToolCall, str]:
     call = parsed(raw, what)
     call = plain(call) if not isinstance(call, str) else call
     if isinstance(call, Mapping):
-        inner = (
-            parsed(call.get("function"), what) if str(call.get("function")).startswith("{") else call.get("function")
-        )
+        inner = call.get("function")
+        inner = parsed(inner, what) if isinstance(inner, str) and inner.lstrip().startswith("{") else inner
         source = inner if isinstance(inner, Mapping) else call
         name = inner if isinstance(inner, str) else first_of(source, "name", "tool_name", "tool")
         arguments = first_of(source, "arguments", "input", "args", "parameters")
@@ -188,17 +204,3 @@ def _call(raw: Any, what: str) -> tuple[ToolCall, str]:
         call = {"id": first_of(call, "call_id", "id", "tool_call_id"), "name": name, "arguments": arguments}
     found, identifier = read_call(call, what)
     return found, identifier or ""
-
-
-def _reasoning(message: Mapping[str, Any], parts: Any) -> str:
-    """Return a message's reasoning, from the field that holds it or from its parts."""
-    for fields in (message, message.get("provider_specific_fields") or {}):
-        for name in _REASONING:
-            if isinstance(fields.get(name), str) and fields[name]:
-                return fields[name]
-    for listed in (parts, message.get("content"), message.get("thinking_blocks"), message.get("reasoning_details")):
-        blocks = [part for part in listed if isinstance(part, Mapping)] if isinstance(listed, (list, tuple)) else []
-        thoughts = [first_of(b, "thinking", "reasoning", "text") for b in blocks if b.get("type") in _THOUGHTS]
-        if any(thoughts):
-            return "\n".join(thought for thought in thoughts if isinstance(thought, str))
-    return ""

@@ -6,7 +6,7 @@ TurnRecords are turns, see backtalk.exchange.read.turns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from backtalk.errors import DataError
@@ -15,7 +15,7 @@ from backtalk.exchange.read.observations import Observations
 from backtalk.exchange.read.turns import About, completion_segments
 from backtalk.trajectory import Segment, TokenRole, Trajectory
 
-_COLUMNS = ("prompt_ids", "completion_ids", "tool_mask", "env_mask", "completion_mask", "logprobs")
+_COLUMNS = ("prompt_ids", "completion_ids", "tool_mask", "env_mask", "prompt_mask", "completion_mask", "logprobs")
 
 
 def rows_of(record: Any) -> list[Mapping[str, Any]]:
@@ -40,29 +40,28 @@ def trajectory_from_trl(record: Any, about: About, observations: Observations) -
 
     A run of 1 in the mask is a turn's action, the run of 0 after it its observation.
 
+    Padding is what prompt_mask, completion_mask or an attention_mask over both have 0 for, on either side.
+
     Raises:
-        DataError: columns of different lengths, or a completion_mask that is 0 before the padding.
+        DataError: columns of different lengths, or a mask that is 0 between ones.
     """
     record = mapping(record, "a TRL record")
     prompt = token_ids(required(record, "a TRL record", "prompt_ids"), "prompt_ids")
     ids = token_ids(required(record, "a TRL record", "completion_ids"), "completion_ids")
+    masks = _masks(record, len(prompt), len(ids))
+    prompt = prompt[_unpadded(masks["prompt_mask"])]
     mask = first_of(record, "tool_mask", "env_mask")
     model = [True] * len(ids) if mask is None else booleans(mask, "tool_mask")
     logprobs = first_of(record, "logprobs", "sampling_per_token_logps", "old_per_token_logps")
     known = None if logprobs is None else numbers(logprobs, "logprobs")
-    real = first_of(record, "completion_mask")
-    real = [True] * len(ids) if real is None else booleans(real, "completion_mask")
-    same_length(completion_ids=ids, tool_mask=model, logprobs=known, completion_mask=real)
-    end = sum(real)
-    if not all(real[:end]):
-        raise DataError(
-            f"completion_mask is 0 at position {list(real).index(False)} and 1 after it; only padding may be 0"
-        )
-    if ids and not end:
+    same_length(completion_ids=ids, tool_mask=model, logprobs=known)
+    kept = _unpadded(masks["completion_mask"])
+    if ids and not ids[kept]:
         raise DataError("completion_mask is 0 everywhere, as mask_truncated_completions leaves it; nothing is known")
+    ids, model, known = ids[kept], model[kept], None if known is None else known[kept]
     renderer = observations.renderer
     segments, turn = [Segment(TokenRole.CONTEXT, prompt)], -1
-    for is_action, start, upto in runs(model[:end]):
+    for is_action, start, upto in runs(model):
         part = ids[start:upto]
         if is_action:
             turn += 1
@@ -73,3 +72,35 @@ def trajectory_from_trl(record: Any, about: About, observations: Observations) -
             closed = renderer is None or ids[start - 1] == renderer.end_of_turn_id
             segments += observations.segments(part, turn=turn, closed=closed)
     return about.trajectory(segments)
+
+
+def _masks(record: Mapping[str, Any], prompt: int, completion: int) -> dict[str, Sequence[bool]]:
+    """Return which tokens of prompt and completion are no padding.
+
+    Raises:
+        DataError: a mask of another length.
+    """
+    both = first_of(record, "attention_mask")
+    both = [True] * (prompt + completion) if both is None else booleans(both, "attention_mask")
+    if len(both) != prompt + completion:
+        raise DataError(f"attention_mask has {len(both)} entries for {prompt} prompt and {completion} completion ids")
+    found: dict[str, Sequence[bool]] = {}
+    for name, part, size in (
+        ("prompt_mask", both[:prompt], prompt),
+        ("completion_mask", both[prompt:], completion),
+    ):
+        given = first_of(record, name)
+        found[name] = part if given is None else booleans(given, name)
+        same_length(**{name.replace("mask", "ids"): range(size), name: found[name]})
+        if not all(found[name][_unpadded(found[name])]):
+            start = list(found[name]).index(True)
+            raise DataError(f"{name} is 0 at position {list(found[name]).index(False, start)} and 1 after it; only "
+                            "padding may be 0")  # fmt: skip
+    return found
+
+
+def _unpadded(mask: Sequence[bool]) -> slice:
+    """Return the place of what is no padding: from the first one to the last."""
+    if not any(mask):
+        return slice(0, 0)
+    return slice(list(mask).index(True), len(mask) - list(reversed(mask)).index(True))
