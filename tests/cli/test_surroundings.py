@@ -29,12 +29,12 @@ def shell(command: str, folder: Path, **env: str) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize(
     ("env", "name"),
-    [({"PYTHONIOENCODING": "ascii"}, b"?"), ({"PYTHONIOENCODING": "latin-1"}, b"\xe9"), (NO_UTF8, b"?")],
+    [({"PYTHONIOENCODING": "ascii"}, b""), ({"PYTHONIOENCODING": "latin-1"}, b"\xe9"), (NO_UTF8, b"")],
 )
 def test_a_folder_with_an_accent_and_a_terminal_without_utf8(env: dict[str, str], name: bytes, tmp_path: Path) -> None:
     done = shell(f"{CLI} tasks write \u00e9 --count 1", tmp_path, **env)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert done.stdout.startswith(name + b"/triage-")
+    assert done.stdout.startswith(name) and done.stdout.endswith(b"/triage-1-0\n")
     assert [path.name for path in tmp_path.iterdir()] == ["\u00e9"]
 
 
@@ -68,7 +68,7 @@ def write_bytes_of_a_limited_process(path: Path) -> None:
 def test_work_goes_on_when_nobody_reads_what_it_prints(tmp_path: Path) -> None:
     program = (
         "import sys, time; from backtalk.cli.options import new_console; console = new_console(lasting=True)\n"
-        "for n in range(3): console.print('x' * 100_000)\n"
+        "for n in range(3): console.print('x\\n' * 50_000, soft_wrap=True)\n"
         "print('the end', file=sys.stderr)"
     )
     (tmp_path / "p.py").write_text(program)
@@ -112,3 +112,19 @@ def test_silence_is_broken_and_only_silence() -> None:
     assert said[-1][1].startswith("... training, step 0: 1 of 8 rollouts, for ")
     with Heartbeat(None, "loading", every_s=0.01) as heartbeat:
         heartbeat.doing("nothing is said in a terminal, which shows bars")
+
+
+def test_what_a_terminal_has_no_characters_for_is_a_question_mark(tmp_path: Path) -> None:
+    program = (
+        "import sys; from backtalk.cli.app import _speak_any_encoding\n"
+        "from backtalk.cli.options import new_console; _speak_any_encoding(); new_console().print('a \\u00b7 \\u00e9')"
+    )
+    (tmp_path / "p.py").write_text(program)
+    for env, shown in (
+        ({"PYTHONIOENCODING": "ascii"}, b"a ? ?\n"),
+        ({"PYTHONIOENCODING": "latin-1"}, b"a \xb7 \xe9\n"),
+    ):
+        done = shell(f"{sys.executable} p.py", tmp_path, **env)
+        assert (done.returncode, done.stdout, done.stderr) == (0, shown, b"")
+    done = shell(f"{sys.executable} p.py", tmp_path, **NO_UTF8)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"a ? ?\n", b"")

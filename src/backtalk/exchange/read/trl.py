@@ -15,7 +15,10 @@ from backtalk.exchange.read.observations import Observations
 from backtalk.exchange.read.turns import About, completion_segments
 from backtalk.trajectory import Segment, TokenRole, Trajectory
 
-_COLUMNS = ("prompt_ids", "completion_ids", "tool_mask", "env_mask", "prompt_mask", "completion_mask", "logprobs")
+_COLUMNS = (
+    *("prompt_ids", "completion_ids", "tool_mask", "env_mask", "logprobs"),
+    *("prompt_mask", "completion_mask", "attention_mask"),
+)
 
 
 def rows_of(record: Any) -> list[Mapping[str, Any]]:
