@@ -113,7 +113,10 @@ def test_a_history_is_no_longer_than_the_models_positions(tmp_path: Path) -> Non
     config = Qwen3Config(vocab_size=488, max_position_embeddings=512)
     config.save_pretrained(tmp_path)
     assert longest_history(tmp_path) == 512
-    config.rope_parameters = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+    config.rope_parameters = {
+        **{"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0},
+        "original_max_position_embeddings": 512,
+    }
     config.save_pretrained(tmp_path)
     assert longest_history(tmp_path) == 2048
     Qwen3Config(vocab_size=488, max_position_embeddings=512).save_pretrained(tmp_path)

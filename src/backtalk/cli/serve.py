@@ -30,21 +30,21 @@ def serve(
     from backtalk.run.serve import Endpoint, listen
     from backtalk.run.serve import serve as serve_forever
 
-    listener = listen(host, port)  # before a model is loaded, which may take minutes
-    config = fit_history(config, lambda text: typer.echo(f"note: {text}", err=True))
-    engine = open_engine(config.engine, seed=config.seed)
-    if checkpoint is not None:
-        engine.load(checkpoint)
-    endpoint = Endpoint(
-        Renderer(engine.tokenizer, (), config.renderer),
-        engine.sampler,
-        config.sampling_params,
-        max_tokens=config.rollout.max_tokens,
-    )
-    policy = model or (f"the model that {folder} began with" if base else folder)
-    place = f"[{host}]" if ":" in host else host
-    typer.echo(f"Serving {policy} at http://{place}:{port}/v1; Ctrl-C ends it.", err=True)
-    try:
-        run(serve_forever(endpoint, listener))
-    except Interrupted:
-        typer.echo("Ended.", err=True)
+    with listen(host, port) as listener:  # before a model is loaded, which may take minutes
+        config = fit_history(config, lambda text: typer.echo(f"note: {text}", err=True))
+        engine = open_engine(config.engine, seed=config.seed)
+        if checkpoint is not None:
+            engine.load(checkpoint)
+        endpoint = Endpoint(
+            Renderer(engine.tokenizer, (), config.renderer),
+            engine.sampler,
+            config.sampling_params,
+            max_tokens=config.rollout.max_tokens,
+        )
+        policy = model or (f"the model that {folder} began with" if base else folder)
+        place = f"[{host}]" if ":" in host else host
+        typer.echo(f"Serving {policy} at http://{place}:{port}/v1; Ctrl-C ends it.", err=True)
+        try:
+            run(serve_forever(endpoint, listener))
+        except Interrupted:
+            typer.echo("Ended.", err=True)
