@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 
 from backtalk.errors import BacktalkError, ConfigError, DataError
 from backtalk.exchange.detect import Format, guess_format
-from backtalk.exchange.plain import first_of, mapping, parsed, plain
+from backtalk.exchange.plain import first_of, mapping, parsed, plain, unpacked
 from backtalk.exchange.read.atif import trajectory_from_atif
 from backtalk.exchange.read.batches import rllm_trajectories, skyrl_rows
 from backtalk.exchange.read.chat import trajectory_from_chat
@@ -279,10 +279,10 @@ def _tools(outer: Any, inner: Any) -> tuple[ToolSpec, ...]:
         agent = inner.get("agent")
         listed = agent.get("tool_definitions") if isinstance(agent, Mapping) else first_of(outer, "tools")
     tools = []
-    for number, given in enumerate(parsed(listed, "tools") or ()):
-        tool = parsed(given, what := f"tool {number}")
-        function = parsed(first_of(tool, "function") or tool, what) if isinstance(tool, Mapping) else {}
-        schema = parsed(first_of(function, "parameters", "input_schema"), what) if isinstance(function, Mapping) else 0
+    for given in parsed(listed, "tools") or ():
+        tool = unpacked(given)
+        function = unpacked(first_of(tool, "function") or tool) if isinstance(tool, Mapping) else {}
+        schema = unpacked(first_of(function, "parameters", "input_schema")) if isinstance(function, Mapping) else None
         if isinstance(schema, Mapping):
             tools.append(ToolSpec(str(function["name"]), str(function.get("description") or ""), schema))
     return tuple(tools)
