@@ -26,7 +26,7 @@ with warnings.catch_warnings():
     import ray
     from skyrl.backends.skyrl_train.inference_servers.engine_utils import get_sampling_params_for_backend
     from skyrl.backends.skyrl_train.training_batch import TrainingInputBatch
-    from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry, sync_registries
+    from skyrl.backends.skyrl_train.utils.ppo_utils import PolicyLossRegistry
     from skyrl.backends.skyrl_train.workers.worker_dispatch import WorkerDispatch
     from skyrl.backends.skyrl_train.workers.worker_utils import BaseBatchIterator, TokenBasedBatchIterator
     from skyrl.train.config import AlgorithmConfig, SamplingParams, SkyRLTrainConfig
@@ -37,12 +37,12 @@ with warnings.catch_warnings():
     from skyrl_loopback import Loopback, serve
 
     from backtalk.hosts.skyrl import EchoExperiment, EchoTrainer, RolloutGenerator, TaskPrompts, echo_config
-    from backtalk.hosts.skyrl.conformance import CpuActors, SkyRLUnderTest, TableWorker, start_ray
+    from backtalk.hosts.skyrl.conformance import SkyRLUnderTest, start_ray
     from backtalk.hosts.skyrl.loss import LOSSES, PREFIX, register_losses, world_loss
     from backtalk.hosts.skyrl.rows import SAMPLES, fill_mini_batches
     from backtalk.hosts.skyrl.smoke import SmokeTrainer
 
-from backtalk.engines.conformance import CHECKS, Outcome, conformance
+from backtalk.engines.conformance import CHECKS, Outcome, conformance, write_table_model
 from backtalk.envs.terminal import TerminalConfig, TerminalWorld
 from backtalk.errors import ConfigError, InfrastructureError
 from backtalk.language.tokenizer import model_location
@@ -66,20 +66,30 @@ C, T, A, E, W = TokenRole.CONTEXT, TokenRole.TEMPLATE, TokenRole.ACTION, TokenRo
 BASE = model_location("base")
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
+def losses() -> None:
+    register_losses()
+
+
+@pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
     start_ray()
-    register_losses()
-    sync_registries()
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def suite_trainer(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> SkyRLUnderTest:
+    """The suite's trainer, whose workers the other tests use too."""
+    return SkyRLUnderTest(write_table_model(tmp_path_factory.mktemp("table") / "model"))
 
 
 # The loss.
 
 
-def test_skyrl_passes_the_conformance_suite() -> None:
-    results = list(conformance(SkyRLUnderTest))
+def test_skyrl_passes_the_conformance_suite(suite_trainer: SkyRLUnderTest) -> None:
+    """The workers know of the loss through SkyRL's registry alone."""
+    results = list(conformance(lambda folder: suite_trainer))
     assert len(results) == len(CHECKS)
     assert [r for r in results if r.outcome is not Outcome.PASSED] == []
 
@@ -143,22 +153,6 @@ def test_a_loss_without_a_mask_is_refused() -> None:
         PolicyLossRegistry.get("backtalk_regular")(t["log_probs"], t["old"], t["advantages"], AlgorithmConfig())
 
 
-@ray.remote(num_cpus=0)
-def loss_elsewhere(name: str) -> float:
-    """A process that knows of the loss only through SkyRL's registry."""
-    t = tensors()
-    channel = torch.where(t["mask"] > 0, t["advantages"], -torch.ones_like(t["mask"]))
-    config = AlgorithmConfig(policy_loss_type=name)
-    _, metrics = PolicyLossRegistry.get(name)(t["log_probs"], t["old"], channel, config, t["mask"], t["rollout"])
-    return metrics["world_loss"]
-
-
-def test_the_loss_reaches_other_processes_by_skyrls_registry() -> None:
-    t = tensors()
-    found = ray.get(loss_elsewhere.remote("backtalk_regular"))
-    assert found == pytest.approx(-float((t["log_probs"] * (1 - t["mask"])).sum()), rel=1e-6)
-
-
 # Rows that SkyRL makes up.
 
 
@@ -192,7 +186,7 @@ def test_micro_batches_that_skyrl_makes_up_add_nothing() -> None:
     assert float(loss.detach()) == 0.0 and not bool(logprobs.grad.any())
 
 
-def test_rows_that_skyrl_copies_would_count_twice_so_mini_batches_are_filled_up() -> None:
+def test_rows_that_skyrl_copies_would_count_twice_so_mini_batches_are_filled_up(local_ray: None) -> None:
     """Three rows on two processes: SkyRL copies the first with its weights. Filled up by us, it has nothing to copy."""
     from skyrl.backends.skyrl_train.distributed.dispatch import MeshDispatch
 
@@ -292,6 +286,8 @@ def trainer_of(config: ObjectiveConfig, *, prompts: int = 2, size: int = 4, proc
         "trainer.policy_mini_batch_size": prompts,
         "trainer.policy.model.path": BASE,
         "trainer.placement.colocate_all": False,
+        "trainer.enable_ray_gpu_monitor": False,
+        "generator.inference_engine.enable_ray_prometheus_stats": False,
         "trainer.algorithm.use_kl_loss": False,
         "trainer.algorithm.policy_loss_type": "backtalk_regular",
         "trainer.algorithm.loss_reduction": "sequence_mean",
@@ -651,7 +647,7 @@ class Tracker:
     def finish(self) -> None: ...
 
 
-def experiment(tmp_path: Path, client: Any, trainer_class: type, **settings: Any) -> tuple[Any, Tracker]:
+def experiment(tmp_path: Path, client: Any, workers: Any, trainer_class: type, **settings: Any) -> tuple[Any, Tracker]:
     """SkyRL's experiment with its own loop, two workers on the CPU, and an engine on this machine."""
     objective = ObjectiveConfig(world_model_coeff=0.1)
     world, tasks = triage(6)
@@ -701,13 +697,15 @@ def experiment(tmp_path: Path, client: Any, trainer_class: type, **settings: Any
         generator=made.get_generator(cfg, made.tokenizer, client),
         colocate_pg=None,
     )
-    group = CpuActors(cfg.trainer, 1, 2, ray.remote(TableWorker))
-    ray.get(group.async_init_model(BASE))
-    trainer.dispatch = Dispatch(cfg, policy_actor_group=group, inference_engine_client=client)
+    ray.get(workers.async_run_ray_method("pass_through", "begin", cfg.trainer))
+    ray.get(workers.async_init_model(BASE))
+    trainer.dispatch = Dispatch(cfg, policy_actor_group=workers, inference_engine_client=client)
     return trainer, tracker
 
 
-def test_two_steps_of_skyrls_loop_on_two_workers(tmp_path: Path, fresh: tuple[Loopback, Any]) -> None:
+def test_two_steps_of_skyrls_loop_on_two_workers(
+    tmp_path: Path, fresh: tuple[Loopback, Any], suite_trainer: SkyRLUnderTest
+) -> None:
     """Its own train(): rollouts, batch, forward, advantages, update, evaluation; the last gradient is ours."""
     kept: list[list[Sample]] = []
 
@@ -716,7 +714,8 @@ def test_two_steps_of_skyrls_loop_on_two_workers(tmp_path: Path, fresh: tuple[Lo
             kept.append(list(generator_output[SAMPLES]))
             return super().convert_to_training_input(generator_output, uids)
 
-    trainer, tracker = experiment(tmp_path, fresh[1], Keeping)
+    workers = suite_trainer.actors(2)
+    trainer, tracker = experiment(tmp_path, fresh[1], workers, Keeping)
     asyncio.run(trainer.train())
     assert sorted(step for step, log in tracker.logs.items() if "world/loss" in log) == [1, 2]
     log = tracker.logs[2]
@@ -727,7 +726,7 @@ def test_two_steps_of_skyrls_loop_on_two_workers(tmp_path: Path, fresh: tuple[Lo
     assert log["policy/rollout_train_logprobs_abs_diff_max"] < 2e-4  # the engine and the workers agree
     # SkyRL's own count of the term, summed over workers and micro-batches: lambda times the loss of the step.
     assert log["policy/loss_metrics/world_loss"] == pytest.approx(0.1 * log["world/loss"], rel=1e-4)
-    seen = ray.get(trainer.dispatch._actor_groups["policy"].async_run_ray_method("pass_through", "seen"))
+    seen = ray.get(workers.async_run_ray_method("pass_through", "seen"))
     assert torch.equal(seen[0][0], seen[1][0])
     wanted = head_gradient(samples, ObjectiveConfig(world_model_coeff=0.1))
     assert float((seen[0][0] - wanted).norm() / wanted.norm()) < 1e-3
@@ -745,9 +744,11 @@ def head_gradient(samples: list[Sample], config: ObjectiveConfig) -> torch.Tenso
 
 
 def test_the_smoke_trainer_measures_its_first_step(
-    tmp_path: Path, fresh: tuple[Loopback, Any], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, fresh: tuple[Loopback, Any], suite_trainer: SkyRLUnderTest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trainer, tracker = experiment(tmp_path, fresh[1], SmokeTrainer, **{"trainer.eval_interval": -1})
+    trainer, tracker = experiment(
+        tmp_path, fresh[1], suite_trainer.actors(2), SmokeTrainer, **{"trainer.eval_interval": -1}
+    )
     asyncio.run(trainer.train())
     assert len(trainer.claims) >= 2 and all(claim.error < 1e-5 for claim in trainer.claims[-2:-1])
     assert all(claim.holds for claim in trainer.claims)

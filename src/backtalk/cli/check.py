@@ -20,7 +20,10 @@ STYLES = {"passed": "green", "failed": "bold red", "cannot": "yellow", "not appl
 
 def check(
     engine: Annotated[
-        str, typer.Option("--engine", help="torch, trl, tinker, or my_module:MyTrainer for your own (docs/engines.md).")
+        str,
+        typer.Option(
+            "--engine", help="torch, trl, skyrl, tinker, or my_module:MyTrainer for your own (docs/engines.md)."
+        ),
     ] = "torch",
 ) -> None:
     """Compare the gradient of every token of a fixed batch with the formula. Exits with 1 where a check fails."""
@@ -57,13 +60,18 @@ def open_trainer(engine: str) -> Callable[[Path], TrainerUnderTest]:
         from backtalk.hosts.trl.conformance import TrlUnderTest
 
         return TrlUnderTest
+    if engine == "skyrl":
+        from backtalk.hosts.skyrl.conformance import SkyRLUnderTest
+
+        return SkyRLUnderTest
     if engine == "tinker":
         from backtalk.engines.tinker.conformance import TinkerUnderTest
 
         return TinkerUnderTest
     if ":" not in engine:
         raise ConfigError(
-            f"--engine {engine} is unknown; use torch, trl, tinker, or my_module:MyTrainer for a trainer of your own"
+            f"--engine {engine} is unknown; use torch, trl, skyrl, tinker, or my_module:MyTrainer for a trainer of your "
+            "own"
         )
     found = import_object(engine, "--engine")
     if not all(callable(getattr(found, name, None)) for name in ("train_step", "own_grpo")):

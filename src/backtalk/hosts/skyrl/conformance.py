@@ -66,7 +66,7 @@ class SkyRLUnderTest:
 
     def _step(self, step: Step, trainer_class: Any) -> StepResult:
         cfg = step_config(step, plain=trainer_class is RayPPOTrainer)
-        group = self._actors(cfg, step.processes)
+        group = self.actors(step.processes)
         ray.get(group.async_run_ray_method("pass_through", "begin", cfg.trainer))
         objective = step.objective
         kwargs: dict[str, Any] = {}
@@ -91,9 +91,10 @@ class SkyRLUnderTest:
             raw=[gradient for gradient, _ in seen],
         )
 
-    def _actors(self, cfg: Any, count: int) -> Any:
+    def actors(self, count: int) -> Any:
         """Return so many workers; they are kept, because the table never changes."""
         if count not in self._groups:
+            cfg = SkyRLTrainConfig.from_cli_overrides({"trainer.policy.optimizer_config.lr": 0.0})
             self._groups[count] = CpuActors(cfg.trainer, 1, count, ray.remote(TableWorker))
             ray.get(self._groups[count].async_init_model(str(self.model_folder)))
         return self._groups[count]
@@ -112,7 +113,8 @@ def step_config(step: Step, *, plain: bool = False) -> Any:
             "trainer.algorithm.grpo_norm_by_std": False,
             "trainer.policy.optimizer_config.lr": 0.0,
             "trainer.placement.colocate_all": False,
-            "trainer.placement.colocate_policy_ref": False,
+            "trainer.enable_ray_gpu_monitor": False,
+            "generator.inference_engine.enable_ray_prometheus_stats": False,
             "trainer.train_batch_size": rows,
             "trainer.policy_mini_batch_size": rows,
             "trainer.micro_train_batch_size_per_gpu": max(math.ceil(share / step.microbatches), 1),
@@ -231,6 +233,7 @@ class CpuStrategy(_Strategy):
             gradient /= torch.distributed.get_world_size()
         self.head_gradient = model.model.lm_head.weight.grad.clone()
         optimizer.step()
+        scheduler.step()
         optimizer.zero_grad()
         return torch.stack([gradient.norm() for gradient in gradients]).norm()
 

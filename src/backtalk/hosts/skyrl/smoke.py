@@ -1,7 +1,7 @@
 """A trainer that measures gradients in its first step: do both terms do what the formula says on this machine?
 
-With a learning rate of 0, the first batch is passed through the workers five times, and SkyRL's norms of the whole
-gradient are compared: what is said of them is in ``CLAIMS``.
+The first batch is passed through the workers five times at a learning rate of 0, and SkyRL's norms of the whole gradient
+are compared. The optimizer's running means take those gradients in, so a long run is started without this trainer.
 """
 
 from __future__ import annotations
@@ -63,7 +63,6 @@ class SmokeTrainer(EchoTrainer):
         objective, rate = self.objective, self.cfg.trainer.policy.optimizer_config.lr
         coeff = objective.at(self.global_step - 1).world_coeff or 0.05
         alone = replace(objective, policy_coeff=0.0, world_model_coeff=coeff)
-        self.dispatch.set_lr("policy", 0.0)
         try:
             both = self._norm(data, replace(objective, policy_coeff=1.0, world_model_coeff=coeff))
             zero = self._norm(data, replace(objective, policy_coeff=1.0, world_model_coeff=0.0))
@@ -115,5 +114,6 @@ class SmokeTrainer(EchoTrainer):
         norms = []
         for chunks in self.dispatch.stage_data("policy", data, data.metadata["policy_mini_batch_boundaries"]):
             self.dispatch.forward_backward_from_staged("policy", chunks, **options)
+            self.dispatch.set_lr("policy", 0.0)  # the schedule sets it anew after each step
             norms.append(float(self.dispatch.optim_step("policy") or 0.0))
         return sum(norms) / len(norms)
