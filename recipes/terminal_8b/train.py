@@ -74,7 +74,9 @@ class RunWorld:
 
     def __init__(self, config: TrainConfig) -> None:
         self._stack = AsyncExitStack()
-        self.worlds = asyncio.run(self._stack.enter_async_context(open_worlds(config, print)))
+        # SkyRL has a loop of its own later; asyncio.run would close the worlds at its end.
+        self._loop = asyncio.new_event_loop()
+        self.worlds = self._loop.run_until_complete(self._stack.enter_async_context(open_worlds(config, print)))
 
     def tasks(self, split: Split, count: int, seed: int) -> list[Task]:
         """Return at most ``count`` tasks of a split from each source."""
@@ -87,6 +89,7 @@ class RunWorld:
     async def close(self) -> None:
         """Close every world."""
         await self._stack.aclose()
+        self._loop.close()
 
 
 def skyrl_settings(config: TrainConfig) -> dict[str, Any]:

@@ -306,6 +306,7 @@ def trainer_of(config: ObjectiveConfig, *, prompts: int = 2, size: int = 4, proc
         world_model_coeff=config.world_model_coeff,
         world_normalizer=config.world_normalizer,
         world_loss_target=config.world_loss_target,
+        max_seq_len=config.max_seq_len,
         world=config.world,
         policy_coeff=config.policy_coeff,
     )
@@ -387,7 +388,6 @@ def test_both_terms_are_the_objectives_token_by_token(
             "generator.step_wise_trajectories": step_wise,
         },
     )
-    trainer.objective = replace(trainer.objective, max_seq_len=50)
     batch = to_batch(trainer, output_of(groups(rows), config, step_wise=step_wise))
     channel = normalized(trainer, batch)
     samples = [s for group in groups(rows) for s in build_samples(group, config)]
@@ -770,3 +770,14 @@ def test_the_recipe_of_the_published_setting_is_one_that_skyrl_accepts(monkeypat
     assert (algorithm.loss_reduction, algorithm.use_kl_loss) == ("sequence_mean", False)
     assert (optimizer.lr, optimizer.adam_betas, optimizer.max_grad_norm) == (1e-6, [0.9, 0.95], 0.2)
     assert cfg.generator.inference_engine.engine_init_kwargs == {"max_model_len": 16384}
+
+    world = recipe.RunWorld(load_config(folder / "terminal_8b.yaml", ["engine.model=base", "tasks.source=triage"]))
+    task = world.tasks(Split.TRAIN, 2, 0)[0]
+
+    async def open_one() -> str:
+        async with world.open(task) as env:
+            first = await env.reset()
+        await world.close()
+        return first[-1].text
+
+    assert task.instruction in asyncio.run(open_one())
