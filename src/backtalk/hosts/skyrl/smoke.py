@@ -1,7 +1,7 @@
 """A trainer that measures gradients in its first step: do both terms do what the formula says on this machine?
 
 The first batch is passed through the workers five times at a learning rate of 0, and SkyRL's norms of the whole
-gradient are compared. The optimizer's running means take those gradients in, so a long run is started without this trainer.
+gradient are compared. The optimizer's running means take those gradients in, so begin a long run without this trainer.
 """
 
 from __future__ import annotations
