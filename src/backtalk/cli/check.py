@@ -70,8 +70,8 @@ def open_trainer(engine: str) -> Callable[[Path], TrainerUnderTest]:
         return TinkerUnderTest
     if ":" not in engine:
         raise ConfigError(
-            f"--engine {engine} is unknown; use torch, trl, skyrl, tinker, or my_module:MyTrainer for a trainer of your "
-            "own"
+            f"--engine {engine} is unknown; use torch, trl, skyrl, tinker, or my_module:MyTrainer for a trainer of "
+            "your own"
         )
     found = import_object(engine, "--engine")
     if not all(callable(getattr(found, name, None)) for name in ("train_step", "own_grpo")):
