@@ -33,6 +33,7 @@ from skyrl.train.config import SkyRLTrainConfig  # pyright: ignore[reportMissing
 from skyrl.train.generators.base import TrajectoryID  # pyright: ignore[reportMissingImports]
 from skyrl.train.trainer import RayPPOTrainer  # pyright: ignore[reportMissingImports]
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backtalk.engines.conformance import Step, StepResult, token_gradients
@@ -166,7 +167,7 @@ class TableWorker(_Worker):
         """Join the other workers by gloo, and let SkyRL take the CPU for its device."""
         torch.cuda.current_device = lambda: torch.device("cpu")  # pyright: ignore[reportAttributeAccessIssue]
         torch.distributed.init_process_group("gloo")
-        self.device_mesh = torch.distributed.init_device_mesh("cpu", (self._world_size, 1), mesh_dim_names=("dp", "sp"))
+        self.device_mesh = init_device_mesh("cpu", (self._world_size, 1), mesh_dim_names=("dp", "sp"))
         rank, size = self._rank, self._world_size
         self.mesh_rank = MeshRank(dp=rank, sp=0, tp=0, pp=0, world_size=size, dp_size=size, pp_size=1)
 
