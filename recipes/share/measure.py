@@ -27,7 +27,7 @@ from backtalk.run.train import train
 from backtalk.viewer.web.curves import new_figure
 
 SETTINGS = {"0.05": "0.05", "share 0.2": "{share: 0.2}"}
-KINDS = {"actions": "fresh: what triage outputs was never learned", "both": "both halves of triage learned"}
+KINDS = {"actions": "fresh", "both": "both halves"}  # of triage: the explorers' tokens alone were learned, or all
 
 
 def parameters(model: Path) -> int:
@@ -74,9 +74,9 @@ def draw(results: list[dict[str, Any]]) -> bytes:
     """Draw the realised share of each model, and what it did to the cross-entropy, for both settings."""
     figure, (share, effect) = new_figure(1, 2, width=5.0, height=3.8)
     for setting, color in zip(SETTINGS, ("#cf222e", "#0969da"), strict=True):
-        for kind, style in zip(KINDS, ("o--", "s-"), strict=True):
+        for (kind, name), style in zip(KINDS.items(), ("o--", "s-"), strict=True):
             chosen = [r for r in results if (r["kind"], r["setting"]) == (kind, setting)]
-            sizes, label = [r["parameters"] for r in chosen], f"{setting}, {kind}"
+            sizes, label = [r["parameters"] for r in chosen], f"{setting}, {name}"
             middle = [statistics.median(shares(r)) for r in chosen]
             low_high = [[abs(m - end(shares(r))) for r, m in zip(chosen, middle, strict=True)] for end in (min, max)]
             share.errorbar(sizes, middle, low_high, fmt=style, color=color, capsize=3, label=label)
@@ -85,8 +85,11 @@ def draw(results: list[dict[str, Any]]) -> bytes:
     share.set(title="share of the gradient: median, least and most of the steps", ylim=(0, 1))
     effect.set(title="cross-entropy of recorded output, change in nats a token")
     effect.axhline(0, color="#8c959f", linewidth=1, linestyle=":")
+    all_sizes = sorted({r["parameters"] for r in results})
     for axis in (share, effect):
         axis.set_xscale("log")
+        axis.set_xticks(all_sizes, [f"{size / 1e6:.2f} M" for size in all_sizes])
+        axis.minorticks_off()
         axis.set_xlabel("parameters", fontsize=8)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
