@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -361,21 +360,19 @@ async def test_our_own_server_says_what_it_sampled_in_every_turn() -> None:
     pytest.importorskip("uvicorn", reason="pip install 'backtalk[serve]'")
     from backtalk.rollout.sampler import SamplingParams, ScriptedSampler
     from backtalk.run.serve import Endpoint as Served
-    from backtalk.run.serve import serve
+    from backtalk.run.serve import listen, serve
 
     commands = (ToolCall("bash", {"command": "ls"}), ToolCall("bash", {"command": "pwd"}), DONE)
     written = {str(turn): renderer().encode_action(call) for turn, call in enumerate(commands)}
     # It opens a session for each request, and numbers them.
     policy = ScriptedSampler(lambda key: [key.removeprefix("serve/")], written.__getitem__, logprob=-0.5)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     served = Served(renderer(), lambda params: policy, SamplingParams(max_tokens=64), max_tokens=2048)
-    serving = asyncio.create_task(serve(served, host="127.0.0.1", port=port))
-    where = EndpointConfig(url=f"http://127.0.0.1:{port}/v1", model="m", attempts=12, first_wait_s=0.01)
-    trajectory = await played(Endpoint(where))
-    serving.cancel()
-    await asyncio.gather(serving, return_exceptions=True)
+    with listen("127.0.0.1", 0) as listener:
+        serving = asyncio.create_task(serve(served, listener))
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        trajectory = await played(Endpoint(EndpointConfig(url=url, model="m", attempts=12, first_wait_s=0.01)))
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
     assert [s.token_ids for s in trajectory.segments if s.role is ACTION] == [*written.values()]
     assert (trajectory.reward, trajectory.num_unsampled_turns) == (3.0, 0)
 

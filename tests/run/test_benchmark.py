@@ -14,6 +14,7 @@ from backtalk.rollout.limits import RolloutLimits
 from backtalk.run.benchmark import Benchmark, benchmark_tasks, pass_at_every_k, run_benchmark
 from backtalk.run.config import config_from_dict
 from backtalk.run.evaluate import Evaluation, TaskResult
+from backtalk.run.history import fit_history
 from backtalk.run.log import read_trajectories
 from backtalk.run.worlds import open_worlds
 from backtalk.sandboxes.machine import capacity
@@ -107,7 +108,7 @@ async def test_as_many_rollouts_at_once_as_in_a_training(tmp_path: Path, monkeyp
     )
     with pytest.raises(EndsHere):
         await run_benchmark(config, Benchmark(dataset="workbench", count=1))
-    async with open_worlds(config) as training:
+    async with open_worlds(fit_history(config, lambda _: None)) as training:
         assert used == [training.fit_concurrency(lambda _: None)]
     assert used[0].concurrency == 31
 

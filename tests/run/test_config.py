@@ -83,7 +83,7 @@ def test_what_follows_from_other_settings_is_filled_in() -> None:
         ("engine.gradient_checkpointing=1", "is not true or false"),
         ("sandbox=docker", "use one of auto, bubblewrap, sandlock, unsafe"),
         ("rollout=3", "write its settings indented beneath it"),
-        ("steps", "write key=value"),
+        ("steps", "write steps=VALUE"),
         ("steps=-1", "use steps >= 0"),
         ("group_size=1", "use group_size >= 2, or set objective.policy_coeff=0"),
         ("temperature=0", "use temperature > 0"),

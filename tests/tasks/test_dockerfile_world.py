@@ -133,7 +133,7 @@ def folder_of(place: Path, dockerfile: str) -> Path:
 async def test_a_world_starts_as_docker_would_start_it(tmp_path: Path, kind: str) -> None:
     dockerfile, command, printed = KINDS[kind]
     task = read_harbor_task(folder_of(tmp_path, dockerfile))
-    async with open_terminal_env(task, backend_or_skip(), TerminalConfig()) as env:
+    async with open_terminal_env(task, backend_or_skip(), TerminalConfig(output="raw")) as env:
         await env.reset()
         step = await env.step(ToolCall("bash", {"command": command}))
         assert step.messages[0].text == printed
@@ -201,7 +201,7 @@ def test_what_one_user_cannot_have_is_noted(tmp_path: Path) -> None:
 async def test_an_environment_of_its_own_sees_the_packages_of_this_machine(tmp_path: Path) -> None:
     folder_of(tmp_path, "FROM x\nRUN python3 -m venv /opt/v && /opt/v/bin/pip install jq\nENV PATH=/opt/v/bin:$PATH\n")
     task = read_harbor_task(tmp_path, host_packages=True)
-    async with open_terminal_env(task, backend_or_skip(), TerminalConfig()) as env:
+    async with open_terminal_env(task, backend_or_skip(), TerminalConfig(output="raw")) as env:
         await env.reset()
         step = await env.step(ToolCall("bash", {"command": "which python; grep include-system-site /opt/v/pyvenv.cfg"}))
     assert step.messages[0].text == "/opt/v/bin/python\ninclude-system-site-packages = true\n"
