@@ -6,8 +6,10 @@ It is played by a program that hides what only Linux has: modules' constants and
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +17,8 @@ HIDE = """
 import builtins, io, os, platform, shutil, signal, socket, sys, time
 import asyncio, torch, transformers, pyarrow.parquet, matplotlib.pyplot  # packages that were built for this machine
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from backtalk.language.tokenizer import model_location
+AutoModelForCausalLM.from_pretrained(model_location("base"))  # loads its code too
 sys.platform, platform.system, platform.machine = "darwin", lambda: "Darwin", lambda: "arm64"
 for name in ("sched_getaffinity", "sched_setaffinity", "memfd_create", "MFD_CLOEXEC", "MFD_ALLOW_SEALING",
              "pidfd_open", "unshare", "setns", "eventfd", "getxattr", "posix_fadvise", "O_TMPFILE", "O_PATH"):
@@ -48,11 +52,15 @@ for arguments in COMMANDS:
 """
 
 
+SMALL = "steps=1 tasks_per_step=1 group_size=2 evaluation.tasks=0 rollout.max_turns=1 rollout.max_tokens_per_turn=8"
 COMMANDS = {
     "doctor": "doctor",
     "import": "import c.jsonl --out o.jsonl",
     "account": "account o.jsonl",
     "triage": "train --preset triage --out no",
+    "train": "train --set tasks.source=guess_world:GuessWorld --out r " + " ".join(f"--set {s}" for s in SMALL.split()),
+    "show": "show r",
+    "report": "report r",
 }
 
 
@@ -62,6 +70,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("elsewhere")
     says = [{"role": "user", "content": "List the files."}, {"role": "assistant", "content": "ls"}]
     (folder / "c.jsonl").write_text(json.dumps({"messages": [*says, {"role": "tool", "content": "a.txt"}]}) + "\n")
+    shutil.copy(Path(__file__).parents[2] / "examples" / "guess_world.py", folder)
     program = f"COMMANDS = {[command.split() for command in COMMANDS.values()]!r}\n{HIDE}"
     ran = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(ran, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
@@ -89,9 +98,12 @@ def test_training_in_a_terminal_is_refused_in_one_sentence(said: dict[str, str])
     [
         ("import", "Written: o.jsonl"),
         ("account", "Tokens, in base"),
+        ("train", "finished after 1 step: r"),
+        ("show", "training step 0"),
+        ("report", "Report: r/report.html"),
     ],
 )
 def test_the_rest_works(command: str, words: str, said: dict[str, str]) -> None:
-    """Importers, masks and the account."""
+    """Importers, masks, the objective in a training step, and the viewer."""
     assert said[command].endswith("exit 0\n"), said[command]
     assert words in said[command]
