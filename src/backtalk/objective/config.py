@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -149,6 +149,11 @@ class WorldOptions:
                 )
             if not 0 <= weight < math.inf:
                 raise ConfigError(f"world.weights gives {name!r} {weight}; use a finite weight >= 0")
+
+    def changed(self, names: Iterable[str]) -> list[str]:
+        """Return those of some options that are not at their defaults."""
+        default = WorldOptions()
+        return [name for name in names if getattr(self, name) != getattr(default, name)]
 
     def weight(self, role: str, tool: str | None) -> float:
         """Return the weight of a target token of a role, in the observation of a tool."""

@@ -8,7 +8,7 @@ from typing import Any
 from backtalk.errors import ConfigError
 from backtalk.hosts.skyrl.loss import LOSSES, PREFIX
 from backtalk.objective.coefficient import Share
-from backtalk.objective.config import ObjectiveConfig, PolicyOptions, WorldOptions
+from backtalk.objective.config import ObjectiveConfig, PolicyOptions
 
 VERSION = "0.4.0"  # tested
 REDUCTIONS = {
@@ -96,8 +96,7 @@ def check_token_roles(cfg: Any, objective: ObjectiveConfig) -> None:
             "generator.step_wise_trajectories with token_roles: a row of SkyRL's has an action alone, and its "
             "observation is in the next row's prompt, which is not scored; use false, or Backtalk's RolloutGenerator"
         )
-    plain = WorldOptions()
-    if set_ones := [name for name in _OF_A_GROUP if getattr(objective.world, name) != getattr(plain, name)]:
+    if set_ones := objective.world.changed(_OF_A_GROUP):
         raise ConfigError(
             f"world options {', '.join(set_ones)} need the turns and rewards of a group, which token_roles have not; "
             "leave them at their defaults, or use Backtalk's RolloutGenerator"
@@ -147,8 +146,7 @@ def _check_objective(objective: ObjectiveConfig, temperature: float) -> None:
             f"SkyRL scores every token at temperature={temperature:g}, and the world-model term is at 1; use "
             "generator.sampling_params.temperature=1.0, or world=WorldOptions(temperature='sampling')"
         )
-    plain = WorldOptions()
-    if set_ones := [name for name in _OF_THE_ENGINE if getattr(objective.world, name) != getattr(plain, name)]:
+    if set_ones := objective.world.changed(_OF_THE_ENGINE):
         raise ConfigError(
             f"world options {', '.join(set_ones)} cannot be kept in SkyRL's step; leave them at their defaults, or use "
             "Backtalk's own engine"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
 from backtalk.errors import ConfigError
 from backtalk.objective.coefficient import Share
-from backtalk.objective.config import WorldOptions
 
 OLDEST, NEWEST = "1.7.1", "1.16"  # tested
 _METHODS = (
@@ -60,7 +58,7 @@ def check_trainer(trainer: Any) -> None:
 
 def check_objective(trainer: Any) -> None:
     """Raise ConfigError for options of the objective that TRL cannot keep."""
-    objective, plain = trainer.objective, WorldOptions()
+    objective = trainer.objective
     if isinstance(objective.world_model_coeff, Share):
         raise ConfigError(
             "world_model_coeff as a share of the gradient needs both terms' gradients, and TRL has their sum alone; "
@@ -73,9 +71,7 @@ def check_objective(trainer: Any) -> None:
             "temperature=1.0, or world=WorldOptions(temperature='sampling')"
         )
     unkept = list(_OF_THE_ENGINE) if trainer.rollouts is not None else [*_OF_THE_ENGINE, *_OF_A_GROUP]
-    known = {field.name for field in fields(WorldOptions)}
-    set_ones = [n for n in unkept if n in known and getattr(objective.world, n) != getattr(plain, n)]
-    if set_ones:
+    if set_ones := objective.world.changed(unkept):
         raise ConfigError(
             f"world options {', '.join(set_ones)} cannot be kept here: they need the rewards and turns of a group, "
             "which rollouts= has, or Backtalk's own engine; leave them at their defaults"
