@@ -15,6 +15,7 @@ import pkgutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import cache, reduce
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -83,8 +84,28 @@ def json_schema(kind: Any) -> dict[str, Any]:
 
     # Of a list of them, because pydantic takes no configuration for a dataclass itself.
     settings_list: Any = list.__class_getitem__(kind)
-    schema = TypeAdapter(settings_list, config={"extra": "forbid", "use_attribute_docstrings": True}).json_schema()
+    adapter = TypeAdapter(settings_list, config={"extra": "forbid", "use_attribute_docstrings": True})
+    schema = adapter.json_schema(schema_generator=_schema_generator())
     return schema["$defs"].pop(schema["items"]["$ref"].rpartition("/")[2]) | {"$defs": schema["$defs"]}
+
+
+@cache
+def _schema_generator() -> Any:
+    """Return pydantic's generator with the descriptions of inherited fields, which it leaves out."""
+    from pydantic.json_schema import GenerateJsonSchema
+
+    class Generator(GenerateJsonSchema):
+        def dataclass_schema(self, schema: Any) -> dict[str, Any]:
+            found = super().dataclass_schema(schema)
+            for base in filter(is_dataclass, schema["cls"].__mro__[1:]):
+                for name, item in json_schema(base)["properties"].items():
+                    found["properties"][name] = {
+                        "description": item.get("description", ""),
+                        **found["properties"][name],
+                    }
+            return found
+
+    return Generator
 
 
 def setting_schemas(kind: Any, prefix: str = "", *, alternatives: bool = False) -> dict[str, dict[str, Any]]:

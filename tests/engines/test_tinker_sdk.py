@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from backtalk.engines.remote.service import Datum, ServiceError
 from backtalk.engines.tinker.config import TinkerConfig
-from backtalk.engines.tinker.service import Datum, TinkerError
 from backtalk.errors import ConfigError, SamplerError
 
 pytest.importorskip("tinker.types")
@@ -50,7 +50,7 @@ def config(port: int) -> TinkerConfig:
 def test_a_server_that_is_not_there() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        with pytest.raises(TinkerError, match=r"no server answers at http://127.*start it, or set engine\.base_url"):
+        with pytest.raises(ServiceError, match=r"no server answers at http://127.*start it, or set engine\.base_url"):
             sdk.connect(config(free.getsockname()[1]))
 
 
@@ -62,7 +62,7 @@ def test_a_server_that_refuses(
     server: ThreadingHTTPServer, status: int, advice: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Answers, "status", status)
-    with pytest.raises(TinkerError, match=advice):
+    with pytest.raises(ServiceError, match=advice):
         sdk.connect(config(server.server_port))
 
 
@@ -111,12 +111,14 @@ def test_a_row_goes_out_shifted_and_comes_back_whole() -> None:
 def test_an_answer_that_never_comes_and_one_of_another_length() -> None:
     service = object.__new__(sdk.TinkerService)
     service._config, service._where = TinkerConfig(timeout_s=1.0), "http://here"
-    with pytest.raises(TinkerError, match=r"http://here did not give a forward pass: .*no answer; .*engine\.timeout_s"):
+    with pytest.raises(
+        ServiceError, match=r"http://here did not give a forward pass: .*no answer; .*engine\.timeout_s"
+    ):
         sdk.SdkModel(Client(TimeoutError()), service._ask, 1.0).run(
             [Datum(token_ids=[5, 6], inputs={"weights": [1.0]})], "cross_entropy", backward=True
         )
     output = type("Output", (), {"loss_fn_outputs": []})()
-    with pytest.raises(TinkerError, match="other tokens than it was sent"):
+    with pytest.raises(ServiceError, match="other tokens than it was sent"):
         sdk.SdkModel(Client(output), service._ask, 1.0).run(
             [Datum(token_ids=[5, 6], inputs={"weights": [1.0]})], "cross_entropy", backward=False
         )

@@ -25,7 +25,8 @@ from backtalk.settings import flatten
 
 
 def test_every_setting_says_what_it_is() -> None:
-    assert [key for key, schema in setting_schemas().items() if not schema.get("description")] == []
+    for engine in ("torch", "tinker"):
+        assert [key for key, schema in setting_schemas(engine).items() if not schema.get("description")] == []
 
 
 def run_presets() -> list[str]:

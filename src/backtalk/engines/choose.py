@@ -46,9 +46,9 @@ def open_engine(config: EngineConfig, *, seed: int = 0) -> Engine:
 
             return TorchEngine(config, seed=seed)
         case TinkerConfig():
-            from backtalk.engines.tinker.engine import TinkerEngine
+            from backtalk.engines.remote.engine import RemoteEngine
             from backtalk.engines.tinker.sdk import connect
 
-            return TinkerEngine(config, lambda: connect(config, seed=seed))
+            return RemoteEngine(config, lambda: connect(config, seed=seed))
         case _:
             return config.open(seed=seed)

@@ -22,11 +22,11 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from backtalk.engines.remote.engine import RemoteEngine
+from backtalk.engines.remote.gradients import step_gradients
+from backtalk.engines.remote.reduction import forward, linear_loss
+from backtalk.engines.remote.service import AdamStep, ServiceError
 from backtalk.engines.tinker.config import TinkerConfig
-from backtalk.engines.tinker.engine import TinkerEngine
-from backtalk.engines.tinker.gradients import step_gradients
-from backtalk.engines.tinker.reduction import forward, linear_loss
-from backtalk.engines.tinker.service import AdamStep, TinkerError
 from backtalk.objective import objective
 from backtalk.objective.batch import TokenCounts, collate
 from backtalk.objective.config import ObjectiveConfig
@@ -86,9 +86,9 @@ class Server:
     def config(self, **settings: Any) -> TinkerConfig:
         return TinkerConfig(model=str(self.model), base_url=self.url, lora_rank=RANK, timeout_s=PATIENCE_S, **settings)
 
-    def engine(self, **settings: Any) -> TinkerEngine:
+    def engine(self, **settings: Any) -> RemoteEngine:
         config = self.config(**settings)
-        return TinkerEngine(config, lambda: sdk.connect(config, seed=7))
+        return RemoteEngine(config, lambda: sdk.connect(config, seed=7))
 
     def adapters(self, model: Any) -> dict[str, Tensor]:
         """Return the adapters of a model, as the server writes them for sampling."""
@@ -225,7 +225,7 @@ def test_a_server_that_is_not_there_and_a_model_that_it_has_not(server: Server) 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         gone = replace(server.config(), base_url=f"http://127.0.0.1:{free.getsockname()[1]}")
-        with pytest.raises(TinkerError, match="no server answers"):
+        with pytest.raises(ServiceError, match="no server answers"):
             sdk.connect(gone)
     with pytest.raises(sdk.ConfigError, match=r"has no model 'other'; set engine.model to one of /"):
         sdk.connect(replace(server.config(), model="other"))
@@ -242,10 +242,10 @@ def test_a_server_that_dies_in_a_step_leaves_the_step_uncounted(tmp_path: Path) 
         engine._service._config = engine.config  # type: ignore[union-attr]
         step = model.step  # type: ignore[union-attr]
         model.step = lambda adam: (server.stop(), step(adam))[1]  # type: ignore[union-attr]
-        with pytest.raises(TinkerError, match="no answer"):
+        with pytest.raises(ServiceError, match="no answer"):
             asyncio.run(engine.train_step(make_samples(), BOTH))
         assert engine.policy_version == 1
-        with pytest.raises(TinkerError, match=r"step 1 stopped half way.*--resume"):
+        with pytest.raises(ServiceError, match=r"step 1 stopped half way.*--resume"):
             engine.save(tmp_path / "two")
     finally:
         server.stop()

@@ -12,8 +12,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
+from backtalk.engines.remote.service import AdamStep, Datum, LossName, ServiceError
 from backtalk.engines.tinker.config import TinkerConfig
-from backtalk.engines.tinker.service import AdamStep, Datum, LossName, TinkerError
 from backtalk.errors import ConfigError, SamplerError
 from backtalk.rollout.sampler import Completion
 
@@ -35,7 +35,7 @@ def connect(config: TinkerConfig, *, seed: int = 0) -> TinkerService:
 
     Raises:
         ConfigError: an SDK of a version that is not known, no key, or a model that the service does not have.
-        TinkerError: no service answers.
+        ServiceError: no service answers.
     """
     if not OLDEST <= _release(version("tinker")) <= NEWEST:
         raise ConfigError(
@@ -52,11 +52,11 @@ def connect(config: TinkerConfig, *, seed: int = 0) -> TinkerService:
 
 
 def _check_answer(url: str) -> None:
-    """Raise TinkerError if nothing answers; the SDK would try again for five minutes."""
+    """Raise ServiceError if nothing answers; the SDK would try again for five minutes."""
     try:
         httpx.get(f"{url.rstrip('/')}/api/v1/healthz", timeout=_ANSWER_S)
     except httpx.HTTPError as error:
-        raise TinkerError(
+        raise ServiceError(
             f"no server answers at {url} ({type(error).__name__}: {error}); start it, or set engine.base_url"
         ) from error
 
@@ -102,12 +102,12 @@ class TinkerService:
             self._ask("the end of the session", lambda: self._client.close("success"))
 
     def _ask(self, what: str, call: Callable[[], Any]) -> Any:
-        """Return the answer to a call of the SDK, waited for where it is a future; TinkerError where there is none."""
+        """Return the answer to a call of the SDK, waited for where it is a future; ServiceError where there is none."""
         try:
             answer = call()
             return answer.result(self._config.timeout_s) if hasattr(answer, "result") else answer
         except Exception as error:  # the SDK raises its own, httpx's and plain ones
-            raise TinkerError(f"{self._where} did not give {what}: {_explain(error)}") from error
+            raise ServiceError(f"{self._where} did not give {what}: {_explain(error)}") from error
 
 
 class SdkModel:
@@ -122,7 +122,7 @@ class SdkModel:
         output = self._ask("a forward pass", lambda: call([_datum(row) for row in data], loss))
         rows = [list(one["logprobs"].data) for one in output.loss_fn_outputs]
         if [len(row) for row in rows] != [len(one.token_ids) - 1 for one in data]:
-            raise TinkerError("the service returned log-probabilities of other tokens than it was sent")
+            raise ServiceError("the service returned log-probabilities of other tokens than it was sent")
         return rows
 
     def step(self, adam: AdamStep) -> dict[str, float]:

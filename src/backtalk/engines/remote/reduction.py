@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from backtalk.engines.tinker.config import Reduction
-from backtalk.engines.tinker.service import AdamStep, Datum, LossName, RemoteModel
+from backtalk.engines.remote.config import Reduction
+from backtalk.engines.remote.service import AdamStep, Datum, LossName, RemoteModel
 from backtalk.errors import ConfigError
 
 # Factors on the gradient of one row of weight 1, by what is done to it: a quarter of the weight; two copies of it in

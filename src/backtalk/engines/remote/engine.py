@@ -1,4 +1,4 @@
-"""The Tinker engine: sampling and training on a service, with the same objective as the embedded engine.
+"""An engine over a service: sampling and training on a service, with the same objective as the embedded engine.
 
 The service trains on log-probabilities, and so does the objective: a forward pass returns the log-probability of each
 token, the objective's own code gives d(loss)/d(logprob) here, and one request carries these numbers back through the
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from backtalk.engines.metrics import token_metrics
-from backtalk.engines.tinker.config import Reduction, TinkerConfig
-from backtalk.engines.tinker.gradients import StepGradients, check_objective, step_gradients
-from backtalk.engines.tinker.reduction import forward, linear_loss, probe
-from backtalk.engines.tinker.sampler import TinkerSampler, Usage
-from backtalk.engines.tinker.service import AdamStep, RemoteModel, SamplingWeights, Service, TinkerError
+from backtalk.engines.remote.config import Reduction, RemoteConfig
+from backtalk.engines.remote.gradients import StepGradients, check_objective, step_gradients
+from backtalk.engines.remote.reduction import forward, linear_loss, probe
+from backtalk.engines.remote.sampler import RemoteSampler, Usage
+from backtalk.engines.remote.service import AdamStep, RemoteModel, SamplingWeights, Service, ServiceError
 from backtalk.engines.update_scale import UpdateScale
 from backtalk.errors import DataError
 from backtalk.language.renderer import Renderer, RendererConfig
@@ -40,16 +40,16 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class TinkerEngine:
-    """An ``Engine`` whose model is on a Tinker service. ``connect`` opens a session with it.
+class RemoteEngine:
+    """An ``Engine`` whose model is on a service. ``connect`` opens a session with it.
 
     One worker thread waits for all answers but those of the sampler. A step of which the service may have done a part
     is never counted; the engine then takes no other until ``load`` has opened a model from a saved state.
     """
 
-    def __init__(self, config: TinkerConfig, connect: Callable[[], Service]) -> None:
+    def __init__(self, config: RemoteConfig, connect: Callable[[], Service]) -> None:
         self.config, self._connect = config, connect
-        self._executor = ThreadPoolExecutor(1, "backtalk-tinker")
+        self._executor = ThreadPoolExecutor(1, "backtalk-remote")
         self.tokenizer = load_tokenizer(model_location(config.tokenizer or config.model))
         self._stop_token_ids: tuple[int, ...] | None = None
         self._service = connect()
@@ -71,7 +71,7 @@ class TinkerEngine:
         """Return a sampler at the current version; it may not be used during or after a train step."""
         if self._stop_token_ids is None:  # they depend on the chat template, and not on tools
             self._stop_token_ids = tuple(Renderer(self.tokenizer, (), RendererConfig(on_drift="fork")).stop_token_ids)
-        return TinkerSampler(
+        return RemoteSampler(
             lambda: self._in_worker(self._sampling_weights),
             params=params,
             stop_token_ids=self._stop_token_ids,
@@ -86,7 +86,7 @@ class TinkerEngine:
 
         Raises:
             ConfigError: an option of the objective that this engine cannot keep.
-            TinkerError: the service failed; the version is still that before the step.
+            ServiceError: the service failed; the version is still that before the step.
         """
         check_objective(samples, config)
         metrics = await self._in_worker(lambda: self._train_step(samples, config.at(self._policy_version)))
@@ -107,7 +107,7 @@ class TinkerEngine:
 
         Raises:
             DataError: no checkpoint, a damaged one, or one of another model.
-            TinkerError: the service has no such state any more, or failed.
+            ServiceError: the service has no such state any more, or failed.
         """
         self._executor.submit(self._read, Path(folder)).result()
 
@@ -118,7 +118,7 @@ class TinkerEngine:
     def _current_model(self) -> RemoteModel:
         """Return the model of the current version, which is opened when it is first asked for."""
         if self._trouble is not None:
-            raise TinkerError(f"{self._trouble}; continue from the last checkpoint, with `backtalk train --resume`")
+            raise ServiceError(f"{self._trouble}; continue from the last checkpoint, with `backtalk train --resume`")
         if self._model is None:
             self._model = self._service.open_model()
         return self._model
@@ -135,7 +135,7 @@ class TinkerEngine:
             service = self._connect()
             self._reduction = probe(service.open_model(), words[:PROBE_TOKENS])
             service.close()
-            log.info("the Tinker service reduces losses by %s", self._reduction)
+            log.info("the service reduces losses by %s", self._reduction)
         return self._reduction
 
     def _train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
@@ -234,7 +234,7 @@ class TinkerEngine:
             scale = UpdateScale(self.config.betas[1], *map(float, state["update_scale"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"{folder} holds no checkpoint of the Tinker engine: {error}; pass one of its run"
+                f"{folder} holds no checkpoint of engine.kind={self.config.kind}: {error}; pass one of its run"
             ) from error
         wanted = {"format": FORMAT, "model": self.config.model, "lora_rank": self.config.lora_rank}
         if found != wanted:

@@ -41,17 +41,17 @@ class StepGradients:
 
 
 def check_objective(samples: Sequence[Sample], config: ObjectiveConfig) -> None:
-    """Raise ConfigError for options of the objective that a Tinker service cannot keep."""
+    """Raise ConfigError for options of the objective that a service cannot keep."""
     if isinstance(config.world_model_coeff, Share):
         raise ConfigError(NO_SHARE)
     if config.policy.kl_coeff > 0:
         raise ConfigError(
             f"policy.kl_coeff={config.policy.kl_coeff} needs log-probabilities of the base model, which a model in "
-            "training on a Tinker service does not return; use kl_coeff=0"
+            "training on a service does not return; use kl_coeff=0"
         )
     if odd := {sample.temperature for sample in samples} - {1.0}:
         raise ConfigError(
-            f"a Tinker service trains on log-probabilities at temperature 1, and actions were sampled at {min(odd):g}, "
+            f"the service trains on log-probabilities at temperature 1, and actions were sampled at {min(odd):g}, "
             "where the ratio would compare two temperatures; use temperature=1.0"
         )
 

@@ -1,4 +1,4 @@
-"""Sampler over a Tinker service: each action is a request of its own, and the service batches what comes at once."""
+"""Sampler over a service: each action is a request of its own, and the service batches what comes at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from backtalk.engines.tinker.service import SamplingWeights
+from backtalk.engines.remote.service import SamplingWeights
 from backtalk.rollout.sampler import Completion, SamplerSession, SamplingParams
 
 
@@ -20,7 +20,7 @@ class Usage:
     trained_tokens: int = 0
 
 
-class TinkerSampler:
+class RemoteSampler:
     """The policy at one version. ``weights`` returns it, saved for sampling when it is first asked for."""
 
     def __init__(
@@ -44,7 +44,7 @@ class TinkerSampler:
 class _Session:
     """A rollout at the sampler. The service may keep the cache of a prompt's prefix; nothing else lasts."""
 
-    def __init__(self, sampler: TinkerSampler, weights: SamplingWeights, key: str) -> None:
+    def __init__(self, sampler: RemoteSampler, weights: SamplingWeights, key: str) -> None:
         self._sampler, self._weights, self._key, self._turn = sampler, weights, key, 0
 
     async def sample(self, token_ids: Sequence[int], max_tokens: int | None = None) -> Completion:

@@ -1,4 +1,4 @@
-"""What the engine asks of a Tinker service, as protocols: the SDK is behind one implementation, PyTorch behind another.
+"""What the engine asks of a service, as protocols: an SDK is behind one implementation, PyTorch behind another.
 
 A row is the token ids of one sequence. Numbers of a row are one for each token after the first, since the first has no
 log-probability.
@@ -16,13 +16,13 @@ from backtalk.rollout.sampler import Completion
 LossName = Literal["cross_entropy", "importance_sampling"]
 
 
-class TinkerError(InfrastructureError):
+class ServiceError(InfrastructureError):
     """The service, or the way to it, failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Datum:
-    """One row of a request, with the inputs of the loss by their names in the Tinker API.
+    """One row of a request, with the inputs of the loss by their names in the APIs of Tinker and Foundry.
 
     ``weights`` belong to cross_entropy, ``logprobs`` and ``advantages`` to importance_sampling.
     """
@@ -53,7 +53,7 @@ class SamplingWeights(Protocol):
 
 
 class RemoteModel(Protocol):
-    """A base model with adapters that the service trains. All methods wait for the answer, and raise TinkerError."""
+    """A base model with adapters that the service trains. All methods wait for the answer, and raise ServiceError."""
 
     def run(self, data: Sequence[Datum], loss: LossName, *, backward: bool) -> list[list[float]]:
         """Run the rows and return their log-probabilities in nats; with ``backward``, add the loss to the gradient."""

@@ -1,4 +1,4 @@
-"""A Tinker service within this process: a model of transformers behind the API's loss functions and either reduction.
+"""A service within this process: a model of transformers behind the API's loss functions and either reduction.
 
 It is for tests, and for a look at what a step would send. All weights are trained, not adapters.
 """
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from backtalk.engines.tinker.config import Reduction
-from backtalk.engines.tinker.service import AdamStep, Datum, LossName, TinkerError
+from backtalk.engines.remote.config import Reduction
+from backtalk.engines.remote.service import AdamStep, Datum, LossName, ServiceError
 from backtalk.engines.torch.model import load_model
 from backtalk.rollout.sampler import Completion
 
@@ -33,7 +33,7 @@ class LocalService:
     def open_model(self, state: str | None = None) -> LocalModel:
         """Return a model as it is in the folder, or as it was saved."""
         if state is not None and state not in self.states:
-            raise TinkerError(f"no state was saved at {state}")
+            raise ServiceError(f"no state was saved at {state}")
         model = LocalModel(self)
         if state is not None:
             weights, optimizer = copy.deepcopy(self.states[state])  # an optimizer goes on with the tensors it is given
@@ -95,9 +95,9 @@ class LocalModel:
 
     def save(self, name: str) -> str:
         """Keep a copy of weights and optimizer in memory."""
-        state = (self.network.state_dict(), self.optimizer.state_dict())
-        self.service.states[f"tinker://local/weights/{name}"] = copy.deepcopy(state)
-        return f"tinker://local/weights/{name}"
+        path, state = f"local/{name}", (self.network.state_dict(), self.optimizer.state_dict())
+        self.service.states[path] = copy.deepcopy(state)
+        return path
 
     def sampling_weights(self) -> LocalWeights:
         """Return a copy of the weights."""

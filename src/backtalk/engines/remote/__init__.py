@@ -1,0 +1,1 @@
+"""What the engines share whose model is on a service that trains on rows of tokens: Tinker, Foundry."""
