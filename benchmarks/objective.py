@@ -48,15 +48,18 @@ MIB = 2**20
 class Problem:
     """Random states, head and upstream gradient; ``rows`` are the tokens that carry weight."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(
+        self, args: argparse.Namespace, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         torch.manual_seed(0)
         count = args.batch * (args.length - 1)
-        self.states = torch.randn(count, args.width).requires_grad_()
-        self.weight = (torch.randn(args.vocab, args.width) / args.width**0.5).requires_grad_()
-        self.ids = torch.randint(args.vocab, (count,))
-        self.rows = torch.rand(count) < args.selected
-        self.upstream = -torch.rand(count)[self.rows] / count
-        self.is_action = torch.rand(len(self.upstream)) < 0.25  # their gradient depends on the result
+        with device or torch.device("cpu"):
+            self.states = torch.randn(count, args.width).to(dtype).requires_grad_()
+            self.weight = (torch.randn(args.vocab, args.width) / args.width**0.5).to(dtype).requires_grad_()
+            self.ids = torch.randint(args.vocab, (count,))
+            self.rows = torch.rand(count) < args.selected
+            self.upstream = -torch.rand(count)[self.rows] / count
+            self.is_action = torch.rand(len(self.upstream)) < 0.25  # their gradient depends on the result
 
     def selected(self) -> tuple[Tensor, Tensor]:
         return self.states[self.rows], self.ids[self.rows]
@@ -64,7 +67,7 @@ class Problem:
 
 def naive(p: Problem) -> Tensor:
     """Compute all logits at once, as a model does, and select from their log-softmax."""
-    logprobs_NV = torch.log_softmax(p.states @ p.weight.T, -1)
+    logprobs_NV = torch.log_softmax((p.states @ p.weight.T).float(), -1)
     return logprobs_NV.gather(-1, p.ids[:, None])[:, 0][p.rows]
 
 
@@ -246,7 +249,7 @@ def step_seconds(engine: TorchEngine, samples: list[Sample], config: ObjectiveCo
     return time.perf_counter() - started
 
 
-def ratio_line(pairs: list[tuple[float, float]]) -> str:
+def ratio_interval(pairs: list[tuple[float, float]]) -> tuple[float, float, float]:
     """Return sum / sum over pairs, with a percentile bootstrap over the pairs."""
     noise = random.Random(0)
 
@@ -254,7 +257,12 @@ def ratio_line(pairs: list[tuple[float, float]]) -> str:
         return sum(a for a, _ in some) / sum(b for _, b in some)
 
     drawn = sorted(ratio(noise.choices(pairs, k=len(pairs))) for _ in range(2000))
-    return f"{ratio(pairs):.3f} [{drawn[50]:.3f}, {drawn[1949]:.3f}]"
+    return ratio(pairs), drawn[50], drawn[1949]
+
+
+def ratio_line(pairs: list[tuple[float, float]]) -> str:
+    ratio, low, high = ratio_interval(pairs)
+    return f"{ratio:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def alternating(first: Callable[[], float], second: Callable[[], float], pairs: int) -> list[tuple[float, float]]:

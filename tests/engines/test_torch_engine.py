@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-import random
 import shutil
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,80 +22,27 @@ from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.engine import TorchEngine
 from backtalk.engines.torch.optimizer import StepOptimizer
 from backtalk.errors import ConfigError, DataError
-from backtalk.objective.batch import TokenCounts
 from backtalk.objective.config import ObjectiveConfig, WorldOptions
-from backtalk.objective.samples import Sample, build_samples, to_samples
+from backtalk.objective.samples import build_samples, to_samples
 from backtalk.rollout.sampler import SamplingParams
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
+from engine_help import (
+    BOTH,
+    EQUAL,
+    MIXED,
+    PLAIN,
+    fused_head,
+    gradients,
+    make_engine,
+    make_group,
+    plain_grpo,
+    plain_head,
+    weights,
+)
 from tiny import tiny_model_dir
 
-CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole
-PLAIN = ObjectiveConfig(world_model_coeff=0.0)
-BOTH = ObjectiveConfig(world_model_coeff=0.3)
 FULL = replace(BOTH, world=WorldOptions(zero_advantage_steps="full"))
-
-
-def make_engine(model_dir: Path, **settings: Any) -> TorchEngine:
-    return TorchEngine(TorchConfig(model=str(model_dir), **{"dtype": "float32", "device": "cpu", **settings}))
-
-
-def make_trajectory(noise: random.Random, index: int, reward: float | None) -> Trajectory:
-    def ids(count: int) -> tuple[int, ...]:
-        return tuple(noise.randrange(7, 400) for _ in range(count))
-
-    segments = [Segment(CONTEXT, ids(6)), Segment(TEMPLATE, ids(2))]
-    for turn in range(2):
-        n = noise.randrange(2, 7)
-        segments += [
-            Segment(ACTION, ids(n), tuple(-6.2 + noise.random() / 4 for _ in range(n)), turn=turn, tool="bash"),
-            Segment(TEMPLATE, ids(2), turn=turn),
-            Segment(ENV_OUTPUT, ids(noise.randrange(1, 12)), turn=turn, tool="bash"),
-            Segment(WARNING, ids(2), turn=turn, tool="bash"),
-        ]
-    return Trajectory(task_id="t", sample_index=index, segments=tuple(segments), reward=reward)
-
-
-def make_group(rewards: Sequence[float | None], seed: int = 0) -> TrajectoryGroup:
-    noise = random.Random(seed)
-    return TrajectoryGroup("t", tuple(make_trajectory(noise, i, reward) for i, reward in enumerate(rewards)))
-
-
-MIXED = (1.0, 0.0, 0.0, 1.0, 0.5)
-EQUAL = (1.0, 1.0, 1.0)
-
-
-def gradients(engine: TorchEngine, samples: list[Sample], config: ObjectiveConfig) -> tuple[float, list[Tensor]]:
-    """Return loss and gradient of a step without an update."""
-    engine._optimizer.zero_grad()
-    losses, _, _ = engine._accumulate(samples, TokenCounts.of(samples, config.world_loss_target), config)
-    return losses["total_loss"], [p.grad.clone() for p in engine.model.parameters() if p.grad is not None]
-
-
-def weights(engine: TorchEngine) -> Tensor:
-    return torch.cat([p.detach().flatten().double() for p in engine.model.parameters()])
-
-
-def plain_grpo(model: Any, samples: Sequence[Sample], head: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """Compute GRPO alone on the model's own layers, without observations."""
-    rows = sorted(samples, key=len, reverse=True)
-    ids_BT = torch.nn.utils.rnn.pad_sequence([s.token_ids for s in rows], batch_first=True)
-    old_BT = torch.nn.utils.rnn.pad_sequence([s.sampling_logprobs for s in rows], batch_first=True)
-    mask_BT = torch.nn.utils.rnn.pad_sequence([s.roles == ACTION for s in rows], batch_first=True)
-    states_ND = model.model(ids_BT).last_hidden_state[:, :-1][mask_BT[:, 1:]]
-    logprobs_BT = torch.zeros(ids_BT.shape)
-    logprobs_BT[mask_BT] = head(states_ND, model.lm_head.weight, ids_BT[mask_BT])
-    ratio_BT = torch.exp((logprobs_BT - old_BT) * mask_BT)
-    adv_B1 = torch.tensor([s.advantage for s in rows])[:, None]
-    gain_BT = torch.min(ratio_BT * adv_B1, ratio_BT.clamp(0.8, 1.2) * adv_B1)
-    return -(gain_BT * (mask_BT / (len(rows) * mask_BT.sum(1, keepdim=True)))).sum()
-
-
-def plain_head(states_ND: Tensor, weight_VD: Tensor, token_ids_N: Tensor) -> Tensor:
-    return torch.log_softmax(states_ND @ weight_VD.T, -1).gather(-1, token_ids_N[:, None])[:, 0]
-
-
-def fused_head(states_ND: Tensor, weight_VD: Tensor, token_ids_N: Tensor) -> Tensor:
-    return torch_head.head_logprobs(states_ND, weight_VD, None, token_ids_N, torch.ones(len(token_ids_N)))
+CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, _ = TokenRole
 
 
 def test_coefficient_zero_is_plain_grpo_bit_for_bit(model_dir: Path) -> None:
@@ -447,23 +392,6 @@ async def test_lora_trains_adapters_only(model_dir: Path) -> None:
     last = await engine.train_step(build_samples(make_group(MIXED)), BOTH)
     assert last["total_loss"] < first["total_loss"]
     assert all(torch.equal(dict(engine.model.named_parameters())[n], p) for n, p in frozen.items())
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-async def test_on_a_gpu_in_bfloat16(model_dir: Path, tmp_path: Path) -> None:
-    engine = TorchEngine(TorchConfig(model=str(model_dir)))
-    assert engine.device.type == "cuda" and next(engine.model.parameters()).dtype == torch.bfloat16
-    samples = build_samples(make_group(MIXED))
-    on_cpu = await make_engine(model_dir).train_step(samples, BOTH)
-    on_gpu = await engine.train_step(samples, BOTH)
-    assert on_gpu["total_loss"] == pytest.approx(on_cpu["total_loss"], abs=0.02)
-    assert on_gpu["grad_norm"] == pytest.approx(on_cpu["grad_norm"], rel=0.05)
-    engine.save(tmp_path / "checkpoint")
-    before = weights(engine)
-    await engine.train_step(samples, BOTH)
-    engine.load(tmp_path / "checkpoint")
-    assert torch.equal(weights(engine), before)
 
 
 def test_weights_that_are_cut_off_are_refused(model_dir: Path, tmp_path: Path) -> None:

@@ -59,11 +59,12 @@ log = logging.getLogger(__name__)
 class TorchEngine:
     """An ``Engine`` with one model of transformers. ``seed`` is that of new LoRA adapters; nothing else is random.
 
+    ``model`` takes the place of the weights that ``config.model`` names, for weights that lie in no folder.
     One worker thread does all computing, in the order of the calls. Not safe for use from several event loops at once.
     The same config, samples and machine give the same bits (on a GPU up to PyTorch's own non-deterministic kernels).
     """
 
-    def __init__(self, config: TorchConfig, *, seed: int = 0) -> None:
+    def __init__(self, config: TorchConfig, *, seed: int = 0, model: Any = None) -> None:
         self.config = config
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -73,7 +74,7 @@ class TorchEngine:
         self.device = resolve_device(config.device)
         self.tokenizer = load_tokenizer(self.location)
         self._dtype = resolve_dtype(config.dtype, self.device)
-        self.model: Any = load_model(self.location, self.device, self._dtype)
+        self.model: Any = load_model(self.location, self.device, self._dtype) if model is None else model
         self._peft: Any = add_lora(self.model, config.lora_rank, seed) if config.lora_rank else None
         if config.gradient_checkpointing:
             enable_gradient_checkpointing(self.model)
