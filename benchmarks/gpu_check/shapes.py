@@ -91,7 +91,7 @@ class Shape:
         return norms + attention + 4 * weight_bytes * self.mlp
 
     def step_bytes(self, weight_bytes: int, tokens: int, *, checkpointing: bool) -> int:
-        """Return the largest memory of a step whose micro-batches have ``tokens`` tokens, buffers of the head included."""
+        """Return the largest memory of a step in micro-batches of ``tokens`` tokens, buffers of the head included."""
         block = self.activation_bytes(weight_bytes)
         kept = self.layers * weight_bytes * self.hidden + block if checkpointing else self.layers * block
         head = 2 * 4 * 2**26 + (0 if self.lora_rank else 4 * self.head)  # two buffers of logits; the weights' gradient

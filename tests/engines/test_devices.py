@@ -127,9 +127,7 @@ def test_the_head_in_chunks_against_float64(
         ({"dtype": "float32", "gradient_checkpointing": True}, 1e-6, 1e-5),
         ({"dtype": "float32", "packing": "on"}, 1e-6, 1e-5),
         ({"dtype": "float32", "max_tokens_per_microbatch": 80}, 1e-6, 1e-5),
-        ({"dtype": "bfloat16"}, 5e-3, 5e-2),
-        ({"dtype": "bfloat16", "gradient_checkpointing": True}, 5e-3, 5e-2),
-        ({"dtype": "bfloat16", "packing": "on"}, 5e-3, 5e-2),
+        ({"dtype": "bfloat16"}, 2e-3, 3e-2),
     ],
     ids=str,
 )
@@ -148,7 +146,7 @@ def test_lora_in_bfloat16(model_dir: Path, device: str, bounded: Bounded) -> Non
     _, exact = gradients(make_engine(model_dir, dtype="float64", **settings), samples, BOTH)
     engine = make_engine(model_dir, device=device, dtype="bfloat16", **settings)
     _, ours = gradients(engine, samples, BOTH)
-    bounded("gradient of adapters", distance(ours, exact), 5e-2)
+    bounded("gradient of adapters", distance(ours, exact), 3e-2)
     trained = {n: p for n, p in engine.model.named_parameters() if p.requires_grad}
     assert {p.dtype for p in trained.values()} == {torch.float32} and all("lora_" in name for name in trained)
     frozen = {n: p.detach().clone() for n, p in engine.model.named_parameters() if n not in trained}
@@ -161,7 +159,7 @@ def test_lora_in_bfloat16(model_dir: Path, device: str, bounded: Bounded) -> Non
 
 @pytest.mark.parametrize(
     ("settings", "bound"),
-    [({"dtype": "float32"}, 1e-4), ({"dtype": "bfloat16"}, 0.1), ({"dtype": "bfloat16", "lora_rank": 4}, 0.1)],
+    [({"dtype": "float32"}, 1e-4), ({"dtype": "bfloat16"}, 0.03)],
     ids=str,
 )
 def test_sampler_and_trainer_agree_over_turns(
