@@ -20,7 +20,7 @@ PACKAGE = SRC / "backtalk"
 # A part is a module directly under the package, or a folder with all that is in it. "" is backtalk/__init__.py.
 LINES: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
-    frozenset({"files", "settings", "trajectory"}),
+    frozenset({"files", "settings", "spans", "trajectory"}),
     frozenset({"", "messages", "parquet"}),
     frozenset({"objective", "language", "sandboxes"}),
     frozenset({"tasks"}),

@@ -1,12 +1,12 @@
 """Check and measure the embedded engine on one device, in parts of a few minutes each.
 
     scripts/gpu_check                       # all parts on the first GPU
-    scripts/gpu_check speed --out results   # one part; what results/gpu_check.json holds already is not done again
+    scripts/gpu_check speed --out results   # one part; what results/gpu_check.json holds is not done again
     scripts/gpu_check --device cpu          # the same, smaller
     scripts/gpu_check kit kit               # fill a folder for a machine that can fetch nothing
     scripts/gpu_check --kit kit             # use it there
 
-Writes gpu_check.json, a table gpu_check.md and a picture gpu_check.png into --out ($OUT, or gpu_check/).
+Writes gpu_check.json, a table gpu_check.md and a picture gpu_check.png into --out ($OUT, or runs/gpu_check/).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main() -> int:
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (all), or kit FOLDER")
     parser.add_argument("--device", default="auto", help="cuda, cuda:1, cpu; auto is the first GPU")
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "gpu_check")))
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "runs/gpu_check")))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="most seconds of a part")
     parser.add_argument("--model", help="folder of a small pretrained model, for `run`")
     parser.add_argument("--kit", type=Path, help="folder that `kit` filled")

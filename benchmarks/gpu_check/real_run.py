@@ -55,7 +55,6 @@ def train_run(folder: Path, device: Device, model: str, steps: int) -> Row:
     settings = {"engine.device": str(device.device), "engine.model": model, "tasks.source": source}
     settings |= {"evaluation.samples_per_task": 2, "evaluation.tasks": 32, "rollout.max_tokens": 1024} | small
     settings |= {"engine.learning_rate": 3e-4 if model == "base" else 1e-6}
-    settings |= {} if source == "triage" else {"tasks.levels": None}
     out = folder / Path(model).name
     number = sum(1 for _ in folder.glob(f"{out.name}*")) if folder.exists() else 0
     out = out.with_name(f"{out.name}-{number}")

@@ -1,7 +1,7 @@
 """Spans of time of a run, by stage, kept only while somebody records them.
 
 Spans of rollouts overlap, so each is on a track: that of its asyncio task, or one that is named. With nobody recording,
-``span`` does nothing at all.
+``timed`` does nothing at all.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def on_track(name: str) -> None:
     _track.set(name)
 
 
-def span(stage: str, *, track: str | None = None, wait: Callable[[], None] | None = None) -> AbstractContextManager:
+def timed(
+    stage: str, *, track: str | None = None, wait: Callable[[], None] | None = None
+) -> AbstractContextManager[None]:
     """Record a stage from here to the end of the block, if anybody does.
 
     ``wait`` is called at the end of a recorded span: for a device that is still at work when its calls have returned.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,6 +39,9 @@ def train(
     track: Annotated[
         str | None, typer.Option(help="Send metrics to a dashboard too: trackio, wandb or tensorboard.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show where the time of a step went; trace.json is for Perfetto.")
+    ] = False,
 ) -> None:
     """Train a policy, and measure it on held-out tasks before and after.
 
@@ -54,15 +58,22 @@ def train(
     with Heartbeat(say, "loading PyTorch, the model and the tasks") as heartbeat:
         resolved = _resolve(config, preset, overrides, out, resume)
         folder = out or new_folder(preset or Path(config or "run").stem)
-        _train(resolved, folder, resume, track, console, heartbeat)
+        _train(resolved, folder, resume, track, profile, console, heartbeat)
         report(folder)
 
 
 def _train(
-    config: TrainConfig, folder: Path, resume: bool, track: str | None, console: Console, heartbeat: Heartbeat
+    config: TrainConfig,
+    folder: Path,
+    resume: bool,
+    track: str | None,
+    profile: bool,
+    console: Console,
+    heartbeat: Heartbeat,
 ) -> None:
     from backtalk.cli.progress import RunDisplay
     from backtalk.run.config import config_to_dict
+    from backtalk.run.profile import profiling
     from backtalk.run.track import tracking
     from backtalk.run.train import train as run_training
 
@@ -70,6 +81,9 @@ def _train(
         listeners: list[OnEvent] = [stack.enter_context(RunDisplay(console, heartbeat=heartbeat)).show]
         if track is not None:
             listeners.append(stack.enter_context(tracking(track, folder, config_to_dict(config))))
+        if profile:
+            say = partial(console.print, markup=False, highlight=False)
+            listeners.append(stack.enter_context(profiling(folder, say)))
 
         def on_event(event: Event) -> None:
             for listener in listeners:

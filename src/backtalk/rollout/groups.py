@@ -17,6 +17,7 @@ from backtalk.rollout.limits import Deadline, RolloutLimits
 from backtalk.rollout.rollout import EnvFactory, run_rollout
 from backtalk.rollout.sampler import Sampler
 from backtalk.sandboxes.base import SandboxLimits
+from backtalk.spans import on_track
 from backtalk.tasks.task import Task
 from backtalk.trajectory import Trajectory, TrajectoryGroup
 
@@ -45,7 +46,8 @@ async def run_groups(
     running, admission = asyncio.Semaphore(num_concurrent), Admission()
     stragglers = Stragglers(len(tasks) * group_size, limits.straggler_factor)
 
-    async def run(task: Task, index: int) -> Trajectory:
+    async def run(task: Task, index: int, number: int) -> Trajectory:
+        on_track(f"rollout {number:03d}")
         async with running:
             deadline = Deadline(limits.timeout_s(task))
             with stragglers.watch(deadline):
@@ -59,7 +61,10 @@ async def run_groups(
 
     try:
         async with asyncio.TaskGroup() as rollouts:
-            groups = [[rollouts.create_task(run(task, i)) for i in range(group_size)] for task in tasks]
+            groups = [
+                [rollouts.create_task(run(task, i, number * group_size + i)) for i in range(group_size)]
+                for number, task in enumerate(tasks)
+            ]
     except ExceptionGroup as errors:
         raise merge_repeats(errors) from None
     return [

@@ -12,6 +12,7 @@ from backtalk.language.history import History
 from backtalk.language.renderer import Renderer
 from backtalk.messages import Message, ParsedAction, clean_text
 from backtalk.rollout.sampler import Completion
+from backtalk.spans import timed
 from backtalk.tasks.task import Task
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory
 
@@ -51,7 +52,8 @@ class Recorder:
         """Enter a phase, and add the seconds inside to those of the phase."""
         self.phase, start = phase, time.perf_counter()
         try:
-            yield
+            with timed(phase):
+                yield
         finally:
             self.stats[_SECONDS[phase]] += time.perf_counter() - start
 

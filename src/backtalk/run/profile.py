@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -59,8 +59,8 @@ class Profile:
     clock: Callable[[], float] = time.perf_counter
     steps: int = 0
     seconds: float = 0.0  # of all steps
-    exclusive_s: Counter[str] = field(default_factory=Counter)
-    summed_s: Counter[str] = field(default_factory=Counter)
+    exclusive_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    summed_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     _start_s: float = field(init=False)
     _origin_s: float = field(init=False)
     _tracks: dict[str, int] = field(default_factory=dict)
@@ -77,7 +77,8 @@ class Profile:
         if isinstance(event, StepDone):
             self.steps += 1
             self.seconds += now_s - self._start_s
-            self.exclusive_s.update(exclusive_seconds(spans, self._start_s, now_s))
+            for stage, one_s in exclusive_seconds(spans, self._start_s, now_s).items():
+                self.exclusive_s[stage] += one_s
             for span in spans:
                 self.summed_s[span.stage] += span.end_s - span.start_s
         self._append(spans)
@@ -85,7 +86,9 @@ class Profile:
 
     def table(self) -> str:
         """Return seconds a step by stage, in Markdown, the largest first."""
-        rows = [(STAGES.get(stage, stage), seconds, self.summed_s[stage]) for stage, seconds in self.exclusive_s.items()]
+        rows = [
+            (STAGES.get(stage, stage), seconds, self.summed_s[stage]) for stage, seconds in self.exclusive_s.items()
+        ]
         other = self.seconds - sum(self.exclusive_s.values())
         rows = [*sorted(rows, key=lambda row: -row[1]), ("everything else", other, other)]
         lines = ["| stage | s a step | share | s a step, summed over rollouts |", "|---|---|---|---|"]
@@ -129,9 +132,11 @@ def exclusive_seconds(spans: Sequence[Span], start_s: float, end_s: float) -> di
         first, last = max(span.start_s, start_s), min(span.end_s, end_s)
         if first < last:
             edges += [(first, span.stage, 1), (last, span.stage, -1)]
-    seconds, active, before_s = Counter[str](), Counter[str](), start_s
+    seconds: defaultdict[str, float] = defaultdict(float)
+    active, before_s = Counter[str](), start_s
     for at_s, stage, change in sorted(edges):
-        if running := [name for name, count in active.items() if count]:
+        running = [name for name, count in active.items() if count]
+        if running and at_s > before_s:
             seconds[min(running, key=order.__getitem__)] += at_s - before_s
         active[stage] += change
         before_s = at_s

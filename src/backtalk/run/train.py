@@ -32,6 +32,7 @@ from backtalk.run.rollouts import check_rollouts, rollout_metrics, row_metrics, 
 from backtalk.run.tasks import held_out_tasks, mixed_tasks_of_step, train_tasks
 from backtalk.run.worlds import Worlds, open_worlds
 from backtalk.settings import flatten
+from backtalk.spans import timed
 from backtalk.trajectory import TrajectoryGroup
 
 T = TypeVar("T")
@@ -83,7 +84,8 @@ async def _train_steps(run: Run, log: RunLog, first: int, stop: threading.Event 
         if stop is not None and stop.is_set():
             return
         groups, seconds = await run.rollouts(step)
-        log.write_groups(step, groups)
+        with timed("logging"):
+            log.write_groups(step, groups)
         await _uninterrupted(run.train_step(step, groups, seconds, log))
     await run.evaluate_if_due(run.config.steps, log)
 
@@ -220,13 +222,15 @@ class Run:
         metrics["world_model_coeff"] = used = objective.world_coeff if used is None else used
         objective = replace(objective, world_model_coeff=used)
         if not metrics.get("skipped"):
-            log.write_weights(step, groups, step_weights(samples, objective))
+            with timed("logging"):
+                log.write_weights(step, groups, step_weights(samples, objective))
         seconds = time_metrics(groups, rollout_seconds, time.monotonic() - started)
         metrics = rollout_metrics(groups) | row_metrics(samples, objective) | metrics | seconds
         for line in self.guard.read(step, metrics):
             self.notice(f"step {step}: {line}")
         metrics["alarms"] = len(self.guard.alarms)
-        log.write_metrics(step, metrics)
+        with timed("logging"):
+            log.write_metrics(step, metrics)
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             self._checkpoint(log)
         self.on_event(StepDone(step, config.steps, metrics))
@@ -295,5 +299,6 @@ class Run:
             self._checkpoint(log)
 
     def _checkpoint(self, log: RunLog) -> None:
-        write_atomically(log.checkpoint_path, self.engine.save)
+        with timed("checkpoint"):
+            write_atomically(log.checkpoint_path, self.engine.save)
         self.saved_version = self.engine.policy_version

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,6 +45,7 @@ from backtalk.objective.gradients import term_gradients
 from backtalk.objective.loss import objective, world_weights
 from backtalk.objective.samples import Sample, to_samples
 from backtalk.rollout.sampler import Sampler, SamplingParams
+from backtalk.spans import timed
 from backtalk.trajectory import Trajectory
 
 # A measurement costs 1.64 updates as a pass of its own, and 0.67 under a share (benchmarks/objective.py norms). In a
@@ -168,9 +169,14 @@ class TorchEngine:
         """Run a function in the worker thread, as all methods below are."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
+    def _timed(self, stage: str) -> AbstractContextManager[None]:
+        """Record a stage of a step, if anybody does, until the device has done its work."""
+        return timed(stage, track="engine", wait=torch.cuda.synchronize if self.device.type == "cuda" else None)
+
     def _train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
         counts = TokenCounts.of(samples, config.world_loss_target)
-        terms = self._measure(samples, counts, config) if self._is_measured(samples, config) else None
+        with self._timed("gradients"):
+            terms = self._measure(samples, counts, config) if self._is_measured(samples, config) else None
         share = config.world_model_coeff
         if isinstance(share, Share):
             coeff = self._controller.coefficient(share, self._policy_version)
@@ -184,11 +190,13 @@ class TorchEngine:
         world_only = config.policy_coeff > 0 and config.world_coeff > 0 and record.policy_square == 0
         scaled = world_only and config.world.zero_advantage_steps == "scaled"
         ratio = config.world_coeff / config.policy_coeff if scaled else None
-        update = self._optimizer.step(ratio) if has_gradient else self._optimizer.idle_metrics()
-        self._optimizer.zero_grad()  # frees memory for the sampler
+        with self._timed("optimizer"):
+            update = self._optimizer.step(ratio) if has_gradient else self._optimizer.idle_metrics()
+            self._optimizer.zero_grad()  # frees memory for the sampler
         self._policy_version += 1
         self._tools.update(span.tool for sample in samples for span in sample.spans if span.tool is not None)
-        tokens = token_metrics(record, counts, config, sorted(self._tools))
+        with self._timed("metrics"):
+            tokens = token_metrics(record, counts, config, sorted(self._tools))
         coeff = config.world_coeff
         measured = None if terms is None else terms.measured
         return losses | {"world_model_coeff": coeff} | tokens | term_metrics(measured, coeff) | update
@@ -236,11 +244,13 @@ class TorchEngine:
         record, has_gradient = StepRecord(), False
         self.model.train(self.config.gradient_checkpointing)  # which only works in that mode; dropout is 0 anyway
         for part, batch, row_sizes in self._batches(samples, config):
-            scores = self._scores(self._scorer, batch, row_sizes, config, counts).keep_gradients()
-            loss, terms = objective(scores.logprobs_BT, batch, counts, config)
+            with self._timed("forward"):
+                scores = self._scores(self._scorer, batch, row_sizes, config, counts).keep_gradients()
+                loss, terms = objective(scores.logprobs_BT, batch, counts, config)
             if loss.requires_grad:
-                loss.backward()
-                self._optimizer.accumulate()
+                with self._timed("backward"):
+                    loss.backward()
+                    self._optimizer.accumulate()
                 has_gradient = True
             for name, value in terms.items():
                 losses[name] += float(value)

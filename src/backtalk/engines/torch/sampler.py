@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from backtalk.engines.torch.kv import History, KVCache, KVStats, open_kv_cache
 from backtalk.errors import ConfigError, SamplerError
 from backtalk.rollout.sampler import Completion, SamplingParams
+from backtalk.spans import timed
 
 SHRINK_BELOW = 0.7  # finished rows are dropped when the share of unfinished ones falls below this
 
@@ -221,7 +222,7 @@ class _Worker:
         was_training = self._model.training
         self._model.eval()
         try:
-            with torch.inference_mode():
+            with timed("sampling", track="sampler"), torch.inference_mode():
                 ids, logprobs = self._decode(wave)
             self.cache.end(
                 # The last token was sampled and not yet run, so the cache does not hold it.
