@@ -27,21 +27,35 @@ class Part:
 
 
 def truncate_text(
-    text: str, max_chars: int, role: TokenRole, keep: Literal["both", "head", "tail"] = "both"
+    text: str,
+    max_chars: int,
+    role: TokenRole,
+    keep: Literal["both", "head", "tail"] = "both",
+    *,
+    dropped_bytes: int = 0,
+    dropped_at: int = 0,
 ) -> list[Part]:
-    """Return a text as one part of ``role``, or none if it is empty; cut it if longer than ``max_chars`` characters.
+    """Return a text as parts of ``role``, none if it is empty; cut it if longer than ``max_chars`` characters.
 
     ``keep`` says which characters stay: half from each end, or all from the head or the tail. A WARNING part in the
-    place of the others says how many are left out.
+    place of the others says how many are left out, and so where ``dropped_bytes`` are missing already, before character
+    ``dropped_at``.
     """
-    if len(text) <= max_chars:
-        return [Part(text, role)] if text else []
-    first = {"both": max_chars // 2, "head": max_chars, "tail": 0}[keep]
-    head, tail = text[:first], text[len(text) - (max_chars - first) :]
-    place = {"both": "", "head": " at the end", "tail": " at the beginning"}[keep]
-    own_line = "\n" if head and not head.endswith("\n") else ""
-    notice = Part(f"{own_line}[{len(text) - max_chars} characters left out{place}]\n", TokenRole.WARNING)
-    return [part for part in (Part(head, role), notice, Part(tail, role)) if part.text]
+    cuts = [(dropped_at, dropped_at, f"{dropped_bytes} bytes")] if dropped_bytes else []
+    if (excess := len(text) - max_chars) > 0:
+        start = {"both": max_chars // 2, "head": max_chars, "tail": 0}[keep]
+        what = f"{excess} characters"
+        if cuts and start <= dropped_at <= start + excess:
+            what = f"{what} and {cuts.pop()[2]}"
+        cuts.append((start, start + excess, what))
+    parts, position = [], 0
+    for start, end, what in sorted(cuts):
+        own_line = "\n" if start > position and text[start - 1] != "\n" else ""
+        place = " at the end" if end == len(text) else "" if start else " at the beginning"
+        notice = Part(f"{own_line}[{what} left out{place}]\n", TokenRole.WARNING)
+        parts += [Part(text[position:start], role), notice]
+        position = end
+    return [part for part in (*parts, Part(text[position:], role)) if part.text]
 
 
 @dataclass(frozen=True, slots=True)

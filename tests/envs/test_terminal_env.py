@@ -169,11 +169,17 @@ async def test_a_terminal_without_submit(backend: SandboxBackend) -> None:
         assert await env.score() == 1.0
 
 
-async def test_output_beyond_the_sandbox_limit_is_told(env: TerminalEnv) -> None:
-    step = await env.step(bash("head -c 200000 /dev/zero | tr '\\0' x"))
+async def test_both_ends_of_an_output_beyond_the_sandbox_limit_are_read(env: TerminalEnv) -> None:
+    step = await env.step(bash("printf %050d; head -c 200000 /dev/zero | tr '\\0' x; printf %050d"))
+    notice = ("\n[65436 characters and 134564 bytes left out]\n", TokenRole.WARNING)  # 200,100 bytes, 65,536 kept
     assert step.truncated
-    assert sum(len(part.text) for part in step.messages[0].parts if part.role is OUT) == 100
-    assert "bytes more were dropped]" in step.messages[0].text
+    assert [(part.text, part.role) for part in step.messages[0].parts] == [("0" * 50, OUT), notice, ("0" * 50, OUT)]
+
+
+async def test_of_a_bar_beyond_the_sandbox_limit_the_last_frame_is_read(env: TerminalEnv) -> None:
+    parts = await parts_of(env, "for i in {10000..29999}; do printf '\\rframe %5d' $i; done")
+    notice = ("\n[174464 bytes left out]\n", TokenRole.WARNING)  # 20,000 frames of 12 bytes, 65,536 of them kept
+    assert parts == [("frame 12729", OUT), notice, ("frame 29999", OUT)]  # 32,768 bytes are 2,730 frames and 8 bytes
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from backtalk.envs.tool_schemas import plain_schema, resolve_reference
 from backtalk.messages import Part, truncate_text
 from backtalk.trajectory import TokenRole
@@ -56,3 +58,14 @@ def test_a_long_text_keeps_what_was_asked_for() -> None:
     tail = [Part("[6 characters left out at the beginning]\n", WARNING), Part("6789", ENV)]
     assert truncate_text("0123456789", 4, ENV, "tail") == tail
     assert truncate_text("0123", 4, ENV) == [Part("0123", ENV)] and truncate_text("", 4, ENV) == []
+
+
+def test_a_text_that_lacks_bytes_says_where() -> None:
+    def cut(at: int, keep: Any = "both", max_chars: int = 4) -> list[str]:
+        return [part.text for part in truncate_text("0123456789", max_chars, ENV, keep, dropped_bytes=7, dropped_at=at)]
+
+    assert cut(5) == ["01", "\n[6 characters and 7 bytes left out]\n", "89"]  # within what is left out anyway
+    assert cut(10) == ["01", "\n[6 characters left out]\n", "89", "\n[7 bytes left out at the end]\n"]
+    assert cut(5, "tail") == ["[6 characters and 7 bytes left out at the beginning]\n", "6789"]
+    assert cut(5, "head") == ["0123", "\n[6 characters and 7 bytes left out at the end]\n"]
+    assert cut(5, max_chars=10) == ["01234", "\n[7 bytes left out]\n", "56789"]

@@ -287,10 +287,17 @@ def _test_command(task: Task, stage: str, *, answered: bool) -> str:
 
 
 def _observation(result: ExecResult, config: TerminalConfig) -> tuple[tuple[Part, ...], bool]:
-    output, notices = shown_text(result.output) if config.output == "shown" else result.output, []
-    parts = truncate_text(output, config.max_output_chars, TokenRole.ENV_OUTPUT, config.truncate)
-    if result.dropped_bytes:
-        notices.append(f"[{result.dropped_bytes} bytes more were dropped]")
+    halves, notices = [result.output[: result.dropped_at], result.output[result.dropped_at :]], []
+    head, tail = map(shown_text, halves) if config.output == "shown" else halves
+    output = head + tail
+    parts = truncate_text(
+        output,
+        config.max_output_chars,
+        TokenRole.ENV_OUTPUT,
+        config.truncate,
+        dropped_bytes=result.dropped_bytes,
+        dropped_at=len(head),
+    )
     if result.timed_out:
         notices.append(f"[timed out after {config.command_timeout_s:g} s; the command was stopped]")
     elif result.exit_code != 0:

@@ -191,11 +191,13 @@ class BacktalkEnvironment(BaseEnvironment):
         )
         if result.timed_out:
             raise RuntimeError(f"Command timed out after {timeout_sec} seconds")
+        output = result.output
         if result.dropped_bytes:
-            self.logger.warning("%d bytes of a command's output were dropped", result.dropped_bytes)
+            notice = f"\n[{result.dropped_bytes} bytes left out]\n"
+            output = output[: result.dropped_at] + notice + output[result.dropped_at :]
         if (emit := self._output_callback()) is not None:
-            await emit(result.output, "stdout")
-        return ExecResult(stdout=result.output, return_code=result.exit_code)
+            await emit(output, "stdout")
+        return ExecResult(stdout=output, return_code=result.exit_code)
 
     async def upload_file(self, source_path: Path | str, target_path: str) -> None:
         """Write one file, with its mode."""

@@ -25,7 +25,7 @@ class SandboxLimits:
     disk_mb: int = 64
     """Megabytes of files it may write."""
     output_bytes: int = 65_536
-    """Bytes kept of the output of one command; the rest is read, counted and dropped."""
+    """Bytes kept of the output of one command, half of each end; the rest is read, counted and dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,7 @@ class ExecResult:
     exit_code: int  # 128 + signal where a signal ended it; -1 where it timed out
     timed_out: bool = False
     dropped_bytes: int = 0  # output beyond the limit
+    dropped_at: int = 0  # the character of `output` before which they were
     seconds: float = 0.0
     new_shell: bool = False  # the shell ended; the next has its folder and exported variables, and nothing else of it
 

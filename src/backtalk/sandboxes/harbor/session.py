@@ -145,7 +145,7 @@ class HarborSandbox:
             return ExecResult("", ended or 255, seconds=seconds)
         code, dropped, output = report
         timed_out = code == 137 and seconds >= timeout_s
-        return ExecResult(output, -1 if timed_out else code, timed_out, dropped, seconds)
+        return ExecResult(output, -1 if timed_out else code, timed_out, dropped, len(output), seconds)
 
     async def put(self, files: Mapping[str, SandboxFile]) -> None:
         if files:

@@ -10,6 +10,7 @@ import fcntl
 import os
 import termios
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from backtalk.errors import SandboxError
 
@@ -147,13 +148,21 @@ class FrameReader:
         os.close(self._fd)
 
 
+class Output(NamedTuple):
+    """What was printed: of more than fits, the beginning and the end, joined at character ``dropped_at``."""
+
+    text: str
+    dropped_bytes: int
+    dropped_at: int
+
+
 class OutputReader:
     """A reader of what commands print. It reads all the time, so that no background server blocks on a full pipe."""
 
     def __init__(self, fd: int, max_bytes: int) -> None:
         self._fd = fd
-        self._max_bytes = max_bytes
-        self._kept = bytearray()
+        self._half = max_bytes // 2
+        self._head, self._tail = bytearray(), bytearray()
         self._dropped = 0
         self._loop = asyncio.get_running_loop()
         self._pause: asyncio.TimerHandle | None = None
@@ -167,9 +176,12 @@ class OutputReader:
         if not data:
             self._loop.remove_reader(self._fd)
             return 0
-        room = self._max_bytes - len(self._kept)
-        self._kept += data[:room]
-        self._dropped += max(0, len(data) - room)
+        room = self._half - len(self._head)
+        self._head += data[:room]
+        self._tail += data[room:]
+        excess = max(0, len(self._tail) - self._half)
+        del self._tail[:excess]
+        self._dropped += excess
         if self._dropped and self._pause is None:
             self._loop.remove_reader(self._fd)
             self._pause = self._loop.call_later(_DROP_PAUSE_S, self._resume)
@@ -179,18 +191,23 @@ class OutputReader:
         self._pause = None
         self._loop.add_reader(self._fd, self._read)
 
-    def take(self) -> tuple[str, int]:
-        """Return what was printed since the last call, and the number of bytes that were dropped."""
+    def take(self) -> Output:
+        """Return what was printed since the last call."""
         waiting = array.array("i", [0])
         fcntl.ioctl(self._fd, termios.FIONREAD, waiting)
         left = waiting[0]  # no more than this: a background job may print without end
         while left > 0 and (got := self._read(min(left, _READ_BYTES))):
             left -= got
+        head, tail, dropped = self._head, self._tail, self._dropped
+        self._head, self._tail, self._dropped = bytearray(), bytearray(), 0
+        if not dropped:
+            text = (head + tail).decode("utf-8", "replace")
+            return Output(text, 0, len(text))
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        text = decoder.decode(self._kept, final=not self._dropped)  # without a character that was cut in two
-        dropped = self._dropped + len(decoder.getstate()[0])
-        self._kept, self._dropped = bytearray(), 0
-        return text, dropped
+        text = decoder.decode(head)  # without a character that was cut in two, nor the rest of one in the tail
+        rest = next((n for n, byte in enumerate(tail[:3]) if byte & 0xC0 != 0x80), 3)
+        dropped += len(decoder.getstate()[0]) + rest
+        return Output(text + tail[rest:].decode("utf-8", "replace"), dropped, len(text))
 
     def close(self) -> None:
         """Close the pipe."""

@@ -112,7 +112,7 @@ class Session:
 
     def take_output(self) -> str:
         """Return what was printed outside of any command: errors of bubblewrap itself."""
-        return self._output.take()[0].strip()
+        return self._output.take().text.strip()
 
     async def _start_shell(self) -> None:
         """Ask the supervisor for a shell with the last known variables and folder, without waiting for an answer."""
@@ -142,9 +142,9 @@ class Session:
             timed_out = True
             await self._stop(tick)
         self._running_since = None
-        output, dropped = self._output.take()
+        text, dropped_bytes, dropped_at = self._output.take()
         seconds = time.perf_counter() - began
-        return ExecResult(output, exit_code, timed_out, dropped, seconds, self._shell is not before)
+        return ExecResult(text, exit_code, timed_out, dropped_bytes, dropped_at, seconds, self._shell is not before)
 
     async def _outcome(self, number: str) -> int:
         """Return the exit code from what comes first: the report or the end of the shell, or the end of the session."""
