@@ -1,7 +1,8 @@
 """Train a model of the Hugging Face hub in a terminal, with TRL's trainer, on rewards and on what the shell answers.
 
 pip install 'backtalk[trl]'
-python examples/trl_terminal.py Qwen/Qwen3-0.6B runs/trl
+python trl_terminal.py Qwen/Qwen3-0.6B runs/trl
+python trl_terminal.py base runs/trl 20         # the small model of the package, 20 steps: no download
 """
 
 import sys
@@ -11,6 +12,7 @@ from trl import GRPOConfig
 
 from backtalk.envs.terminal import TerminalConfig, TerminalWorld
 from backtalk.hosts.trl import EchoGRPOTrainer, WorldRollouts
+from backtalk.language.tokenizer import model_location
 from backtalk.rollout.limits import RolloutLimits
 from backtalk.sandboxes import local_sandbox
 from backtalk.sandboxes.pool import PooledBackend
@@ -36,7 +38,7 @@ def main(model: str, folder: str, steps: int = 100) -> EchoGRPOTrainer:
         report_to="none",
     )
     trainer = EchoGRPOTrainer(
-        model, args=args, train_dataset=rollouts.dataset, rollouts=rollouts, world_model_coeff=0.05
+        model_location(model), args=args, train_dataset=rollouts.dataset, rollouts=rollouts, world_model_coeff=0.05
     )
     trainer.train()
     return trainer

@@ -419,11 +419,33 @@ def test_the_example_trains_in_real_sandboxes(tmp_path: Path, monkeypatch: pytes
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent.parent))
     from examples.trl_terminal import main
 
-    from backtalk.language.tokenizer import model_location
-
-    trainer = main(model_location("base"), str(tmp_path / "out"), steps=2)
+    trainer = main("base", str(tmp_path / "out"), steps=2)
     first, second = (log for log in trainer.state.log_history if "world/target_ce" in log)
     assert first["world/target_tokens"] > 0 and math.isfinite(first["world/target_ce"])
     assert first["no_reward"] == 0 and 0 <= first["reward"] <= 1
     assert first["grad_norm"] > 0 and first["world/effective_obs_weight"] > 0
     assert second["world/target_ce"] != first["world/target_ce"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_sharded_by_fsdp2_has_the_gradient_of_one_process(tied: bool, tmp_path: Path) -> None:
+    """Two gloo processes; one has no observation, and they sample 3 and 7 tokens before the step."""
+    import trl_fsdp2
+
+    from tiny import tiny_model_dir
+
+    folder = tiny_model_dir(tmp_path / "model", tie_word_embeddings=tied)
+    one = trl_fsdp2.train(folder, tmp_path / "out")
+    both = trl_fsdp2.in_two_processes(folder, tmp_path / "out")
+    for process in both:
+        assert process["kinds"] == {"DTensor"}
+        assert process["log"].keys() == one["log"].keys()
+        assert process["log"]["world/target_tokens"] == one["log"]["world/target_tokens"] == 22
+        assert process["gradients"].keys() == one["gradients"].keys()
+        for name, gradient in one["gradients"].items():
+            error = (process["gradients"][name] - gradient).norm() / gradient.norm()
+            assert error < 1e-5, (name, float(error))
+    first, second = (process["action"] for process in both)
+    assert (len(first.token_ids), len(second.token_ids)) == (3, 7)
+    assert first.token_ids == one["action"].token_ids == second.token_ids[:3]
+    assert first.logprobs == pytest.approx(one["action"].logprobs, abs=1e-5)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from trl.models.utils import unwrap_model_for_generation
 
 from backtalk.engines.torch.sampler import TorchSampler
@@ -92,7 +95,10 @@ class WorldRollouts:
         self._calls += 1
         key = f"{trainer.accelerator.process_index}/{self._calls}"
         training = trainer.model.training
-        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        with (
+            unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model,
+            whole_weights(model, trainer.accelerator),
+        ):
             model.eval()
             try:
                 sampler = TorchSampler(
@@ -116,3 +122,22 @@ class WorldRollouts:
         metrics = trainer._metrics["train" if trainer.model.training else "eval"]
         metrics["reward"].append(total / scored if scored else math.nan)
         metrics["no_reward"].append((count - scored) / max(count, 1))
+
+
+@contextmanager
+def whole_weights(model: nn.Module, accelerator: Any) -> Iterator[None]:
+    """Gather the weights of a model that FSDP2 shards, and shard it again at the end; all processes enter together.
+
+    A process samples as many tokens as its own rollouts need. A sharded model gathers its weights from all processes at
+    each of them, so one that is done would leave the others waiting.
+    """
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in shards:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in shards:
+            module.set_reshard_after_forward(accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False)
+            module.reshard()
