@@ -6,9 +6,11 @@
     python benchmarks/engines.py             # all of them
 
 Every measurement of the first two is a process of its own, forked from one that has imported everything; it takes a
-step to warm up, then measures. Arms take turns, in another order each round. A ratio is the sum over the rounds by that
-of the first arm, with a bootstrap interval over the rounds. CPU seconds are those of the process and of the sandboxes
-that it has closed. Memory is the peak of the resident set above what it was before the first step.
+step to warm up, then measures. Arms take turns, in another order each round. On a machine that is busy anyway,
+--together measures the arms of a round at once, so that they meet the same load: compare CPU seconds there. A ratio is
+the sum over the rounds by that of the first arm, with a bootstrap interval over the rounds. CPU seconds are those of
+the process and of the sandboxes that it has closed. Memory is the peak of the resident set above what it was before the
+first step.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -108,6 +111,13 @@ class Ticker(TrainerCallback):
         self.clock.tick()
 
 
+def quiet(threads: int) -> None:
+    """Set the threads of a measuring process, and keep the libraries' notices out of the table."""
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.disable_progress_bar()
+
+
 def measure(trainer: Any) -> Clock:
     """Train, and return the clock, whose first tick is the end of the step that warms up."""
     trainer.remove_callback(PrinterCallback)
@@ -145,7 +155,7 @@ class TwoPasses(PlainTrainer):
 
 def train_on_batch(arm: str, model: str, samples: Path, steps: int, threads: int) -> Measured:
     """Take steps on one recorded batch with TRL's loop; ``arm`` is one of STEP_ARMS."""
-    torch.set_num_threads(threads)
+    quiet(threads)
     rows: list[Sample] = pickle.loads(samples.read_bytes())
     common: dict[str, Any] = {
         "model": AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
@@ -176,9 +186,9 @@ def record(folder: Path) -> list[Sample]:
     return [sample for group in log.read_groups(0) for sample in build_samples(group, config.objective)]
 
 
-def step(args: argparse.Namespace, pool: Pool, folder: Path) -> None:
+def step(args: argparse.Namespace, folder: Path) -> None:
     """Print time and memory of a training step with each arm, for two models."""
-    recorded = pool(record, folder / "recorded")
+    recorded = fresh(record, folder / "recorded")
     for title, model, count in (
         ("the embedded base model", model_location("base"), len(recorded)),
         ("Qwen3-0.6B in small", small_model(folder / "small"), 16),
@@ -192,7 +202,7 @@ def step(args: argparse.Namespace, pool: Pool, folder: Path) -> None:
             f"{observed:.0%} environment output"
         )
         arms: Arms = {arm: partial(train_on_batch, arm, model, batch, args.steps, args.threads) for arm in STEP_ARMS}
-        print_ratios(in_turns(arms, pool, args.rounds), args.steps)
+        print_ratios(in_turns(arms, args), args.steps)
 
 
 # Whole steps: rollouts and training.
@@ -211,7 +221,7 @@ def step_tasks(config: TrainConfig, steps: int) -> list[Task]:
 
 def train_with_trl(steps: int, threads: int, *, our_rollouts: bool) -> Measured:
     """Train with TRL's loop on its own rollouts, or on ours and with the world-model term."""
-    torch.set_num_threads(threads)
+    quiet(threads)
     config = load_config("triage")
     tasks, limits = step_tasks(config, 1 + steps), config.rollout
     counts: list[tuple[int, int]] = []
@@ -256,7 +266,7 @@ def echo_trainer(
 
 def train_with_ours(steps: int, threads: int) -> Measured:
     """Train with Backtalk's own engine and loop, world-model term, run folder and metrics included."""
-    torch.set_num_threads(threads)
+    quiet(threads)
     overrides = {"steps": 1 + steps, "evaluation.tasks": 0, "engine.learning_rate": 1e-7}
     with tempfile.TemporaryDirectory() as folder:
         clock = Clock()
@@ -271,7 +281,7 @@ def train_with_ours(steps: int, threads: int) -> Measured:
     return clock.read(rollouts=len(done), tokens=tokens, actions=actions)
 
 
-def rollouts(args: argparse.Namespace, pool: Pool, folder: Path) -> None:
+def rollouts(args: argparse.Namespace) -> None:
     """Print rollouts and tokens a second of whole training steps, and their memory."""
     print(f"\nrollouts: preset triage, embedded base model, {TASKS} tasks of {GROUP} rollouts a step")
     arms: Arms = {
@@ -279,7 +289,7 @@ def rollouts(args: argparse.Namespace, pool: Pool, folder: Path) -> None:
         "TRL, our rollouts": partial(train_with_trl, args.steps, args.threads, our_rollouts=True),
         "our engine": partial(train_with_ours, args.steps, args.threads),
     }
-    found = in_turns(arms, pool, args.rounds)
+    found = in_turns(arms, args)
     print(
         f"{'':24}{'rollouts':>9} {'tokens':>8} {'actions':>8} {'rollouts/s':>11} {'tokens/s':>9}  (of wall-clock time)"
     )
@@ -293,17 +303,18 @@ def rollouts(args: argparse.Namespace, pool: Pool, folder: Path) -> None:
 # What both share.
 
 Arms = dict[str, Callable[[], Measured]]
-Pool = Callable[..., Any]
 
 
-def in_turns(arms: Arms, pool: Pool, rounds: int) -> dict[str, list[Measured]]:
+def in_turns(arms: Arms, args: argparse.Namespace) -> dict[str, list[Measured]]:
     """Measure every arm once a round, each in a process of its own, in an order that turns by one each round."""
     found: dict[str, list[Measured]] = {arm: [] for arm in arms}
     names = list(arms)
-    for number in range(rounds):
-        for arm in names[number % len(names) :] + names[: number % len(names)]:
-            found[arm].append(pool(arms[arm]))
-            print(".", end="", file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(len(names) if args.together else 1) as threads:
+        for number in range(args.rounds):
+            order = names[number % len(names) :] + names[: number % len(names)]
+            for arm, measured in zip(order, threads.map(lambda arm: fresh(arms[arm]), order), strict=True):
+                found[arm].append(measured)
+            print(f"[round {number} of {args.rounds}, load {os.getloadavg()[0]:.0f}]", file=sys.stderr, flush=True)
     return found
 
 
@@ -332,16 +343,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=3, help="measured in each process")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--together", action="store_true", help="the arms of a round at once, on a machine that is busy"
+    )
     args = parser.parse_args()
     load = ", ".join(f"{number:.1f}" for number in os.getloadavg())
     print(f"{os.cpu_count()} cores, {args.threads} threads, load before {load}; trl {trl.__version__}, ", end="")
     print(f"transformers {transformers.__version__}, torch {torch.__version__}")
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
-    with tempfile.TemporaryDirectory() as folder:
-        if args.part in (None, "step"):
-            step(args, fresh, Path(folder))
-        if args.part in (None, "rollouts"):
-            rollouts(args, fresh, Path(folder))
+    if args.part in (None, "step"):
+        with tempfile.TemporaryDirectory() as folder:
+            step(args, Path(folder))
+    if args.part in (None, "rollouts"):
+        rollouts(args)
     if args.part in (None, "sampling"):
         print()
         sampling.main(["--threads", str(args.threads)])

@@ -444,7 +444,7 @@ def test_a_model_sharded_by_fsdp2_has_the_gradient_of_one_process(tied: bool, tm
         assert process["gradients"].keys() == one["gradients"].keys()
         for name, gradient in one["gradients"].items():
             error = (process["gradients"][name] - gradient).norm() / gradient.norm()
-            assert error < 1e-5, (name, float(error))
+            assert error < 2e-6, (name, float(error))
     first, second = (process["action"] for process in both)
     assert (len(first.token_ids), len(second.token_ids)) == (3, 7)
     assert first.token_ids == one["action"].token_ids == second.token_ids[:3]
