@@ -46,6 +46,11 @@ def run(part: Part, device: Device) -> None:
         )
     world = Step(device, middle, plan[1][1], step_tokens, peak)
     part.measure("world term", world.share_of_world_term, expected_s=40 if device.is_gpu else 10)
+    if device.is_gpu:
+        for how in ("padded", "packed with flex attention", "compiled"):
+            part.measure(
+                f"{middle.name}, uneven rollouts, {how}", lambda how=how: uneven(device, middle, how), expected_s=90
+            )
     tokens = 16_384 if device.is_gpu else 1024
     for name in METHODS:
         part.measure(
@@ -100,6 +105,28 @@ class Step:
             lambda: self.device.seconds(on), lambda: self.device.seconds(off), 10 if self.device.is_gpu else 6
         )
         return {"step, 0.05 over 0": list(ratio_interval(pairs)), "step s": statistics.mean(b for _, b in pairs)}
+
+
+def uneven(device: Device, shape: Shape, how: str) -> Row:
+    """Measure a step over rollouts of very uneven length: padded, packed, or with compiled layers."""
+    model = shape.random_model(device.device, device.dtype)
+    packing = how == "packed with flex attention"
+    if packing:
+        model.set_attn_implementation("flex_attention")
+    config = TorchConfig(
+        device=str(device.device), learning_rate=1e-7, max_tokens_per_microbatch=STEP_TOKENS,
+        packing="on" if packing else "off", measure_gradients_every=0,
+    )  # fmt: skip
+    engine = TorchEngine(config, model=model)
+    if how == "compiled":
+        model.get_decoder().compile(dynamic=True)
+    samples = [s for length in (512, 1024, 2048, 8192) for s in rollouts(8192 // length, length, shape.vocab)]
+    step = train_step(engine, samples, ObjectiveConfig(world_model_coeff=0.05))
+    first_s = device.seconds(step)
+    device.reset_peak()
+    seconds = statistics.median(device.seconds(step) for _ in range(3))
+    tokens = sum(map(len, samples))
+    return {"tokens/s": tokens / seconds, "step s": seconds, "first step s": first_s, "memory GiB": device.peak_gib()}
 
 
 def engine_of(device: Device, shape: Shape, tokens: int, checkpointing: bool) -> TorchEngine:

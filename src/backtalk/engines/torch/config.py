@@ -28,8 +28,8 @@ class TorchConfig:
     """Betas of AdamW."""
     grad_clip_norm: float = 1.0
     """Largest global L2 norm of the gradient; inf switches clipping off."""
-    max_tokens_per_microbatch: int = 8192
-    """Tokens of a micro-batch, padding included; changes memory and speed, not results."""
+    max_tokens_per_microbatch: int | Literal["auto"] = 8192
+    """Tokens of a micro-batch, padding included; changes memory and speed, not results. auto is what fits on a GPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Type of the weights; auto is bfloat16 on a GPU, else float32."""
     device: str = "auto"
@@ -58,7 +58,7 @@ class TorchConfig:
         }
         for name, lowest in least.items():
             value = getattr(self, name)
-            if value is not None and not lowest <= value < math.inf:
+            if isinstance(value, (int, float)) and not lowest <= value < math.inf:
                 raise ConfigError(f"{name}={value} cannot work; use a number >= {lowest}")
         if not self.grad_clip_norm > 0:
             raise ConfigError(f"grad_clip_norm={self.grad_clip_norm} would stop every update; use > 0, or inf for none")

@@ -24,6 +24,7 @@ from backtalk.engines.metrics import StepRecord, term_metrics, token_metrics
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.gradients import GradientSum, StepTerms
 from backtalk.engines.torch.logprobs import Scores, TokenScorer
+from backtalk.engines.torch.memory import TokenBudget
 from backtalk.engines.torch.model import (
     add_lora,
     enable_gradient_checkpointing,
@@ -34,7 +35,7 @@ from backtalk.engines.torch.model import (
     resolve_dtype,
 )
 from backtalk.engines.torch.optimizer import StepOptimizer
-from backtalk.engines.torch.packing import MicroBatch, plan_micro_batches
+from backtalk.engines.torch.packing import MicroBatch
 from backtalk.errors import ConfigError, DataError
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.language.tokenizer import load_tokenizer, model_location
@@ -92,6 +93,7 @@ class TorchEngine:
         self._reference: TokenScorer | None = None  # loaded when a KL term first asks for it
         self._tools: set[str] = set()  # seen in samples so far
         self._optimizer = StepOptimizer(self.model.parameters(), config)
+        self._budget = TokenBudget(config.max_tokens_per_microbatch, self.device)
         self._controller = CoefficientController()
         self._measured_at: int | None = None  # step of the last measurement of both terms' gradients
         self._policy_version = 0
@@ -149,7 +151,7 @@ class TorchEngine:
 
     async def score(self, trajectories: Sequence[Trajectory]) -> list[list[float]]:
         """Return each token's log-probability at temperature 1, in nats; 0.0 for the first token of a branch."""
-        return await self._in_worker(lambda: self._score(trajectories))
+        return await self._in_worker(lambda: self._fit(lambda: self._score(trajectories)))
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint into a new folder.
@@ -169,6 +171,10 @@ class TorchEngine:
         """Run a function in the worker thread, as all methods below are."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
+    def _fit(self, work: Callable[[], T]) -> T:
+        """Do the work of a step in micro-batches that the device has memory for."""
+        return self._budget.fit(work, self._optimizer.zero_grad)
+
     def _timed(self, stage: str) -> AbstractContextManager[None]:
         """Record a stage of a step, if anybody does, until the device has done its work."""
         return timed(stage, track="engine", wait=torch.cuda.synchronize if self.device.type == "cuda" else None)
@@ -176,7 +182,8 @@ class TorchEngine:
     def _train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
         counts = TokenCounts.of(samples, config.world_loss_target)
         with self._timed("gradients"):
-            terms = self._measure(samples, counts, config) if self._is_measured(samples, config) else None
+            due = self._is_measured(samples, config)
+            terms = self._fit(lambda: self._measure(samples, counts, config)) if due else None
         share = config.world_model_coeff
         if isinstance(share, Share):
             coeff = self._controller.coefficient(share, self._policy_version)
@@ -186,7 +193,7 @@ class TorchEngine:
             self._optimizer.set_gradients(gradients)
             has_gradient = any(gradient is not None for gradient in gradients)
         else:
-            losses, record, has_gradient = self._accumulate(samples, counts, config)
+            losses, record, has_gradient = self._fit(lambda: self._accumulate(samples, counts, config))
         world_only = config.policy_coeff > 0 and config.world_coeff > 0 and record.policy_square == 0
         scaled = world_only and config.world.zero_advantage_steps == "scaled"
         ratio = config.world_coeff / config.policy_coeff if scaled else None
@@ -269,7 +276,7 @@ class TorchEngine:
             yield part, batch, row_sizes
 
     def _micro_batches(self, samples: Sequence[Sample]) -> list[MicroBatch]:
-        return plan_micro_batches(samples, self.config.max_tokens_per_microbatch, packing=self._scorer.packs)
+        return self._budget.plan(samples, packing=self._scorer.packs)
 
     def _collate(self, part: MicroBatch) -> tuple[Batch, list[int]]:
         """Return a micro-batch as tensors on the device, and the number of samples in each row."""

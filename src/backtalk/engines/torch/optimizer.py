@@ -40,7 +40,11 @@ class StepOptimizer:
             {"params": [m for m in self._masters if m.dim() < 2], "weight_decay": 0.0},
         ]
         self._config = config
-        self._adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas)
+        # One kernel for all weights on a GPU, where a kernel a weight would be most of the step of a small model.
+        fused = True if self._masters and self._masters[0].device.type == "cuda" else None
+        self._adam = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=config.learning_rate, betas=config.betas, fused=fused
+        )
         self.updates = 0
         self._scale = UpdateScale(config.betas[1])
 
