@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -24,9 +25,11 @@ from backtalk.evidence.study import (
     StudyStarted,
     _process,
     load_study,
+    plan,
     run_study,
 )
 from backtalk.objective.coefficient import Share
+from backtalk.run.config import config_to_dict
 from backtalk.run.estimates import Interval
 from backtalk.run.log import RunLog, lock_folder
 from backtalk.sandboxes import local_sandbox
@@ -35,6 +38,7 @@ from backtalk.viewer.web.study import write_study_report
 from taught import taught_model_dir
 
 HERE = Path(__file__).parents[1]
+KILLS = 1
 
 # ---------------------------------------------------------------- the comparison
 
@@ -151,6 +155,8 @@ def test_the_demo_is_three_arms_that_differ_in_the_world_term_alone() -> None:
         ("arms: {a: {}}\nseeds: [1, 1]\n", "a seed twice"),
         ("arms: {a: {stpes: 3}}\n", "did you mean 'steps'"),
         ("base: demo\narms: {a: {}}\n", "is a study, not a run"),
+        ("arms: {a: {sweep: {steps: 3}}}\n", r"arm 'a' sweeps \{'steps': 3\}"),
+        ("arms: {a: {sweep: {steps: [3, 3]}}}\n", r"\['a_3'\] twice"),
     ],
 )
 def test_a_wrong_study_is_told_before_anything_runs(tmp_path: Path, text: str, said: str) -> None:
@@ -182,6 +188,34 @@ def test_arms_may_be_a_list_of_names(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text("arms: [grpo, echo, shuffled]\n")
     study = load_study(tmp_path / "study.yaml")
     assert list(study.arms) == ["grpo", "echo", "shuffled"] and study.arms["echo"] == {}
+
+
+def test_a_sweep_is_an_arm_for_each_value(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(
+        "arms:\n  grpo:\n  echo: {sweep: {objective.world_model_coeff: [0.01, {share: 0.2}]}}\n"
+        "  fake: {arm: shuffled, steps: 7, sweep: {objective.world_model_coeff: [0.01], tasks.levels: [[1], [1, 2]]}}\n"
+    )
+    study = load_study(tmp_path / "study.yaml")
+    assert list(study.arms) == ["grpo", "echo_0.01", "echo_share0.2", "fake_0.01_1", "fake_0.01_1-2"]
+    configs = {arm: study.config(arm, 0) for arm in study.arms}
+    assert configs["echo_0.01"].objective.world_model_coeff == 0.01
+    assert configs["echo_share0.2"].objective.world_model_coeff == Share(0.2)
+    fake = configs["fake_0.01_1"]
+    assert (fake.steps, fake.tasks.levels, fake.objective.world.observations) == (7, (1,), "shuffled")
+
+
+def test_other_arms_and_seeds_of_a_folder_stay_in_the_study(tmp_path: Path) -> None:
+    (tmp_path / "first.yaml").write_text("seeds: [4]\nsettings: {steps: 3}\narms: [grpo, matched]\n")
+    (tmp_path / "later.yaml").write_text("seeds: [0, 2]\nsettings: {steps: 3}\narms: [grpo, action_masked]\n")
+    first, later = load_study(tmp_path / "first.yaml"), load_study(tmp_path / "later.yaml")
+    for arm in first.arms:
+        RunLog(tmp_path / "out" / f"{arm}_seed4").write_config(config_to_dict(first.config(arm, 4)))
+    arms, seeds, configs = plan(later, tmp_path / "out")
+    assert (arms, seeds) == (("grpo", "action_masked", "matched"), (0, 2, 4))
+    assert list(configs) == [(arm, seed) for seed in seeds for arm in arms]
+    assert configs["matched", 2] == first.config("matched", 2) and configs["grpo", 4] == first.config("grpo", 4)
+    assert configs["action_masked", 4].objective.world.observations == "action_masked"
+    assert configs["matched", 0].objective.world_model_coeff == Share(0.5)
 
 
 # ---------------------------------------------------------------- a whole study
@@ -235,6 +269,10 @@ async def test_two_arms_are_trained_compared_and_not_trained_again(model: Path, 
     assert {e.run for e in events if isinstance(e, StudyProgress)} == {"grpo_seed0", "echo_seed0"}
     assert RunLog(tmp_path / "out" / "echo_seed0").evaluation_steps() == [0, 1, 2]
     assert json.loads((tmp_path / "out" / "study.json").read_text()) == json.loads(json.dumps(comparison.to_dict()))
+    assert {(row.unit, row.amount) for row in comparison.equal if row.unit == "rollouts"} == {("rollouts", 4)}
+    assert {row.ended for row in comparison.reached if row.unit == "steps"} == {(2,)}
+    assert {score.arm for score in comparison.scores} == {"grpo", "echo"}
+    assert comparison.curves[0].spent and comparison.curves[0].spent["tokens"] == 0
     first = [r for r in comparison.results if r.metric == "env CE, own"]
     assert first[0].before == first[1].before  # one model and one seed, so one beginning
 
@@ -287,18 +325,36 @@ async def test_a_cancelled_study_stops_its_runs_and_can_go_on(model: Path, tmp_p
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends orphans on Linux only")
-def test_runs_do_not_outlive_a_study_that_is_killed(model: Path, tmp_path: Path) -> None:
-    path = write_study(tmp_path, model=model, one_arm=True, steps=1000)
-    command = [sys.executable, "-m", "backtalk.cli", "study", str(path), "--out", str(tmp_path / "out")]
+async def test_a_killed_study_ends_its_runs_and_goes_on_to_the_same_results(model: Path, tmp_path: Path) -> None:
+    path = write_study(tmp_path, model=model, one_arm=True, steps=4, checkpoint_every=1)
+    for number in range(KILLS):
+        kill_midway(path, tmp_path / "out", Random(number))
+    resumed = await run_study(load_study(path), tmp_path / "out")
+    unbroken = await run_study(load_study(path), tmp_path / "unbroken")
+    for name in ("results", "scores"):
+        assert getattr(resumed, name) == getattr(unbroken, name)
+    assert [(p.metric, p.step, p.interval) for p in resumed.curves] == [
+        (p.metric, p.step, p.interval) for p in unbroken.curves
+    ]
+
+
+def kill_midway(path: Path, out: Path, draw: Random) -> None:
+    """Start a study, kill it at a random moment after it began to train, and wait for its runs to end."""
+    command = [sys.executable, "-m", "backtalk.cli", "study", str(path), "--out", str(out)]
+    before = len(read_lines(out))
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: any(tmp_path.glob("out/*/metrics.jsonl")), 180)
-        runs = children(process.pid)
-        assert runs
+        wait_until(lambda: len(read_lines(out)) > before or process.poll() is not None, 180)
+        runs = children(process.pid) if process.poll() is None else []
+        time.sleep(draw.uniform(0, 0.5))
     finally:
         process.kill()
         process.wait()
     wait_until(lambda: not any(map(is_alive, runs)), 60)
+
+
+def read_lines(out: Path) -> list[str]:
+    return [line for path in out.glob("*/metrics.jsonl") for line in path.read_text().splitlines()]
 
 
 def wait_until(condition: Any, seconds: float) -> None:

@@ -159,8 +159,12 @@ class StudyDisplay(_Display):
 def comparison_table(comparison: Comparison) -> Table:
     """Return the result of a study: a row for each metric of each arm, estimates with their 95 % intervals."""
     first = comparison.results[0].arm if comparison.results else "the first arm"
+    has_p = any(result.p_holm is not None for result in comparison.results)
     table = Table(
-        "held out", "before", "after", "change", f"after, minus {first}", box=None, pad_edge=False, padding=(0, 1, 0, 0)
+        *("held out", "before", "after", "change", f"after, minus {first}", *(["p"] if has_p else [])),
+        box=None,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     metric = ""
     for result in comparison.results:
@@ -168,10 +172,12 @@ def comparison_table(comparison: Comparison) -> Table:
             metric = result.metric
             table.add_row(metric, style="bold")
         found = (result.before, result.after, result.change, result.against_first)
-        table.add_row(f"  {result.arm}", *[interval_text(interval).replace(" ", "\n", 1) for interval in found])
+        cells = [interval_text(interval).replace(" ", "\n", 1) for interval in found]
+        table.add_row(f"  {result.arm}", *cells, *([_number(result.p_holm, ".3f")] if has_p else []))
     seeds = ", ".join(map(str, comparison.seeds))
     table.caption = (
         f"95 % intervals over {comparison.interval}; seeds {seeds}; CE in nats per token of environment output"
+        + ("; p by the same bootstrap, corrected for the number of arms (Holm)" if has_p else "")
     )
     table.caption_justify = "left"
     return table

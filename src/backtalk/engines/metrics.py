@@ -112,7 +112,7 @@ def _cross_entropies(
     logprobs_BT: Tensor, samples: Sequence[Sample], batch: Batch, config: ObjectiveConfig, tools: Iterable[str]
 ) -> dict[str, float]:
     """Compute cross-entropies by role, by tool and by copied text, in nats a token, and shares of tokens by role."""
-    own_B1 = torch.tensor([not sample.shuffled for sample in samples])[:, None]
+    own_B1 = torch.tensor([not sample.is_control for sample in samples])[:, None]
     real_BT = (torch.arange(batch.roles_BT.shape[1]) < batch.lengths_B[:, None]) & own_B1
 
     def ce(selected_BT: Tensor) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from backtalk.run.estimates import Interval, Parts, combined_interval
+from backtalk.evidence.aggregates import Scores, scores
+from backtalk.evidence.budget import REACH_RULE, AtEqual, Reached, Spent, Unit, at_equal, reached
+from backtalk.run.estimates import Interval, Parts, combined, combined_interval, holm
 
 # name in the table, name in an evaluation
 METRICS = (
@@ -16,6 +18,8 @@ METRICS = (
     ("env CE, own", "env_ce_own"),
     ("invalid calls", "invalid_calls"),
 )
+
+SCORES = ("pass_at_1", "reward")  # metrics of which more is better
 
 Evaluations = Mapping[int, Mapping[str, Any]]  # of one run, by step
 Curve = Mapping[int, Sequence[Parts]]  # one metric of one arm by step, each a list over seeds
@@ -33,6 +37,8 @@ class ArmResult:
     against_first: Interval | None  # after, minus that of the first arm; None for that arm itself
     over_run: Interval | None = None  # mean of the curve over the steps, by trapezoids
     over_run_against_first: Interval | None = None  # None where the arms were evaluated at other steps
+    p: float | None = None  # of "after, it is the same as in the first arm"
+    p_holm: float | None = None  # corrected for the number of arms that this metric is compared for
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +49,7 @@ class CurvePoint:
     metric: str
     step: int
     interval: Interval
+    spent: Mapping[Unit, float] | None = None  # by training until then, mean over seeds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +61,10 @@ class Comparison:
     interval: str
     results: tuple[ArmResult, ...]
     curves: tuple[CurvePoint, ...] = ()
+    scores: tuple[Scores, ...] = ()
+    equal: tuple[AtEqual, ...] = ()
+    reached: tuple[Reached, ...] = ()
+    reach_rule: str = REACH_RULE
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as study.json holds it."""
@@ -61,26 +72,68 @@ class Comparison:
 
 
 def compare(
-    study: str, arms: Sequence[str], seeds: Sequence[int], runs: Mapping[tuple[str, int], Evaluations]
+    study: str,
+    arms: Sequence[str],
+    seeds: Sequence[int],
+    runs: Mapping[tuple[str, int], Evaluations],
+    spent: Mapping[tuple[str, int], Spent] | None = None,
 ) -> Comparison:
-    """Compare every metric of every arm, each at the steps at which all its seeds were evaluated."""
+    """Compare every metric of every arm, each at the steps at which all its seeds were evaluated.
+
+    ``spent`` is that of the runs; without it nothing is compared at equal budgets.
+    """
     steps = {arm: sorted(set.intersection(*(set(runs[arm, seed]) for seed in seeds))) for arm in arms}
-    results, points = [], []
+    means = _mean_spent(steps, seeds, spent or {})
+    found: dict[str, list[Any]] = {"results": [], "curves": [], "scores": [], "equal": [], "reached": []}
     for metric, key in METRICS:
         curves = {arm: {n: [_parts(runs[arm, seed][n], key) for seed in seeds] for n in steps[arm]} for arm in arms}
+        others = {arm: None if arm == arms[0] else curves[arms[0]] for arm in arms}
+        results = [_result(arm, metric, curves[arm], others[arm]) for arm in arms]
+        corrected = holm([result.p for result in results])
+        found["results"] += [replace(r, p_holm=p) for r, p in zip(results, corrected, strict=True)]
         for arm in arms:
-            results.append(_result(arm, metric, curves[arm], None if arm == arms[0] else curves[arms[0]]))
             intervals = [(step, combined_interval([at], [1.0])) for step, at in curves[arm].items()]
-            points += [CurvePoint(arm, metric, step, interval) for step, interval in intervals if interval]
+            found["curves"] += [CurvePoint(arm, metric, n, i, means.get((arm, n))) for n, i in intervals if i]
+        if key in SCORES:
+            ends = [list(curves[arm].values())[-1] for arm in arms]
+            firsts = [None, *[ends[0]] * (len(arms) - 1)]
+            found["scores"] += [scores(a, metric, *pair) for a, *pair in zip(arms, ends, firsts, strict=True)]
+        if spent:
+            by_seed = {arm: [{n: at[i] for n, at in curves[arm].items()} for i in range(len(seeds))] for arm in arms}
+            costs = {arm: [spent[arm, seed] for seed in seeds] for arm in arms}
+            for unit in ("rollouts", "tokens", "seconds"):
+                found["equal"] += at_equal(metric, by_seed, costs, unit)
+            for unit in ("steps", "tokens", "seconds") if key in SCORES else ():
+                found["reached"] += reached(metric, by_seed, costs, unit)
     over = "seeds and tasks" if len(seeds) > 1 else "tasks"
-    return Comparison(study=study, seeds=tuple(seeds), interval=over, results=tuple(results), curves=tuple(points))
+    return Comparison(
+        study=study,
+        seeds=tuple(seeds),
+        interval=over,
+        results=tuple(found["results"]),
+        curves=tuple(found["curves"]),
+        scores=tuple(found["scores"]),
+        equal=tuple(found["equal"]),
+        reached=tuple(found["reached"]),
+    )
+
+
+def _mean_spent(
+    steps: Mapping[str, Sequence[int]], seeds: Sequence[int], spent: Mapping[tuple[str, int], Spent]
+) -> dict[tuple[str, int], dict[Unit, float]]:
+    """Return what each arm had spent by each of some steps, mean over seeds."""
+    means: dict[tuple[str, int], dict[Unit, float]] = {}
+    for key in [(arm, n) for arm in steps if (arm, seeds[0]) in spent for n in steps[arm]]:
+        runs = [spent[key[0], seed][key[1]] for seed in seeds]
+        means[key] = {unit: sum(run[unit] for run in runs) / len(runs) for unit in runs[0]}
+    return means
 
 
 def _result(arm: str, metric: str, curve: Curve, first: Curve | None) -> ArmResult:
     """Return an arm's estimates from its curve and that of the first arm, None for that arm itself."""
     steps, at = list(curve), list(curve.values())
     weights, end = trapezoid_weights(steps), list(first.values())[-1] if first else None
-    against_over_run = None
+    against_over_run, against = None, None if end is None else combined([at[-1], end], [1.0, -1.0])
     if first and steps == list(first):
         against_over_run = combined_interval([*at, *first.values()], [*weights, *(-w for w in weights)])
     return ArmResult(
@@ -89,9 +142,10 @@ def _result(arm: str, metric: str, curve: Curve, first: Curve | None) -> ArmResu
         before=combined_interval([at[0]], [1.0]),
         after=combined_interval([at[-1]], [1.0]),
         change=combined_interval([at[-1], at[0]], [1.0, -1.0]),
-        against_first=None if end is None else combined_interval([at[-1], end], [1.0, -1.0]),
+        against_first=None if against is None else against.interval,
         over_run=combined_interval(at, weights),
         over_run_against_first=against_over_run,
+        p=None if against is None else against.p_value,
     )
 
 

@@ -10,16 +10,18 @@ import asyncio
 import ctypes
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from backtalk.errors import BacktalkError, ConfigError, merge_repeats
 from backtalk.evidence.arms import read_arms
+from backtalk.evidence.budget import spent_by_step
 from backtalk.evidence.compare import Comparison, Evaluations, compare
 from backtalk.files import write_bytes
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict, setting_schemas
@@ -136,7 +138,8 @@ async def run_study(
 
 
 async def _run_study(study: Study, folder: Path, parallel: int | None, on_event: OnStudyEvent) -> Comparison:
-    jobs = [_Job((arm, seed), study.config(arm, seed), folder) for seed in study.seeds for arm in study.arms]
+    arms, seeds, configs = plan(study, folder)
+    jobs = [_Job(key, config, folder) for key, config in configs.items()]
     for job in jobs:
         job.check_same()
     cores = len(os.sched_getaffinity(0))
@@ -163,10 +166,32 @@ async def _run_study(study: Study, folder: Path, parallel: int | None, on_event:
             f"{', '.join(job.name for job in failed)} did not finish; the end of {failed[0].log_path} is:\n"
             f"{failed[0].log_tail()}\nStart the study again to repeat only what is missing"
         )
-    comparison = compare(study.name, tuple(study.arms), study.seeds, {job.key: job.evaluations() for job in jobs})
+    evaluations = {job.key: job.evaluations() for job in jobs}
+    spent = {job.key: spent_by_step(job.log.read_metrics()) for job in jobs}
+    comparison = compare(study.name, arms, seeds, evaluations, spent)
     write_bytes(folder / "study.json", (json.dumps(comparison.to_dict(), indent=1) + "\n").encode())
     on_event(StudyDone(folder, comparison))
     return comparison
+
+
+def plan(study: Study, folder: Path) -> tuple[tuple[str, ...], tuple[int, ...], dict[tuple[str, int], TrainConfig]]:
+    """Return the arms, the seeds and the settings of every run: the study's, and those that its folder holds already.
+
+    So arms and seeds can be added later, and none is dropped from the comparison. Every arm is trained with every seed.
+    """
+    known: dict[str, TrainConfig] = {}
+    seeds = set(study.seeds)
+    for path in sorted(folder.glob("*/config.yaml")):
+        if match := re.fullmatch(r"(.+)_seed(\d+)", path.parent.name):
+            seeds.add(int(match[2]))
+            if match[1] not in study.arms:
+                known[match[1]] = config_from_dict(RunLog(path.parent).read_config())
+    configs = {
+        (arm, seed): study.config(arm, seed) if arm in study.arms else replace(known[arm], seed=seed)
+        for seed in sorted(seeds)
+        for arm in (*study.arms, *known)
+    }
+    return (*study.arms, *known), tuple(sorted(seeds)), configs
 
 
 class _Job:
@@ -191,7 +216,7 @@ class _Job:
 
     def check_same(self) -> None:
         """Raise ConfigError for a folder with another run, which would be taken for a finished one."""
-        if self.log.config_path.exists() and self.log.read_config() != config_to_dict(self.config):
+        if self.log.config_path.exists() and config_from_dict(self.log.read_config()) != self.config:
             raise ConfigError(
                 f"{self.log.folder} holds a run with other settings; choose a new folder for this study with --out"
             )

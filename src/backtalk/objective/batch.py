@@ -38,7 +38,7 @@ class TokenCounts:
         """Count the rows and tokens of a whole optimizer step."""
 
         def count(role: TokenRole) -> int:
-            return sum(int((s.roles == role).sum()) for s in samples if not s.shuffled)
+            return sum(int((s.roles == role).sum()) for s in samples if not s.is_control)
 
         actions = [int(sample.sampled.sum()) for sample in samples]
         return cls(

@@ -19,6 +19,7 @@ PolicyNormalizer = Literal["sequence_mean", "token_mean", "fixed_length"]
 WorldNormalizer = Literal["sequence_mean", "sequence_mean_selected", "token_mean", "fixed_length"]
 ZeroAdvantageSteps = Literal["scaled", "full"]
 OnTrouble = Literal["warn", "halve", "off"]
+Observations = Literal["own", "shuffled", "action_masked"]
 
 ROLE_NAMES = {target: tuple(role.name.lower() for role in roles) for target, roles in TARGET_ROLES.items()}
 NO_SHARE = (
@@ -120,8 +121,9 @@ class WorldOptions:
     """Temperature of the log-probabilities of target tokens: 1, or that of sampling."""
     zero_advantage_steps: ZeroAdvantageSteps = "scaled"
     """Update of a step whose advantages are all 0: scaled by world_model_coeff, or a full step of the optimizer."""
-    observations: Literal["own", "shuffled"] = "own"
-    """Observations learned after an action: its own; shuffled, as a control, those of other actions of the step."""
+    observations: Observations = "own"
+    """Observations learned after an action: its own; as controls: shuffled, those of other actions of the step, or
+    action_masked, its own after an empty action."""
     on_trouble: OnTrouble = "warn"
     """What an alarm does (a large share of the gradient, invalid calls, ...): warn, and halve world_model_coeff, or
     switch it off."""

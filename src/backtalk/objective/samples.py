@@ -70,7 +70,7 @@ class Sample:
     policy_version: int = 0
     staleness: int = 0  # updates since that version
     length_penalty: float = 0.0  # taken off the reward before advantages
-    shuffled: bool = False  # a copy with observations of other actions, see ``shuffle_observations``
+    is_control: bool = False  # a copy for the world-model term alone, see ``controls``
 
     def __post_init__(self) -> None:
         n = len(self.token_ids)

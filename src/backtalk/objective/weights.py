@@ -22,12 +22,12 @@ def step_weights(samples: Sequence[Sample], config: ObjectiveConfig) -> list[Tok
     """Return the weights of each row of a step, in the order of its samples.
 
     ``samples`` is the whole step, the branches of a row one after the other, as ``build_samples`` makes them.
-    ``config`` is that of the step, its coefficient a number. Shuffled observations have no place in a row, so their
-    weights are left out: where they are learned, the world weights of the rows are 0.
+    ``config`` is that of the step, its coefficient a number. Observations of a control are learned in copies of the
+    rows, so their weights have no place in a row and are left out: the world weights of the rows are then 0.
     """
     counts = TokenCounts.of(samples, config.world_loss_target)
     rows: list[TokenWeights] = []
-    for sample in (sample for sample in samples if not sample.shuffled):
+    for sample in (sample for sample in samples if not sample.is_control):
         batch = collate([sample], 0)
         policy_T = policy_weights(batch, counts, config, torch.float64)[0] * (config.policy_coeff * sample.advantage)
         world_T = world_weights(batch, counts, config, torch.float64)[0] * config.world_coeff

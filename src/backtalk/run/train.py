@@ -17,8 +17,8 @@ from backtalk.errors import ConfigError, DataError
 from backtalk.language.renderer import Renderer
 from backtalk.objective.coefficient import Share
 from backtalk.objective.config import NO_SHARE, ObjectiveConfig
+from backtalk.objective.controls import mask_actions, shuffle_observations
 from backtalk.objective.samples import build_samples
-from backtalk.objective.shuffled import shuffle_observations
 from backtalk.objective.weights import step_weights
 from backtalk.rollout.groups import run_groups
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict
@@ -138,7 +138,7 @@ def _check_folder(log: RunLog, config: TrainConfig, resume: bool) -> None:
                 f"{log.folder} holds a run already; continue it with --resume, or choose another folder with --out"
             )
         return
-    old, new = flatten(log.read_config()), flatten(config_to_dict(config))
+    old, new = (flatten(config_to_dict(c)) for c in (config_from_dict(log.read_config()), config))
     changed = sorted(key for key in old | new if key not in RESUME_MAY_CHANGE and old.get(key) != new.get(key))
     if changed:
         changes = ", ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed)
@@ -215,8 +215,12 @@ class Run:
             for group in groups
             for sample in build_samples(group, objective, temperature=config.temperature, policy_version=version)
         ]
-        if objective.world.observations == "shuffled":
-            samples = shuffle_observations(samples, objective.world_loss_target, key=f"{config.seed}/{step}")
+        match objective.world.observations:
+            case "shuffled":
+                samples = shuffle_observations(samples, objective.world_loss_target, key=f"{config.seed}/{step}")
+            case "action_masked":
+                kept = self.renderer.stop_token_ids
+                samples = mask_actions(samples, objective.world_loss_target, kept=kept)
         metrics = await engine.train_step(samples, objective)
         used = metrics.get("world_model_coeff")  # a number, where it was a share
         metrics["world_model_coeff"] = used = objective.world_coeff if used is None else used

@@ -32,6 +32,9 @@ def write_study_report(folder: str | Path) -> Path:
         page.image(picture, "held-out pass@1, and env-output cross-entropy"),
         page.section("Held-out tasks", comparison_html(study)),
         *([page.section("Evaluations", curves_html(study))] if len(_steps(study)) > 2 else []),
+        *([page.section("Single tasks and runs", scores_html(study))] if study.get("scores") else []),
+        *([page.section("At equal cost of training", equal_html(study))] if study.get("equal") else []),
+        *([page.section("To reach the control's best", *reached_html(study))] if study.get("reached") else []),
         page.section("Runs", *[page.link(f"{name}/report.html", name) for name in _runs(study).values()]),
     ]
     path = folder / "report.html"
@@ -60,14 +63,61 @@ def comparison_html(study: Mapping[str, Any]) -> str:
     columns = {"before": "before", "after": "after", "change": "change", "against_first": f"after, minus {first}"}
     if len(_steps(study)) > 2:
         columns |= {"over_run": "mean over the run", "over_run_against_first": f"mean, minus {first}"}
-    rows = []
+    has_p, rows = any(result.get("p_holm") is not None for result in study["results"]), []
     for result in study["results"]:
         form = _form(result["metric"])
         signed = form.replace(":", ":+")
         forms = [form if name in ("before", "after", "over_run") else signed for name in columns]
         cells = [interval_text(Interval.from_dict(result[n]), f) for n, f in zip(columns, forms, strict=True)]
-        rows.append([f"{result['metric']}, {result['arm']}", *cells])
-    return page.table(["", *columns.values()], rows)
+        p_values = [_number(result.get(name), "{:.3f}") for name in ("p", "p_holm")] if has_p else []
+        rows.append([f"{result['metric']}, {result['arm']}", *cells, *p_values])
+    return page.table(["", *columns.values(), *(["p", "p, Holm"] if has_p else [])], rows)
+
+
+def scores_html(study: Mapping[str, Any]) -> str:
+    """Return an HTML table of interquartile means, and of each arm's probability of improvement over the first."""
+    rows = []
+    for row in study["scores"]:
+        iqm = interval_text(Interval.from_dict(row["iqm"]), _form(row["metric"]))
+        improvement = interval_text(Interval.from_dict(row["improvement"]), "{:.2f}")
+        rows.append([f"{row['metric']}, {row['arm']}", iqm, improvement])
+    first = study["scores"][0]["arm"]
+    return page.table(["", "interquartile mean", f"probability of improvement over {first}"], rows)
+
+
+def equal_html(study: Mapping[str, Any]) -> str:
+    """Return an HTML table of each metric where every run has spent the same rollouts, tokens and seconds."""
+    units = {row["unit"]: row["amount"] for row in study["equal"]}
+    found = {(row["metric"], row["arm"], row["unit"]): row for row in study["equal"]}
+    rows = []
+    for metric, arm in dict.fromkeys((metric, arm) for metric, arm, _ in found):
+        cells = [f"{metric}, {arm}"]
+        for unit in units:
+            row, form = found[metric, arm, unit], _form(metric)
+            against = Interval.from_dict(row["against_first"])
+            cells += [interval_text(Interval.from_dict(row["value"]), form)]
+            cells += [interval_text(against, form.replace(":", ":+"))]
+        rows.append(cells)
+    first = study["equal"][0]["arm"]
+    heads = [head for unit, amount in units.items() for head in (f"at {amount:,.0f} {unit}", f"minus {first}")]
+    return page.table(["", *heads], rows)
+
+
+def reached_html(study: Mapping[str, Any]) -> list[str]:
+    """Return the rule as HTML, and a table of what each arm had spent when it reached the first arm's best."""
+    rows = []
+    for row in study["reached"]:
+        pairs = zip(row["amounts"], row["ended"], strict=True)
+        amounts = [f"> {end:,.0f}" if amount is None else f"{amount:,.0f}" for amount, end in pairs]
+        speedup = interval_text(Interval.from_dict(row["speedup"]), "{:.2f}")
+        rows.append([f"{row['metric']}, {row['arm']}", row["unit"], ", ".join(amounts), speedup])
+    seeds = ", ".join(map(str, study["seeds"]))
+    heads = ["", "unit", f"reached after, seeds {seeds}; > where censored", "speed-up"]
+    return [page.paragraph(study["reach_rule"]), page.table(heads, rows)]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
 
 
 def curves_html(study: Mapping[str, Any]) -> str:
@@ -133,7 +183,8 @@ def _summary(study: Mapping[str, Any]) -> str:
     over = "seeds and tasks" if len(study["seeds"]) > 1 else "tasks: one seed says nothing about how others would do"
     return (
         f"Seeds {seeds}. Means over seeds; brackets are 95 % intervals by a bootstrap over {over}. Differences are in "
-        "pairs of seed and task. Cross-entropies in nats per ENV_OUTPUT token, invalid calls per rollout."
+        "pairs of seed and task. Cross-entropies in nats per ENV_OUTPUT token, invalid calls per rollout. p is the "
+        "bootstrap's, of no difference from the first arm after training; Holm's is corrected for the number of arms."
     )
 
 

@@ -1,4 +1,4 @@
-"""A control of the world-model term: every observation is learned after an action that did not cause it.
+"""Controls of the world-model term: observations are learned after an action that did not cause them, or after none.
 
 What the term then teaches is how observations read, and not what an action does. If it helps as much, knowledge of the
 environment was not what helped.
@@ -7,7 +7,7 @@ environment was not what helped.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from random import Random
@@ -43,17 +43,58 @@ def shuffle_observations(samples: Sequence[Sample], target: WorldLossTarget, *, 
     Raises:
         ValueError: the number of target tokens changed.
     """
-    samples = [s if s.world_scale is not None else replace(s, world_scale=torch.ones(len(s))) for s in samples]
+    samples = _with_scales(samples)
     others = _others([place for sample in samples for place in _observations(sample)], key)
+
+    def exchanged(sample: Sample) -> list[Stretch]:
+        stretches, end = [], 0
+        for place in _observations(sample):
+            stretches += [Stretch(sample, end, place.start), others[place]]
+            end = place.end
+        return [*stretches, Stretch(sample, end, len(sample))]
+
+    if not others:
+        return [replace(sample, world_scale=torch.zeros(len(sample))) for sample in samples]
+    return _in_copies(samples, target, exchanged)
+
+
+def mask_actions(samples: Sequence[Sample], target: WorldLossTarget, *, kept: Collection[int]) -> list[Sample]:
+    """Return a step's samples with the world-model term moved to copies in which every action is empty.
+
+    Of an action only the tokens in ``kept`` are left, those that end a turn, so that the copy reads as a conversation
+    in which the policy said nothing; it is that much shorter. Everything else is as in ``shuffle_observations``.
+
+    Raises:
+        ValueError: the number of target tokens changed.
+    """
+    kept = frozenset(kept)
+
+    def without_actions(sample: Sample) -> list[Stretch]:
+        ids, roles = sample.token_ids.tolist(), sample.roles.tolist()
+        stays = [role != TokenRole.ACTION or token in kept for token, role in zip(ids, roles, strict=True)]
+        runs = [[n for n, _ in run] for stay, run in groupby(enumerate(stays), key=lambda pair: pair[1]) if stay]
+        return [Stretch(sample, run[0], run[-1] + 1) for run in runs]
+
+    return _in_copies(_with_scales(samples), target, without_actions)
+
+
+def _with_scales(samples: Sequence[Sample]) -> list[Sample]:
+    return [s if s.world_scale is not None else replace(s, world_scale=torch.ones(len(s))) for s in samples]
+
+
+def _in_copies(
+    samples: Sequence[Sample], target: WorldLossTarget, stretches: Callable[[Sample], list[Stretch]]
+) -> list[Sample]:
+    """Return the samples without targets, and after each row its copies, put together from ``stretches``."""
     made: list[Sample] = []
     for row in _rows(samples):
         made += [replace(sample, world_scale=torch.zeros(len(sample))) for sample in row]
-        copies = [replace(_copy(sample, others), branch=len(row) + sample.branch) for sample in row] if others else []
+        copies = [replace(_copy(sample, stretches(sample)), branch=len(row) + sample.branch) for sample in row]
         if any(bool(copy.target_mask(target).any()) for copy in copies):
             made += with_other_branches(copies, target)
     before, after = (sum(sample.counts(target).targets for sample in step) for step in (samples, made))
-    if others and before != after:
-        raise ValueError(f"shuffled observations have {after} target tokens, and the step has {before}")
+    if before != after:
+        raise ValueError(f"the copies have {after} target tokens, and the step has {before}")
     return made
 
 
@@ -97,13 +138,8 @@ def _others(places: Sequence[Stretch], key: str) -> dict[Stretch, Stretch]:
     return dict(zip(order, order[shift:] + order[:shift], strict=True))
 
 
-def _copy(sample: Sample, others: Mapping[Stretch, Stretch]) -> Sample:
-    """Return a sample for the world-model term alone, with the observations that ``others`` names."""
-    stretches, end = [], 0
-    for place in _observations(sample):
-        stretches += [Stretch(sample, end, place.start), others[place]]
-        end = place.end
-    stretches.append(Stretch(sample, end, len(sample)))
+def _copy(sample: Sample, stretches: Sequence[Stretch]) -> Sample:
+    """Return a sample for the world-model term alone, put together from ``stretches``."""
 
     def column(name: str) -> Tensor:
         return torch.cat([getattr(source, name)[start:end] for source, start, end in stretches])
@@ -120,5 +156,5 @@ def _copy(sample: Sample, others: Mapping[Stretch, Stretch]) -> Sample:
         advantage=0.0,
         has_reward=False,
         spans=(),
-        shuffled=True,
+        is_control=True,
     )

@@ -1,4 +1,4 @@
-"""Shuffled observations against rows shuffled by hand, and the policy term that they must not touch."""
+"""Controls against rows changed by hand, and the policy term that they must not touch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from backtalk.engines.torch.engine import TorchConfig, TorchEngine
 from backtalk.objective import objective
 from backtalk.objective.batch import TokenCounts, collate
 from backtalk.objective.config import ObjectiveConfig, WorldNormalizer, WorldOptions
+from backtalk.objective.controls import mask_actions, shuffle_observations
 from backtalk.objective.roles import WorldLossTarget
 from backtalk.objective.samples import Sample, build_samples
-from backtalk.objective.shuffled import shuffle_observations
 from backtalk.objective.weights import step_weights
 from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
 from tiny import tiny_model_dir
@@ -79,7 +79,7 @@ def shuffled_by_hand(trajectory: Trajectory, copy: Sample) -> Trajectory:
 @pytest.mark.parametrize("key", ["0/0", "0/1", "7/3"])
 def test_every_observation_follows_an_action_of_another_task(key: str) -> None:
     samples = samples_of(ObjectiveConfig())
-    copies = [sample for sample in shuffle_observations(samples, "env_only", key=key) if sample.shuffled]
+    copies = [sample for sample in shuffle_observations(samples, "env_only", key=key) if sample.is_control]
     assert [(c.task_id, c.sample_index) for c in copies] == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("c", 0)]
     own = {task: {b for s in samples if s.task_id == task for b in bodies(s)} for task in "abc"}
     for copy in copies:
@@ -90,21 +90,21 @@ def test_every_observation_follows_an_action_of_another_task(key: str) -> None:
         assert rest[0] == rest[1]
         assert not copy.sampled.any() and not copy.has_reward and copy.advantage == 0
     assert sorted(b for c in copies for b in bodies(c)) == sorted(b for s in samples for b in bodies(s))
-    again = [sample for sample in shuffle_observations(samples, "env_only", key=key) if sample.shuffled]
+    again = [sample for sample in shuffle_observations(samples, "env_only", key=key) if sample.is_control]
     assert [c.token_ids.tolist() for c in again] == [c.token_ids.tolist() for c in copies]
 
 
 def test_steps_are_shuffled_differently() -> None:
     samples = samples_of(ObjectiveConfig())
     made = [shuffle_observations(samples, "env_only", key=f"0/{step}") for step in range(8)]
-    assert len({tuple(b for s in step if s.shuffled for b in bodies(s)) for step in made}) > 2
+    assert len({tuple(b for s in step if s.is_control for b in bodies(s)) for step in made}) > 2
 
 
 def test_within_one_task_observations_go_to_other_rollouts() -> None:
     group = TrajectoryGroup("a", tuple(rollout("a", i, 1.0, [output(100 + 5 * i, 4)]) for i in range(4)))
     made = shuffle_observations(samples_of(ObjectiveConfig(), [group]), "env_only", key="0/0")
     for number in range(4):
-        (true,), (copy,) = ([s for s in made if s.sample_index == number and s.shuffled is x] for x in (False, True))
+        (true,), (copy,) = ([s for s in made if s.sample_index == number and s.is_control is x] for x in (False, True))
         assert bodies(true) != bodies(copy)
 
 
@@ -112,7 +112,7 @@ def test_a_task_with_most_observations_keeps_as_few_as_can_be_and_none_at_its_ow
     large = rollout("a", 0, 1.0, [output(100 + 5 * turn, 4) for turn in range(5)])
     groups = [TrajectoryGroup("a", (large,)), TrajectoryGroup("b", (rollout("b", 0, 1.0, [output(130, 6)]),))]
     made = shuffle_observations(samples_of(ObjectiveConfig(), groups), "env_only", key="0/0")
-    (copy,) = (s for s in made if s.shuffled and s.task_id == "a")
+    (copy,) = (s for s in made if s.is_control and s.task_id == "a")
     assert all(got != own for got, own in zip(bodies(copy), bodies(large), strict=True))
     assert sum(body in bodies(large) for body in bodies(copy)) == 4
 
@@ -167,7 +167,7 @@ def test_the_world_term_is_that_of_rows_shuffled_by_hand_and_the_policy_term_is_
     assert before == after
 
     plain, policy_gradient = gradient(samples, replace(config, world_model_coeff=0.0))
-    copies = {(s.task_id, s.sample_index): s for s in made if s.shuffled}
+    copies = {(s.task_id, s.sample_index): s for s in made if s.is_control}
     by_hand = [
         sample
         for group in GROUPS
@@ -203,7 +203,7 @@ def test_a_rewritten_history_stays_one_row() -> None:
     config = ObjectiveConfig(world_normalizer="sequence_mean", world_model_coeff=1.0)
     groups = [TrajectoryGroup("a", (forked,)), TrajectoryGroup("b", tuple(GROUPS[1]))]
     made = shuffle_observations(samples_of(config, groups), "env_only", key="0/0")
-    assert [(s.task_id, s.branch, s.shuffled) for s in made][:4] == [
+    assert [(s.task_id, s.branch, s.is_control) for s in made][:4] == [
         ("a", 0, False),
         ("a", 1, False),
         ("a", 2, True),
@@ -214,6 +214,36 @@ def test_a_rewritten_history_stays_one_row() -> None:
     copies = made[2:4]
     assert [c.other_branches.observations + int((c.roles == ENV_OUTPUT).sum()) for c in copies] == [9, 9]
     assert all(c.other_branches.actions == 0 for c in copies)
+
+
+def without_actions(trajectory: Trajectory) -> Trajectory:
+    """Return a trajectory whose actions are their last token alone, not sampled."""
+    empty = [replace(s, token_ids=s.token_ids[-1:], logprobs=None) for s in trajectory.segments]
+    pairs = zip(trajectory.segments, empty, strict=True)
+    return replace(trajectory, reward=None, segments=tuple(e if s.role is ACTION else s for s, e in pairs))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_world_term_is_that_of_rows_with_empty_actions_and_the_policy_term_is_untouched(name: str) -> None:
+    config = CONFIGS[name]
+    samples = samples_of(config)
+    made = mask_actions(samples, config.world_loss_target, kept=[30, 31])  # the ends of turns in these rollouts
+    assert TokenCounts.of(made, config.world_loss_target) == TokenCounts.of(samples, config.world_loss_target)
+    copies = [s for s in made if s.is_control]
+    learned = 1 if config.world_loss_target == "warning_only" else 5  # the sixth rollout observed nothing
+    assert len(copies) == learned and all(not s.sampled.any() for s in copies)
+    by_hand = [
+        sample
+        for group in GROUPS
+        for t in group
+        for sample in build_samples(TrajectoryGroup(group.task_id, (without_actions(t),)), config)
+    ]
+    world, world_gradient = gradient(by_hand, replace(config, policy_coeff=0.0, world_model_coeff=1.0))
+    _, policy_gradient = gradient(samples, replace(config, world_model_coeff=0.0))
+    terms, whole = gradient(made, config)
+    assert float(terms["world_model_loss"]) == pytest.approx(float(world["world_model_loss"]), abs=1e-12)
+    assert (whole - policy_gradient - 0.3 * world_gradient).abs().max() < 1e-12
+    assert world_gradient.abs().max() > 1e-4
 
 
 def test_weights_of_an_observation_go_with_it() -> None:
