@@ -1,33 +1,58 @@
-"""Measure what a fixed coefficient and a share do to models of several sizes, fresh ones and ones taught both halves.
+"""Measure what a fixed coefficient and a share are: on models of several sizes, fresh ones and ones taught both halves,
+with the normalisers of several libraries.
 
-    python recipes/share/measure.py --models sizes --out share
+    python recipes/share/measure.py norms --models sizes --out share      # the gradients of the model as it is
+    python recipes/share/measure.py trained --models sizes --out share    # a few steps of training
 
-``sizes`` holds a folder for each model, named KIND_SIZE as in README.md. Each is trained for a few steps of triage with
-each setting of ``world_model_coeff``, and both terms' gradients over all weights are measured in every step.
+``sizes`` holds a folder for each model, named KIND_SIZE as in README.md. What is measured already is
+not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import io
 import json
 import math
 import shutil
 import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
+from backtalk.engines.torch.config import TorchConfig
+from backtalk.engines.torch.engine import TorchEngine
+from backtalk.objective.coefficient import CoefficientController, Share
+from backtalk.objective.config import ObjectiveConfig, PolicyOptions
+from backtalk.objective.samples import build_samples
 from backtalk.run.config import load_config
 from backtalk.run.log import RunLog
 from backtalk.run.train import train
-from backtalk.viewer.web.curves import new_figure
 
-SETTINGS = {"0.05": "0.05", "share 0.2": "{share: 0.2}"}
-KINDS = {"actions": "fresh", "both": "both halves"}  # of triage: the explorers' tokens alone were learned, or all
+FIXED, SHARE = 0.05, Share(0.2)
+COEFFICIENTS = {"0.05": "0.05", "share 0.2": "{share: 0.2}"}
+KINDS = ("actions", "both")  # of triage: the explorers' tokens alone were learned, or all
+MAX_TOKENS = 1024  # of the preset: the L of fixed_length
+
+BOTH_TOKEN_MEAN = {"policy_normalizer": "token_mean", "world_normalizer": "token_mean"}
+BOTH_FIXED_LENGTH = {"policy_normalizer": "fixed_length", "world_normalizer": "fixed_length"}
+NORMALISERS: Mapping[str, Mapping[str, str]] = {  # settings of the objective; docs/coefficients.md says whose they are
+    "sequence_mean": {},
+    "world: sequence_mean_selected": {"world_normalizer": "sequence_mean_selected"},
+    "world: token_mean": {"world_normalizer": "token_mean"},
+    "world: fixed_length": {"world_normalizer": "fixed_length"},
+    "token_mean": BOTH_TOKEN_MEAN,
+    "fixed_length": BOTH_FIXED_LENGTH,
+    "token_mean, raw advantages": BOTH_TOKEN_MEAN | {"policy.advantage": "dr_grpo"},
+    "fixed_length, raw advantages": BOTH_FIXED_LENGTH | {"policy.advantage": "dr_grpo"},
+    "target: warning_plus_env": {"world_loss_target": "warning_plus_env"},
+    "target: full_observation": {"world_loss_target": "full_observation"},
+}
+# The default, and by the weight of a target token beside an action token the least and the most of them.
+TRAINED = ("sequence_mean", "world: fixed_length", "fixed_length, raw advantages")
 
 
 def parameters(model: Path) -> int:
@@ -36,92 +61,103 @@ def parameters(model: Path) -> int:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
 
 
-def measure(model: Path, recorded: Path, coefficient: str, folder: Path, steps: int) -> dict[str, Any]:
-    """Train a model for a few steps; return both terms' gradient norms of each step, and the cross-entropies."""
-    overrides = {
-        "steps": str(steps),
-        "tasks_per_step": "4",
-        "evaluation.tasks": "32",
-        "evaluation.samples_per_task": "1",
-        "evaluation.recorded_path": str(recorded),
-        "engine.model": str(model),
-        "engine.measure_gradients_every": "1",
-        "engine.warmup_steps": "0",
-        "objective.world_model_coeff": coefficient,
-    }
-    began = time.monotonic()
-    config = load_config("triage", overrides=[f"{key}={value}" for key, value in overrides.items()])
+def run(model: Path, folder: Path, overrides: Mapping[str, str]) -> RunLog:
+    """Train a model on triage, 4 tasks x 8 rollouts a step, with both terms' gradients measured in each."""
+    settings = {"tasks_per_step": "4", "engine.model": str(model), "engine.warmup_steps": "0"}
+    settings |= {"engine.measure_gradients_every": "1"} | overrides
     shutil.rmtree(folder, ignore_errors=True)
+    config = load_config("triage", overrides=[f"{key}={value}" for key, value in settings.items()])
     asyncio.run(train(config, folder))
-    log = RunLog(folder)
-    names = ("world_model_coeff", "world_grad_share", "policy_grad_norm_weights", "world_grad_norm_weights", "reward")
-    rows = [{name: row.get(name) for name in names} for row in log.read_metrics()]
+    return RunLog(folder)
+
+
+def norms(model: Path, folder: Path, steps: int) -> dict[str, list[dict[str, float]]]:
+    """Return both terms' gradient norms with each normaliser, on the same rollouts of the model as it is.
+
+    At a learning rate of 0 the weights stay. ``kept`` is the share that a controller keeps which has seen the batches
+    before this one, NaN in the first.
+    """
+    log = run(model, folder, {"steps": str(steps), "evaluation.tasks": "0", "engine.learning_rate": "0"})
+    batches = [log.read_groups(step) for step in log.group_steps()]
+    engine = TorchEngine(TorchConfig(model=str(model), learning_rate=0.0, measure_gradients_every=1))
+    found: dict[str, list[dict[str, float]]] = {}
+    for name, settings in NORMALISERS.items():
+        options = {key: value for key, value in settings.items() if key != "policy.advantage"}
+        policy = PolicyOptions(advantage=settings.get("policy.advantage", "grpo"))  # type: ignore[arg-type]
+        config = ObjectiveConfig(world_model_coeff=SHARE, max_seq_len=MAX_TOKENS, policy=policy, **options)  # type: ignore[arg-type]
+        controller, rows = CoefficientController(), []
+        for groups in batches:
+            samples = [sample for group in groups for sample in build_samples(group, config)]
+            metrics = asyncio.run(engine.train_step(samples, config))
+            p, w = metrics["policy_grad_norm_weights"], metrics["world_grad_norm_weights"]
+            if not p > 0:  # a batch without a mixed group
+                continue
+            coeff = controller.coefficient(SHARE, 0) if rows else math.nan
+            controller.observe(p, w)
+            rows.append({"policy": p, "world": w, "fixed": world_share(FIXED, p, w), "kept": world_share(coeff, p, w)})
+        found[name] = rows
+    return found
+
+
+def world_share(coeff: float, policy: float, world: float) -> float:
+    """Return the world-model term's share of the gradient at a coefficient."""
+    return coeff * world / (coeff * world + policy)
+
+
+def trained(model: Path, folder: Path, steps: int, settings: Mapping[str, str]) -> dict[str, Any]:
+    """Train a model for a few steps; return the share of the gradient in each, and the cross-entropies."""
+    measured = {"steps": str(steps), "evaluation.tasks": "32", "evaluation.samples_per_task": "1"}
+    log = run(model, folder, measured | settings)
+    names = ("world_model_coeff", "world_grad_share", "policy_grad_norm_weights", "reward")
     evaluations = [log.read_evaluation(step) for step in log.evaluation_steps()]
     return {
-        "steps": rows,
+        "steps": [{name: row.get(name) for name in names} for row in log.read_metrics()],
         "recorded_ce": [evaluation["env_ce_recorded"]["value"] for evaluation in evaluations],
         "pass_at_1": [evaluation["pass_at_1"]["value"] for evaluation in evaluations],
-        "seconds": time.monotonic() - began,
     }
 
 
-def shares(result: dict[str, Any]) -> list[float]:
+def shares(result: Mapping[str, Any]) -> list[float]:
     """Return the world-model term's share of the gradient over the weights, of each step that had both terms."""
     return [row["world_grad_share"] for row in result["steps"] if row["policy_grad_norm_weights"]]
 
 
-def draw(results: list[dict[str, Any]]) -> bytes:
-    """Draw the realised share of each model, and what it did to the cross-entropy, for both settings."""
-    figure, (share, effect) = new_figure(1, 2, width=5.0, height=3.8)
-    for setting, color in zip(SETTINGS, ("#cf222e", "#0969da"), strict=True):
-        for (kind, name), style in zip(KINDS.items(), ("o--", "s-"), strict=True):
-            chosen = [r for r in results if (r["kind"], r["setting"]) == (kind, setting)]
-            sizes, label = [r["parameters"] for r in chosen], f"{setting}, {name}"
-            middle = [statistics.median(shares(r)) for r in chosen]
-            low_high = [[abs(m - end(shares(r))) for r, m in zip(chosen, middle, strict=True)] for end in (min, max)]
-            share.errorbar(sizes, middle, low_high, fmt=style, color=color, capsize=3, label=label)
-            effect.plot(sizes, [r["recorded_ce"][-1] - r["recorded_ce"][0] for r in chosen], style, color=color)
-    share.axhline(0.2, color="#8c959f", linewidth=1, linestyle=":")
-    share.set(title="share of the gradient: median, least and most of the steps", ylim=(0, 1))
-    effect.set(title="cross-entropy of recorded output, change in nats a token")
-    effect.axhline(0, color="#8c959f", linewidth=1, linestyle=":")
-    all_sizes = sorted({r["parameters"] for r in results})
-    for axis in (share, effect):
-        axis.set_xscale("log")
-        axis.set_xticks(all_sizes, [f"{size / 1e6:.2f} M" for size in all_sizes])
-        axis.minorticks_off()
-        axis.set_xlabel("parameters", fontsize=8)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    share.legend(fontsize=7)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    return out.getvalue()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("norms", "trained"))
     parser.add_argument("--models", type=Path, default=Path("sizes"), help="holds KIND_SIZE/base_model for each model")
     parser.add_argument("--out", type=Path, default=Path("share"))
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, help="batches of rollouts (4), or steps of training (8)")
     args = parser.parse_args()
-    results = []
-    for kind in KINDS:
-        for folder in sorted(args.models.glob(f"{kind}_*"), key=lambda folder: parameters(folder / "base_model")):
-            model, recorded = folder / "base_model", folder / "recorded/held_out.parquet"
-            for setting, coefficient in SETTINGS.items():
-                run = args.out / "runs" / f"{folder.name}_{setting.replace(' ', '_')}"
-                result = measure(model, recorded, coefficient, run, args.steps)
-                about = {"kind": kind, "model": folder.name, "parameters": parameters(model), "setting": setting}
-                results.append(about | result)
+    file = args.out / f"{args.part}.json"
+    results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    folders = [folder for kind in KINDS for folder in args.models.glob(f"{kind}_*") if (folder / "base_model").exists()]
+
+    def keep(name: str, model: Path, result: Any, line: str, began: float) -> None:
+        results[name] = {"model": model.parent.name, "parameters": parameters(model), "result": result}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{name:60} {line}  {time.monotonic() - began:.0f} s", flush=True)
+
+    for folder in sorted(folders, key=lambda folder: parameters(folder / "base_model")):
+        model, began = folder / "base_model", time.monotonic()
+        if args.part == "norms":
+            if folder.name not in results:
+                result = norms(model, args.out / "runs" / f"{folder.name}_norms", args.steps or 4)
+                middle = [statistics.median(row["fixed"] for row in rows) for rows in result.values() if rows]
+                keep(folder.name, model, result, "0.05: " + " ".join(f"{share:.3f}" for share in middle), began)
+            continue
+        for normaliser in TRAINED:
+            for coefficient, value in COEFFICIENTS.items():
+                name, began = f"{folder.name}/{normaliser}/{coefficient}", time.monotonic()
+                if name in results:
+                    continue
+                settings = {f"objective.{key}": choice for key, choice in NORMALISERS[normaliser].items()}
+                settings["objective.world_model_coeff"] = value
+                result = trained(model, args.out / "runs" / name.replace(" ", "_"), args.steps or 8, settings)
                 before, after = result["recorded_ce"]
-                print(
-                    f"{folder.name:16} {setting:10} share {statistics.median(shares(result)):.2f}  "
-                    f"recorded CE {before:.2f} to {after:.2f}  {result['seconds']:.0f} s",
-                    flush=True,
-                )
-                (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.out / "share.png").write_bytes(draw(results))
+                line = f"share {statistics.median(shares(result)):.2f}  recorded CE {before:.2f} to {after:.2f}"
+                keep(name, model, result | {"normaliser": normaliser, "coefficient": coefficient}, line, began)
 
 
 if __name__ == "__main__":
