@@ -1,117 +1,124 @@
 """Draw what a fixed coefficient and a share are, and what they do, from what measure.py and the studies left.
 
-python recipes/share/draw.py --out share --old old_base --present present_base
+python recipes/share/draw.py --results recipes/share/results --out docs/share.png
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
+import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from backtalk.viewer.web.curves import new_figure
-from measure import COEFFICIENTS, TRAINED, shares
+from measure import COEFFICIENTS, NORMALISERS, TRAINED
 
-RED, BLUE = COLORS = ("#cf222e", "#0969da")  # a fixed coefficient, a share
-KIND_NAMES = {"actions": "fresh", "both": "both halves"}
-MARKS = dict(zip(TRAINED, "osD", strict=True))
-ARMS = {"fixed_0_1": ("fixed 0.1", RED), "share_0_2": ("share 0.2", BLUE)}
+RED, BLUE = "#cf222e", "#0969da"  # a fixed coefficient, a share
+COLORS = dict(zip(COEFFICIENTS, (RED, BLUE), strict=True))
+KINDS = {"actions": ("fresh", "o", "--"), "both": ("both halves", "s", "-")}
+BASES = ("actions_first", "both_medium")  # the package's first base model and its present one
+ARMS = {"fixed_0_1": RED, "share_0_2": BLUE}
+# pass@1 less GRPO's of the share on the present base model, from docs/demo.md
+DEMO = {"arm": "share_0_2", "metric": "pass@1", "against_first": {"value": -0.009, "low": -0.030, "high": 0.011}}
 
-
-def model_name(entry: dict[str, Any]) -> str:
-    """Return the label of a model."""
-    return f"{entry['parameters'] / 1e6:.2f} M\n{KIND_NAMES[entry['model'].partition('_')[0]]}"
-
-
-def places(results: dict[str, Any]) -> dict[str, tuple[int, str]]:
-    """Return a place on the axis for each model, fresh ones first, and its label."""
-    models = {e["model"]: e for e in results.values()}
-    order = sorted(models, key=lambda m: (m.partition("_")[0], models[m]["parameters"]))
-    return {m: (i, model_name(models[m])) for i, m in enumerate(order)}
+Results = Mapping[str, Mapping[str, Any]]
 
 
-def draw_norms(axis: Any, norms: dict[str, Any]) -> None:
-    """Draw the share of each normaliser on the model as it is."""
-    for name, (x, _) in places(norms).items():
-        for dx, key, color in ((-0.15, "fixed", RED), (0.15, "kept", BLUE)):
-            for rows in norms[name]["result"].values():
-                seen = [row[key] for row in rows if row[key] == row[key]]
-                if seen:
-                    axis.plot([x + dx], [statistics.median(seen)], "o", color=color, alpha=0.55, markersize=4)
-    axis.set(title="share of the gradient, ten choices of normaliser and targets", ylim=(0, 1))
+def draw_sizes(share: Any, effect: Any, trained: Results) -> None:
+    """Draw share and effect of the trained models of several sizes, with the default normaliser."""
+    for coefficient, color in COLORS.items():
+        for kind, (label, mark, line) in KINDS.items():
+            names = [f"{kind}_{size}/sequence_mean/{coefficient}" for size in ("small", "medium", "large")]
+            entries = [trained[name] for name in names]
+            sizes, results = [e["parameters"] for e in entries], [e["result"] for e in entries]
+            middle = [r["share"][0] for r in results]
+            spread = [[abs(r["share"][end] - r["share"][0]) for r in results] for end in (1, 2)]
+            style = {"marker": mark, "linestyle": line, "color": color, "markersize": 4}
+            share.errorbar(sizes, middle, spread, capsize=3, label=f"{coefficient}, {label}", **style)
+            effect.plot(sizes, [r["recorded_ce"][1] - r["recorded_ce"][0] for r in results], **style)
+    for axis in (share, effect):
+        axis.set_xscale("log")
+        axis.set_xticks(sizes, [f"{size / 1e6:.2f} M" for size in sizes], fontsize=7)
+        axis.minorticks_off()
 
 
-def trained_of(trained: dict[str, Any], coefficient: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield model, normaliser and result of the trained runs of a setting."""
-    for entry in trained.values():
-        if entry["result"]["coefficient"] == coefficient:
-            yield entry["model"], entry["result"]["normaliser"], entry["result"]
+def draw_norms(axis: Any, norms: Results) -> None:
+    """Draw the share of each normaliser on the models as they are: of 0.05, and as a controller keeps it."""
+    for base in BASES:
+        label, mark, _ = KINDS[base.partition("_")[0]]
+        for (key, coefficient), side in zip((("fixed", "0.05"), ("kept", "share 0.2")), (-0.15, 0.15), strict=True):
+            rows = [norms[base]["result"][name] for name in NORMALISERS]
+            middle = [statistics.median(x[key] for x in batches if not math.isnan(x[key])) for batches in rows]
+            places = [x + side for x in range(len(middle))]
+            axis.plot(places, middle, mark, color=COLORS[coefficient], ms=4, label=f"{coefficient}, {label}")
+    axis.set_xticks(range(len(NORMALISERS)), list(NORMALISERS), fontsize=6, rotation=30, ha="right")
 
 
-def draw_trained(share: Any, effect: Any, trained: dict[str, Any]) -> None:
-    """Draw the realised share and the change of cross-entropy of each trained run."""
-    place = places(trained)
-    for side, coefficient, color in zip((-1, 1), COEFFICIENTS, COLORS, strict=True):
-        for model, normaliser, result in trained_of(trained, coefficient):
-            x = place[model][0] + 0.15 * side + 0.07 * (TRAINED.index(normaliser) - 1)
-            seen, mark = shares(result), MARKS[normaliser]
-            if seen:
-                m = statistics.median(seen)
-                share.errorbar([x], [m], [[m - min(seen)], [max(seen) - m]], fmt=mark, color=color, ms=4, lw=1)
-            effect.plot([x], [result["recorded_ce"][-1] - result["recorded_ce"][0]], mark, color=color, markersize=4)
-    share.set(title="the same, in training: median, least, most of the steps", ylim=(0, 1))
-    effect.set(title="cross-entropy of recorded output, change in nats a token")
-    for name, mark in MARKS.items():
-        effect.plot([], [], mark, color="#57606a", markersize=4, label=name)
+def draw_trained(share: Any, effect: Any, trained: Results) -> None:
+    """Draw share and effect in training with the normalisers that weigh the term least and most."""
+    places = [(base, normaliser) for base in BASES for normaliser in TRAINED[:2]]
+    for coefficient, color in COLORS.items():
+        side = 0.1 if color == BLUE else -0.1
+        for x, (base, normaliser) in enumerate(places):
+            if entry := trained.get(f"{base}/{normaliser}/{coefficient}"):
+                mark, result = KINDS[base.partition("_")[0]][1], entry["result"]
+                m, low, high = result["share"]
+                share.errorbar([x + side], [m], [[m - low], [high - m]], fmt=mark, color=color, capsize=3, ms=4)
+                effect.plot([x + side], [result["recorded_ce"][1] - result["recorded_ce"][0]], mark, color=color, ms=4)
+    labels = ["\n".join((KINDS[base.partition("_")[0]][0], *name.split(", "))) for base, name in places]
+    for axis in (share, effect):
+        axis.set_xticks(range(len(places)), labels, fontsize=6)
 
 
-def draw_reward(axis: Any, studies: dict[str, dict[str, Any]]) -> None:
+def draw_reward(axis: Any, studies: Mapping[str, list[Mapping[str, Any]]]) -> None:
     """Draw pass@1 after training less that of GRPO, with its interval."""
-    for x, study in enumerate(studies.values()):
-        found = {r["arm"]: r["against_first"] for r in study["results"] if r["metric"] == "pass@1"}
-        for side, (arm, (_, color)) in zip((-0.1, 0.1), ARMS.items(), strict=True):
+    for x, results in enumerate(studies.values()):
+        found = {r["arm"]: r["against_first"] for r in results if r["metric"] == "pass@1"}
+        for arm, color in ARMS.items():
             if difference := found.get(arm):
                 value, low, high = (difference[key] for key in ("value", "low", "high"))
-                axis.errorbar([x + side], [value], [[value - low], [high - value]], fmt="o", color=color, capsize=3)
-    axis.set_xticks(range(len(studies)), studies)
-    axis.set(title="pass@1 after training, less GRPO's", xlim=(-0.5, len(studies) - 0.5))
+                place = x + (0.1 if color == BLUE else -0.1)
+                axis.errorbar([place], [value], [[value - low], [high - value]], fmt="o", color=color, capsize=3, ms=4)
+    axis.set_xticks(range(len(studies)), list(studies), fontsize=7)
+    axis.set_xlim(-0.5, len(studies) - 0.5)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("share"), help="holds norms.json and trained.json")
-    parser.add_argument("--old", type=Path, default=Path("old_base"), help="study of the old base model")
-    parser.add_argument("--present", type=Path, default=Path("present_base"), help="study of the present base model")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=Path("share.png"))
     args = parser.parse_args()
-    norms, trained = (json.loads((args.out / f"{part}.json").read_text()) for part in ("norms", "trained"))
-    figure, axes = new_figure(2, 2, width=5.6, height=3.4)
-    (by_norms, by_steps), (effect, reward) = axes
-    draw_norms(by_norms, norms)
-    draw_trained(by_steps, effect, trained)
-    paths = {"fresh base\n(the first one)": args.old, "both halves\n(the present one)": args.present}
-    draw_reward(reward, {name: json.loads((path / "study.json").read_text()) for name, path in paths.items()})
-    for axis, results in ((by_norms, norms), (by_steps, trained), (effect, trained)):
-        axis.set_xticks(*zip(*places(results).values(), strict=True), fontsize=7)
-    for axis in (by_norms, by_steps):
+    norms, trained, old = (
+        json.loads((args.results / f"{n}.json").read_text()) for n in ("norms", "trained", "old_base")
+    )
+    figure, axes = new_figure(2, 3, width=4.6, height=3.5)
+    (by_size, by_normaliser, in_training), (ce_by_size, ce_by_normaliser, reward) = axes
+    draw_sizes(by_size, ce_by_size, trained)
+    draw_norms(by_normaliser, norms)
+    draw_trained(in_training, ce_by_normaliser, trained)
+    draw_reward(reward, {"fresh base: 0.1, share 0.2": old["results"], "both halves: share 0.2": [DEMO]})
+    by_size.set_title("what it is: share of the gradient, by size")
+    by_normaliser.set_title("by normaliser and targets, before training")
+    in_training.set_title("in training, least and most of them")
+    ce_by_size.set_title("what it does: recorded cross-entropy, nats a token")
+    ce_by_normaliser.set_title("the same, least and most of the normalisers")
+    reward.set_title("pass@1 after training, less GRPO's")
+    for axis in axes[0]:
+        axis.set_yscale("log")
+        axis.set_ylim(0.003, 1)
         axis.axhline(0.2, color="#8c959f", linewidth=1, linestyle=":")
-        for label, color in zip(COEFFICIENTS, COLORS, strict=True):
-            axis.plot([], [], "o", color=color, markersize=4, label=label)
-    for label, color in ARMS.values():
-        reward.plot([], [], "o", color=color, label=label)
+    for axis in axes[1]:
+        axis.axhline(0, color="#8c959f", linewidth=1, linestyle=":")
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
         axis.title.set_fontsize(9)
-        axis.legend(fontsize=7)
-    for axis in (effect, reward):
-        axis.axhline(0, color="#8c959f", linewidth=1, linestyle=":")
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    (args.out / "share.png").write_bytes(out.getvalue())
+    by_size.legend(fontsize=6, loc="lower left")
+    by_normaliser.legend(fontsize=6, loc="lower right")
+    figure.savefig(args.out, format="png", dpi=110)
 
 
 if __name__ == "__main__":
