@@ -64,7 +64,7 @@ def parameters(model: Path) -> int:
 def run(model: Path, folder: Path, overrides: Mapping[str, str]) -> RunLog:
     """Train a model on triage, 4 tasks x 8 rollouts a step, with both terms' gradients measured in each."""
     settings = {"tasks_per_step": "4", "engine.model": str(model), "engine.warmup_steps": "0"}
-    settings |= {"engine.measure_gradients_every": "1"} | overrides
+    settings = {**settings, "engine.measure_gradients_every": "1", **overrides}
     shutil.rmtree(folder, ignore_errors=True)
     config = load_config("triage", overrides=[f"{key}={value}" for key, value in settings.items()])
     asyncio.run(train(config, folder))
@@ -111,7 +111,7 @@ def trained(model: Path, folder: Path, steps: int, settings: Mapping[str, str]) 
     ``recorded_ce`` [before, after].
     """
     measured = {"steps": str(steps), "evaluation.tasks": "32", "evaluation.samples_per_task": "1"}
-    log = run(model, folder, measured | settings)
+    log = run(model, folder, {**measured, **settings})
     rows = log.read_metrics()
     shares = [row["world_grad_share"] for row in rows if row["policy_grad_norm_weights"]] or [math.nan]
     coefficients = [row["world_model_coeff"] for row in rows]
