@@ -6,7 +6,7 @@ import asyncio
 import math
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from gpu_check.machine import Device
@@ -62,20 +62,18 @@ def train_run(folder: Path, device: Device, model: str, steps: int) -> Row:
         config = load_config("triage", settings | {"steps": last})
         asyncio.run(train(config, out, resume=last == steps))
     rows = RunLog(out).read_metrics()
-    tail = rows[len(rows) // 2 :]
 
-    def mean(name: str, some: list[dict[str, Any]]) -> float:
-        values = [row[name] for row in some if isinstance(row[name], (int, float)) and math.isfinite(row[name])]
-        return sum(values) / len(values) if values else float("nan")
+    def values(name: str, some: list[dict[str, Any]] = rows) -> list[float]:
+        return [row[name] for row in some if row.get(name) is not None and math.isfinite(row[name])] or [math.nan]
 
     return {
         "tasks": source,
-        "reward, first half": mean("reward", rows[: len(rows) // 2]),
-        "reward, second half": mean("reward", tail),
-        "environment's cross-entropy, first": rows[0]["env_output_ce"],
-        "last": rows[-1]["env_output_ce"],
-        "largest gap of sampler and trainer, nats": max(row["sampler_logprob_gap"] for row in rows),
-        "rollouts s a step": median(row["rollout_seconds"] for row in rows),
-        "update s a step": median(row["train_seconds"] for row in rows),
-        "tokens/s": median(row["tokens_per_second"] for row in rows),
+        "reward, first half": fmean(values("reward", rows[: len(rows) // 2])),
+        "reward, second half": fmean(values("reward", rows[len(rows) // 2 :])),
+        "environment's cross-entropy, first": values("env_output_ce")[0],
+        "last": values("env_output_ce")[-1],
+        "largest gap of sampler and trainer, nats": max(values("sampler_logprob_gap")),
+        "rollouts s a step": median(values("rollout_seconds")),
+        "update s a step": median(values("train_seconds")),
+        "tokens/s": median(values("tokens_per_second")),
     }

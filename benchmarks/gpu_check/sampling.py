@@ -7,7 +7,9 @@ import math
 import random
 import time
 
-from backtalk.engines.torch.sampler import TorchSampler
+import torch
+
+from backtalk.engines.torch.sampler import TorchSampler, sample_tokens
 from backtalk.rollout.sampler import SamplingParams
 from gpu_check.machine import Device
 from gpu_check.results import Part, Row
@@ -68,10 +70,15 @@ class Policy:
         seconds = min(self.device.seconds(lambda: asyncio.run(rollouts(self.sampler(tokens)))) for _ in range(2))
         prefill_s = min(self.device.seconds(lambda: asyncio.run(rollouts(self.sampler(1)))) for _ in range(2))
         step_s = (seconds - prefill_s) / (tokens - 1)
+        noise = torch.Generator(self.device.device).manual_seed(0)
+        logits = torch.randn(count, self.shape.vocab, device=self.device.device, generator=noise).to(self.device.dtype)
+        uniforms = torch.rand(count, device=self.device.device, dtype=torch.float64, generator=noise)
+        draw_s = self.device.median_seconds(lambda: sample_tokens(logits, uniforms, 1.0))
         weights_s = self.shape.decode_bytes * self.device.dtype.itemsize / 2 / (1e9 * bandwidth_gbs)
         return {
             "tokens/s": count * tokens / seconds,
             "decode step ms": 1e3 * step_s,
+            "of that the draw ms": 1e3 * draw_s,
             "reading weights ms": 1e3 * weights_s,
             "prefill ms": 1e3 * prefill_s,
             "memory GiB": self.device.peak_gib(),

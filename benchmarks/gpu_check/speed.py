@@ -183,8 +183,10 @@ def head(device: Device, shape: Shape, tokens: int, name: str) -> Row:
 
     try:
         once()
-    except ImportError as error:
-        return {"not measured": str(error)}
+    except Exception as error:
+        if name.startswith(("TRL", "Liger")):  # not installed, or not for this device
+            return {"not measured": f"{type(error).__name__}: {error}".partition("\n")[0][:120]}
+        raise
     device.reset_peak()
     before = torch.cuda.memory_allocated(device.device) / GIB if device.is_gpu else 0.0
     seconds = device.median_seconds(once, repeats=5 if device.is_gpu else 2)

@@ -148,6 +148,18 @@ async def test_keeping_the_cache_changes_nothing(qwen: Any) -> None:
     assert ids_of(kept) == ids_of(anew)
 
 
+@pytest.mark.parametrize("persistent", [True, False])
+async def test_running_ahead_of_what_is_read_changes_nothing(qwen: Any, persistent: bool) -> None:
+    """A GPU runs the next token before this one is looked at; so does the CPU here."""
+    ahead = sampler_of(qwen, persistent_cache=persistent)
+    ahead._worker._runs_ahead = True
+    seen = ids_of(await play(ahead))
+    behind = sampler_of(qwen, persistent_cache=persistent)
+    assert seen == ids_of(await play(behind))
+    assert ahead.stats.action_tokens == behind.stats.action_tokens
+    assert behind.stats.decode_rows < ahead.stats.decode_rows <= 2 * behind.stats.decode_rows
+
+
 async def test_arrival_order_and_neighbours_change_nothing(qwen: Any) -> None:
     together = await play(sampler_of(qwen))
     reversed_arrival = await play(sampler_of(qwen), delay_s=lambda row: 0.002 * (6 - row))

@@ -217,6 +217,7 @@ class _Worker:
         self.cache = cache
         self.stats = SamplerStats(kv=cache.stats)
         self._model, self._params, self._stop_ids, self._device = model, params, stop_ids, device
+        self._runs_ahead = device.type == "cuda"
 
     def run(self, wave: Sequence[_Request]) -> list[Completion]:
         was_training = self._model.training
@@ -242,46 +243,66 @@ class _Worker:
         ]
 
     def _decode(self, wave: Sequence[_Request]) -> tuple[list[list[int]], list[list[float]]]:
-        """Return the sampled ids and their log-probabilities of each request, in the order of ``wave``."""
-        order, logits_MV = self.cache.begin([History(r.session, r.token_ids) for r in wave])
+        """Return the sampled ids and their log-probabilities of each request, in the order of ``wave``.
+
+        A token is looked at here once, to see which rows go on. A GPU is then at work on the next one already: it runs
+        once more for rows that have ended, in place of waiting after every token.
+        """
+        active, logits_MV = self.cache.begin([History(r.session, r.token_ids) for r in wave])  # the request in each row
         width = max(request.limit for request in wave)
         seed = self._params.seed
         uniforms = np.stack([uniform_numbers(seed, r.session.key, r.call, width) for r in wave])
         uniforms_NL = torch.from_numpy(uniforms).to(self._device, _cdf_dtype(self._device))
-        limits_N = torch.tensor([request.limit for request in wave], device=self._device)
-        stop_ids = torch.tensor(sorted(self._stop_ids), dtype=torch.long, device=self._device)
-        active_M = torch.tensor(order, device=self._device)  # the request in each row
-        alive_M = torch.ones_like(active_M, dtype=torch.bool)
-        lengths_N = torch.zeros_like(limits_N)
+        active_M = torch.tensor(active, device=self._device)
+        alive, lengths = [True] * len(active), [0] * len(wave)
         steps: list[tuple[Tensor, Tensor, Tensor]] = []
         for t in range(width):
             ids_M, logprobs_M = sample_tokens(logits_MV, uniforms_NL[active_M, t], self._params.temperature)
             steps.append((active_M, ids_M, logprobs_M))
-            lengths_N[active_M] += alive_M
-            alive_M = alive_M & (t + 1 < limits_N[active_M]) & (ids_M[:, None] != stop_ids).all(1)
-            alive_M = _end_watched(wave, active_M, ids_M, alive_M)
-            num_alive = int(alive_M.sum())
-            if num_alive == 0:
+            read_ids = _start_reading(ids_M)
+            if self._runs_ahead and t + 1 < width:
+                logits_MV = self._step(ids_M)
+            for row, (i, token) in enumerate(zip(active, read_ids(), strict=True)):
+                lengths[i] += alive[row]
+                alive[row] = alive[row] and self._goes_on(wave[i], t + 1, token)
+            if not any(alive):
                 break
-            if num_alive < SHRINK_BELOW * len(alive_M):
-                kept = torch.tensor(self.cache.keep(alive_M.tolist()), device=self._device)
-                active_M, alive_M, ids_M = active_M[kept], alive_M[kept], ids_M[kept]
-            logits_MV = self.cache.step(ids_M)
-            self.stats.decode_steps += 1
-            self.stats.decode_rows += len(ids_M)
-        return _gather(steps, lengths_N)
+            if sum(alive) < SHRINK_BELOW * len(alive):
+                kept = self.cache.keep(alive)
+                kept_M = torch.tensor(kept, device=self._device)
+                active_M, ids_M = active_M[kept_M], ids_M[kept_M]
+                logits_MV = logits_MV[kept_M] if self._runs_ahead else logits_MV
+                active, alive = [active[row] for row in kept], [True] * len(kept)
+            if not self._runs_ahead:
+                logits_MV = self._step(ids_M)
+        return _gather(steps, torch.tensor(lengths, device=self._device))
+
+    def _step(self, ids_M: Tensor) -> Tensor:
+        self.stats.decode_steps += 1
+        self.stats.decode_rows += len(ids_M)
+        return self.cache.step(ids_M)
+
+    def _goes_on(self, request: _Request, length: int, token: int) -> bool:
+        """Return whether a request goes on after its ``length``-th token."""
+        if length >= request.limit or token in self._stop_ids:
+            return False
+        return request.is_over is None or not request.is_over(token)
 
 
-def _end_watched(wave: Sequence[_Request], active_M: Tensor, ids_M: Tensor, alive_M: Tensor) -> Tensor:
-    """Return which rows go on after this token; a request that is watched may be over."""
-    if all(request.is_over is None for request in wave):
-        return alive_M
-    rows = torch.stack([active_M, ids_M, alive_M.long()]).tolist()  # one copy from the device
-    goes_on = [
-        bool(alive) and not ((is_over := wave[i].is_over) is not None and is_over(token))
-        for i, token, alive in zip(*rows, strict=True)
-    ]
-    return torch.tensor(goes_on, device=alive_M.device)
+def _start_reading(ids_M: Tensor) -> Callable[[], list[int]]:
+    """Start to copy ids from their device, and return a function that waits for them alone."""
+    if ids_M.device.type != "cuda":
+        return ids_M.tolist
+    host_M = torch.empty(ids_M.shape, dtype=ids_M.dtype, pin_memory=True)
+    host_M.copy_(ids_M, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[int]:
+        copied.synchronize()
+        return host_M.tolist()
+
+    return read
 
 
 def _gather(
