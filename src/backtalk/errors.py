@@ -44,6 +44,10 @@ class SamplerError(InfrastructureError):
     """The policy could not be sampled."""
 
 
+class SamplerFault(BacktalkError):
+    """The sampler is gone, or samples from other weights than the trained: the run stops, no rollout is to blame."""
+
+
 def merge_repeats(errors: ExceptionGroup[Exception]) -> Exception:
     """Return the group without repeats of the same type and message, or its only error if one is left."""
     found: dict[tuple[type, str], Exception] = {}

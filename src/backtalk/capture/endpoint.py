@@ -10,24 +10,16 @@ Logprobs are used only at temperature 1: servers differ on whether theirs are of
 
 from __future__ import annotations
 
-import asyncio
-import json
-import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-
-import httpx2
 
 from backtalk.capture.rollout import Reply, Seen
 from backtalk.errors import ConfigError, DataError, SamplerError
 from backtalk.language.openai_chat import AssistantMessage, read_assistant, write_call
 from backtalk.language.tool_formats.schemas import tool_schemas
 from backtalk.messages import Message, clean_text
-from backtalk.rollout.sampler import Completion
-
-SHOWN = 300  # characters of a server's refusal
+from backtalk.rollout.completions import Server, completion_request, sampled_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +48,17 @@ class EndpointConfig:
                 f"temperature={self.temperature} with token ids: whether a server's logprobs are of before or after "
                 "the temperature cannot be told, and they are wanted for training; use 1, or leave --tokens out"
             )
+
+    @property
+    def server(self) -> Server:
+        """Return the address, with the patience for it."""
+        return Server(
+            url=self.url,
+            timeout_s=self.timeout_s,
+            attempts=self.attempts,
+            first_wait_s=self.first_wait_s,
+            key_variable=self.key_variable,
+        )
 
 
 # What servers are asked beside the conversation, the first that is not refused: with ids and logprobs as vLLM and
@@ -89,9 +92,9 @@ class Endpoint:
             if status == 200:
                 break
             if status not in (400, 422) or self.accepted + 1 == len(options):
-                raise _refused(self.config, status, answer)
+                raise self.config.server.refusal(status, answer, self.config.model)
             self.accepted += 1
-        choice = _choice(answer, self.config)
+        choice = self.config.server.first_choice(answer)
         reply = self._read(choice.get("message"))
         kept: dict[str, Any] = {"role": "assistant", "content": reply.text}
         call, self.call_id = next(iter(reply.calls), None), None
@@ -99,7 +102,9 @@ class Endpoint:
             self.call_id = reply.call_ids[0] or f"call_{len(self.messages)}"
             kept["tool_calls"] = [write_call(call, self.call_id)]
         self.messages.append(kept)
-        sampled = _sampled(answer, choice, seen) if self.config.temperature == 1 else None
+        sampled = None
+        if self.config.temperature == 1:
+            sampled = sampled_tokens(answer, choice, seen.token_ids, seen.stop_token_ids)
         return Reply(text=reply.text, call=call, sampled=sampled, cut=choice.get("finish_reason") == "length")
 
     def _read(self, message: Any) -> AssistantMessage:
@@ -113,22 +118,18 @@ class Endpoint:
             raise SamplerError(f"{self.config.url} answered with what no policy of ours can say: {error}") from error
 
     async def _by_tokens(self, seen: Seen) -> Reply:
-        asked = {
-            "model": self.config.model,
-            "prompt": list(seen.token_ids),
-            "max_tokens": seen.max_tokens,
-            "temperature": self.config.temperature,
-            "top_p": 1,
-            "top_k": -1,
-            "logprobs": 1,
-            "return_token_ids": True,
-            "skip_special_tokens": False,
-            "stop_token_ids": sorted(seen.stop_token_ids),
-        }
+        asked = completion_request(
+            self.config.model,
+            seen.token_ids,
+            max_tokens=seen.max_tokens,
+            temperature=self.config.temperature,
+            stop_token_ids=seen.stop_token_ids,
+        )
         status, answer = await self._post("completions", asked)
         if status != 200:
-            raise _refused(self.config, status, answer)
-        sampled = _sampled(answer, _choice(answer, self.config), seen, own_prompt=True)
+            raise self.config.server.refusal(status, answer, self.config.model)
+        choice = self.config.server.first_choice(answer)
+        sampled = sampled_tokens(answer, choice, seen.token_ids, seen.stop_token_ids, own_prompt=True)
         if sampled is None:
             raise SamplerError(
                 f"{self.config.url} gave back no token ids with logprobs that continue ours; a server has to know "
@@ -137,28 +138,8 @@ class Endpoint:
         return Reply(sampled=sampled)
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> tuple[int, Any]:
-        """Return status and answer, after as many requests as it takes or is allowed."""
-        key = os.environ.get(self.config.key_variable)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        problem = ""
-        secure = self.config.url.startswith("https")  # loading certificates takes longer than a local server's answer
-        async with httpx2.AsyncClient(timeout=self.config.timeout_s, headers=headers, verify=secure) as client:
-            for attempt in range(self.config.attempts):
-                wait_s = self.config.first_wait_s * 2**attempt
-                try:
-                    response = await client.post(f"{self.config.url.rstrip('/')}/{path}", json=body)
-                    if response.status_code not in (408, 409, 429) and response.status_code < 500:
-                        return response.status_code, _body(response.text)
-                    problem = f"status {response.status_code}: {response.text[:SHOWN]}"
-                    wait_s = max(wait_s, _seconds(response.headers.get("retry-after")))
-                except httpx2.HTTPError as error:
-                    problem = f"{type(error).__name__}: {error}"
-                if attempt + 1 < self.config.attempts:
-                    await asyncio.sleep(wait_s)
-        raise SamplerError(
-            f"{self.config.url} did not answer after {self.config.attempts} attempts ({problem}); "
-            "is the server running, and the URL right?"
-        )
+        async with self.config.server.client() as client:
+            return await self.config.server.ask(client, path, body)
 
 
 def _openai(messages: Sequence[Message], call_id: str | None) -> list[dict[str, Any]]:
@@ -167,59 +148,3 @@ def _openai(messages: Sequence[Message], call_id: str | None) -> list[dict[str, 
         return [{"role": m.role if m.role != "tool" else "user", "content": clean_text(m.text)} for m in messages]
     answered = {"role": "tool", "tool_call_id": call_id} if call_id else {"role": "user"}
     return [{**answered, "content": clean_text("\n".join(message.text for message in messages))}]
-
-
-def _sampled(answer: Any, choice: Any, seen: Seen, *, own_prompt: bool = False) -> Completion | None:
-    """Return the sampled ids with their logprobs, where the server says them and they continue just our tokens."""
-    prompt = answer.get("prompt_token_ids") or choice.get("prompt_token_ids")
-    ids, logprobs = choice.get("token_ids"), _logprobs(choice.get("logprobs"))
-    if prompt != list(seen.token_ids) and not (prompt is None and own_prompt):
-        return None
-    if not isinstance(ids, list) or not ids or not all(type(token) is int and token >= 0 for token in ids):
-        return None
-    stopped = choice.get("finish_reason") != "length"
-    if stopped and ids[-1] not in seen.stop_token_ids:  # it ended in some way that our tokens do not show
-        return None
-    return None if logprobs is None or len(ids) != len(logprobs) else Completion(tuple(ids), logprobs, stopped)
-
-
-def _logprobs(found: Any) -> tuple[float, ...] | None:
-    """Return those of the sampled tokens, from /chat/completions (``content``) or /completions (``token_logprobs``)."""
-    if not isinstance(found, Mapping):
-        return None
-    values: Any = found.get("token_logprobs")
-    if isinstance(entries := found.get("content"), list):
-        values = [entry.get("logprob") if isinstance(entry, Mapping) else None for entry in entries]
-    known = isinstance(values, list) and all(isinstance(x, (int, float)) and math.isfinite(x) for x in values)
-    return tuple(map(float, values)) if values and known else None
-
-
-def _choice(answer: Any, config: EndpointConfig) -> dict[str, Any]:
-    choices = answer.get("choices") if isinstance(answer, Mapping) else None
-    if not isinstance(choices, list) or not choices or not isinstance(choices[0], Mapping):
-        raise SamplerError(f"{config.url} answered without a choice: {str(answer)[:SHOWN]}; is it the right URL?")
-    return dict(choices[0])
-
-
-def _refused(config: EndpointConfig, status: int, answer: Any) -> SamplerError:
-    hint = ""
-    if status in (401, 403):
-        hint = f"; put the key in the environment variable {config.key_variable}"
-    elif status == 404:
-        hint = f"; is the URL right (it ends in /v1), and is a model {config.model!r} served there?"
-    return SamplerError(f"{config.url} refused with status {status}: {str(answer)[:SHOWN]}{hint}")
-
-
-def _body(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-
-
-def _seconds(text: str | None) -> float:
-    """Return Retry-After, where it is a number of seconds; a minute at most."""
-    try:
-        return min(max(float(text or 0), 0.0), 60.0)
-    except ValueError:
-        return 0.0

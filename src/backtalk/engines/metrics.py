@@ -171,6 +171,17 @@ def _policy(
     }
 
 
+def sampler_gap(record: StepRecord) -> float:
+    """Return the mean |trainer - sampler| in nats over the actions of the version that is trained; NaN without any."""
+    fresh = [
+        (logprobs - sample.sampling_logprobs.double())[sample.sampled]
+        for sample, logprobs in zip(record.samples, record.logprobs, strict=True)
+        if sample.staleness == 0
+    ]
+    gaps = torch.cat([torch.zeros(0), *fresh])
+    return float(gaps.abs().mean()) if len(gaps) else math.nan
+
+
 def _balance(gradients_BT: Tensor, batch: Batch, counts: TokenCounts, config: ObjectiveConfig) -> dict[str, float]:
     """Compare the two terms by their weights and by the L1 norm of d(loss)/d(logprobs)."""
     p_BT = policy_weights(batch, counts, config, torch.float64)

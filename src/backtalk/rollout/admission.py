@@ -28,9 +28,12 @@ class Admission:
 
     While a rollout waits for a place, every other rollout that ends extends its deadline by the time it waited, so that
     few places cost time and no rollouts. If none ends in all of its own time, its deadline ends it.
+
+    Without ``waits``, for a sampler that batches continuously, no rollout waits for those that open their environments.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, waits: bool = True) -> None:
+        self._waits = waits
         self._opening: set[_Arrival] = set()  # environments, without those that wait for a place
         self._waiting: set[_Arrival] = set()
         self._may_sample = asyncio.Event()
@@ -81,7 +84,7 @@ class Admission:
             self._update()
 
     def _update(self) -> None:
-        if self._opening and self._patient:
+        if self._waits and self._opening and self._patient:
             self._may_sample.clear()
         else:
             self._may_sample.set()

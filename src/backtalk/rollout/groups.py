@@ -15,7 +15,7 @@ from backtalk.language.renderer import Renderer
 from backtalk.rollout.admission import Admission
 from backtalk.rollout.limits import Deadline, RolloutLimits
 from backtalk.rollout.rollout import EnvFactory, run_rollout
-from backtalk.rollout.sampler import Sampler
+from backtalk.rollout.sampler import ContinuousSampler, Sampler
 from backtalk.sandboxes.base import SandboxLimits
 from backtalk.spans import on_track
 from backtalk.tasks.task import Task
@@ -37,13 +37,16 @@ async def run_groups(
 ) -> list[TrajectoryGroup]:
     """Run ``group_size`` rollouts of each task, ``limits.concurrency`` at a time; return their groups in order.
 
-    A failed rollout touches no other. A bug, or Ctrl-C, ends them all, closes their environments and is raised; several
-    bugs at the same moment are raised as an ExceptionGroup.
+    A failed rollout touches no other. A bug, a lost sampler or Ctrl-C ends them all, closes their environments and is
+    raised; several bugs at the same moment are raised as an ExceptionGroup.
     """
     if group_size < 1:
         raise ConfigError(f"group_size={group_size} runs no rollout; use group_size >= 1")
+    continuous = isinstance(sampler, ContinuousSampler)
+    if continuous:
+        await sampler.prepare()  # in no rollout's own time
     num_concurrent = limits.concurrency or fit_concurrency(limits).concurrency or 1
-    running, admission = asyncio.Semaphore(num_concurrent), Admission()
+    running, admission = asyncio.Semaphore(num_concurrent), Admission(waits=not continuous)
     stragglers = Stragglers(len(tasks) * group_size, limits.straggler_factor)
 
     async def run(task: Task, index: int, number: int) -> Trajectory:

@@ -96,6 +96,19 @@ class Sampler(Protocol):
         ...
 
 
+@runtime_checkable
+class ContinuousSampler(Protocol):
+    """A ``Sampler`` that batches whatever requests it has, so that a rollout waiting for a command holds no other."""
+
+    async def prepare(self) -> None:
+        """Get ready to sample at this version, before any rollout begins.
+
+        Raises:
+            SamplerFault: it cannot.
+        """
+        ...
+
+
 class ScriptedSampler:
     """A sampler that returns replies written in advance: for tests, explorers and oracles.
 

@@ -37,7 +37,7 @@ from backtalk.trajectory import TrajectoryGroup
 
 T = TypeVar("T")
 
-RESUME_MAY_CHANGE = ("steps", "checkpoint_every", "evaluation.every")
+RESUME_MAY_CHANGE = ("steps", "checkpoint_every", "evaluation.every", "engine.sampler")
 
 
 async def train(
@@ -139,7 +139,7 @@ def _check_folder(log: RunLog, config: TrainConfig, resume: bool) -> None:
             )
         return
     old, new = (flatten(config_to_dict(c)) for c in (config_from_dict(log.read_config()), config))
-    changed = sorted(key for key in old | new if key not in RESUME_MAY_CHANGE and old.get(key) != new.get(key))
+    changed = sorted(key for key in old | new if not key.startswith(RESUME_MAY_CHANGE) and old.get(key) != new.get(key))
     if changed:
         changes = ", ".join(f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed)
         raise ConfigError(

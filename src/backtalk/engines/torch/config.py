@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from backtalk.engines.server.config import ServerConfig
 from backtalk.errors import ConfigError
 from backtalk.settings import check_choices
 
@@ -43,6 +44,8 @@ class TorchConfig:
     a share as the coefficient and 40 elsewhere."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 trains every weight."""
+    sampler: Literal["torch", "vllm"] | ServerConfig = "torch"
+    """What samples: this engine itself, a vLLM started here, or a server by its settings (docs/samplers.md)."""
     threads: int | None = None
     """CPU threads of PyTorch; null leaves its default."""
 

@@ -6,13 +6,13 @@ It is the default, and the reference for other engines. One forward pass serves 
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from backtalk.engines.metrics import StepRecord, term_metrics, token_metrics
+from backtalk.engines.metrics import StepRecord, sampler_gap, term_metrics, token_metrics
+from backtalk.engines.server.sampler import ServerSampler
+from backtalk.engines.server.synced import SyncedServer, Trainer
+from backtalk.engines.torch.checkpoint import FORMAT, read_checkpoint
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.gradients import GradientSum, StepTerms
 from backtalk.engines.torch.logprobs import Scores, TokenScorer
@@ -33,6 +36,7 @@ from backtalk.engines.torch.model import (
     quiet_transformers,
     resolve_device,
     resolve_dtype,
+    save_merged,
 )
 from backtalk.engines.torch.optimizer import StepOptimizer
 from backtalk.engines.torch.packing import MicroBatch
@@ -52,7 +56,6 @@ from backtalk.trajectory import Trajectory
 # A measurement costs 1.64 updates as a pass of its own, and 0.67 under a share (benchmarks/objective.py norms). In a
 # run that spends half of its time on updates, one step in 40 costs 2.1 %, and one in 12 under a share 2.8 %.
 MEASURE_EVERY, MEASURE_EVERY_UNDER_SHARE = 40, 12
-FORMAT = 1  # of checkpoints
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -98,6 +101,17 @@ class TorchEngine:
         self._measured_at: int | None = None  # step of the last measurement of both terms' gradients
         self._policy_version = 0
         self._stop_token_ids: frozenset[int] | None = None
+        self._server: SyncedServer | None = None
+        if config.sampler != "torch":
+            write = partial(save_merged, self._peft or self.model)
+            trainer = Trainer(
+                self.location,
+                str(self._dtype),
+                self.tokenizer,
+                write=write,
+                score=lambda rows, temperature: self._fit(lambda: self._score(rows, temperature)),
+            )
+            self._server = SyncedServer(config.sampler, trainer)
 
     @property
     def policy_version(self) -> int:
@@ -116,11 +130,15 @@ class TorchEngine:
         return pad if pad is not None else end if end is not None else 0
 
     def sampler(self, params: SamplingParams) -> Sampler:
-        """Return a batched sampler over the current weights; it may not be used during or after a train step."""
+        """Return a sampler of the current weights, which may not be used during or after a train step."""
         from backtalk.engines.torch.sampler import TorchSampler
 
         if self._stop_token_ids is None:  # they depend on the chat template, and not on tools
             self._stop_token_ids = Renderer(self.tokenizer, (), RendererConfig(on_drift="fork")).stop_token_ids
+        if (server := self._server) is not None:
+            version = self._policy_version
+            prepare = partial(self._in_worker, lambda: server.sync(version, params))
+            return ServerSampler(prepare, params=params, stop_token_ids=self._stop_token_ids, policy_version=version)
         return TorchSampler(
             self.model,
             params=params,
@@ -180,6 +198,7 @@ class TorchEngine:
         return timed(stage, track="engine", wait=torch.cuda.synchronize if self.device.type == "cuda" else None)
 
     def _train_step(self, samples: Sequence[Sample], config: ObjectiveConfig) -> dict[str, float]:
+        self._optimizer.zero_grad()  # where an earlier step broke off
         counts = TokenCounts.of(samples, config.world_loss_target)
         with self._timed("gradients"):
             due = self._is_measured(samples, config)
@@ -194,6 +213,8 @@ class TorchEngine:
             has_gradient = any(gradient is not None for gradient in gradients)
         else:
             losses, record, has_gradient = self._fit(lambda: self._accumulate(samples, counts, config))
+        if self._server is not None and self._server.version == self._policy_version:
+            self._server.check_sampled(sampler_gap(record))
         world_only = config.policy_coeff > 0 and config.world_coeff > 0 and record.policy_square == 0
         scaled = world_only and config.world.zero_advantage_steps == "scaled"
         ratio = config.world_coeff / config.policy_coeff if scaled else None
@@ -206,6 +227,7 @@ class TorchEngine:
             tokens = token_metrics(record, counts, config, sorted(self._tools))
         coeff = config.world_coeff
         measured = None if terms is None else terms.measured
+        update |= {} if self._server is None else self._server.metrics
         return losses | {"world_model_coeff": coeff} | tokens | term_metrics(measured, coeff) | update
 
     def _is_measured(self, samples: Sequence[Sample], config: ObjectiveConfig) -> bool:
@@ -318,7 +340,7 @@ class TorchEngine:
             return self._scores(self._reference or self._scorer, batch, row_sizes, config).logprobs_BT
 
     @torch.no_grad()
-    def _score(self, trajectories: Sequence[Trajectory]) -> list[list[float]]:
+    def _score(self, trajectories: Sequence[Trajectory], temperature: float = 1.0) -> list[list[float]]:
         """Return each token's log-probability, one list a trajectory, over all its branches."""
         branches = [to_samples(trajectory) for trajectory in trajectories]
         logprobs: dict[Sample, list[float]] = {}
@@ -331,7 +353,7 @@ class TorchEngine:
                 row_sizes,
                 trained_BT=torch.zeros_like(real_BT),
                 measured_BT=real_BT,
-                temperature_BT=torch.ones(real_BT.shape, device=self.device),
+                temperature_BT=torch.full(real_BT.shape, temperature, device=self.device),
             )
             samples = [sample for row in part for sample in row]
             for sample, row in zip(samples, scores.logprobs_BT.tolist(), strict=True):
@@ -341,11 +363,9 @@ class TorchEngine:
     def _write(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with quiet_transformers():
-            if self._peft is None:
-                self.model.save_pretrained(folder / "model")
-            else:
+            if self._peft is not None:
                 self._peft.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
-                copy.deepcopy(self._peft).merge_and_unload().save_pretrained(folder / "model")
+            save_merged(self._peft or self.model, folder / "model")
             self.tokenizer.save_pretrained(folder / "model")
         state = {"policy_version": self._policy_version, "lora_rank": self.config.lora_rank, "model": self.config.model}
         state |= {"measured_at": self._measured_at, "coefficient": self._controller.state_dict()}
@@ -353,23 +373,7 @@ class TorchEngine:
         (folder / "state.json").write_text(json.dumps({"format": FORMAT} | state, indent=2) + "\n")
 
     def _read(self, folder: Path) -> None:
-        if not (folder / "state.json").is_file():
-            raise DataError(f"{folder} holds no checkpoint: no state.json; pass a folder that an engine's save() wrote")
-        try:
-            state = json.loads((folder / "state.json").read_text())
-            training = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-        except Exception as error:  # unpickling damaged bytes can raise anything
-            raise DataError(f"checkpoint {folder} is damaged: {error}; use an earlier one") from error
-        if state.get("format") != FORMAT:
-            raise DataError(
-                f"checkpoint {folder} has format {state.get('format')}, this version reads {FORMAT}; "
-                "load it with the version that wrote it"
-            )
-        if state["lora_rank"] != self.config.lora_rank:
-            raise DataError(
-                f"checkpoint {folder} has lora_rank={state['lora_rank']}, this engine "
-                f"{self.config.lora_rank}; use the value it was trained with"
-            )
+        state, training = read_checkpoint(folder, self.config.lora_rank)
         try:
             if self._peft is None:
                 saved = load_model(str(folder / "model"), torch.device("cpu"), self._dtype)
@@ -382,6 +386,8 @@ class TorchEngine:
                 f"checkpoint {folder} does not fit model={self.config.model!r}, dtype={self._dtype}: {error}"
             ) from error
         self._policy_version = state["policy_version"]
+        if self._server is not None:
+            self._server.version = None  # it may hold others of that number
         if "coefficient" in state:  # not in a checkpoint of an older version
             self._measured_at = state["measured_at"]
             self._controller.load_state_dict(state["coefficient"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,6 +94,12 @@ def add_lora(model: nn.Module, rank: int, seed: int) -> Any:
         warnings.simplefilter("ignore", FutureWarning)  # peft and transformers deprecate at their own pace
         torch.manual_seed(seed)
         return get_peft_model(model, config).eval()  # type: ignore[arg-type]
+
+
+def save_merged(model: Any, folder: Path) -> None:
+    """Write the weights of a model; those of a peft model with its adapters merged, which leaves it as it is."""
+    with quiet_transformers():
+        (copy.deepcopy(model).merge_and_unload() if hasattr(model, "peft_config") else model).save_pretrained(folder)
 
 
 def load_adapter(peft_model: Any, folder: Path) -> None:

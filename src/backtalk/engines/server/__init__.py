@@ -1,0 +1,1 @@
+"""A sampler behind an OpenAI-compatible server, which is given an engine's weights and held against them."""
