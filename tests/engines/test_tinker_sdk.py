@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import socket
 import threading
 from collections.abc import Iterator
@@ -76,6 +77,23 @@ def test_an_sdk_of_another_version_and_a_key_that_is_missing(monkeypatch: pytest
         sdk.connect(TinkerConfig())
 
 
+def test_a_server_that_fails_for_good_and_one_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    response = sdk.httpx.Response(500, request=sdk.httpx.Request("POST", "http://here/api/v1/optim_step"))
+    failed = sdk.tinker.InternalServerError("Error code: 500", response=response, body=None)
+    assert sdk._explain(failed).startswith("InternalServerError: Error code: 500; the server failed, and its log says")
+
+    monkeypatch.setattr(sdk, "_LOOK_S", 0.01)
+    service = object.__new__(sdk.TinkerService)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        service._url = service._where = f"http://127.0.0.1:{free.getsockname()[1]}"
+        service._config = TinkerConfig(timeout_s=600.0)
+        with pytest.raises(
+            ServiceError, match=r"did not give a step: ConnectError.*the server is gone; start it again"
+        ):
+            service._ask("a step", lambda: concurrent.futures.Future())
+
+
 class Future:
     """An answer that is there, or never comes."""
 
@@ -89,6 +107,10 @@ class Future:
 
     async def result_async(self, timeout: float | None = None) -> Any:
         return self.result()
+
+
+def patience() -> Any:
+    return sdk._Patience(None, 5.0)
 
 
 class Client:
@@ -110,16 +132,16 @@ def test_a_row_goes_out_shifted_and_comes_back_whole() -> None:
 
 def test_an_answer_that_never_comes_and_one_of_another_length() -> None:
     service = object.__new__(sdk.TinkerService)
-    service._config, service._where = TinkerConfig(timeout_s=1.0), "http://here"
+    service._config, service._url, service._where = TinkerConfig(timeout_s=1.0), None, "http://here"
     with pytest.raises(
         ServiceError, match=r"http://here did not give a forward pass: .*no answer; .*engine\.timeout_s"
     ):
-        sdk.SdkModel(Client(TimeoutError()), service._ask, 1.0).run(
+        sdk.SdkModel(Client(TimeoutError()), service._ask, patience).run(
             [Datum(token_ids=[5, 6], inputs={"weights": [1.0]})], "cross_entropy", backward=True
         )
     output = type("Output", (), {"loss_fn_outputs": []})()
     with pytest.raises(ServiceError, match="other tokens than it was sent"):
-        sdk.SdkModel(Client(output), service._ask, 1.0).run(
+        sdk.SdkModel(Client(output), service._ask, patience).run(
             [Datum(token_ids=[5, 6], inputs={"weights": [1.0]})], "cross_entropy", backward=False
         )
 
@@ -129,8 +151,8 @@ async def test_an_action_without_its_stop_token_or_its_log_probabilities_is_refu
         sequence = type("Sequence", (), {"tokens": tokens, "logprobs": logprobs, "stop_reason": "stop"})()
         client = Client(type("Answer", (), {"sequences": [sequence]})())
         with pytest.raises(SamplerError, match="an action needs the log-probability of each, its stop token included"):
-            await sdk.SdkWeights(client, 5.0).sample([1, 2], max_tokens=4, temperature=1.0, seed=0, stop=[2])
+            await sdk.SdkWeights(client, patience).sample([1, 2], max_tokens=4, temperature=1.0, seed=0, stop=[2])
     with pytest.raises(SamplerError, match="did not sample: OSError: gone"):
-        await sdk.SdkWeights(Client(OSError("gone")), 5.0).sample(
+        await sdk.SdkWeights(Client(OSError("gone")), patience).sample(
             [1, 2], max_tokens=4, temperature=1.0, seed=0, stop=[2]
         )

@@ -6,14 +6,18 @@ What the service does to the adapters is read from the files that it writes, and
 from __future__ import annotations
 
 import asyncio
+import http.client
 import os
 import signal
 import socket
 import subprocess
 import tarfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,7 @@ sdk = pytest.importorskip("backtalk.engines.tinker.sdk")
 
 PATIENCE_S = float(os.environ.get("BACKTALK_TINKER_PATIENCE_S", "300"))  # for the server to start, and for one answer
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SERVER = Path(__file__).parents[3] / "examples/skyrl_server.py"
 RANK, ALPHA = 4, 32  # SkyRL's server fixes the second
 RATE, EPS = 100.0, 1e6  # a step of AdamW without memory and with this eps is RATE times the gradient
 BOTH = ObjectiveConfig(world_model_coeff=0.3)
@@ -56,7 +61,7 @@ class Server:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         python = os.environ["BACKTALK_TINKER_SERVER"]
-        command = [python, str(Path(__file__).with_name("server.py")), str(self.model), str(folder), str(self.port)]
+        command = [python, str(SERVER), str(self.model), str(folder), "--port", str(self.port), "--rank", str(RANK)]
         self.log = (folder / "server.log").open("wb")
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
         self.process = subprocess.Popen(
@@ -100,6 +105,59 @@ class Server:
             data = files.extractfile(member)
             assert data is not None
             return load_safetensors(data.read())
+
+
+class Proxy(ThreadingHTTPServer):
+    """A way to a server on which things happen: of some paths the next answer gets lost, others are answered 500."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Pass)
+        self.port, self.lost, self.broken = port, set[str](), set[str]()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # a client that has gone away
+
+
+class _Pass(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Proxy
+
+    def do_GET(self) -> None:
+        body, name = self.rfile.read(int(self.headers.get("content-length", 0))), self.path.rpartition("/")[2]
+        if name in self.server.broken:
+            return self.answer(500, b"{}", "application/json")
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=PATIENCE_S)
+        connection.request(self.command, self.path, body, dict(self.headers))
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        if name in self.server.lost:
+            self.server.lost.remove(name)
+            return self.answer(500, b"{}", "application/json")
+        self.answer(answer.status, content, answer.headers.get("content-type", ""))
+
+    do_POST = do_GET
+
+    def answer(self, status: int, content: bytes, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@contextmanager
+def proxy_to(server: Server) -> Iterator[Proxy]:
+    with Proxy(server.port) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        yield proxy
+        proxy.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -231,18 +289,71 @@ def test_a_server_that_is_not_there_and_a_model_that_it_has_not(server: Server) 
         sdk.connect(replace(server.config(), model="other"))
 
 
-def test_a_server_that_dies_in_a_step_leaves_the_step_uncounted(tmp_path: Path) -> None:
+def test_answers_that_get_lost_are_asked_for_again_and_the_step_is_taken_once(server: Server) -> None:
+    losses = []
+    with proxy_to(server) as proxy:
+        for lost in (set[str](), {"forward_backward", "optim_step", "retrieve_future"}):
+            config = replace(server.config(learning_rate=1e-2, reduction="row_mean"), base_url=proxy.url)
+            engine = RemoteEngine(config, lambda config=config: sdk.connect(config, seed=7))
+            metrics = []
+            for _ in range(3):
+                proxy.lost = set(lost)
+                metrics.append(asyncio.run(engine.train_step(make_samples(), BOTH)))
+                assert not proxy.lost
+            losses.append([one["total_loss"] for one in metrics])
+            assert engine.policy_version == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0][0] > losses[0][2]
+
+
+def test_a_server_that_answers_500_in_a_step_leaves_it_uncounted_and_a_saved_state_goes_on(
+    server: Server, tmp_path: Path
+) -> None:
+    with proxy_to(server) as proxy:
+        config = replace(server.config(learning_rate=1e-3, reduction="row_mean"), base_url=proxy.url)
+        engine = RemoteEngine(config, lambda: sdk.connect(config, seed=7))
+        asyncio.run(engine.train_step(make_samples(), BOTH))
+        engine.save(tmp_path / "one")
+        service: Any = engine._service
+
+        proxy.broken, service._config = {"forward_backward"}, replace(config, timeout_s=3)
+        with pytest.raises(ServiceError, match=r"a forward pass: .*no answer; .*its log says which"):
+            asyncio.run(engine.train_step(make_samples(), BOTH))
+        assert engine.policy_version == 1 and engine._trouble is None  # no gradient was sent
+
+        proxy.broken, service._config = set(), config
+        engine.load(tmp_path / "one")
+        model: Any = engine._model
+        step = model.step
+
+        def fail(adam: AdamStep) -> Any:
+            proxy.broken, service._config = {"optim_step"}, replace(config, timeout_s=3)
+            return step(adam)
+
+        model.step = fail
+        with pytest.raises(ServiceError, match=r"an optimizer step: .*no answer; .*its log says which"):
+            asyncio.run(engine.train_step(make_samples(), BOTH))
+        assert engine.policy_version == 1
+        with pytest.raises(ServiceError, match=r"step 1 stopped half way.*--resume"):
+            asyncio.run(engine.train_step(make_samples(), BOTH))
+
+        proxy.broken, service._config = set(), config
+        engine.load(tmp_path / "one")
+        asyncio.run(engine.train_step(make_samples(), BOTH))
+        assert engine.policy_version == 2
+
+
+def test_a_server_that_dies_in_a_step_leaves_the_step_uncounted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sdk, "_LOOK_S", 2.0)
     server = Server(tmp_path)
     try:
         engine = server.engine(reduction="row_mean")
         asyncio.run(engine.train_step(make_samples(), BOTH))
-        engine.config = replace(engine.config, timeout_s=5)
-        model = engine._model
-        model._timeout_s = 5  # type: ignore[union-attr]
-        engine._service._config = engine.config  # type: ignore[union-attr]
-        step = model.step  # type: ignore[union-attr]
-        model.step = lambda adam: (server.stop(), step(adam))[1]  # type: ignore[union-attr]
-        with pytest.raises(ServiceError, match="no answer"):
+        model: Any = engine._model
+        step = model.step
+        model.step = lambda adam: (server.stop(), step(adam))[1]
+        with pytest.raises(ServiceError, match=r"an optimizer step: .*the server is gone; start it again"):
             asyncio.run(engine.train_step(make_samples(), BOTH))
         assert engine.policy_version == 1
         with pytest.raises(ServiceError, match=r"step 1 stopped half way.*--resume"):

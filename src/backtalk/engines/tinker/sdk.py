@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -27,6 +28,7 @@ except ImportError as error:
 
 OLDEST, NEWEST = (0, 25), (0, 38)  # tested
 _ANSWER_S = 20.0
+_LOOK_S = 60.0  # between looks at a server that owes an answer; the SDK would ask one that is gone until the time is up
 _NO_KEY = "tml-none"  # what the SDK sends to a server of one's own, which asks for none
 
 
@@ -54,11 +56,15 @@ def connect(config: TinkerConfig, *, seed: int = 0) -> TinkerService:
 def _check_answer(url: str) -> None:
     """Raise ServiceError if nothing answers; the SDK would try again for five minutes."""
     try:
-        httpx.get(f"{url.rstrip('/')}/api/v1/healthz", timeout=_ANSWER_S)
+        httpx.get(_health(url), timeout=_ANSWER_S)
     except httpx.HTTPError as error:
         raise ServiceError(
             f"no server answers at {url} ({type(error).__name__}: {error}); start it, or set engine.base_url"
         ) from error
+
+
+def _health(url: str) -> str:
+    return f"{url.rstrip('/')}/api/v1/healthz"
 
 
 def _release(text: str) -> tuple[int, int]:
@@ -71,7 +77,7 @@ class TinkerService:
 
     def __init__(self, config: TinkerConfig, url: str | None, key: str, seed: int) -> None:
         self._config, self._seed = config, seed
-        self._where = url or "hosted Tinker"
+        self._url, self._where = url, url or "hosted Tinker"
         self._client = self._ask("a session", lambda: tinker.ServiceClient(base_url=url, api_key=key))
         with warnings.catch_warnings():  # newer SDKs have another client for this question, which older ones lack
             warnings.simplefilter("ignore", FutureWarning)
@@ -94,7 +100,7 @@ class TinkerService:
             model = self._ask(
                 f"the model saved at {state}", lambda: client.create_training_client_from_state_with_optimizer(state)
             )
-        return SdkModel(model, self._ask, config.timeout_s)
+        return SdkModel(model, self._ask, lambda: _Patience(self._url, config.timeout_s))
 
     def close(self) -> None:
         """End the session; an older SDK has no call for it, and the service ends it by itself."""
@@ -104,17 +110,53 @@ class TinkerService:
     def _ask(self, what: str, call: Callable[[], Any]) -> Any:
         """Return the answer to a call of the SDK, waited for where it is a future; ServiceError where there is none."""
         try:
-            answer = call()
-            return answer.result(self._config.timeout_s) if hasattr(answer, "result") else answer
+            answer, patience = call(), _Patience(self._url, self._config.timeout_s)
+            while hasattr(answer, "result"):
+                try:
+                    return answer.result(patience.next_s())
+                except TimeoutError:
+                    patience.look()
+            return answer
         except Exception as error:  # the SDK raises its own, httpx's and plain ones
             raise ServiceError(f"{self._where} did not give {what}: {_explain(error)}") from error
+
+
+class _Patience:
+    """The wait for one answer. The SDK would ask a server that is gone until the time is up, so it is looked at."""
+
+    def __init__(self, url: str | None, timeout_s: float) -> None:
+        self._url, self._deadline, self._gone = url, time.monotonic() + timeout_s, False
+        self._until = 0.0  # when the server is looked at next
+
+    def next_s(self) -> float:
+        """Return the seconds to wait before ``look``."""
+        self._until = min(time.monotonic() + _LOOK_S, self._deadline)
+        return max(self._until - time.monotonic(), 0.0)
+
+    def look(self) -> None:
+        """Raise TimeoutError when the time is up, or early: the SDK's own; ConnectError if two looks find no server."""
+        if not self._until <= time.monotonic() < self._deadline:
+            raise TimeoutError
+        if self._url is None:
+            return
+        try:
+            httpx.get(_health(self._url), timeout=_ANSWER_S)
+            self._gone = False
+        except httpx.ConnectError:
+            if self._gone:
+                raise
+            self._gone = True
+        except httpx.HTTPError:  # it is there, and busy
+            self._gone = False
 
 
 class SdkModel:
     """A training client of the SDK."""
 
-    def __init__(self, client: Any, ask: Callable[[str, Callable[[], Any]], Any], timeout_s: float) -> None:
-        self._client, self._ask, self._timeout_s = client, ask, timeout_s
+    def __init__(
+        self, client: Any, ask: Callable[[str, Callable[[], Any]], Any], patience: Callable[[], _Patience]
+    ) -> None:
+        self._client, self._ask, self._patience = client, ask, patience
 
     def run(self, data: Sequence[Datum], loss: LossName, *, backward: bool) -> list[list[float]]:
         """Run the rows, and return the log-probability of each token after the first."""
@@ -143,18 +185,18 @@ class SdkModel:
 
     def sampling_weights(self) -> SdkWeights:
         """Return the current weights for sampling."""
-        retry = RetryConfig(progress_timeout=self._timeout_s)
+        retry = RetryConfig(enable_stuck_detection=False)  # the wait for each action has an end of its own
         client = self._ask(
             "weights to sample from", lambda: self._client.save_weights_and_get_sampling_client(retry_config=retry)
         )
-        return SdkWeights(client, self._timeout_s)
+        return SdkWeights(client, self._patience)
 
 
 class SdkWeights:
     """A sampling client of the SDK."""
 
-    def __init__(self, client: Any, timeout_s: float) -> None:
-        self._client, self._timeout_s = client, timeout_s
+    def __init__(self, client: Any, patience: Callable[[], _Patience]) -> None:
+        self._client, self._patience = client, patience
 
     async def sample(
         self, token_ids: Sequence[int], *, max_tokens: int, temperature: float, seed: int, stop: Sequence[int]
@@ -165,7 +207,7 @@ class SdkWeights:
         try:
             answer = self._client.sample(prompt=prompt, num_samples=1, sampling_params=params)
             future = answer.result_async() if hasattr(answer, "result_async") else asyncio.wrap_future(answer)
-            sequence = (await asyncio.wait_for(future, self._timeout_s)).sequences[0]
+            sequence = (await _waited(asyncio.ensure_future(future), self._patience())).sequences[0]
         except Exception as error:
             raise SamplerError(f"the Tinker service did not sample: {_explain(error)}") from error
         ids, logprobs = tuple(sequence.tokens), sequence.logprobs
@@ -176,6 +218,16 @@ class SdkWeights:
                 f"{sequence.stop_reason!r}; an action needs the log-probability of each, its stop token included"
             )
         return Completion(ids, tuple(logprobs), stopped)
+
+
+async def _waited(answer: asyncio.Future[Any], patience: _Patience) -> Any:
+    """Return an answer, waited for as long as there is patience."""
+    try:
+        while not (await asyncio.wait([answer], timeout=patience.next_s()))[0]:
+            await asyncio.to_thread(patience.look)
+        return answer.result()
+    finally:
+        answer.cancel()
 
 
 def _datum(row: Datum) -> Any:
@@ -200,10 +252,14 @@ def _explain(error: Exception) -> str:
                 "the server failed, and its log says why; or it speaks an older protocol than tinker "
                 f"{version('tinker')}: SkyRL 0.4 is made for 0.25, so pip install 'tinker==0.25.*'"
             )
-        case _ if isinstance(error, tinker.APIConnectionError):
-            advice = "check that the server runs at engine.base_url"
+        case _ if isinstance(error, tinker.APIConnectionError | httpx.ConnectError):
+            advice = "the server is gone; start it again at engine.base_url, and look into its log for why it stopped"
         case _ if isinstance(error, TimeoutError):
-            text, advice = "no answer", "it is busy or gone; raise engine.timeout_s if it is busy"
+            text = "no answer"
+            advice = (
+                "the server is busy, or answers with errors that the SDK keeps repeating the request for; its log says "
+                "which. Raise engine.timeout_s if it is busy"
+            )
         case _:
             advice = ""
     return f"{type(error).__name__}: {text[:500]}" + (f"; {advice}" if advice else "")
