@@ -189,20 +189,21 @@ def record(folder: Path) -> list[Sample]:
 def step(args: argparse.Namespace, folder: Path) -> None:
     """Print time and memory of a training step with each arm, for two models."""
     recorded = fresh(record, folder / "recorded")
-    for title, model, count in (
-        ("the embedded base model", model_location("base"), len(recorded)),
-        ("Qwen3-0.6B in small", small_model(folder / "small"), 16),
-    ):
-        batch = folder / f"batch-{count}"
-        batch.write_bytes(pickle.dumps(recorded[:count]))
-        roles = torch.cat([sample.roles for sample in recorded[:count]])
-        actions, observed = (float((roles == role).float().mean()) for role in (TokenRole.ACTION, TokenRole.ENV_OUTPUT))
-        print(
-            f"\nstep: {title}, {count} recorded rollouts, {len(roles)} tokens, {actions:.0%} actions, "
-            f"{observed:.0%} environment output"
-        )
-        arms: Arms = {arm: partial(train_on_batch, arm, model, batch, args.steps, args.threads) for arm in STEP_ARMS}
-        print_ratios(in_turns(arms, args), args.steps)
+    step_of("the embedded base model", model_location("base"), recorded[::2], args, folder)
+    step_of("Qwen3-0.6B in small", small_model(folder / "small"), recorded[::16], args, folder)
+
+
+def step_of(title: str, model: str, samples: Sequence[Sample], args: argparse.Namespace, folder: Path) -> None:
+    roles, longest = torch.cat([sample.roles for sample in samples]), max(map(len, samples))
+    actions, observed = (float((roles == role).float().mean()) for role in (TokenRole.ACTION, TokenRole.ENV_OUTPUT))
+    print(
+        f"\nstep: {title}, {len(samples)} recorded rollouts, {len(roles)} tokens ({actions:.0%} actions, "
+        f"{observed:.0%} environment output), padded by TRL to {len(samples) * longest}"
+    )
+    batch = folder / "batch"
+    batch.write_bytes(pickle.dumps(list(samples)))
+    arms: Arms = {arm: partial(train_on_batch, arm, model, batch, args.steps, args.threads) for arm in STEP_ARMS}
+    print_ratios(in_turns(arms, args), args.steps)
 
 
 # Whole steps: rollouts and training.
