@@ -315,7 +315,7 @@ def in_turns(arms: Arms, args: argparse.Namespace) -> dict[str, list[Measured]]:
             order = names[number % len(names) :] + names[: number % len(names)]
             for arm, measured in zip(order, threads.map(lambda arm: fresh(arms[arm]), order), strict=True):
                 found[arm].append(measured)
-            print(f"[round {number} of {args.rounds}, load {os.getloadavg()[0]:.0f}]", file=sys.stderr, flush=True)
+                print(f"[round {number}, load {os.getloadavg()[0]:.0f}] {arm}: {measured}", file=sys.stderr, flush=True)
     return found
 
 
