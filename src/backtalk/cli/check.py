@@ -22,7 +22,8 @@ def check(
     engine: Annotated[
         str,
         typer.Option(
-            "--engine", help="torch, trl, skyrl, tinker, or my_module:MyTrainer for your own (docs/engines.md)."
+            "--engine",
+            help="torch, trl, skyrl, tinker, foundry, or my_module:MyTrainer for your own (docs/engines.md).",
         ),
     ] = "torch",
 ) -> None:
@@ -68,10 +69,14 @@ def open_trainer(engine: str) -> Callable[[Path], TrainerUnderTest]:
         from backtalk.engines.tinker.conformance import TinkerUnderTest
 
         return TinkerUnderTest
+    if engine == "foundry":
+        from backtalk.engines.foundry.conformance import FoundryUnderTest
+
+        return FoundryUnderTest
     if ":" not in engine:
         raise ConfigError(
-            f"--engine {engine} is unknown; use torch, trl, skyrl, tinker, or my_module:MyTrainer for a trainer of "
-            "your own"
+            f"--engine {engine} is unknown; use torch, trl, skyrl, tinker, foundry, or my_module:MyTrainer for a "
+            "trainer of your own"
         )
     found = import_object(engine, "--engine")
     if not all(callable(getattr(found, name, None)) for name in ("train_step", "own_grpo")):

@@ -14,7 +14,9 @@ def settings(
     group: Annotated[
         str | None, typer.Argument(metavar="[GROUP]", help="Settings that begin so, for example objective.world.")
     ] = None,
-    engine: Annotated[str, typer.Option(metavar="KIND", help="torch, or my_module:MyEngineConfig.")] = "torch",
+    engine: Annotated[
+        str, typer.Option(metavar="KIND", help="torch, tinker, foundry, or module:MyEngineConfig.")
+    ] = "torch",
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of a settings file instead.")] = False,
 ) -> None:
     """List the settings of a run with their defaults. Groups that most runs leave alone are one line each.

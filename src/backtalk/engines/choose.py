@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from backtalk.engines.base import CustomEngineConfig, Engine
+from backtalk.engines.foundry.config import FoundryConfig
 from backtalk.engines.tinker.config import TinkerConfig
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.errors import ConfigError
 from backtalk.settings import import_object
 
-EngineConfig = TorchConfig | TinkerConfig | CustomEngineConfig
+EngineConfig = TorchConfig | TinkerConfig | FoundryConfig | CustomEngineConfig
 
 
 def engine_config_class(kind: Any) -> type[EngineConfig]:
@@ -24,6 +25,8 @@ def engine_config_class(kind: Any) -> type[EngineConfig]:
             return TorchConfig
         case "tinker":
             return TinkerConfig
+        case "foundry":
+            return FoundryConfig
         case str() if ":" in kind:
             found = import_object(kind, "engine.kind")
             if not isinstance(found, type) or not callable(getattr(found, "open", None)):
@@ -34,7 +37,8 @@ def engine_config_class(kind: Any) -> type[EngineConfig]:
             return found
         case _:
             raise ConfigError(
-                f"engine.kind={kind!r} is no engine; use torch, tinker, or my_module:MyEngineConfig for one of your own"
+                f"engine.kind={kind!r} is no engine; use torch, tinker, foundry, or my_module:MyEngineConfig for "
+                "one of your own"
             )
 
 
@@ -50,5 +54,10 @@ def open_engine(config: EngineConfig, *, seed: int = 0) -> Engine:
             from backtalk.engines.tinker.sdk import connect
 
             return RemoteEngine(config, lambda: connect(config, seed=seed))
+        case FoundryConfig():
+            from backtalk.engines.foundry import sdk
+            from backtalk.engines.remote.engine import RemoteEngine
+
+            return RemoteEngine(config, lambda: sdk.connect(config, seed=seed))
         case _:
             return config.open(seed=seed)

@@ -30,8 +30,6 @@ class RemoteConfig:
     """Weight decay of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Betas of AdamW."""
-    grad_clip_norm: float = 1.0
-    """Largest global L2 norm of the gradient, asked of the service; inf asks for none."""
     lora_rank: int = 32
     """Rank of the LoRA adapters."""
     reduction: Literal["auto", "sum", "row_mean"] = "auto"
@@ -55,11 +53,13 @@ class RemoteConfig:
                 raise ConfigError(f"{name}={value} cannot work; use a number >= {lowest}")
         if not 0 < self.timeout_s < math.inf:
             raise ConfigError(f"timeout_s={self.timeout_s} cannot work; use a number of seconds above 0")
-        if not self.grad_clip_norm > 0:
-            raise ConfigError(f"grad_clip_norm={self.grad_clip_norm} would stop every update; use > 0, or inf for none")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"betas={self.betas} cannot work; use two numbers in [0, 1), for example (0.9, 0.95)")
         check_choices(self)
+
+    def clip_norm(self) -> float:
+        """Return the largest L2 norm of the gradient to ask of the service; 0 asks for none."""
+        return 0.0
 
 
 def check_address(name: str, value: str | None) -> None:

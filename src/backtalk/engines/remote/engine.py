@@ -179,7 +179,7 @@ class RemoteEngine:
                 learning_rate=rate * (scale if scaled else 1.0),
                 betas=settings.betas,
                 weight_decay=settings.weight_decay,
-                grad_clip_norm=settings.grad_clip_norm if math.isfinite(settings.grad_clip_norm) else 0.0,
+                grad_clip_norm=settings.clip_norm(),
             )
         )
         self._trouble = None

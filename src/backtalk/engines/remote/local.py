@@ -1,6 +1,6 @@
 """A service within this process: a model of transformers behind the API's loss functions and either reduction.
 
-It is for tests, and for a look at what a step would send. All weights are trained, not adapters.
+It is for tests, and for a look at what a step would send. All weights are trained, or adapters of PEFT.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from backtalk.rollout.sampler import Completion
 
 
 class LocalService:
-    """A service with one model folder. ``max_rows`` splits requests, as the SDK does with large ones."""
+    """A service with one model folder. ``max_rows`` splits requests, as SDKs do with large ones."""
 
-    def __init__(self, folder: Path, reduction: Reduction, *, max_rows: int | None = None) -> None:
-        self.folder, self.max_rows = folder, max_rows
+    def __init__(
+        self, folder: Path, reduction: Reduction, *, max_rows: int | None = None, lora_rank: int | None = None
+    ) -> None:
+        self.folder, self.max_rows, self.lora_rank = folder, max_rows, lora_rank
         self.reduction: Reduction = reduction
         self.models: list[LocalModel] = []  # in the order in which they were opened
         self.states: dict[str, Any] = {}
@@ -53,7 +55,9 @@ class LocalModel:
     def __init__(self, service: LocalService) -> None:
         self.service = service
         self.network: Any = load_model(str(service.folder), torch.device("cpu"), torch.float32)
-        self.optimizer = torch.optim.AdamW(self.network.parameters())
+        if service.lora_rank is not None:
+            self.network = _with_adapters(self.network, service.lora_rank)
+        self.optimizer = torch.optim.AdamW(p for p in self.network.parameters() if p.requires_grad)
         self.gradients: dict[str, Tensor] = {}
         self._rows = 0  # since the last step
 
@@ -123,6 +127,12 @@ class LocalWeights:
             ids.append(token)
             logprobs.append(float(row_V[token]))
         return Completion(tuple(ids[len(token_ids) :]), tuple(logprobs), ids[-1] in stop)
+
+
+def _with_adapters(network: Any, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(network, LoraConfig(r=rank, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0))
 
 
 def _loss(row: Datum, logprobs: Tensor, name: LossName, reduction: Reduction) -> Tensor:
