@@ -86,7 +86,7 @@ def test_a_pydantic_model_will_do_too() -> None:
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        ({"kind": "toch"}, "engine.kind='toch' is no engine; use torch, tinker, or my_module:MyEngineConfig"),
+        ({"kind": "toch"}, "engine.kind='toch' is no engine; use torch, tinker, foundry, or my_module:MyEngineConfig"),
         ({"kind": 3}, "engine.kind=3 is no engine"),
         ({"kind": "no_such_module:Config"}, "start from the folder that holds the package, or install it"),
         ({"kind": "test_own_engine:Absent"}, "has no attribute 'Absent'"),

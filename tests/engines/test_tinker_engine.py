@@ -18,6 +18,7 @@ import torch
 from backtalk.cli.check import open_trainer
 from backtalk.engines.choose import engine_config_class, open_engine
 from backtalk.engines.conformance import Outcome, conformance
+from backtalk.engines.foundry.config import FoundryConfig
 from backtalk.engines.remote.config import Reduction
 from backtalk.engines.remote.engine import RemoteEngine
 from backtalk.engines.remote.local import LocalModel, LocalService
@@ -108,6 +109,16 @@ class MeanOverTokens(LocalModel):
         return super().run(scaled, loss, backward=backward)
 
 
+class NoNegativeWeights(LocalModel):
+    """A model of a service that takes negative weights for 0."""
+
+    def run(self, data: Sequence[Datum], loss: LossName, *, backward: bool) -> list[list[float]]:
+        clamped = [
+            Datum(token_ids=r.token_ids, inputs={"weights": [max(w, 0.0) for w in r.inputs["weights"]]}) for r in data
+        ]
+        return super().run(clamped, loss, backward=backward)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_the_reduction_is_measured(model_dir: Path, reduction: Reduction) -> None:
     assert probe(LocalService(model_dir, reduction).open_model(), range(20, 36)) == reduction
@@ -116,6 +127,8 @@ def test_the_reduction_is_measured(model_dir: Path, reduction: Reduction) -> Non
 def test_an_unknown_reduction_is_refused_and_so_is_a_model_that_does_not_move(model_dir: Path) -> None:
     with pytest.raises(ConfigError, match=r"gives (0\.9|1\.0)\d of .* row (0\.9|1\.0)\d, two requests 2\.0"):
         probe(MeanOverTokens(LocalService(model_dir, "sum")), range(20, 36))
+    with pytest.raises(ConfigError, match=r"-1/2 made (-0\.00|0\.00) of .* its cross_entropy does not carry"):
+        probe(NoNegativeWeights(LocalService(model_dir, "sum")), range(20, 36))
     frozen = LocalService(model_dir, "sum").open_model()
     frozen.step = lambda adam: {}  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match="the service's model does not move"):
@@ -257,16 +270,23 @@ def test_what_the_service_cannot_keep_is_refused(
         asyncio.run(make_engine(LocalService(model_dir, "sum")).train_step(samples, config))
 
 
+@pytest.mark.parametrize(
+    ("kind", "config_class", "address", "package"),
+    [
+        ("tinker", TinkerConfig, "base_url", "tinker"),
+        ("foundry", FoundryConfig, "endpoint", "azure.ai.finetuningsessions"),
+    ],
+)
 def test_settings_are_read_without_the_sdk_which_is_asked_for_when_it_is_needed(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, kind: str, config_class: type[Any], address: str, package: str
 ) -> None:
-    assert engine_config_class("tinker") is TinkerConfig
-    config = from_plain(TinkerConfig, {"kind": "tinker", "model": "m", "base_url": "http://127.0.0.1:1"})
-    with pytest.raises(ConfigError, match="base_url='nowhere' is no address"):
-        TinkerConfig(base_url="nowhere")
-    monkeypatch.setitem(sys.modules, "tinker", None)
-    monkeypatch.delitem(sys.modules, "backtalk.engines.tinker.sdk", raising=False)
-    with pytest.raises(ConfigError, match=r"pip install 'backtalk\[tinker\]'"):
+    assert engine_config_class(kind) is config_class
+    config = from_plain(config_class, {"kind": kind, "model": "m", address: "http://127.0.0.1:1"})
+    with pytest.raises(ConfigError, match=f"{address}='nowhere' is no address"):
+        config_class(**{address: "nowhere"})
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"backtalk.engines.{kind}.sdk", raising=False)
+    with pytest.raises(ConfigError, match=rf"pip install 'backtalk\[{kind}\]'"):
         open_engine(config)
 
 

@@ -25,7 +25,7 @@ from backtalk.settings import flatten
 
 
 def test_every_setting_says_what_it_is() -> None:
-    for engine in ("torch", "tinker"):
+    for engine in ("torch", "tinker", "foundry"):
         assert [key for key, schema in setting_schemas(engine).items() if not schema.get("description")] == []
 
 

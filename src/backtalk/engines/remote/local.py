@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from backtalk.engines.remote.config import Reduction
 from backtalk.engines.remote.service import AdamStep, Datum, LossName, ServiceError
-from backtalk.engines.torch.model import load_model
+from backtalk.engines.torch.model import add_lora, load_model
 from backtalk.rollout.sampler import Completion
 
 
@@ -56,7 +56,7 @@ class LocalModel:
         self.service = service
         self.network: Any = load_model(str(service.folder), torch.device("cpu"), torch.float32)
         if service.lora_rank is not None:
-            self.network = _with_adapters(self.network, service.lora_rank)
+            self.network = add_lora(self.network, service.lora_rank, seed=0)
         self.optimizer = torch.optim.AdamW(p for p in self.network.parameters() if p.requires_grad)
         self.gradients: dict[str, Tensor] = {}
         self._rows = 0  # since the last step
@@ -127,12 +127,6 @@ class LocalWeights:
             ids.append(token)
             logprobs.append(float(row_V[token]))
         return Completion(tuple(ids[len(token_ids) :]), tuple(logprobs), ids[-1] in stop)
-
-
-def _with_adapters(network: Any, rank: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(network, LoraConfig(r=rank, lora_alpha=32, target_modules="all-linear", lora_dropout=0.0))
 
 
 def _loss(row: Datum, logprobs: Tensor, name: LossName, reduction: Reduction) -> Tensor:

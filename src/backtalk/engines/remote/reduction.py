@@ -1,6 +1,6 @@
 """How a service reduces the losses of tokens to one: measured by what it does to log-probabilities, and undone.
 
-    sum        sum over rows i and tokens t of w_t l_t                                          hosted Tinker
+    sum        sum over rows i and tokens t of w_t l_t                                          hosted Tinker, Foundry
     row_mean   1/N sum_i (sum_t w_t l_t / sum_t w_t), N rows since the last optimizer step      SkyRL's JAX backend
 
 Under the second, a weight of the whole row cancels: twice the coefficient is the same gradient. Nothing in a service's
@@ -83,6 +83,7 @@ def probe(model: RemoteModel, row: Sequence[int]) -> Reduction:
         base = after
     for name, factors in _FACTORS.items():
         if all(abs(f / g - 1) < _TOLERANCE for f, g in zip(found, factors, strict=True)):
+            _check_signs(model, row, name, rate, base)
             return name
     raise ConfigError(
         "the service reduces losses in a way that is not known: a quarter of the weight gives "
@@ -91,11 +92,26 @@ def probe(model: RemoteModel, row: Sequence[int]) -> Reduction:
     )
 
 
-def _response(model: RemoteModel, calls: Sequence[Sequence[Datum]], rate: float) -> float:
+def _check_signs(model: RemoteModel, row: Sequence[int], reduction: Reduction, rate: float, base: float) -> None:
+    """Raise ConfigError unless the request of a step makes the row less likely where its gradient says so."""
+    size = len(row) - 1
+    gradient = [0.5 if reduction == "sum" else 0.5 / size] * size  # half of the opposite of that of weight 1
+    data, loss = linear_loss([row], [gradient], forward(model, [row]), reduction)
+    ratio = _response(model, [data], rate, loss) / base
+    if abs(ratio / -0.5 - 1) >= _TOLERANCE:
+        raise ConfigError(
+            f"the service reduces losses by {reduction}, and a gradient of -1/2 made {ratio:.2f} of what one of "
+            f"1 makes: its {loss} does not carry numbers of either sign, and another request is not known"
+        )
+
+
+def _response(
+    model: RemoteModel, calls: Sequence[Sequence[Datum]], rate: float, loss: LossName = "cross_entropy"
+) -> float:
     """Return how many nats more likely the row is after one step of plain gradient descent on ``calls``."""
     row = calls[0][0].token_ids
     before = sum(forward(model, [row])[0])
     for data in calls:
-        model.run(data, "cross_entropy", backward=True)
+        model.run(data, loss, backward=True)
     model.step(AdamStep(learning_rate=rate * _EPS, betas=(0.0, 0.0), eps=_EPS))
     return sum(forward(model, [row])[0]) - before
