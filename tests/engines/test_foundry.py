@@ -92,8 +92,9 @@ def expected(model_dir: Path) -> list[float]:
 
 
 def test_the_conformance_suite_passes_through_the_sdk() -> None:
-    results = list(conformance(FoundryUnderTest))
-    assert [r.check.name for r in results if r.outcome is not Outcome.PASSED] == ["processes_change_nothing"]
+    """Three checks; `backtalk check --engine foundry` runs all, which tell no more of the way through the SDK."""
+    only = {"world_sequence_mean", "zero_coefficient_is_grpo", "microbatches_change_nothing"}
+    assert [r.outcome for r in conformance(FoundryUnderTest, only=only)] == [Outcome.PASSED] * 3
 
 
 def test_steps_are_those_of_the_service_and_a_saved_state_goes_on(
@@ -146,30 +147,30 @@ DEAD = {"status": "failed", "error_code": "engine_dead", "error": "the engine di
 LOST = {"status": "failed", "error_code": "operation_completed_result_unavailable", "error": "no result is kept"}
 
 
-@pytest.mark.parametrize(
-    ("fault", "words"),
-    [
-        (Fault(operation="forward_backward", status=500, body={"message": "an unknown error"}), "an unknown error"),
-        (Fault(operation="forward_backward", is_result=True, body=DEAD), r"engine died; the session is lost.*--resume"),
-        (Fault(operation="optim_step", status=502, is_done=True), "did not give an optimizer step"),
-        (Fault(operation="optim_step", is_result=True, is_done=True, body=LOST), "no result is kept"),
-        (Fault(operation="optim_step", is_result=True, body={"status": "pending"}), "no answer for 0.5 s"),
-    ],
-    ids=["500", "dead", "answer-lost", "result-lost", "silent"],
+FAULTS = (
+    (Fault(operation="forward_backward", status=500, body={"message": "an unknown error"}), "an unknown error"),
+    (Fault(operation="forward_backward", is_result=True, body=DEAD), r"engine died; the session is lost.*--resume"),
+    (Fault(operation="optim_step", status=502, is_done=True), "did not give an optimizer step"),
+    (Fault(operation="optim_step", is_result=True, is_done=True, body=LOST), "no result is kept"),
+    (Fault(operation="optim_step", is_result=True, body={"status": "pending"}), "no answer for 2 s"),
 )
+
+
 def test_a_step_that_stops_half_way_is_not_counted_nor_sent_again(
-    server: Loopback, open_engine: Open, expected: list[float], tmp_path: Path, fault: Fault, words: str
+    server: Loopback, open_engine: Open, expected: list[float], tmp_path: Path
 ) -> None:
-    engine = open_engine(timeout_s=0.5 if "0.5" in words else 60.0)
+    engine = open_engine(timeout_s=2.0)
     take_steps(engine, 1)
     engine.save(tmp_path / "one")
-    server.faults.append(fault)
-    with pytest.raises(ServiceError, match=words):
-        take_steps(engine, 1)
-    assert engine.policy_version == 1 and server.calls.count(fault.operation) == 2
-    with pytest.raises(ServiceError, match=r"step 1 stopped half way.*--resume"):
-        take_steps(engine, 1)
-    engine.load(tmp_path / "one")
+    for fault, words in FAULTS:
+        server.faults.append(fault)
+        server.calls.clear()
+        with pytest.raises(ServiceError, match=words):
+            take_steps(engine, 1)
+        assert engine.policy_version == 1 and server.calls.count(fault.operation) == 1
+        with pytest.raises(ServiceError, match=r"step 1 stopped half way.*--resume"):
+            take_steps(engine, 1)
+        engine.load(tmp_path / "one")
     assert take_steps(engine, 2) == pytest.approx(expected[1:3], rel=1e-6) and engine.policy_version == 3
 
 
@@ -177,21 +178,19 @@ BUSY = {"detail": {"reason": "engine_busy", "message": "no capacity", "retry_aft
 AGAIN = {"status": "failed", "should_retry": True, "retry_after_sec": 0.01, "error": "the pod was drained"}
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Fault(operation="sessions", status=503, body=BUSY),
-        Fault(operation="forward", status=500, body={"message": "an unknown error"}),
-        Fault(operation="forward_backward", status=429, headers={"Retry-After": "0"}, body={"message": "quota"}),
-        Fault(operation="forward_backward", is_result=True, body=AGAIN),
-        Fault(operation="optim_step", status=503, body=BUSY),
-    ],
-    ids=["no-capacity", "forward-500", "quota", "service-says-again", "busy"],
+REFUSALS = (
+    Fault(operation="sessions", status=503, body=BUSY),
+    Fault(operation="forward", status=500, body={"message": "an unknown error"}),
+    Fault(operation="forward_backward", status=429, headers={"Retry-After": "0"}, body={"message": "quota"}),
+    Fault(operation="forward_backward", is_result=True, body=AGAIN),
+    Fault(operation="optim_step", status=503, body=BUSY),
 )
+
+
 def test_what_was_refused_or_does_no_harm_is_sent_again(
-    server: Loopback, open_engine: Open, expected: list[float], fault: Fault
+    server: Loopback, open_engine: Open, expected: list[float]
 ) -> None:
-    server.faults += [fault, fault]
+    server.faults += [*REFUSALS, *REFUSALS]
     assert take_steps(open_engine(), 2) == pytest.approx(expected[:2], rel=1e-6)
     assert not server.faults
 

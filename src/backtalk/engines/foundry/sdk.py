@@ -59,10 +59,11 @@ def connect(config: FoundryConfig, *, seed: int = 0, credential: Any = None) -> 
             "the Foundry engine needs a project; set engine.endpoint, or AZURE_AI_PROJECT_ENDPOINT, to "
             "https://ACCOUNT.services.ai.azure.com/api/projects/PROJECT"
         )
+    chain = _default_credential() if credential is None else credential
     try:
         client = azure.FineTuningSessionClient(
             endpoint,
-            _default_credential() if credential is None else credential,
+            chain,
             credential_scopes=[SCOPE],
             allow_insecure_http=urlsplit(endpoint).scheme == "http",
             per_call_policies=[Patience(config.timeout_s)],
@@ -83,8 +84,9 @@ def _default_credential() -> Any:
     try:
         credential.get_token(SCOPE)
     except exceptions.ClientAuthenticationError as error:
-        tried = re.findall(r"^\s+(\w+): ", error.message, flags=re.MULTILINE)
-        reason = error.message.split("\n")[0] if not tried else f"none of {', '.join(tried)} has a token"
+        tried = re.findall(r"^\s+(\w+): ([^\n]+)", error.message, flags=re.MULTILINE)
+        refused = [f"{name}: {text}" for name, text in tried if "AADSTS" in text]  # an error of Entra ID
+        reason = refused[0] if refused else f"none of {', '.join(name for name, _ in tried)} has a token"
         raise ConfigError(f"no Azure credential for Foundry: {reason}; {LOGIN}") from error
     return credential
 
