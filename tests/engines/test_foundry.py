@@ -22,6 +22,8 @@ from backtalk.rollout.sampler import SamplingParams
 from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
 
 pytest.importorskip("azure.ai.finetuningsessions", reason="pip install 'backtalk[foundry]'")
+from azure.core.exceptions import ServiceRequestError, ServiceResponseError
+
 from backtalk.engines.foundry import patience, sdk
 from backtalk.engines.foundry.conformance import FoundryUnderTest, OneToken
 from backtalk.engines.foundry.loopback import Fault, Loopback
@@ -224,6 +226,29 @@ def test_a_session_that_has_expired(server: Loopback, open_engine: Open) -> None
     with pytest.raises(ServiceError, match=r"there is no session.*the session has expired.*--resume"):
         take_steps(engine, 1)
     assert engine.policy_version == 1
+
+
+def test_a_project_that_refuses_and_says_nothing(server: Loopback, open_engine: Open) -> None:
+    server.faults.append(Fault(operation="sessions", status=403))
+    with pytest.raises(ServiceError, match=r"did not give a session: .*needs the role Foundry User"):
+        take_steps(open_engine(), 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "outcome", "tries", "wait_s"),
+    [
+        ("/forward_backward", ServiceRequestError("no route"), 3, 0.04),  # 0.01, 0.02, 0.04
+        ("/forward_backward", ServiceResponseError("reset"), 1, None),  # it may have been done
+        ("/sample", ServiceResponseError("reset"), 4, 0.08),
+        ("/sample", ServiceResponseError("reset"), 5, None),
+        ("/complete", ServiceRequestError("no route"), 1, None),  # a process without a network ends
+    ],
+)
+def test_what_is_sent_again_after_a_lost_connection(
+    path: str, outcome: Exception, tries: int, wait_s: float | None
+) -> None:
+    assert patience._wait_s(path, outcome, tries, is_question=False) == wait_s
+    assert path == "/sample" or patience._wait_s(path, outcome, tries, is_question=True) is None  # the SDK's own work
 
 
 def test_a_server_that_is_not_there(server: Loopback, open_engine: Open) -> None:

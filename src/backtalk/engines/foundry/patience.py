@@ -18,6 +18,7 @@ exceptions: Any = import_module("azure.core.exceptions")
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 30.0
 HARMLESS = ("/forward", "/sample")  # change nothing on the service
+OF_SESSION = ("/heartbeat", "/complete")  # the next one is soon, or the process is about to end
 TRIES_OF_HARMLESS = 5
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ class Patience(HTTPPolicy):
             if wait_s is None:
                 if isinstance(outcome, Exception):
                     raise outcome
+                if not is_question and outcome.http_response.status_code >= 400 and not _json(outcome):
+                    raise exceptions.HttpResponseError(response=outcome.http_response)  # the SDK wants JSON of it
                 return outcome
             if time.monotonic() + wait_s > start + self.timeout_s:
                 raise TimeoutError(f"{_describe(outcome)} for {self.timeout_s:g} s")
@@ -81,11 +84,11 @@ def _wait_s(path: str, outcome: Any, tries: int, *, is_question: bool) -> float 
     can_try = path.endswith(HARMLESS) and tries < TRIES_OF_HARMLESS
     if isinstance(outcome, Exception):
         never_sent = isinstance(outcome, exceptions.ServiceRequestError)
-        return pause if not is_question and (never_sent or can_try) else None
+        return pause if can_try or (never_sent and not is_question and not path.endswith(OF_SESSION)) else None
     status, hint_s = outcome.http_response.status_code, _hint_s(outcome)
     if status == 401 and tries == 1:  # the SDK drops its token then, and asks for a new one
         return 0.0
-    if is_question:
+    if is_question or path.endswith(OF_SESSION):
         return None
     if status == 429 or (status == 503 and hint_s is not None):  # refused by the service, as it says itself
         return pause if hint_s is None else hint_s

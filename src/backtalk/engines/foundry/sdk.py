@@ -29,12 +29,15 @@ try:
     models: Any = import_module("azure.ai.finetuningsessions.models")
     identity: Any = import_module("azure.identity")
     exceptions: Any = import_module("azure.core.exceptions")
+    transport: Any = import_module("azure.core.pipeline.transport")
+    requests: Any = import_module("requests")
     from backtalk.engines.foundry.patience import Patience
 except ImportError as error:
     raise ConfigError(
         f"engine.kind=foundry needs the SDK of Foundry's training sessions ({error}); pip install 'backtalk[foundry]'"
     ) from error
 
+CONNECTIONS = 256  # that are kept open; more are opened as needed
 PACKAGE, KNOWN = "azure-ai-finetuningsessions", "1.0.0b1"
 SCOPE = "https://ai.azure.com/.default"
 LOGIN = "type `az login`, or set AZURE_TENANT_ID, AZURE_CLIENT_ID and AZURE_CLIENT_SECRET"
@@ -67,10 +70,18 @@ def connect(config: FoundryConfig, *, seed: int = 0, credential: Any = None) -> 
             credential_scopes=[SCOPE],
             allow_insecure_http=urlsplit(endpoint).scheme == "http",
             per_call_policies=[Patience(config.timeout_s)],
+            transport=_transport(),
         )
     except ValueError as error:  # http to another machine
         raise ConfigError(f"engine.endpoint={endpoint!r} is refused by the SDK: {error}; use https") from error
     return FoundryService(config, endpoint, client, seed)
+
+
+def _transport() -> Any:
+    """Return the SDK's way to send requests, with a connection for each of many rollouts that sample at once."""
+    session = requests.Session()
+    session.mount(prefix="https://", adapter=requests.adapters.HTTPAdapter(pool_maxsize=CONNECTIONS))
+    return transport.RequestsTransport(session=session)
 
 
 def _default_credential() -> Any:
