@@ -87,6 +87,24 @@ def read_row(path: Path, index: int) -> dict[str, Any]:
         raise DataError(f"{path} has {file.metadata.num_rows} rows, so none at {index}; rows count from 0")
 
 
+def read_first_rows(path: Path, count: int, *, start: int = 0) -> list[dict[str, Any]]:
+    """Return at most ``count`` rows of a Parquet file from ``start`` on as plain data, holding few others in memory.
+
+    Raises:
+        DataError: the file cannot be read, or is no Parquet file.
+    """
+    rows: list[dict[str, Any]] = []
+    with _opened(path) as file:
+        first = 0
+        for batch in file.iter_batches(_ROWS_AT_ONCE, use_threads=False):
+            if first + batch.num_rows > start:
+                rows += batch.slice(max(0, start - first)).to_pylist()
+            first += batch.num_rows
+            if len(rows) >= count:
+                break
+    return rows[:count]
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """Open a Parquet file mapped into memory; turn what Arrow raises inside into a DataError."""

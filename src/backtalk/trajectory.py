@@ -7,11 +7,13 @@ are frozen and check themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from itertools import accumulate, groupby, pairwise
 from typing import Any
+
+COPIED_RUN = 3  # tokens that an observation repeats of an action; shorter matches are mostly coincidence
 
 
 class TokenRole(IntEnum):
@@ -237,3 +239,39 @@ class TokenWeights:
     advantage: float | None  # None if the policy term left the trajectory out: no reward, or too stale
     policy: tuple[float, ...]  # policy_coeff * p_t * advantage; positive: training makes the token more likely
     world: tuple[float, ...]  # world_model_coeff * w_t
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """One trajectory's tokens as a model sees them, at temperature 1, over all branches.
+
+    ``expected`` has an entry for each token that was not the likeliest at its position: the likeliest ones with their
+    log-probabilities, best first.
+    """
+
+    logprobs: tuple[float, ...]  # nats; 0.0 for the first token of a branch
+    expected: Mapping[int, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+
+    def mean_nats(self, trajectory: Trajectory, role: TokenRole) -> float | None:
+        """Return the mean cross-entropy of a role's tokens in nats; None where there are none."""
+        nats = [-x for x, other in zip(self.logprobs, trajectory.roles, strict=True) if other is role]
+        return sum(nats) / len(nats) if nats else None
+
+
+def copied_tokens(token_ids: Sequence[int], spans: Iterable[tuple[int, int, TokenRole, int | None]]) -> list[bool]:
+    """Return which observation tokens are in a run of at least 3 that is also in the same turn's action.
+
+    Spans are first position, one past the last, role and turn. Longer runs consist of runs of 3, so only those are
+    looked up, in time linear in the number of tokens.
+    """
+    actions: dict[int | None, set[tuple[int, ...]]] = {}
+    copied = [False] * len(token_ids)
+    for start, end, role, turn in spans:
+        starts = range(start, end - COPIED_RUN + 1)
+        if role is TokenRole.ACTION:
+            actions.setdefault(turn, set()).update(tuple(token_ids[i : i + COPIED_RUN]) for i in starts)
+        elif role in (TokenRole.ENV_OUTPUT, TokenRole.WARNING) and (said := actions.get(turn)):
+            for i in starts:
+                if tuple(token_ids[i : i + COPIED_RUN]) in said:
+                    copied[i : i + COPIED_RUN] = [True] * COPIED_RUN
+    return copied

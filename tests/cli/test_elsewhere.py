@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -40,8 +41,23 @@ builtins.open = io.open = hiding(io.open)
 os.open, os.listdir = hiding(os.open), hiding(os.listdir)
 real_which = shutil.which
 shutil.which = lambda name, *args, **more: None if name in ("bwrap", "setpriv") else real_which(name, *args, **more)
+import json, threading, urllib.request
+def visit(port):
+    # Ask the page that is served for its rollouts, and end it as Ctrl-C does.
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/rollouts", timeout=60) as answer:
+                found = json.load(answer)
+        except OSError:
+            time.sleep(0.1)
+            continue
+        if not found["pending"]:
+            print("served", sorted({row["run"] for row in found["rows"]}), found["problems"], flush=True)
+            os.kill(os.getpid(), signal.SIGINT)
+            return
 from backtalk.cli.app import main
 for arguments in COMMANDS:
+    if "--port" in arguments: threading.Thread(target=visit, args=(arguments[-1],), daemon=True).start()
     sys.argv, code = ["backtalk", *arguments], 0
     try:
         main()
@@ -61,6 +77,8 @@ COMMANDS = {
     "train": "train --set tasks.source=guess_world:GuessWorld --out r " + " ".join(f"--set {s}" for s in SMALL.split()),
     "show": "show r",
     "report": "report r",
+    "export": "view r c.jsonl --export page.html",
+    "view": "view r c.jsonl --port PORT",
 }
 
 
@@ -71,7 +89,11 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     says = [{"role": "user", "content": "List the files."}, {"role": "assistant", "content": "ls"}]
     (folder / "c.jsonl").write_text(json.dumps({"messages": [*says, {"role": "tool", "content": "a.txt"}]}) + "\n")
     shutil.copy(Path(__file__).parents[2] / "examples" / "guess_world.py", folder)
-    program = f"COMMANDS = {[command.split() for command in COMMANDS.values()]!r}\n{HIDE}"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    commands = [command.replace("PORT", port).split() for command in COMMANDS.values()]
+    program = f"COMMANDS = {commands!r}\n{HIDE}"
     ran = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(ran, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     assert not (folder / "no").exists()
@@ -81,7 +103,8 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_doctor_says_what_works_without_a_sandbox_and_what_needs_linux(said: dict[str, str]) -> None:
     assert "none on Darwin: bubblewrap and Landlock isolate commands on Linux only" in said["doctor"]
     assert (
-        "-> What works: import, account, export, show, report" in said["doctor"] and "on Darwin arm64" in said["doctor"]
+        "-> What works: import, account, export, score, view, show, report" in said["doctor"]
+        and "on Darwin arm64" in said["doctor"]
     )
     assert "Error: a default run cannot work here. Sandbox: none on Darwin" in said["doctor"]
     assert said["doctor"].endswith("exit 1\n") and "Traceback" not in said["doctor"]
@@ -101,6 +124,8 @@ def test_training_in_a_terminal_is_refused_in_one_sentence(said: dict[str, str])
         ("train", "finished after 1 step: r"),
         ("show", "training step 0"),
         ("report", "Report: r/report.html"),
+        ("export", "Written: page.html"),
+        ("view", "served ['c.jsonl', 'r'] []"),
     ],
 )
 def test_the_rest_works(command: str, words: str, said: dict[str, str]) -> None:

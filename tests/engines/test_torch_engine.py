@@ -83,6 +83,24 @@ async def test_scores_are_the_models_own(model_dir: Path) -> None:
     assert await engine.score([]) == []
 
 
+@pytest.mark.parametrize("packing", ["off", "on"])
+async def test_what_was_expected_is_the_models_own_ranking(model_dir: Path, packing: str) -> None:
+    engine = make_engine(model_dir, max_tokens_per_microbatch=100, packing=packing)
+    group = make_group(MIXED)
+    for trajectory, row in zip(group, await engine.score_tokens(list(group), 3), strict=True):
+        with torch.no_grad():
+            logprobs_TV = torch.log_softmax(engine.model(torch.tensor([trajectory.token_ids])).logits[0], -1)
+        assert row.logprobs[0] == 0.0 and 0 not in row.expected
+        for t in range(1, len(trajectory)):
+            best = logprobs_TV[t - 1].topk(3)
+            assert row.logprobs[t] == pytest.approx(logprobs_TV[t - 1, trajectory.token_ids[t]].item(), abs=2e-6)
+            if best.indices[0] == trajectory.token_ids[t]:
+                assert t not in row.expected
+            else:
+                assert [token for token, _ in row.expected[t]] == best.indices.tolist()
+                assert [x for _, x in row.expected[t]] == pytest.approx(best.values.tolist(), abs=2e-6)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-6)])
 def test_micro_batches_change_nothing(model_dir: Path, dtype: str, tolerance: float) -> None:
     samples = build_samples(make_group(MIXED))

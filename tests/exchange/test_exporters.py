@@ -17,7 +17,10 @@ from backtalk.errors import ConfigError, DataError
 from backtalk.exchange.detect import guess_format
 from backtalk.exchange.read.files import import_record
 from backtalk.exchange.rfc010 import from_rfc010, to_rfc010
+from backtalk.exchange.write.inspect_ai import to_inspect
 from backtalk.exchange.write.openenv import to_episode_record, to_training_trace
+from backtalk.language.renderer import Renderer, RendererConfig
+from backtalk.language.tokenizer import model_location
 from backtalk.messages import ToolCall
 from backtalk.run.log import read_trajectories, write_trajectories
 from backtalk.run.log.sources import read_rollouts, record_reader
@@ -77,6 +80,11 @@ SCRIPTED = replace(
 FAILED = replace(
     SAMPLED, reward=None, stop_reason=StopReason.FAILED, failure=Failure("step", "SandboxError", "it broke")
 )
+
+
+@cache
+def base_renderer() -> Renderer:
+    return Renderer.from_pretrained(model_location("base"), (), RendererConfig(on_drift="fork"))
 
 
 @cache
@@ -200,6 +208,32 @@ def test_the_command_writes_each_format_and_import_reads_it(kind: str, tmp_path:
         back = tmp_path / "back.jsonl"
         assert runner.invoke(app, ["import", str(out), "--format", source, "--out", str(back)]).exit_code == 0
         assert read_trajectories(back)[0] == replace(SAMPLED, sample_index=0)
+
+
+def test_a_log_of_inspect_holds_each_rollout_as_a_sample(tmp_path: Path) -> None:
+    limited = replace(SAMPLED, stop_reason=StopReason.MAX_TURNS, task_id="u")
+    source, out = tmp_path / "t.jsonl", tmp_path / "log.json"
+    write_trajectories(source, [SAMPLED, FAILED, limited])
+    done = runner.invoke(app, ["export", str(source), "--format", "inspect", "--out", str(out)])
+    assert done.exit_code == 0 and "Written: 3" in done.output, done.output
+    log = json.loads(out.read_text())
+    assert [(s["id"], s["epoch"]) for s in log["samples"]] == [("t", 1), ("t", 2), ("u", 1)]
+    assert log["eval"]["task"] == "t" and log["results"]["scores"][0]["metrics"]["mean"]["value"] == 0.5
+    first, second, third = read_rollouts([out], record_reader(base_renderer().for_tools)).trajectories
+    assert [(m["role"], m["content"]) for m in first.messages] == [(m["role"], m["content"]) for m in SAMPLED.messages]
+    assert (first.task_id, first.reward, third.stop_reason) == ("t/t", 0.5, StopReason.MAX_TURNS)
+    assert second.reward is None and second.failure is not None and "it broke" in second.failure.message
+
+
+def test_a_log_of_inspect_is_one_that_inspect_reads(tmp_path: Path) -> None:
+    log = pytest.importorskip("inspect_ai.log", reason="pip install inspect-ai, to hold our logs against its classes")
+    out = tmp_path / "log.json"
+    out.write_text(json.dumps(to_inspect([SAMPLED, FAILED], task="t", model_name="base")))
+    read = log.read_eval_log(str(out))
+    sample, broken = read.samples
+    assert [message.text for message in sample.messages] == ["do", "ls", "a b", "cat", "c"]
+    assert (sample.scores["reward"].value, sample.messages[2].function) == (0.5, "bash")
+    assert broken.error.message == "SandboxError in step: it broke" and read.results.scores[0].name == "reward"
 
 
 def test_the_command_writes_for_other_trainers(tmp_path: Path) -> None:

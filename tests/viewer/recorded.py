@@ -9,7 +9,17 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from backtalk.run.log import RunLog
-from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, TokenWeights, Trajectory, TrajectoryGroup
+from backtalk.run.log.scores import add_scores
+from backtalk.trajectory import (
+    Failure,
+    Segment,
+    StopReason,
+    TokenRole,
+    TokenScores,
+    TokenWeights,
+    Trajectory,
+    TrajectoryGroup,
+)
 
 BASE = Path(str(resources.files("backtalk"))) / "assets" / "base_model" / "tokenizer.json"
 TOKENIZER = Tokenizer.from_file(str(BASE))
@@ -66,6 +76,19 @@ def write_step(log: RunLog, step: int, *, trained: bool = True) -> None:
         log.write_weights(step, [A, B], weights)
 
 
+def score_step(log: RunLog, step: int) -> None:
+    """Score a step twice: 2 nats each token before; after, 1, and 6 on the first of a rollout's output."""
+    rollouts = [*A, *B]
+    before = [TokenScores((-2.0,) * len(t)) for t in rollouts]
+    after = []
+    for t in rollouts:
+        first = t.roles.index(TokenRole.ENV_OUTPUT)
+        expected = {first: ((encode("ls")[0], -0.25), (encode("x")[0], -4.0))}
+        after.append(TokenScores(tuple(-6.0 if i == first else -1.0 for i in range(len(t))), expected))
+    for name, scores in (("before", before), ("after", after)):
+        add_scores(log.scores_path(step), name, "base", rollouts, scores)
+
+
 def write_run(folder: Path) -> Path:
     """Write two of three steps and an evaluation before them."""
     log = RunLog(folder)
@@ -79,6 +102,7 @@ def write_run(folder: Path) -> Path:
         tokens = {"action_tokens": 10, "env_output_tokens": 20, "warning_tokens": 2}
         shares = {"world_grad_share": 0.1 + 0.6 * step, "policy_grad_norm_weights": 1.0, "world_model_coeff": 0.05}
         log.write_metrics(step, {"reward": 0.5 + step, "ce": float("nan"), **seconds, **tokens, **shares})
+    score_step(log, 1)
     estimate = {"value": 0.25, "low": 0.1, "high": 0.4}
     log.write_evaluation(0, {"step": 0, "samples_per_task": 2, "pass_at_1": estimate, "pass_at_k": None}, [A])
     return log.folder

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded import HEAD, HOSTILE, TAIL, A, B, encode, weigh, write_run, write_step
+from recorded import HEAD, HOSTILE, TAIL, TOKENIZER, A, B, encode, weigh, write_run, write_step
 from starlette.testclient import TestClient
 
 from backtalk.cli.view import view
@@ -128,7 +128,70 @@ def test_files_are_read_a_few_at_a_time_and_only_once(
     assert table.read(sources)[0].num_rows == 10
 
 
+def test_rollouts_are_sorted_and_selected_by_what_surprised_the_last_checkpoint(
+    run: Path, viewer_of: Callable[..., Viewer]
+) -> None:
+    viewer = viewer_of(run)
+    outputs = [sum(role is TokenRole.ENV_OUTPUT for role in t.roles) for t in (*A, *B)]
+    found = ask(viewer, "surprise>0", sort="surprise", order="desc")["rows"]
+    assert {row["part"] for row in found} == {"train-1"}  # the step that was scored
+    assert [row["surprise"] for row in found] == pytest.approx(sorted((1 + 5 / n for n in outputs), reverse=True))
+    assert rows(viewer, f"surprise<{1.01 + 5 / max(outputs)} step:1") == [("train-1", 1)]
+
+
+# ---------------------------------------------------------------- the world model
+
+
+def test_world_models_are_summed_by_tool_and_kind_and_compared(run: Path, viewer_of: Callable[..., Viewer]) -> None:
+    found = viewer_of(run).world({})
+    outputs = [sum(role is TokenRole.ENV_OUTPUT for role in t.roles) for t in (*A, *B)]
+    before, after = found["checkpoints"]
+    assert (found["before"], found["after"], found["rollouts"], found["pending"]) == ("before", "after", 4, 0)
+    assert before["rows"] == [{"tool": "bash", "kind": "new", "tokens": sum(outputs), "ce": 2.0}]
+    assert after["ce"] == pytest.approx((sum(outputs) + 4 * 5) / sum(outputs)) and before["bins"] == []
+    # Four tokens came where "ls" had exp(-0.25) = 0.7788; the others had exp(-1) = 0.3679 and were the likeliest.
+    wrong, right = sorted(after["bins"], key=lambda row: row["tokens"])
+    assert (wrong["tokens"], wrong["right"], right["tokens"], right["right"]) == (4, 0, sum(outputs) - 4, 1)
+    assert (wrong["sure"], right["sure"]) == (pytest.approx(0.7788, abs=1e-4), pytest.approx(0.3679, abs=1e-4))
+    assert after["calibration_error"] == pytest.approx(
+        (4 * 0.7788 + (sum(outputs) - 4) * 0.6321) / sum(outputs), abs=1e-4
+    )
+    assert [(row["gain"], row["nats"], row["task"]) for row in found["worse"][:4]] == [(-4, [2, 6], t) for t in "aabb"]
+    assert all(row["gain"] == 1.0 for row in found["better"][:4])
+    back = viewer_of(run).world({"before": "after", "after": "before"})
+    assert [row["gain"] for row in back["better"][:4]] == [4.0] * 4
+    assert viewer_of(run).world({"runs": "echo_seed1", "before": "nobody"})["before"] == "before"
+
+
+def test_a_study_shows_its_cross_entropies(run: Path, viewer_of: Callable[..., Viewer]) -> None:
+    assert viewer_of(run).world({})["studies"] == []
+    rows = [{"metric": "env CE, own", "arm": "echo"}, {"metric": "pass@1", "arm": "echo"}]
+    study = {"study": "x", "interval": "seeds", "seeds": [1], "results": rows}
+    (run.parent / "study.json").write_text(json.dumps(study | {"curves": [1, 2]}))
+    assert viewer_of(run.parent).world({})["studies"] == viewer_of(run.parent).studies({}) == [study]
+
+
 # ---------------------------------------------------------------- one rollout
+
+
+def test_a_scored_rollout_shows_what_each_checkpoint_made_of_it(run: Path, viewer_of: Callable[..., Viewer]) -> None:
+    which, viewer = {"run": "echo_seed1", "part": "train-1", "row": "1"}, viewer_of(run)
+    first, scores = A.trajectories[1].roles.index(TokenRole.ENV_OUTPUT), viewer.tokens(which)["scores"]
+    assert list(scores) == ["before", "after"] and scores["before"]["logprobs"][first] == -2.0
+    assert scores["after"]["logprobs"][first : first + 2] == [-6.0, -1.0]
+    likelier = [TOKENIZER.decode([encode(text)[0]]) for text in ("ls", "x")]
+    assert scores["after"]["expected"] == {first: [[likelier[0], -0.25], [likelier[1], -4.0]]}
+    shown = viewer.rollout(which)
+    worst = shown["surprises"]["after"][0]
+    assert (worst["at"], worst["nats"], worst["elsewhere"]) == (first, 6.0, {"before": 2.0})
+    assert worst["before"].endswith("tool\n") and worst["expected"][0] == [likelier[0], -0.25]
+    said = next(segment for segment in shown["segments"] if segment["role"] == "ENV_OUTPUT")
+    length = said["end"] - said["start"]
+    assert said["ce"] == {"before": 2.0, "after": pytest.approx(1 + 5 / length)}
+    viewer = viewer_of(run)
+    RunLog(run).write_groups(1, [B])  # the step was made again
+    with pytest.raises(DataError, match=r"score it again|belongs to another step"):
+        viewer.rollout({**which, "row": "0"})
 
 
 def test_a_rollout_shows_the_weights_it_was_trained_with(run: Path, viewer_of: Callable[..., Viewer]) -> None:

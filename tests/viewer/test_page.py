@@ -19,7 +19,9 @@ from urllib.request import urlopen
 import pytest
 from recorded import A, encode, write_run, write_step
 
-from backtalk.run.log import RunLog
+from backtalk.run.log import RunLog, read_trajectories
+from backtalk.trajectory import TokenRole
+from backtalk.viewer.live.export import write_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="scripts/viewer test drives the page in a browser")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -140,6 +142,74 @@ def test_tokens_carry_the_numbers_that_are_on_record(page: Any, address: str) ->
     sync_api.expect(page.locator(".token-numbers")).to_contain_text("world weight +0.125", timeout=WAIT_MS)
 
 
+def test_a_token_tells_what_each_checkpoint_made_of_it(page: Any, address: str) -> None:
+    first = A.trajectories[1].roles.index(TokenRole.ENV_OUTPUT)
+    page.goto(f"{address}#/rollout?run=echo_seed1&part=train-1&row=1")
+    page.wait_for_selector(".surprises li")
+    assert "6 nats; before 2" in text_of(page, ".surprises li") and "expected" in text_of(page, ".surprises li")
+    page.locator(".surprises button").first.click()
+    sync_api.expect(page.locator(".token-numbers")).to_contain_text("cross-entropy 6 nats (0.248 %)", timeout=WAIT_MS)
+    told = text_of(page, ".token-numbers")
+    assert "before cross-entropy 2 nats (13.5 %)" in told and '77.9 %, "x" 1.83 %' in told
+    assert f"pos={first}" in page.url
+    page.keyboard.press("b")
+    page.wait_for_selector(".sides .token.pinned")
+    assert page.locator(".token.pinned").count() == 2
+    shade = "getComputedStyle(document.querySelectorAll('.token.pinned')[{}]).getPropertyValue('--strength')"
+    assert [page.evaluate(shade.format(side)) for side in (0, 1)] == ["40", "100"]  # 2 of 5 nats, and more than 5
+
+
+def test_the_world_model_page_compares_checkpoints_and_leads_to_the_token(page: Any, address: str) -> None:
+    page.goto(f"{address}#/world")
+    page.wait_for_selector(".kinds")
+    assert "bash new" in text_of(page, ".kinds tbody tr") and "2" in text_of(page, ".kinds tbody tr")
+    worse = page.locator(".pair section").nth(1).locator("li")
+    assert worse.count() == 4 and "-4 nats: cross-entropy 2, then 6" in worse.first.inner_text().replace("\u2212", "-")
+    worse.first.locator("a").click()
+    sync_api.expect(page.locator(".token-numbers")).to_contain_text("cross-entropy 6 nats", timeout=WAIT_MS)
+
+
+QUERIES = (
+    "", "reward<1", "failed step:1", "advantage:-2..0 step:1,7", "turns>1 kind!=eval", "surprise!=2", "task:a",
+    "step:1..", '"total 3"', "notes kind:train", "nowhere", "failure:sandbox",
+)  # fmt: skip
+
+
+def test_one_file_holds_the_page_and_answers_as_the_server_does(
+    page: Any, address: str, run: Path, tmp_path: Path
+) -> None:
+    file = write_page([run], tmp_path / "page.html").as_uri()
+    page.goto(f"{address}#/rollouts")
+    ask = """async (params) => {
+        const { ask } = await import(MODULE);
+        for (;;) {
+            const { pending, rows } = await ask("rollouts", params);  // files are read a few at a time
+            if (!pending) return rows.map((row) => [row.part, row.row]);
+        }
+    }"""
+    asked = [
+        {"q": q, "sort": sort, "order": order} for q in QUERIES for sort, order in (("step", "desc"), ("reward", "asc"))
+    ]
+    served = [page.evaluate(ask.replace("MODULE", "'/static/api.js'"), params) for params in asked]
+    page.goto(f"{file}#/rollouts?q=surprise%3E0&sort=surprise&order=desc")
+    sync_api.expect(page.locator(".space .row")).to_have_count(4, timeout=WAIT_MS)
+    assert [page.evaluate(ask.replace("MODULE", "'backtalk/api.js'"), params) for params in asked] == served
+    page.goto(f"{file}#/rollout?run=echo_seed1&part=train-1&row=1&tokens=1")
+    page.wait_for_selector(".surprises li")
+    page.locator(".surprises button").first.click()
+    sync_api.expect(page.locator(".token-numbers")).to_contain_text("cross-entropy 6 nats", timeout=WAIT_MS)
+    page.goto(f"{file}#/rollout?run=echo_seed1&part=train-0&row=1")
+    sync_api.expect(page.locator(".screen").first).to_contain_text("<script>alert(1)</script>", timeout=WAIT_MS)
+    page.goto(f"{file}#/overview?find=reward")
+    page.wait_for_selector("[data-name=reward] canvas")
+    with page.expect_download() as saved:
+        page.goto(f"{file}#/rollout?run=echo_seed1&part=train-1&row=1")
+        page.wait_for_selector(".talk .block")
+        page.keyboard.press("x")
+    saved.value.save_as(tmp_path / "case.jsonl")
+    assert read_trajectories(tmp_path / "case.jsonl") == [A.trajectories[1]]
+
+
 def test_hostile_text_is_shown_and_runs_nothing(page: Any, address: str) -> None:
     page.goto(f"{address}#/rollout?run=echo_seed1&part=train-0&row=1")
     page.wait_for_selector(".talk .block")
@@ -153,15 +223,18 @@ def test_hostile_text_is_shown_and_runs_nothing(page: Any, address: str) -> None
     assert "bwrap <b>died</b>" in text_of(page, ".failure")
 
 
-@pytest.mark.parametrize("place", ["overview", "rollouts", "rollout?run=echo_seed1&part=train-0&row=1&tokens=1"])
+@pytest.mark.parametrize(
+    "place", ["overview", "rollouts", "world", "rollout?run=echo_seed1&part=train-0&row=1&tokens=1"]
+)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_everything_without_scrolling_sideways(
     browser: Any, address: str, place: str, scheme: str
 ) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 800}, color_scheme=scheme)
     page = context.new_page()
+    page.set_default_timeout(WAIT_MS)
     page.goto(f"{address}#/{place}")
-    page.wait_for_selector(".readings, .space .row a, .token", timeout=WAIT_MS)
+    page.wait_for_selector(".readings, .space .row a, .token, .kinds")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("document.getElementById('main').scrollWidth") <= 390
     context.close()

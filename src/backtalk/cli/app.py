@@ -19,6 +19,7 @@ from backtalk.cli.export import export
 from backtalk.cli.import_trajectories import import_trajectories
 from backtalk.cli.interrupts import Interrupted, disk_is_full, file_is_too_large
 from backtalk.cli.options import fail
+from backtalk.cli.score import score
 from backtalk.cli.serve import serve
 from backtalk.cli.settings import settings
 from backtalk.cli.show import report, show
@@ -40,7 +41,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (train, view, show, report, evaluate, study, settings, serve, capture, account, export, doctor, check):
+for command in (
+    train,
+    view,
+    show,
+    report,
+    score,
+    evaluate,
+    study,
+    settings,
+    serve,
+    capture,
+    account,
+    export,
+    doctor,
+    check,
+):
     app.command()(command)
 app.command("import")(import_trajectories)
 app.add_typer(tasks_app, name="tasks")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from backtalk.trajectory import Trajectory
 
 
-Target = Literal["rfc010", "episode-record", "training-trace", "atif", "prime-rl", "verl"]
+Target = Literal["rfc010", "episode-record", "training-trace", "atif", "inspect", "prime-rl", "verl"]
 LossTarget = Literal["env_only", "all"]  # RFC 010's world_loss_target
 
 
@@ -28,7 +28,9 @@ def export(
         list[Path], typer.Argument(metavar="FILE...", help="Trajectories: ours, any that import reads, or run folders.")
     ],
     target: Annotated[Target, typer.Option("--format", help="What to write.")],
-    out: Annotated[Path, typer.Option(help="Where to write: a name in .jsonl, one record a line, or .toml.")],
+    out: Annotated[
+        Path, typer.Option(help="Where to write: a name in .jsonl, one record a line; inspect: .json, prime-rl: .toml.")
+    ],
     model: Annotated[str, typer.Option(help="Whose tokens they are: a folder, a Hugging Face name, or base.")] = "base",
     source: Annotated[
         Format | None, typer.Option("--from", help="What wrote the files. Without it: found out by their fields.")
@@ -43,6 +45,8 @@ def export(
     Token ids, logprobs and roles go along unchanged, and `backtalk import` reads all but verl's back. Exits with 1
     where a trajectory cannot be written in that format; the others are.
 
+    `--format inspect` writes one log that `inspect view` opens: messages, rewards as scores, limits and errors.
+
     `--format prime-rl` (a .toml) and verl translate the coefficient of the world-model term, measured on these
     rollouts. The objective is that of the run folder, or the default, with what --set says.
 
@@ -53,7 +57,9 @@ def export(
     from backtalk.language.tokenizer import model_location
     from backtalk.run.log.sources import read_rollouts, record_reader
 
-    suffix, what = (".toml", "as TOML") if target == "prime-rl" else (".jsonl", "one record a line")
+    suffix, what = {"prime-rl": (".toml", "as TOML"), "inspect": (".json", "as one log")}.get(
+        target, (".jsonl", "one record a line")
+    )
     if out.suffix != suffix:
         raise ConfigError(f"--out {out} ends in {out.suffix!r}; end the name in {suffix}, {what}")
     objective = _objective(files, target, list(settings or []))
@@ -62,7 +68,8 @@ def export(
         [path for file in files for path in _rollouts_of(file)], record_reader(renderer.for_tools), source
     )
     refused = [f"{refusal.where}: {refusal.reason}" for refusal in read.refusals]
-    text, notes = _write(read.trajectories, target, loss_target, model, objective, refused)
+    name = files[0].resolve().stem
+    text, notes = _write(read.trajectories, target, loss_target, model, objective, refused, name)
     for reason in refused:
         typer.echo(f"Refused: {reason}", err=True)
     if not text:
@@ -98,8 +105,13 @@ def _write(
     model: str,
     objective: ObjectiveConfig | None,
     refused: list[str],
+    name: str,
 ) -> tuple[str, list[str]]:
     """Return the text of the file, and lines to tell; add to ``refused`` what cannot be written."""
+    if target == "inspect" and trajectories:
+        from backtalk.exchange.write.inspect_ai import to_inspect
+
+        return json.dumps(to_inspect(trajectories, task=name, model_name=model), allow_nan=False), []
     if objective is not None and target == "prime-rl" and trajectories:
         from backtalk.exchange.write.trainers import to_prime_rl
 

@@ -33,11 +33,34 @@ def view(
         str | None,
         typer.Option(help="Whose tokenizer the files are of: a folder, a Hugging Face name, or base. Runs know it."),
     ] = None,
+    export: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="Write the page to one file, to send to somebody.")
+    ] = None,
 ) -> None:
     """Look at runs and rollouts in the browser, also while they are being made. Nothing is ever written.
 
-    Only this machine reaches the page. Example: `backtalk view runs/study jobs/trajectories.jsonl --open`.
+    Only this machine reaches the page. With --export the page as it is now becomes one file with everything inside.
+
+    Examples: `backtalk view runs/study jobs/trajectories.jsonl --open`, `backtalk view runs/mine --export mine.html`.
     """
+    chosen = paths or [Path("runs")]
+    for path in chosen:
+        if not path.exists():
+            raise DataError(f"{path} does not exist; pass a run folder, a folder of runs, or a file of trajectories")
+    if export is None:
+        _serve(chosen, model, port, open_browser)
+        return
+    if export.suffix != ".html":
+        raise ConfigError(f"--export {export} ends in {export.suffix!r}; end the name in .html")
+    from backtalk.viewer.live.export import write_page
+
+    write_page(chosen, export, model=model)
+    typer.echo(f"Written: {export} ({export.stat().st_size / 1e6:.1f} MB)")
+    if open_browser:
+        typer.launch(str(export.resolve()))
+
+
+def _serve(chosen: list[Path], model: str | None, port: int | None, open_browser: bool) -> None:
     try:
         from backtalk.viewer.live.app import make_app
     except ImportError as error:
@@ -47,10 +70,6 @@ def view(
     from backtalk.run.serve import listen, serve_application
     from backtalk.viewer.live.sources import Library
 
-    chosen = paths or [Path("runs")]
-    for path in chosen:
-        if not path.exists():
-            raise DataError(f"{path} does not exist; pass a run folder, a folder of runs, or a file of trajectories")
     port = _free_port() if port is None else port
     with listen(HOST, port) as listener:
         library = Library(chosen, model)

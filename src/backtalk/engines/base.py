@@ -39,7 +39,11 @@ class Engine(Protocol):
         ...
 
     async def score(self, trajectories: Sequence[Trajectory]) -> list[list[float]]:
-        """Return each token's log-probability at temperature 1, in nats; 0.0 for the first token of a trajectory."""
+        """Return each token's log-probability at temperature 1, in nats; 0.0 for the first token of a trajectory.
+
+        An engine with a method ``score_tokens(trajectories, alternatives)`` returns ``TokenScores``, which name the
+        likeliest tokens too.
+        """
         ...
 
     def save(self, folder: Path) -> None:

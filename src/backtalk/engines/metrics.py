@@ -6,7 +6,6 @@ B samples, T tokens. *_BT is [B, T], *_B is [B].
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -19,9 +18,7 @@ from backtalk.objective.forms import kl_to_reference, sequence_ratio
 from backtalk.objective.gradients import TermGradients
 from backtalk.objective.loss import policy_weights, world_weights
 from backtalk.objective.samples import Sample, to_samples
-from backtalk.trajectory import TokenRole, Trajectory
-
-COPIED_RUN = 3  # tokens; shorter matches are mostly coincidence
+from backtalk.trajectory import TokenRole, Trajectory, copied_tokens
 
 
 @dataclass(slots=True)
@@ -70,21 +67,10 @@ def copied_mask(sample: Sample) -> Tensor:
     """Return the observation tokens in a run of at least 3 that is also in the same turn's action; bool [T].
 
     `cat notes.txt: No such file` repeats the command, and a model predicts the repeated part without knowing anything
-    about the environment, so metrics report its cross-entropy apart. Longer runs consist of runs of 3, so only those
-    are looked up, in time linear in the number of tokens.
+    about the environment, so metrics report its cross-entropy apart.
     """
-    ids = sample.token_ids.tolist()
-    actions: dict[int | None, set[tuple[int, ...]]] = defaultdict(set)
-    copied = [False] * len(ids)
-    for span in sample.spans:
-        starts = range(span.start, span.end - COPIED_RUN + 1)
-        if span.role is TokenRole.ACTION:
-            actions[span.turn].update(tuple(ids[i : i + COPIED_RUN]) for i in starts)
-        elif span.role in (TokenRole.ENV_OUTPUT, TokenRole.WARNING) and actions[span.turn]:
-            for i in starts:
-                if tuple(ids[i : i + COPIED_RUN]) in actions[span.turn]:
-                    copied[i : i + COPIED_RUN] = [True] * COPIED_RUN
-    return torch.tensor(copied, dtype=torch.bool)
+    spans = ((span.start, span.end, span.role, span.turn) for span in sample.spans)
+    return torch.tensor(copied_tokens(sample.token_ids.tolist(), spans), dtype=torch.bool)
 
 
 def token_metrics(

@@ -24,8 +24,8 @@ __all__ = [
 
 NEEDS_LINUX = "bubblewrap and Landlock isolate commands on Linux only, so nothing runs in a terminal here"
 ELSEWHERE = (
-    "What works: import, account, export, show, report, check, and training with worlds of Python classes or OpenEnv "
-    "servers. For terminals take a Linux machine, virtual machine or container, or an environment of Harbor "
+    "What works: import, account, export, score, view, show, report, check, and training with worlds of Python classes "
+    "or OpenEnv servers. For terminals take a Linux machine, virtual machine or container, or an environment of Harbor "
     "(docs/harbor.md)"
 )
 

@@ -40,6 +40,7 @@ from backtalk.engines.torch.model import (
 )
 from backtalk.engines.torch.optimizer import StepOptimizer
 from backtalk.engines.torch.packing import MicroBatch
+from backtalk.engines.torch.scores import token_scores
 from backtalk.errors import ConfigError, DataError
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.language.tokenizer import load_tokenizer, model_location
@@ -51,7 +52,7 @@ from backtalk.objective.loss import objective, world_weights
 from backtalk.objective.samples import Sample, to_samples
 from backtalk.rollout.sampler import Sampler, SamplingParams
 from backtalk.spans import timed
-from backtalk.trajectory import Trajectory
+from backtalk.trajectory import TokenScores, Trajectory
 
 # A measurement costs 1.64 updates as a pass of its own, and 0.67 under a share (benchmarks/objective.py norms). In a
 # run that spends half of its time on updates, one step in 40 costs 2.1 %, and one in 12 under a share 2.8 %.
@@ -170,6 +171,11 @@ class TorchEngine:
     async def score(self, trajectories: Sequence[Trajectory]) -> list[list[float]]:
         """Return each token's log-probability at temperature 1, in nats; 0.0 for the first token of a branch."""
         return await self._in_worker(lambda: self._fit(lambda: self._score(trajectories)))
+
+    async def score_tokens(self, trajectories: Sequence[Trajectory], alternatives: int) -> list[TokenScores]:
+        """Score as ``score`` does, and name the ``alternatives`` likeliest tokens where another one came."""
+        parts = self._scorer, self._micro_batches, self._collate
+        return await self._in_worker(lambda: self._fit(lambda: token_scores(*parts, trajectories, alternatives)))
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint into a new folder.

@@ -47,6 +47,20 @@ def head_logprobs(
     return logprobs_N
 
 
+@torch.no_grad()
+def head_top(
+    states_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, token_ids_N: Tensor, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probabilities at ``token_ids_N``, [N], and the ``k`` likeliest tokens and theirs, [N, k], in nats."""
+    head = _Head(states_ND, weight_VD, bias_V, token_ids_N, torch.ones(len(states_ND), device=states_ND.device))
+    logprobs_N, top_NK = head.empty(len(states_ND)), head.empty(len(states_ND), k)
+    top_ids_NK = torch.empty_like(top_NK, dtype=torch.int64)
+    for rows_C, logprobs_CV in head.chunks(torch.arange(len(states_ND), device=states_ND.device)):
+        logprobs_N[rows_C] = head.chosen(logprobs_CV, rows_C)
+        top_NK[rows_C], top_ids_NK[rows_C] = logprobs_CV.topk(k, -1)
+    return logprobs_N, top_ids_NK, top_NK
+
+
 class _Head:
     """The inputs of one call, and the sums of their gradients."""
 

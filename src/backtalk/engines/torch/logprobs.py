@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from backtalk.engines.torch.head import head_logprobs
+from backtalk.engines.torch.head import head_logprobs, head_top
 from backtalk.engines.torch.packing import Layout, packing_isolates_samples
 
 
@@ -87,6 +87,25 @@ class TokenScorer:
                 _, measured = selected(measured_BT)
             logprobs_BT = logprobs_BT + measured
         return Scores(logprobs_BT, trained_BT, states_ND if trains else None)
+
+    @torch.no_grad()
+    def likeliest(
+        self, token_ids_BT: Tensor, lengths_B: Tensor, row_sizes: Sequence[int], mask_BT: Tensor, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-probabilities of the tokens in ``mask_BT``, [N], and the ``k`` likeliest at each, [N, k], twice.
+
+        The second is the tokens, the third their log-probabilities. The mask leaves out column 0.
+        """
+        layout = Layout.of(token_ids_BT, lengths_B, row_sizes)
+        b_N, t_N = mask_BT.nonzero(as_tuple=True)
+        states_ND = self._states(layout)[layout.rows_B[b_N], layout.starts_B[b_N] + t_N - 1]
+        token_ids_N = token_ids_BT[mask_BT]
+        if self.has_separate_head:
+            head = self.model.get_output_embeddings()
+            return head_top(states_ND, head.weight, head.bias, token_ids_N, k)
+        logprobs_NV = torch.log_softmax(states_ND if states_ND.dtype == torch.float64 else states_ND.float(), -1)
+        top_NK, top_ids_NK = logprobs_NV.topk(k, -1)
+        return logprobs_NV.gather(-1, token_ids_N[:, None])[:, 0], top_ids_NK, top_NK
 
     def _states(self, layout: Layout) -> Tensor:
         """Return the last hidden states, or the logits of a model without a separate head; [R, L, D or V]."""

@@ -6,6 +6,7 @@ A run folder holds::
     metrics.jsonl                   one line for each training step
     groups/step_00012.parquet       the trajectories that step 12 was trained on, one row each
     weights/step_00012.parquet      the weight of each of their tokens in the loss, and their advantages
+    scores/step_00012.parquet       log-probabilities of their tokens under some checkpoints, where `score` was asked
     evaluation_step_00012.json      evaluation of the policy before step 12, and its trajectories as .parquet
     checkpoint/  tokenizer/         written by the engine and by ``train``
     .lock                           held by the process that writes
@@ -22,6 +23,7 @@ from backtalk.run.log.trajectories import (
     read_trajectories,
     read_trajectory,
     trajectory_from_dict,
+    trajectory_from_row,
     trajectory_to_dict,
     write_trajectories,
 )
@@ -35,6 +37,7 @@ __all__ = [
     "read_trajectories",
     "read_trajectory",
     "trajectory_from_dict",
+    "trajectory_from_row",
     "trajectory_to_dict",
     "write_trajectories",
 ]

@@ -41,6 +41,10 @@ class RunLog:
         """Return the path of a step's token weights."""
         return self.folder / "weights" / f"step_{step:05d}.parquet"
 
+    def scores_path(self, step: int, *, evaluation: bool = False) -> Path:
+        """Return the path of what `backtalk score` wrote of a step's trajectories, or of the evaluation before it."""
+        return self.folder / "scores" / f"{'evaluation_' if evaluation else ''}step_{step:05d}.parquet"
+
     def evaluation_path(self, step: int) -> Path:
         """Return the path of the evaluation before a step; its trajectories lie beside it as .parquet."""
         return self.folder / f"evaluation_step_{step:05d}.json"
@@ -80,7 +84,8 @@ class RunLog:
         if self.metrics_path.exists():
             kept = [row for row in self.read_metrics() if row["step"] <= step]
             write_bytes(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        patterns = {"groups/step_*.parquet": step, "weights/step_*.parquet": step, "evaluation_step_*.*": step + 1}
+        patterns = {f"{kind}/step_*.parquet": step for kind in ("groups", "weights", "scores")}
+        patterns |= {"evaluation_step_*.*": step + 1, "scores/evaluation_step_*.parquet": step + 1}
         for pattern, last in patterns.items():
             for number, path in self._numbered(pattern):
                 if number > last:

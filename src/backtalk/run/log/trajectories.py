@@ -140,9 +140,14 @@ def read_trajectory(path: Path, index: int) -> Trajectory:
         DataError: the file cannot be read, has no such row, or holds something other than trajectories.
     """
     try:
-        return trajectory_from_dict(_plain_row(read_row(path, index)))
+        return trajectory_from_row(read_row(path, index))
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise DataError(f"{path} is not a Parquet file of trajectories ({error}); it may be foreign") from error
+
+
+def trajectory_from_row(row: dict[str, Any]) -> Trajectory:
+    """Return the trajectory in one row of such a file, as Arrow reads it."""
+    return trajectory_from_dict(_plain_row(row))
 
 
 def group_trajectories(trajectories: Sequence[Trajectory]) -> list[TrajectoryGroup]:

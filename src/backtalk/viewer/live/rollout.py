@@ -7,12 +7,14 @@ from typing import Any
 
 from backtalk.errors import DataError
 from backtalk.run.log import read_trajectory, trajectory_to_dict
+from backtalk.run.log.scores import read_scores_row
 from backtalk.run.log.weights import read_weights_row
-from backtalk.trajectory import Segment, TokenRole, TokenWeights, Trajectory
+from backtalk.trajectory import Segment, TokenRole, TokenScores, TokenWeights, Trajectory
 from backtalk.viewer.data import raw_token_texts
 from backtalk.viewer.live.audit import count_roles, facts_of_failure, find_faults
 from backtalk.viewer.live.calls import read_action
 from backtalk.viewer.live.sources import Part, RunSource, Source
+from backtalk.viewer.live.surprises import find_surprises
 
 
 class Opened:
@@ -24,6 +26,11 @@ class Opened:
         has_weights = part.weights is not None and part.weights.is_file()
         self.weights: TokenWeights | None = (
             read_weights_row(part.weights, row, len(self.trajectory)) if has_weights and part.weights else None
+        )
+
+        has_scores = part.scores is not None and part.scores.is_file()
+        self.scores: dict[str, TokenScores] = (
+            read_scores_row(part.scores, row, len(self.trajectory)) if has_scores and part.scores else {}
         )
 
     @classmethod
@@ -80,11 +87,12 @@ class Opened:
             "segments": self._segments(),
             "roles": count_roles(trajectory, weights),
             "findings": find_faults(trajectory, weights, texts),
+            "surprises": find_surprises(trajectory, self.scores, self.text_of),
             "compared": texts is not None and bool(trajectory.messages) and len(trajectory.branches) == 1,
         }
 
     def tokens(self) -> dict[str, Any]:
-        """Return columns over all tokens: ids, texts, sampling logprobs, and weights in both terms."""
+        """Return columns over all tokens: ids, texts, sampling logprobs, weights in both terms, and scores."""
         weights = self.weights
         return {
             "ids": list(self.trajectory.token_ids),
@@ -92,13 +100,25 @@ class Opened:
             "logprobs": list(self.trajectory.logprobs),
             "policy": None if weights is None else list(weights.policy),
             "world": None if weights is None else list(weights.world),
+            "scores": {name: self._scored(scores) for name, scores in self.scores.items()},
         }
+
+    def _scored(self, scores: TokenScores) -> dict[str, Any]:
+        """Return a checkpoint's log-probabilities, and the text and log-probability of what it expected instead."""
+        known = {token for tokens in scores.expected.values() for token, _ in tokens}
+        texts = {token: self.text_of([token]) for token in known}
+        expected = {
+            position: [[texts[token], round(logprob, 4)] for token, logprob in tokens]
+            for position, tokens in scores.expected.items()
+        }
+        return {"logprobs": [round(x, 4) for x in scores.logprobs], "expected": expected}
 
     def record(self) -> dict[str, Any]:
         """Return the trajectory as files keep it, with its weights."""
         weights = self.weights
         trained = weights and {"advantage": weights.advantage, "policy": weights.policy, "world": weights.world}
-        return {**trajectory_to_dict(self.trajectory), "weights": trained}
+        scores = {name: scores.logprobs for name, scores in self.scores.items()}
+        return {**trajectory_to_dict(self.trajectory), "weights": trained, "scores": scores}
 
     def _segments(self) -> list[dict[str, Any]]:
         tool_format, tools = _tools(self.source, self.trajectory)
@@ -115,6 +135,10 @@ class Opened:
                 "text": self.text_of(segment.token_ids),
                 **self._sums(start, end),
             }
+            if self.scores and end > start:
+                row["ce"] = {
+                    name: -sum(found.logprobs[start:end]) / (end - start) for name, found in self.scores.items()
+                }
             if segment.logprobs:
                 row["logprob"] = sum(segment.logprobs) / len(segment.logprobs)
             if segment.role is TokenRole.ACTION:

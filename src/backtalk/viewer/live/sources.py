@@ -15,13 +15,14 @@ from typing import Any, Literal
 from backtalk.errors import BacktalkError, DataError
 from backtalk.exchange.read.files import Refusal, RendererOf, Rollout, import_record, is_text
 from backtalk.run.log import RunLog, write_trajectories
+from backtalk.run.log.scores import SUFFIX, scores_beside, tokens_scored
 from backtalk.run.log.sources import OPTIONS, read_rollouts
 from backtalk.trajectory import Trajectory
 from backtalk.viewer.data import load_tokenizer
 
 SUFFIXES = (".jsonl", ".json", ".traj", ".parquet", ".eval", ".jsonl.gz", ".json.gz", ".traj.gz", ".eval.gz")
 MAX_DEPTH = 5  # of runs below a folder that is given
-NOT_RUNS = {"checkpoint", "tokenizer", "groups", "weights", "configs", "logs", "node_modules"}
+NOT_RUNS = {"checkpoint", "tokenizer", "groups", "weights", "scores", "configs", "logs", "node_modules"}
 NEVER_TRAJECTORIES = {"study.json", "metrics.jsonl", "config.json", "tokenizer.json", "tokenizer_config.json"}
 RESCAN_S = 2.0
 
@@ -50,11 +51,12 @@ class Part:
     step: int | None
     path: Path
     weights: Path | None = None  # there only once the step has trained
+    scores: Path | None = None  # there only where `backtalk score` was asked
 
     @property
     def stamp(self) -> Stamp:
-        """Return what changes when the file or its weights do."""
-        return stamp_of(self.path, self.weights)
+        """Return what changes when the file, its weights or its scores do."""
+        return stamp_of(self.path, self.weights, self.scores)
 
 
 @dataclass
@@ -69,9 +71,13 @@ class RunSource:
     def parts(self) -> list[Part]:
         """Return the files of trajectories that are there now, the newest first."""
         log = self.log
-        train = [Part(f"train-{s}", "train", s, log.groups_path(s), log.weights_path(s)) for s in log.group_steps()]
-        evaluations = ((s, log.evaluation_path(s).with_suffix(".parquet")) for s in log.evaluation_steps())
-        parts = train + [Part(f"eval-{s}", "eval", s, path) for s, path in evaluations if path.is_file()]
+        parts = [
+            Part(f"train-{s}", "train", s, log.groups_path(s), log.weights_path(s), log.scores_path(s))
+            for s in log.group_steps()
+        ]
+        for s in log.evaluation_steps():
+            if (path := log.evaluation_path(s).with_suffix(".parquet")).is_file():
+                parts.append(Part(f"eval-{s}", "eval", s, path, None, log.scores_path(s, evaluation=True)))
         return sorted(parts, key=lambda part: (part.step or 0, part.kind), reverse=True)
 
     @cached_property
@@ -111,7 +117,7 @@ class FileSource:
             ConfigError: the model of its tokens cannot be found.
         """
         with self._lock:
-            if self._stamp != (now := stamp_of(self.path)):
+            if self._stamp != (now := stamp_of(self.path, scores_beside(self.path))):
                 self._stamp = now
                 try:
                     self._parts = self._read()
@@ -125,11 +131,13 @@ class FileSource:
         if found := RunLog.of_groups(self.path):
             log, step = found
             self.tokenizer = load_tokenizer(log.tokenizer_path)
-            return [Part("file", "file", step, self.path, log.weights_path(step))]
+            return [Part("file", "file", step, self.path, log.weights_path(step), log.scores_path(step))]
         used: set[str] = set()
+        scored = tokens_scored(scores_beside(self.path))  # which say whose tokens text was written in
 
         def read(rollout: Rollout) -> Trajectory:
-            model = self.model or ("base" if rollout.source is not None and is_text(rollout) else None)
+            is_said = rollout.source is not None and is_text(rollout)
+            model = self.model or scored or ("base" if is_said else None)
             used.update({model} if model else ())
             renderer_of = _renderer_of(model) if model else None
             return import_record(rollout.record, rollout.source, renderer_of, OPTIONS, name=self.path.name)
@@ -140,7 +148,7 @@ class FileSource:
         self.tokenizer = None if self.tokens_of is None else _tokenizer(self.tokens_of)
         path = self.scratch / f"{abs(hash(self.name)):x}.parquet"
         write_trajectories(path, imported.trajectories)
-        return [Part("file", "file", None, path)]
+        return [Part("file", "file", None, path, None, scores_beside(self.path))]
 
 
 Source = RunSource | FileSource
@@ -234,7 +242,8 @@ def _look(root: Path) -> Iterator[tuple[str, Path]]:
         yield root.resolve().name, root  # a job of Harbor
         return
     for path in _entries(root):
-        if path.is_file() and path.name.endswith(SUFFIXES) and path.name not in NEVER_TRAJECTORIES:
+        known = path.name.endswith(SUFFIXES) and not path.name.endswith(SUFFIX)
+        if path.is_file() and known and path.name not in NEVER_TRAJECTORIES:
             yield path.name, path
 
 

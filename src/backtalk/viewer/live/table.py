@@ -10,6 +10,7 @@ from typing import Any
 
 from backtalk.errors import DataError
 from backtalk.parquet import read_columns
+from backtalk.run.log.scores import read_scored
 from backtalk.trajectory import TokenRole
 from backtalk.viewer.live.sources import Part, Source, Stamp
 
@@ -22,7 +23,7 @@ STATS = {  # column: name in a trajectory's stats
 }
 TEXT = ("run", "part", "kind", "task", "stop", "failure")
 COUNTS = ("step", "row", "group", "sample", "version", "turns", "tokens", "action", "env", "warning", "branches")
-NUMBERS = (*COUNTS, "reward", "advantage", *STATS)
+NUMBERS = (*COUNTS, "reward", "advantage", "surprise", *STATS)
 _COLUMNS = ("task_id", "sample_index", "policy_version", "reward", "stop_reason", "failure", "segments", "stats")
 
 
@@ -96,6 +97,7 @@ def read_facts(run: str, part: Part) -> Any:
         "version": table["policy_version"],
         "reward": table["reward"],
         "advantage": _advantages(part, n),
+        "surprise": _surprise(part, n),
         **_token_counts(table["segments"]),
         **{name: _stat(table["stats"], stat) for name, stat in STATS.items()},
     }
@@ -134,6 +136,14 @@ def _advantages(part: Part, n: int) -> Any:
     if part.weights is None or not part.weights.is_file():
         return [None] * n
     found = read_columns(part.weights, ["advantage"])["advantage"].to_pylist()
+    return found if len(found) == n else [None] * n
+
+
+def _surprise(part: Part, n: int) -> Any:
+    """Return the cross-entropy on environment output at the checkpoint that scored last; None where none has."""
+    if part.scores is None or not part.scores.is_file():
+        return [None] * n
+    found = read_scored(part.scores)[1]
     return found if len(found) == n else [None] * n
 
 

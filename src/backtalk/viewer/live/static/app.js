@@ -2,13 +2,15 @@
 
 import { ask } from "./api.js";
 import { announce, h, number, replace } from "./dom.js";
+import { isFrozen, written } from "./frozen.js";
 import { group } from "./group.js";
 import { overview } from "./overview.js";
 import { rollout } from "./rollout.js";
 import { rollouts } from "./rollouts.js";
 import { change, link, read } from "./state.js";
+import { world } from "./world.js";
 
-const PAGES = { overview, rollouts, rollout, group };
+const PAGES = { overview, rollouts, world, rollout, group };
 const POLL_MS = 4000;
 const main = document.getElementById("main");
 
@@ -58,9 +60,9 @@ function head() {
   const tab = (name, title) =>
     h("a", { href: link(name, { runs }), "aria-current": page === name || (name === "rollouts" && ["rollout", "group"].includes(page)) ? "page" : null }, title);
   const hasRuns = context.sources.some((source) => source.kind === "run");
-  replace(document.querySelector(".tabs"), hasRuns ? tab("overview", "Overview") : null, tab("rollouts", "Rollouts"));
+  replace(document.querySelector(".tabs"), hasRuns ? tab("overview", "Overview") : null, tab("rollouts", "Rollouts"), tab("world", "World model"));
   const running = context.sources.filter((source) => source.state === "running");
-  replace(document.querySelector(".live"), running.length
+  replace(document.querySelector(".live"), isFrozen ? `as of ${written}` : running.length
     ? [h("span", { class: "pulse", "aria-hidden": "true" }), running.length === 1 ? `step ${number(running[0].done)} of ${number(running[0].steps)}` : `${running.length} runs going`]
     : []);
 }
@@ -147,9 +149,9 @@ async function poll() {
 // ---------------------------------------------------------------- keys and theme
 
 const KEYS = [
-  ["g o", "overview"], ["g r", "rollouts"], ["/", "search"], ["j  k", "next, previous"], ["Enter", "open"], ["u", "up: from a rollout to the table"],
+  ["g o", "overview"], ["g r", "rollouts"], ["g w", "world model"], ["/", "search"], ["j  k", "next, previous"], ["Enter", "open"], ["u", "up: from a rollout to the table"],
   ["[  ]", "previous, next rollout of the table"], ["←  →", "previous, next of the same task"], ["s", "siblings side by side"],
-  ["t", "every token with its numbers"], ["m", "the chat template too"], ["r", "raw output"], ["c", "copy as JSON"], ["a", "arms in place of runs"], ["l", "log axis"], ["d", "dark or light"], ["?", "these keys"],
+  ["t", "every token with its numbers"], ["b", "before and after, side by side"], ["x", "save as a case"], ["m", "the chat template too"], ["r", "raw output"], ["c", "copy as JSON"], ["a", "arms in place of runs"], ["l", "log axis"], ["d", "dark or light"], ["?", "these keys"],
 ];
 let before = "";
 
@@ -165,6 +167,7 @@ function onkey(event) {
   const general = {
     "g o": () => (location.hash = link("overview", { runs: read().params.getAll("runs") })),
     "g r": () => (location.hash = link("rollouts", { runs: read().params.getAll("runs") })),
+    "g w": () => (location.hash = link("world", { runs: read().params.getAll("runs") })),
     "?": keys, d: theme,
   };
   const act = shown.keys[key] || general[key];
@@ -197,4 +200,4 @@ document.addEventListener("keydown", onkey);
 window.addEventListener("hashchange", show);
 await look();
 await show();
-setTimeout(poll, POLL_MS);
+if (!isFrozen) setTimeout(poll, POLL_MS);

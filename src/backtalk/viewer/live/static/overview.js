@@ -4,6 +4,7 @@ import { ask } from "./api.js";
 import { chart, smooth } from "./charts.js";
 import { h, number, replace, visible } from "./dom.js";
 import { change, read } from "./state.js";
+import { studies } from "./studies.js";
 
 const X = { steps: "step", tokens: "tokens", seconds: "seconds" };
 const SECTIONS = [
@@ -177,7 +178,8 @@ export async function overview(main, params, context) {
     else layout();
   }
 
-  function drawBeside() { replace(beside, warnings(curves), settings(curves, context)); }
+  const compared = await ask("studies", { runs: runs.length === context.sources.length ? "" : runs.join("\n") });
+  function drawBeside() { replace(beside, studies(compared), warnings(curves), settings(curves, context)); }
 
   buttons();
   layout();

@@ -30,6 +30,11 @@ function label(block) {
   const total = segments.reduce((sum, segment) => sum + segment.end - segment.start, 0);
   const sum = (name) => segments.reduce((all, segment) => all + (segment[name] || 0), 0);
   const facts = [plural(total, "token")];
+  const before = segments.filter((segment) => segment.ce);
+  for (const name of Object.keys(before[0]?.ce || {})) {
+    const nats = before.reduce((sum_, segment) => sum_ + segment.ce[name] * (segment.end - segment.start), 0);
+    facts.push(`${name} ${number(Math.round((1000 * nats) / total) / 1000)} nats`);
+  }
   if (kind === "action") facts.push(segments[0].sampled ? `mean logprob ${number(segments[0].logprob)}` : "not sampled");
   if (sum("policy_tokens")) facts.push(`policy weight ${signed(sum("policy"))}`);
   if (sum("world_tokens")) facts.push(`world weight ${signed(sum("world"))}${sum("world_tokens") < total ? ` on ${sum("world_tokens")}` : ""}`);
@@ -155,6 +160,23 @@ function audit(data) {
   return h("section", { class: "card" }, h("h2", {}, "Mask audit"), found.length ? h("ul", { class: "findings" }, found) : h("p", { class: `note${data.compared || data.trained ? " ok" : ""}` }, clean));
 }
 
+// The observation tokens that a checkpoint predicted worst, and what it expected there.
+function surprises(data) {
+  const names = Object.keys(data.surprises);
+  if (!names.length) return null;
+  const list = h("ol", { class: "surprises" });
+  const share = (logprob) => `${number(100 * Math.exp(logprob), 2)} %`;
+  const quoted = (text) => h("code", {}, visible(JSON.stringify(text).slice(1, -1)));
+  const fill = (name) => replace(list, data.surprises[name].map((each) => h("li", {},
+    h("button", { class: "linkish", onclick: () => jump(each.at), title: "show this token" }, h("span", { class: "seen-before" }, visible(each.before.split("\n").at(-1))), quoted(each.text)),
+    h("span", { class: "note" }, `${number(each.nats)} nats`, Object.entries(each.elsewhere).map(([other, nats]) => `; ${other} ${number(nats)}`)),
+    each.expected.length ? h("span", { class: "note" }, "expected ", each.expected.slice(0, 3).map(([text, logprob], index) => [index ? ", " : "", quoted(text), ` ${share(logprob)}`])) : null)));
+  const latest = names.at(-1);
+  fill(latest);
+  return h("section", { class: "card" }, h("h2", {}, "What surprised most"),
+    names.length > 1 ? h("label", { class: "note" }, "at ", h("select", { "aria-label": "Checkpoint", onchange: (event) => fill(event.target.value) }, names.map((name) => h("option", { value: name, selected: name === latest }, name)))) : h("p", { class: "note" }, `at ${latest}`), list);
+}
+
 function stats(data) {
   const rows = Object.entries(data.stats).filter(([, value]) => value !== 0);
   return rows.length ? h("details", { class: "card" }, h("summary", {}, "Counts and seconds"), h("table", { class: "stats" }, h("tbody", {}, rows.map(([name, value]) => h("tr", {}, h("th", { scope: "row" }, name.replaceAll("_", " ")), h("td", {}, number(value))))))) : null;
@@ -163,18 +185,29 @@ function stats(data) {
 const back = () => { try { return sessionStorage.getItem("table") || link("rollouts"); } catch { return link("rollouts"); } };
 function jump(position) { change({ tokens: true, pos: position }); window.dispatchEvent(new HashChangeEvent("hashchange")); }
 
+// One line of our own format, so that what went wrong can be looked at, counted and tested elsewhere.
+async function saveCase(which, data) {
+  const href = URL.createObjectURL(new Blob([`${JSON.stringify(await ask("record", which))}\n`], { type: "application/jsonl" }));
+  h("a", { href, download: `${data.task}-${data.part}-${data.sample}.jsonl`.replace(/[^\w.-]+/g, "_").replace(/^\.+/, "") }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 1000);
+  announce("Saved; backtalk view FILE opens it");
+}
+
 // ---------------------------------------------------------------- the page
 
 export async function rollout(main, params) {
   const which = { run: params.get("run"), part: params.get("part"), row: params.get("row") };
   let data = await ask("rollout", which);
-  const options = { tokens: params.has("tokens"), raw: params.has("raw"), template: params.has("template") };
+  const scored = Object.keys(data.surprises);
+  const options = { tokens: params.has("tokens"), sides: params.has("sides"), raw: params.has("raw"), template: params.has("template") };
   const talk = h("div", { class: "talk" });
   const status = h("div", { class: "token-status", role: "status", "aria-live": "polite", hidden: true });
   let view = null;
 
   async function draw() {
-    if (options.tokens && !view) view = tokenView(await ask("tokens", which), data, status, (position) => change({ pos: position }));
+    if (options.sides) options.tokens = true;
+    if (options.tokens && !view) view = tokenView(await ask("tokens", which), data, status, (position) => change({ pos: position }), params.get("colour"));
+    view?.setSides(options.sides);
     replace(talk, conversation(data, { ...options, tokens: options.tokens ? view.render : null }));
     status.hidden = !options.tokens;
     for (const button of tools.querySelectorAll("[data-option]")) button.setAttribute("aria-pressed", String(options[button.dataset.option]));
@@ -182,19 +215,21 @@ export async function rollout(main, params) {
   }
   const flip = (name) => async () => {
     options[name] = !options[name];
+    if (name === "tokens" && !options.tokens) change({ sides: (options.sides = false) });
     change({ [name]: options[name], pos: options.tokens ? read().params.get("pos") : null });
     await draw();
   };
   const copyRecord = async (event) => copy(JSON.stringify(await ask("record", which), null, 1), event?.currentTarget);
   const tools = h("div", { class: "tools", role: "toolbar", "aria-label": "How it is shown" },
-    [["tokens", "tokens", "t"], ["template", "template", "m"], ["raw", "raw", "r"]].map(([name, title, key]) => h("button", { "data-option": name, onclick: flip(name) }, title, h("kbd", {}, key))),
-    h("button", { onclick: copyRecord }, "copy JSON", h("kbd", {}, "c")));
+    [["tokens", "tokens", "t"], scored.length > 1 ? ["sides", "before and after", "b"] : null, ["template", "template", "m"], ["raw", "raw", "r"]].filter(Boolean).map(([name, title, key]) => h("button", { "data-option": name, onclick: flip(name) }, title, h("kbd", {}, key))),
+    h("button", { onclick: copyRecord }, "copy JSON", h("kbd", {}, "c")), h("button", { onclick: () => saveCase(which, data), title: "as a file that backtalk view, account and import read" }, "save as a case", h("kbd", {}, "x")));
   const notes = [
     data.tokens_of ? h("p", { class: "notice" }, `Text was recorded, not tokens. The tokens shown are those of the model ${data.tokens_of}.`) : null,
+    scored.length || data.kind === "file" && !data.has_text ? null : h("p", { class: "note" }, "No checkpoint has scored these tokens: ", h("code", {}, "backtalk score"), " does, and then each shows its cross-entropy and what the policy expected."),
     data.has_text ? null : h("p", { class: "notice" }, "The file holds token ids, and no tokenizer is known. Start the viewer with --model NAME to read them."),
   ];
   replace(main, h("div", { class: "rollout" }, h("div", { class: "rollout-main" }, heading(data), siblings(data), notes, tools, talk),
-    h("div", { class: "rollout-side" }, legend(data), audit(data), stats(data))), status);
+    h("div", { class: "rollout-side" }, surprises(data), legend(data), audit(data), stats(data))), status);
   main.scrollTop = 0;
   await draw();
 
@@ -209,7 +244,7 @@ export async function rollout(main, params) {
   };
   return {
     keys: {
-      t: flip("tokens"), r: flip("raw"), m: flip("template"), c: () => copyRecord(), u: () => (location.hash = back()),
+      t: flip("tokens"), b: () => scored.length > 1 && flip("sides")(), x: () => saveCase(which, data), r: flip("raw"), m: flip("template"), c: () => copyRecord(), u: () => (location.hash = back()),
       s: () => (location.hash = link("group", { run: data.run, part: data.part, group: data.group })),
       "[": inTable(-1), "]": inTable(1), j: turns(1), k: turns(-1),
       ArrowRight: () => (options.tokens && view.selected() !== null ? view.move(1) : open(around(data.siblings, 1))),

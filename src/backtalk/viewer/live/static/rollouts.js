@@ -10,9 +10,9 @@ const PAGE = 100; // rows of one question
 const COLUMNS = [
   ["step", "step", number], ["task", "task", null], ["group", "group", number], ["sample", "sample", number],
   ["reward", "reward", number], ["advantage", "advantage", signed], ["stop", "ended", null],
-  ["turns", "turns", number], ["tokens", "tokens", number], ["invalid", "invalid", number],
+  ["turns", "turns", number], ["tokens", "tokens", number], ["invalid", "invalid", number], ["surprise", "surprise", number],
 ];
-const HELP = "reward<1   stop:max_turns   turns>3   step:10..20   kind:eval   failed   \"text that was said\"";
+const HELP = "reward<1   stop:max_turns   surprise>2   step:10..20   kind:eval   failed   \"text that was said\"";
 
 export async function rollouts(main, params, context) {
   const state = { q: params.get("q") || "", sort: params.get("sort") || "step", order: params.get("order") || "desc" };
