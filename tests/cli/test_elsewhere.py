@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 HIDE = """
-import builtins, io, os, platform, shutil, signal, socket, sys, time
+import builtins, io, json, os, platform, shutil, signal, socket, sys, threading, time, urllib.request
 import asyncio, torch, transformers, pyarrow.parquet, matplotlib.pyplot  # packages that were built for this machine
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from backtalk.language.tokenizer import model_location
@@ -41,7 +41,6 @@ builtins.open = io.open = hiding(io.open)
 os.open, os.listdir = hiding(os.open), hiding(os.listdir)
 real_which = shutil.which
 shutil.which = lambda name, *args, **more: None if name in ("bwrap", "setpriv") else real_which(name, *args, **more)
-import json, threading, urllib.request
 def visit(port):
     # Ask the page that is served for its rollouts, and end it as Ctrl-C does.
     while True:
