@@ -40,7 +40,7 @@ from backtalk.engines.torch.model import (
 )
 from backtalk.engines.torch.optimizer import StepOptimizer
 from backtalk.engines.torch.packing import MicroBatch
-from backtalk.engines.torch.scores import token_scores
+from backtalk.engines.torch.scores import add_to_record, token_scores
 from backtalk.errors import ConfigError, DataError
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.language.tokenizer import load_tokenizer, model_location
@@ -264,7 +264,7 @@ class TorchEngine:
                 policy.add(objective(scores.logprobs_BT, batch, counts, policy_alone)[0])
             for name in losses:
                 losses[name] += float(values[name])
-            _record(record, part, batch, scores)
+            add_to_record(record, part, batch, scores)
         self.model.eval()
         measured = term_gradients(policy.sums, world.sums)
         self._controller.observe(measured.policy_norm, measured.world_norm)
@@ -289,7 +289,7 @@ class TorchEngine:
                 has_gradient = True
             for name, value in terms.items():
                 losses[name] += float(value)
-            _record(record, part, batch, scores)
+            add_to_record(record, part, batch, scores)
         self.model.eval()
         return losses, record, has_gradient
 
@@ -397,10 +397,3 @@ class TorchEngine:
         if "coefficient" in state:  # not in a checkpoint of an older version
             self._measured_at = state["measured_at"]
             self._controller.load_state_dict(state["coefficient"])
-
-
-def _record(record: StepRecord, part: MicroBatch, batch: Batch, scores: Scores) -> None:
-    """Add a micro-batch to the record of a step, after its backward pass."""
-    record.add([sample for row in part for sample in row], batch, scores.logprobs_BT)
-    if scores.states_ND is not None and scores.states_ND.grad is not None:
-        record.add_states(scores.states_ND.grad, batch.sampled_BT[scores.trained_BT])

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from backtalk.engines.torch.logprobs import TokenScorer
+from backtalk.engines.metrics import StepRecord
+from backtalk.engines.torch.logprobs import Scores, TokenScorer
 from backtalk.engines.torch.packing import MicroBatch
 from backtalk.objective.batch import Batch
 from backtalk.objective.samples import Sample, to_samples
@@ -64,3 +65,10 @@ def _joined(branches: Sequence[TokenScores]) -> TokenScores:
         expected |= {len(logprobs) + position: tokens for position, tokens in branch.expected.items()}
         logprobs += branch.logprobs
     return TokenScores(tuple(logprobs), expected)
+
+
+def add_to_record(record: StepRecord, part: MicroBatch, batch: Batch, scores: Scores) -> None:
+    """Add a micro-batch to the record of a step, after its backward pass."""
+    record.add([sample for row in part for sample in row], batch, scores.logprobs_BT)
+    if scores.states_ND is not None and scores.states_ND.grad is not None:
+        record.add_states(scores.states_ND.grad, batch.sampled_BT[scores.trained_BT])
