@@ -80,7 +80,7 @@ async def test_a_run_whose_server_is_killed_within_a_step_is_resumed_at_another(
 def test_a_vllm_started_by_the_run_ends_with_it(tmp_path: Path) -> None:
     settings = [f"{name}={value}" for name, value in {**SMALL, "steps": 1}.items()]
     settings += [f"engine.sampler.python={PYTHON}", f"engine.sampler.arguments={list(EAGER)}"]
-    command = [sys.executable, "-m", "backtalk", "train", "--preset", "triage", "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "backtalk.cli", "train", "--preset", "triage", "--out", str(tmp_path / "run")]
     command += [word for setting in settings for word in ("--set", setting)]
     before = serving()
     done = subprocess.run(command, capture_output=True, text=True, timeout=START_S, check=False)
