@@ -34,7 +34,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from backtalk.engines.torch.config import TorchConfig
-from backtalk.engines.torch.engine import MEASURE_EVERY, MEASURE_EVERY_UNDER_SHARE, TorchEngine
+from backtalk.engines.torch.engine import TorchEngine
+from backtalk.engines.torch.gradients import MEASURE_EVERY, MEASURE_EVERY_UNDER_SHARE
 from backtalk.engines.torch.head import head_logprobs
 from backtalk.objective.coefficient import Share
 from backtalk.objective.config import ObjectiveConfig

@@ -18,7 +18,7 @@ from backtalk.errors import ConfigError
 from backtalk.objective import objective
 from backtalk.objective.batch import TokenCounts, collate
 from backtalk.objective.coefficient import Share
-from backtalk.objective.config import ObjectiveConfig, PolicyOptions
+from backtalk.objective.config import ObjectiveConfig, PolicyOptions, WorldOptions
 from backtalk.objective.samples import Sample, build_samples
 from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
 
@@ -60,7 +60,13 @@ def weights(engine: TorchEngine) -> Tensor:
 
 
 def by_autograd(engine: TorchEngine, samples: list[Sample]) -> tuple[float, float, float]:
-    """Return both norms and the cosine from the logits of the whole batch at once, one term at a time."""
+    """Return both norms and the cosine of ``gradients``."""
+    policy, world = gradients(engine, samples)
+    return policy.norm().item(), world.norm().item(), torch.cosine_similarity(policy, world, 0).item()
+
+
+def gradients(engine: TorchEngine, samples: list[Sample]) -> tuple[Tensor, Tensor]:
+    """Return both terms' gradients from the logits of the whole batch at once, one term at a time."""
     batch, counts = collate(samples, 0), TokenCounts.of(samples)
     logprobs_BTV = torch.log_softmax(engine.model(batch.token_ids_BT).logits, -1)
     inner_BT = logprobs_BTV[:, :-1].gather(-1, batch.token_ids_BT[:, 1:, None])[..., 0]
@@ -69,8 +75,7 @@ def by_autograd(engine: TorchEngine, samples: list[Sample]) -> tuple[float, floa
     for config in (PLAIN, ObjectiveConfig(policy_coeff=0.0, world_model_coeff=1.0)):
         loss, _ = objective(torch.nn.functional.pad(inner_BT, (1, 0)), batch, counts, config)
         flat.append(torch.cat([g.flatten().double() for g in torch.autograd.grad(loss, trained, retain_graph=True)]))
-    policy, world = flat
-    return policy.norm().item(), world.norm().item(), torch.cosine_similarity(policy, world, 0).item()
+    return flat[0], flat[1]
 
 
 @pytest.mark.parametrize("coeff", [0.0, 0.3])
@@ -173,6 +178,25 @@ async def test_a_resumed_controller_goes_on_to_the_bit(model_dir: Path, tmp_path
     assert [row["world_model_coeff"] for row in again] == [row["world_model_coeff"] for row in expected[2:]]
     assert len({row["world_model_coeff"] for row in expected}) == 3
     assert again == expected[2:] and torch.equal(weights(second), weights(whole))
+
+
+@pytest.mark.parametrize("rewards", [(1.0, 0.0, 0.5), (0.0, 1.0, 0.5)])
+@pytest.mark.parametrize("coeff", [0.3, Share(0.5)])
+async def test_a_projected_update_keeps_of_the_world_what_does_not_pull_against_the_policy(
+    model_dir: Path, rewards: tuple[float, ...], coeff: float | Share
+) -> None:
+    """Of opposite rewards the policy gradients are opposite too, so one of them conflicts with the world's."""
+    config = ObjectiveConfig(world_model_coeff=coeff, world=WorldOptions(conflict="project"))
+    engine, samples = make_engine(model_dir, measure_gradients_every=40), make_samples(rewards)
+    policy, world = gradients(engine, samples)
+    metrics = await engine.train_step(samples, config)
+    inner = float(policy @ world)
+    left = world - min(inner, 0.0) / float(policy @ policy) * policy
+    expected = policy + metrics["world_model_coeff"] * left
+    assert metrics["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-9)
+    if inner < 0:
+        assert abs(float(left @ policy)) < 1e-12 and float(left.norm()) < float(world.norm())
+    assert metrics["grad_cosine"] == pytest.approx(inner / float(policy.norm() * world.norm()), rel=1e-9)
 
 
 async def test_observations_alone_have_nothing_to_compare(model_dir: Path) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backtalk.errors import ConfigError
 from backtalk.objective.coefficient import CoefficientController, Schedule, Share
-from backtalk.objective.config import ObjectiveConfig
+from backtalk.objective.config import ObjectiveConfig, WorldOptions
 from backtalk.objective.gradients import TermGradients, term_gradients
 
 
@@ -147,3 +147,20 @@ def test_two_ranks_find_what_one_process_does(tmp_path: Path) -> None:
         assert replicated == pytest.approx(expected, rel=1e-12)
         assert sharded == pytest.approx(expected, rel=1e-12)
         assert coeff == pytest.approx(alone.policy_norm / 49 / alone.world_norm, rel=1e-12)
+
+
+def test_a_cosine_goes_half_way_at_half_time_and_is_flat_at_its_ends() -> None:
+    schedule = Schedule({0: 0.2, 40: 0.0, 60: 0.1}, "cosine")
+    # (1 + cos(pi/4)) / 2 = 0.853553 of the way is left after a quarter of the time
+    assert [schedule.at(n) for n in (0, 10, 20, 40, 50, 60, 99)] == pytest.approx(
+        [0.2, 0.2 * 0.853553, 0.1, 0.0, 0.05, 0.1, 0.1], abs=1e-6
+    )
+
+
+def test_a_term_in_every_fourth_step_is_in_no_other() -> None:
+    config = ObjectiveConfig(world_model_coeff=Share(0.2), world=WorldOptions(every=4))
+    assert [config.at(step).world_model_coeff for step in range(5)] == [0.0, 0.0, 0.0, Share(0.2), 0.0]
+    assert [config.has_world_term(step) for step in range(5)] == [False, False, False, True, False]
+    assert config.at(2).at(3).world_model_coeff == 0.0  # an engine asks again
+    with pytest.raises(ConfigError, match="leaves other steps nothing to learn"):
+        ObjectiveConfig(policy_coeff=0.0, world=WorldOptions(every=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from backtalk.errors import ConfigError
 from backtalk.objective.batch import TokenCounts
 from backtalk.objective.config import ObjectiveConfig, WorldOptions
 from backtalk.objective.samples import build_samples
-from backtalk.objective.selection import high_entropy_turns, return_adaptive_scale, rollout_scales, world_scales
+from backtalk.objective.selection import return_adaptive_scale, rollout_scales, turn_weights, world_scales
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 
 CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole
@@ -116,21 +117,47 @@ def test_a_gated_row_keeps_its_place_in_the_mean() -> None:
     assert (counts.sequences, counts.target_tokens, counts.action_tokens) == (2, 6, 8)
 
 
+def kept_turns(rollouts: TrajectoryGroup, share: float) -> list[set[int | None]] | None:
+    weights = turn_weights(rollouts, WorldOptions(entropy_share=share))
+    assert weights is None or all(weight == 1.0 for turns in weights for weight in turns.values())
+    return None if weights is None else [set(turns) for turns in weights]
+
+
+def without_first_logprobs(trajectory: Trajectory) -> Trajectory:
+    segments = [replace(s, logprobs=None) if s.logprobs and s.turn == 0 else s for s in trajectory.segments]
+    return replace(trajectory, segments=tuple(segments))
+
+
 def test_paw_keeps_the_turns_of_highest_entropy() -> None:
     rollouts = group(rollout(0, surprises=(1.0, 4.0)), rollout(1, surprises=(3.0, 2.0)))
-    assert high_entropy_turns(rollouts, 1.0) is None
-    assert high_entropy_turns(rollouts, 0.75) == [{1}, {0, 1}]  # the turn of 1 nat goes
-    assert high_entropy_turns(rollouts, 0.5) == [{1}, {0}]
-    assert high_entropy_turns(rollouts, 0.01) == [{1}, set()]  # never none at all
-    scripted = replace(rollouts.trajectories[0], segments=tuple(
-        replace(s, logprobs=None) if s.logprobs and s.turn == 0 else s for s in rollouts.trajectories[0].segments
-    ))  # fmt: skip
-    assert high_entropy_turns(group(scripted, rollouts.trajectories[1]), 0.67) == [{1}, {0, 1}]  # ceil(0.67 * 3)
-    assert high_entropy_turns(group(scripted, rollouts.trajectories[1]), 0.66) == [{1}, {0}]
+    assert kept_turns(rollouts, 1.0) is None
+    assert kept_turns(rollouts, 0.75) == [{1}, {0, 1}]  # the turn of 1 nat goes
+    assert kept_turns(rollouts, 0.5) == [{1}, {0}]
+    assert kept_turns(rollouts, 0.01) == [{1}, set()]  # never none at all
+    scripted = group(without_first_logprobs(rollouts.trajectories[0]), rollouts.trajectories[1])
+    assert kept_turns(scripted, 0.67) == [{1}, {0, 1}]  # ceil(0.67 * 3)
+    assert kept_turns(scripted, 0.66) == [{1}, {0}]
     config = ObjectiveConfig(world=WorldOptions(entropy_share=0.75))
     first, second = build_samples(rollouts, config)
     assert first.target_mask("env_only").int().tolist() == [0] * 11 + [1, 1, 1, 0]
     assert second.target_mask("env_only").sum() == 6
+
+
+def test_negative_entropy_weighs_what_follows_sure_actions_more() -> None:
+    """Entropies of log 2, log 4, log 1 and log 4 have exp(-entropy) 1/2, 1/4, 1 and 1/4, of mean 1/2."""
+    log2 = math.log(2)
+    rollouts = group(rollout(0, surprises=(log2, 2 * log2)), rollout(1, surprises=(0.0, 2 * log2)))
+    weights = turn_weights(rollouts, WorldOptions(entropy_weights="negative"))
+    assert weights == [{0: pytest.approx(1), 1: pytest.approx(0.5)}, {0: pytest.approx(2), 1: pytest.approx(0.5)}]
+    first, second = build_samples(rollouts, ObjectiveConfig(world=WorldOptions(entropy_weights="negative")))
+    scales = [
+        sorted(set(s.world_scale[s.roles == TokenRole.ENV_OUTPUT].tolist()))
+        for s in (first, second)
+        if s.world_scale is not None
+    ]
+    assert scales == [[pytest.approx(0.5), pytest.approx(1)], [pytest.approx(0.5), pytest.approx(2)]]
+    scripted = group(without_first_logprobs(rollouts.trajectories[0]))
+    assert turn_weights(scripted, WorldOptions(entropy_weights="negative")) == [{1: 1.0}]
 
 
 def test_paw_balances_by_the_mean_reward() -> None:

@@ -14,6 +14,7 @@ from backtalk.cli.account import account
 from backtalk.cli.capture import capture
 from backtalk.cli.check import check
 from backtalk.cli.doctor import doctor
+from backtalk.cli.dream import dream
 from backtalk.cli.evaluate import evaluate
 from backtalk.cli.export import export
 from backtalk.cli.import_trajectories import import_trajectories
@@ -48,6 +49,7 @@ for command in (
     report,
     score,
     evaluate,
+    dream,
     study,
     settings,
     serve,

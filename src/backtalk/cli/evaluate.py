@@ -19,10 +19,16 @@ from backtalk.cli.options import (
     policy_settings,
 )
 from backtalk.errors import ConfigError
+from backtalk.files import write_bytes
 
 if TYPE_CHECKING:
     from backtalk.run.benchmark import Benchmark
     from backtalk.run.config import TrainConfig
+
+
+WorldModelChoice = Annotated[
+    bool, typer.Option("--world-model", help="Also measure what it knows of its world; written into the run.")
+]
 
 
 def evaluate(
@@ -30,6 +36,7 @@ def evaluate(
     tasks: Annotated[int | None, typer.Option(min=1, help="How many tasks.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Rollouts of each, the k of pass@k.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Measure the model that the run began with.")] = False,
+    world_model: WorldModelChoice = False,
     dataset: Annotated[
         str | None,
         typer.Option(metavar="DATASET", help="A folder of Harbor tasks, or name@version: terminal-bench@2.0."),
@@ -54,6 +61,8 @@ def evaluate(
     With --dataset, on tasks that others wrote, five rollouts each: `backtalk evaluate runs/mine --dataset my_tasks`, or
     `backtalk evaluate --model Qwen/Qwen3-8B --dataset terminal-bench@2.0 --environment docker`.
     """
+    if dataset is not None and world_model:
+        raise ConfigError("--world-model is about the held-out tasks of a RUN; leave --dataset out, or --world-model")
     if dataset is not None:
         config, checkpoint = policy_settings(folder, model, base, list(settings or []))
         from backtalk.run.benchmark import Benchmark
@@ -78,17 +87,15 @@ def evaluate(
     elif model is not None:
         raise ConfigError(f"got {folder} and --model {model}, but no --dataset; give --dataset, or leave --model out")
     else:
-        result = _on_held_out(folder, base, tasks, samples, settings)
+        result = _on_held_out(folder, base, tasks, samples, settings, world_model)
     if json_path is not None:
-        from backtalk.files import write_bytes
-
         write_bytes(json_path, json.dumps(result, indent=1).encode())
 
 
 def _on_held_out(
-    folder: Path, base: bool, tasks: int | None, samples: int | None, settings: list[str] | None
+    folder: Path, base: bool, tasks: int | None, samples: int | None, settings: list[str] | None, world_model: bool
 ) -> dict[str, Any]:
-    overrides = list(settings or [])
+    overrides = [*(settings or []), *(["evaluation.world_model=true"] if world_model else [])]
     overrides += [f"evaluation.tasks={tasks}"] if tasks else []
     overrides += [f"evaluation.samples_per_task={samples}"] if samples else []
     policy_settings(folder, None, base, overrides)  # a mistake is found before PyTorch is loaded

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -16,9 +17,18 @@ from backtalk.cli.heartbeat import Heartbeat
 from backtalk.evidence.compare import Comparison
 from backtalk.evidence.study import StudyEvent, StudyProgress, StudyRunDone, StudyStarted
 from backtalk.run.benchmark import BenchmarkResult
-from backtalk.run.estimates import interval_text
+from backtalk.run.estimates import Interval, interval_text
 from backtalk.run.evaluate import Evaluation
-from backtalk.run.events import EvaluationDone, Event, Notice, RolloutDone, RunDone, RunStarted, StepDone
+from backtalk.run.events import (
+    EvaluationDone,
+    Event,
+    Notice,
+    RolloutDone,
+    RunDone,
+    RunStarted,
+    StepDone,
+    WorldModelMeasured,
+)
 from backtalk.viewer.web.report import evaluation_rows
 
 RECENT_STEPS = 10  # the time left is estimated from these
@@ -79,6 +89,9 @@ class RunDisplay(_Display):
             case EvaluationDone():
                 self._print(evaluation_line(event.evaluation))
                 self._last_step_at = self._clock()  # an evaluation does not count as the time of a step
+            case WorldModelMeasured():
+                self._print(world_model_text(event.measured, event.path))
+                self._last_step_at = self._clock()
             case Notice():
                 self._print(f"note: {event.text}")
             case RunDone():
@@ -210,6 +223,23 @@ def evaluation_line(evaluation: Evaluation) -> str:
     if evaluation.no_reward:
         words.append(f"{evaluation.no_reward} rollouts without a reward")
     return "  ".join(words)
+
+
+def world_model_text(measured: Mapping[str, Any], path: Path) -> str:
+    """Return a line for each set of rollouts: what the policy knows of its world, each with its 95 % interval."""
+    forms = {
+        "ce_per_token": "env CE {} nats a token",
+        "ce_per_byte": "{} a byte",
+        "token_accuracy": "token accuracy {}",
+        "true_preferred": "true answer preferred {}",
+        "line_recall": "lines predicted {}",
+    }
+    lines = []
+    for name, found in ((name, found) for name, found in measured["sets"].items() if found):
+        texts = {key: interval_text(Interval.from_dict(found["estimates"][key])) for key in forms}
+        ece = "" if found["calibration"] is None else f", calibration error {found['calibration']['ece']:.3f}"
+        lines.append(f"{name}: {', '.join(form.format(texts[key]) for key, form in forms.items())}{ece}")
+    return "\n".join([f"world model after {measured['step']} steps, in {path}", *lines])
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:

@@ -19,6 +19,14 @@ METRICS = (
     ("invalid calls", "invalid_calls"),
 )
 
+# of the environment's output in recorded rollouts, where evaluations measured the world model (evaluation.world_model):
+# name in the table, numerator and denominator of a task
+KNOWLEDGE = {
+    "env CE per byte": ("nats", "bytes"),
+    "token accuracy": ("correct", "tokens"),
+    "true answer preferred": ("preferred", "pairs"),
+    "lines predicted": ("matched_lines", "lines"),
+}
 SCORES = ("pass_at_1", "reward")  # metrics of which more is better
 
 Evaluations = Mapping[int, Mapping[str, Any]]  # of one run, by step
@@ -85,7 +93,7 @@ def compare(
     steps = {arm: sorted(set.intersection(*(set(runs[arm, seed]) for seed in seeds))) for arm in arms}
     means = _mean_spent(steps, seeds, spent or {})
     found: dict[str, list[Any]] = {"results": [], "curves": [], "scores": [], "equal": [], "reached": []}
-    for metric, key in METRICS:
+    for metric, key in (*METRICS, *_knowledge_metrics(runs)):
         curves = {arm: {n: [_parts(runs[arm, seed][n], key) for seed in seeds] for n in steps[arm]} for arm in arms}
         others = {arm: None if arm == arms[0] else curves[arms[0]] for arm in arms}
         results = [_result(arm, metric, curves[arm], others[arm]) for arm in arms]
@@ -116,6 +124,23 @@ def compare(
         equal=tuple(found["equal"]),
         reached=tuple(found["reached"]),
     )
+
+
+def _knowledge_metrics(runs: Mapping[tuple[str, int], Evaluations]) -> list[tuple[str, str]]:
+    """Return the metrics of the world model that every evaluation has."""
+    found = [_known_tasks(evaluation) for run in runs.values() for evaluation in run.values()]
+    return [
+        (metric, metric)
+        for metric, names in KNOWLEDGE.items()
+        if found and all(any(task[name] is not None for task in tasks) for tasks in found for name in names)
+    ]
+
+
+def _known_tasks(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the tasks of the recorded rollouts on which the world model was measured."""
+    measured = evaluation.get("world_model")
+    recorded = measured["sets"].get("recorded") if measured else None
+    return recorded["tasks"] if recorded else []
 
 
 def _mean_spent(
@@ -159,6 +184,9 @@ def trapezoid_weights(steps: Sequence[int]) -> list[float]:
 
 def _parts(evaluation: Mapping[str, Any], key: str) -> Parts:
     """Return each task's numerator and denominator, of the tasks that have been measured."""
+    if key in KNOWLEDGE:
+        above, below = KNOWLEDGE[key]
+        return {t["task_id"]: (t[above], float(t[below])) for t in _known_tasks(evaluation)}
     tasks = evaluation["recorded" if key == "env_ce_recorded" else "tasks"]
     match key:
         case "pass_at_1":

@@ -212,7 +212,10 @@ class _Job:
         return self.log.evaluation_path(self.config.steps).exists()
 
     def evaluations(self) -> Evaluations:
-        return {step: self.log.read_evaluation(step) for step in self.log.evaluation_steps()}
+        return {
+            step: self.log.read_evaluation(step) | {"world_model": self.log.read_world_model(step)}
+            for step in self.log.evaluation_steps()
+        }
 
     def check_same(self) -> None:
         """Raise ConfigError for a folder with another run, which would be taken for a finished one."""

@@ -18,13 +18,14 @@ DECAY = 0.8
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A coefficient over the training steps: interpolated (``linear``), or constant between points (``steps``).
+    """A coefficient over the training steps: between its points linear, constant (``steps``) or half a ``cosine``.
 
-    ``points`` maps steps to values, from step 0 on; after the last point the value stays.
+    ``points`` maps steps to values, from step 0 on; after the last point the value stays. A cosine down to 0 is EnvRL's
+    decay (arXiv 2606.17680).
     """
 
     points: Mapping[int, float]
-    shape: Literal["linear", "steps"] = "linear"
+    shape: Literal["linear", "steps", "cosine"] = "linear"
 
     def __post_init__(self) -> None:
         steps = list(self.points)
@@ -46,6 +47,8 @@ class Schedule:
         if self.shape == "steps" or k + 1 == len(steps):
             return values[k]
         share = (step - steps[k]) / (steps[k + 1] - steps[k])
+        if self.shape == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
         return values[k] + share * (values[k + 1] - values[k])
 
     def times(self, factor: float) -> Schedule:

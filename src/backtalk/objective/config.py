@@ -19,9 +19,15 @@ PolicyNormalizer = Literal["sequence_mean", "token_mean", "fixed_length"]
 WorldNormalizer = Literal["sequence_mean", "sequence_mean_selected", "token_mean", "fixed_length"]
 ZeroAdvantageSteps = Literal["scaled", "full"]
 OnTrouble = Literal["warn", "halve", "off"]
+Conflict = Literal["keep", "project"]
+EntropyWeights = Literal["equal", "negative"]
 Observations = Literal["own", "shuffled", "action_masked"]
 
 ROLE_NAMES = {target: tuple(role.name.lower() for role in roles) for target, roles in TARGET_ROLES.items()}
+NO_PROJECTION = (
+    "world.conflict='project' needs an engine that measures both terms' gradients; use engine.kind=torch with "
+    "engine.measure_gradients_every above 0, or world.conflict=keep"
+)
 NO_SHARE = (
     "world_model_coeff is a share of the gradient, which only an engine that measures both terms' gradients can turn "
     "into a number; use engine.kind=torch with engine.measure_gradients_every above 0, or a number, for example 0.05"
@@ -115,12 +121,18 @@ class WorldOptions:
     """Loss of a target token; clipped_mae is PaW's."""
     entropy_share: float = 1.0
     """PaW: share of a group's turns, of highest action entropy, that keep their observation."""
+    entropy_weights: EntropyWeights = "equal"
+    """Weight of each turn's observation: equal, or negative, exp(-action entropy) with a mean of 1 (after SOAR)."""
     return_adaptive: bool = False
     """PaW: multiply by 1 - the group's mean reward."""
     temperature: Literal["one", "sampling"] = "one"
     """Temperature of the log-probabilities of target tokens: 1, or that of sampling."""
     zero_advantage_steps: ZeroAdvantageSteps = "scaled"
     """Update of a step whose advantages are all 0: scaled by world_model_coeff, or a full step of the optimizer."""
+    every: int = 1
+    """The term is in every so many-th step only; the others are the policy term's alone (after TAPO)."""
+    conflict: Conflict = "keep"
+    """The term's gradient where it points against the policy term's: keep it, or project it off (PCGrad)."""
     observations: Observations = "own"
     """Observations learned after an action: its own; as controls: shuffled, those of other actions of the step, or
     action_masked, its own after an empty action."""
@@ -140,6 +152,8 @@ class WorldOptions:
             )
         if not 0 < self.entropy_share <= 1:
             raise ConfigError(f"world.entropy_share={self.entropy_share} keeps no observation; use 0 < share <= 1")
+        if self.every < 1:
+            raise ConfigError(f"world.every={self.every} is no number of steps; use 1 for the term in every step")
         cap = self.max_tokens_per_observation
         if cap is not None and cap < 1:
             raise ConfigError(f"world.max_tokens_per_observation={cap} leaves nothing; use >= 1, or null for all")
@@ -198,6 +212,10 @@ class ObjectiveConfig:
                 "policy_coeff=0 with a schedule of world_model_coeff: the optimizer takes the scale of a lone term out "
                 "again; use a constant, and schedule the learning rate instead"
             )
+        if self.world.every > 1 and self.policy_coeff == 0:
+            raise ConfigError(
+                f"policy_coeff=0 with world.every={self.world.every} leaves other steps nothing to learn; use every=1"
+            )
         if isinstance(coeff, Share) and self.policy_coeff == 0:
             raise ConfigError(
                 "policy_coeff=0 with a share of world_model_coeff: the world-model term is then all of the gradient; "
@@ -225,8 +243,11 @@ class ObjectiveConfig:
     def at(self, step: int) -> ObjectiveConfig:
         """Return a copy with the coefficient of a training step, counted from 0, in place of a schedule.
 
-        A share stays: an engine that measures gradients puts the coefficient of the step in its place.
+        A share stays: an engine that measures gradients puts the coefficient of the step in its place. Between the
+        steps of ``world.every`` it is 0.
         """
+        if (step + 1) % self.world.every:
+            return replace(self, world_model_coeff=0.0)
         if not isinstance(self.world_model_coeff, Schedule):
             return self
         return replace(self, world_model_coeff=self.world_model_coeff.at(step))
@@ -239,7 +260,7 @@ class ObjectiveConfig:
 
     def has_world_term(self, step: int) -> bool:
         """Return whether the world-model term has a coefficient, or a share, above 0 at a training step."""
-        coeff = self.world_model_coeff
+        coeff = self.at(step).world_model_coeff
         return (coeff.at(step) if isinstance(coeff, Schedule | Share) else coeff) > 0
 
     @property

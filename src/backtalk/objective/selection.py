@@ -6,7 +6,7 @@ The functions take a whole group, because gates and choices compare its rollouts
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from backtalk.errors import ConfigError
 from backtalk.objective.config import ObjectiveConfig, WorldOptions
@@ -23,21 +23,23 @@ def world_scales(group: TrajectoryGroup, config: ObjectiveConfig) -> list[list[f
     """
     options = config.world
     shares = rollout_scales(group, options)
-    kept = high_entropy_turns(group, options.entropy_share)
-    plain = kept is None and options.weights is None and options.max_tokens_per_observation is None
+    turns = turn_weights(group, options)
+    plain = turns is None and options.weights is None and options.max_tokens_per_observation is None
     return [
-        None if plain and share == 1 else _scales(trajectory, share, None if kept is None else kept[i], config)
+        None if plain and share == 1 else _scales(trajectory, share, None if turns is None else turns[i], config)
         for i, (trajectory, share) in enumerate(zip(group, shares, strict=True))
     ]
 
 
-def _scales(trajectory: Trajectory, share: float, turns: frozenset[int] | None, config: ObjectiveConfig) -> list[float]:
-    """Return the factor on each token of a trajectory, from its rollout's scale and the turns that are kept."""
+def _scales(
+    trajectory: Trajectory, share: float, turns: Mapping[int | None, float] | None, config: ObjectiveConfig
+) -> list[float]:
+    """Return the factor on each token of a trajectory, from its rollout's scale and the weights of its turns."""
     options, cap = config.world, config.world.max_tokens_per_observation
     taken: dict[int, int] = {}  # target tokens so far, by turn
     scales: list[float] = []
     for segment in trajectory.segments:
-        scale = share if turns is None or segment.turn in turns else 0.0
+        scale = share if turns is None else share * turns.get(segment.turn, 0.0)
         if segment.turn is None or not is_target(segment.role, segment.turn, config.world_loss_target):
             scales += [scale] * len(segment)
             continue
@@ -90,24 +92,35 @@ def return_adaptive_scale(rewards: Sequence[float | None]) -> float:
     return 1 - math.fsum(known) / len(known) if known else 1.0
 
 
-def high_entropy_turns(group: TrajectoryGroup, share: float) -> list[frozenset[int]] | None:
-    """Return each rollout's turns among the ``share`` of the group's turns with the highest action entropy.
+def turn_weights(group: TrajectoryGroup, options: WorldOptions) -> list[dict[int | None, float]] | None:
+    """Return the weights of each rollout's turns by the entropy of their actions; None means 1 for all.
 
-    Entropy is estimated by the mean of -logprob over a turn's sampled tokens, in nats; a turn without sampled tokens
-    has none and is left out. None means that all turns are kept.
+    A turn without sampled tokens has no entropy and no weight. With ``entropy_share`` below 1 those of highest entropy
+    are kept, over the group (PaW). ``negative`` weights are exp(-entropy), divided by their mean over the turns that
+    are kept.
     """
-    if share >= 1:
+    if options.entropy_share >= 1 and options.entropy_weights == "equal":
         return None
-    entropies = sorted(
-        (
-            (-math.fsum(x for s in sampled for x in s.logprobs or ()) / max(sum(map(len, sampled)), 1), i, turn)
-            for i, trajectory in enumerate(group)
-            for turn, sampled in _sampled_turns(trajectory)
-        ),
-        key=lambda entry: (-entry[0], entry[1:]),
-    )
-    kept = entropies[: math.ceil(share * len(entropies) - 1e-9)]
-    return [frozenset(turn for _, k, turn in kept if k == i) for i in range(len(group))]
+    entropies = sorted(turn_entropies(group), key=lambda entry: (-entry[0], entry[1:]))
+    kept = entropies[: math.ceil(options.entropy_share * len(entropies) - 1e-9)]
+    weights = [1.0 if options.entropy_weights == "equal" else math.exp(-entropy) for entropy, _, _ in kept]
+    mean = math.fsum(weights) / len(weights) if weights else 1.0
+    found: list[dict[int | None, float]] = [{} for _ in range(len(group))]
+    for (_, rollout, turn), weight in zip(kept, weights, strict=True):
+        found[rollout][turn] = weight / mean
+    return found
+
+
+def turn_entropies(group: TrajectoryGroup) -> list[tuple[float, int, int]]:
+    """Return the action entropy of each turn that has sampled tokens, with its rollout's number and its own.
+
+    It is estimated by the mean of -logprob over the turn's sampled tokens, in nats.
+    """
+    return [
+        (-math.fsum(x for s in sampled for x in s.logprobs or ()) / max(sum(map(len, sampled)), 1), i, turn)
+        for i, trajectory in enumerate(group)
+        for turn, sampled in _sampled_turns(trajectory)
+    ]
 
 
 def _sampled_turns(trajectory: Trajectory) -> Iterator[tuple[int, list[Segment]]]:

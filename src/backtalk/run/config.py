@@ -113,6 +113,8 @@ class EvaluationConfig:
     """Rollouts of each task, the k of pass@k."""
     every: int = 0
     """Steps between further evaluations; 0 for none."""
+    world_model: bool = False
+    """Measure at each evaluation what the policy knows of its environment too, into world_model_step_*.json."""
     recorded_path: str | None = None
     """Parquet file of another policy's trajectories in this model's tokens; null is the package's own of triage."""
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from backtalk.envs.base import Env, WorldReport
 from backtalk.rollout.rollout import EnvFactory
@@ -50,6 +51,14 @@ class EvaluationDone:
 
 
 @dataclass(frozen=True, slots=True)
+class WorldModelMeasured:
+    """What a policy knows of its environment is measured, and written to ``path``."""
+
+    measured: dict[str, Any]
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
 class Notice:
     """A line that a person should read, such as a warning."""
 
@@ -65,7 +74,7 @@ class RunDone:
     finished: bool
 
 
-Event = RunStarted | RolloutDone | StepDone | EvaluationDone | Notice | RunDone
+Event = RunStarted | RolloutDone | StepDone | EvaluationDone | WorldModelMeasured | Notice | RunDone
 OnEvent = Callable[[Event], None]
 
 

@@ -16,20 +16,30 @@ from backtalk.engines.choose import open_engine
 from backtalk.errors import ConfigError, DataError
 from backtalk.language.renderer import Renderer
 from backtalk.objective.coefficient import Share
-from backtalk.objective.config import NO_SHARE, ObjectiveConfig
+from backtalk.objective.config import NO_PROJECTION, NO_SHARE, ObjectiveConfig
 from backtalk.objective.controls import mask_actions, shuffle_observations
 from backtalk.objective.samples import build_samples
 from backtalk.objective.weights import step_weights
 from backtalk.rollout.groups import run_groups
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict
 from backtalk.run.evaluate import Evaluation, evaluate
-from backtalk.run.events import EvaluationDone, Notice, OnEvent, RunDone, RunStarted, StepDone, report_rollouts
+from backtalk.run.events import (
+    EvaluationDone,
+    Notice,
+    OnEvent,
+    RunDone,
+    RunStarted,
+    StepDone,
+    WorldModelMeasured,
+    report_rollouts,
+)
 from backtalk.run.guard import Guard
 from backtalk.run.history import fit_history
 from backtalk.run.log import RunLog, lock_folder
 from backtalk.run.recorded import recorded_trajectories
 from backtalk.run.rollouts import check_rollouts, rollout_metrics, row_metrics, time_metrics
 from backtalk.run.tasks import held_out_tasks, mixed_tasks_of_step, train_tasks
+from backtalk.run.world_model import measure_world_model
 from backtalk.run.worlds import Worlds, open_worlds
 from backtalk.settings import flatten
 from backtalk.spans import timed
@@ -109,7 +119,8 @@ async def evaluate_run(
 ) -> Evaluation:
     """Evaluate the policy of a run's checkpoint, or with ``base`` the model that the run began with.
 
-    ``overrides`` replace settings by dotted key, for example ``{"evaluation.tasks": 200}``. Writes nothing.
+    ``overrides`` replace settings by dotted key, for example ``{"evaluation.tasks": 200}``. Writes nothing, but for the
+    world_model_step_*.json of ``evaluation.world_model``.
 
     Raises:
         DataError: the folder is no run, or has no checkpoint yet.
@@ -126,7 +137,9 @@ async def evaluate_run(
     async with open_run(config, on_event) as run:
         if checkpoint is not None:
             run.engine.load(checkpoint)
-        evaluation, _ = await run.evaluate(run.engine.policy_version)
+        evaluation, groups = await run.evaluate(run.engine.policy_version)
+        if config.evaluation.world_model:
+            await run.measure_world_model(evaluation.step, groups, log)
     return evaluation
 
 
@@ -168,6 +181,8 @@ class Run:
             self.engine, "measures_gradients", False
         ):
             raise ConfigError(NO_SHARE)
+        if config.objective.world.conflict == "project" and not getattr(self.engine, "measures_gradients", False):
+            raise ConfigError(NO_PROJECTION)
         self.renderer = Renderer(self.engine.tokenizer, (), config.renderer)  # each rollout adds its tools
         self.params = config.sampling_params
         self.limits = worlds.fit_concurrency(self.notice)
@@ -268,8 +283,18 @@ class Run:
         if not due or not self.held_out or log.evaluation_path(step).exists():
             return
         evaluation, groups = await self.evaluate(step)
+        if self.config.evaluation.world_model:
+            await self.measure_world_model(step, groups, log)
         log.write_evaluation(step, evaluation.to_dict(), groups)
         self.on_event(EvaluationDone(evaluation))
+
+    async def measure_world_model(self, step: int, groups: Sequence[TrajectoryGroup], log: RunLog) -> None:
+        """Measure what the current policy knows of its environment, on recorded and on its own rollouts; write it."""
+        own = [rollout for group in groups for rollout in group if rollout.num_turns]
+        sets = {"recorded": self.recorded, "own": own}
+        measured = await measure_world_model(self.engine, self.renderer, sets, step=step)
+        log.write_world_model(step, measured)
+        self.on_event(WorldModelMeasured(measured, log.world_model_path(step)))
 
     def restore(self, log: RunLog) -> int:
         """Load the last checkpoint and forget the steps after it; return the step to begin with.

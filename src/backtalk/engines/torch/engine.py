@@ -25,7 +25,7 @@ from backtalk.engines.server.sampler import ServerSampler
 from backtalk.engines.server.synced import SyncedServer, Trainer
 from backtalk.engines.torch.checkpoint import FORMAT, read_checkpoint
 from backtalk.engines.torch.config import TorchConfig
-from backtalk.engines.torch.gradients import GradientSum, StepTerms
+from backtalk.engines.torch.gradients import GradientSum, StepTerms, needs_both_terms, steps_between_measurements
 from backtalk.engines.torch.logprobs import Scores, TokenScorer
 from backtalk.engines.torch.memory import TokenBudget
 from backtalk.engines.torch.model import (
@@ -53,10 +53,6 @@ from backtalk.objective.samples import Sample, to_samples
 from backtalk.rollout.sampler import Sampler, SamplingParams
 from backtalk.spans import timed
 from backtalk.trajectory import TokenScores, Trajectory
-
-# A measurement costs 1.64 updates as a pass of its own, and 0.67 under a share (benchmarks/objective.py norms). In a
-# run that spends half of its time on updates, one step in 40 costs 2.1 %, and one in 12 under a share 2.8 %.
-MEASURE_EVERY, MEASURE_EVERY_UNDER_SHARE = 40, 12
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -213,7 +209,7 @@ class TorchEngine:
         if isinstance(share, Share):
             coeff = self._controller.coefficient(share, self._policy_version)
             config = replace(config, world_model_coeff=coeff)
-        if terms is not None and isinstance(share, Share):  # the measured gradients are the update's own
+        if terms is not None and needs_both_terms(config, share):  # the measured gradients are the update's own
             losses, record, gradients = terms.combine(config)
             self._optimizer.set_gradients(gradients)
             has_gradient = any(gradient is not None for gradient in gradients)
@@ -238,9 +234,7 @@ class TorchEngine:
 
     def _is_measured(self, samples: Sequence[Sample], config: ObjectiveConfig) -> bool:
         """Return whether this step measures both terms' gradients: one is due, and the policy term has a gradient."""
-        every, last = self.config.measure_gradients_every, self._measured_at
-        if every is None:
-            every = MEASURE_EVERY_UNDER_SHARE if isinstance(config.world_model_coeff, Share) else MEASURE_EVERY
+        every, last = steps_between_measurements(self.config.measure_gradients_every, config), self._measured_at
         if every == 0 or config.policy_coeff == 0 or (last is not None and self._policy_version - last < every):
             return False
         return any(s.has_reward and (s.advantage != 0 or config.policy.kl_coeff > 0) for s in samples)

@@ -16,8 +16,11 @@ _METHODS = (
     "_get_per_token_logps_and_entropies",
 )
 _ATTRIBUTES = ("_step", "_buffered_inputs", "_metrics", "rollout_func", "loss_type", "chat_template_kwargs")
-_OF_A_GROUP = ("min_valid_calls", "min_clean_turns", "min_correct", "entropy_share", "return_adaptive")
-_OF_THE_ENGINE = ("zero_advantage_steps", "observations", "on_trouble")
+_OF_A_GROUP = (
+    *("min_valid_calls", "min_clean_turns", "min_correct"),
+    *("entropy_share", "entropy_weights", "return_adaptive"),
+)
+_OF_THE_ENGINE = ("zero_advantage_steps", "every", "conflict", "observations", "on_trouble")
 
 
 def refuse_compiled(trainer_class: type) -> None:

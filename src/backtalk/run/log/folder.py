@@ -49,6 +49,10 @@ class RunLog:
         """Return the path of the evaluation before a step; its trajectories lie beside it as .parquet."""
         return self.folder / f"evaluation_step_{step:05d}.json"
 
+    def world_model_path(self, step: int) -> Path:
+        """Return the path of what was measured of the policy's knowledge of its environment before a step."""
+        return self.folder / f"world_model_step_{step:05d}.json"
+
     def write_config(self, config: Mapping[str, Any]) -> None:
         """Write the resolved settings."""
         import yaml
@@ -76,6 +80,10 @@ class RunLog:
         write_trajectories(path.with_suffix(".parquet"), [trajectory for group in groups for trajectory in group])
         write_bytes(path, (json.dumps(evaluation, indent=1) + "\n").encode())
 
+    def write_world_model(self, step: int, measured: Mapping[str, Any]) -> None:
+        """Write what the policy before a step knows of its environment."""
+        write_bytes(self.world_model_path(step), (json.dumps(measured, indent=1) + "\n").encode())
+
     def truncate_after(self, step: int) -> None:
         """Forget what lies beyond ``step``, for a resume from the checkpoint made after it (-1: everything).
 
@@ -86,6 +94,7 @@ class RunLog:
             write_bytes(self.metrics_path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         patterns = {f"{kind}/step_*.parquet": step for kind in ("groups", "weights", "scores")}
         patterns |= {"evaluation_step_*.*": step + 1, "scores/evaluation_step_*.parquet": step + 1}
+        patterns |= {"world_model_step_*.json": step + 1}
         for pattern, last in patterns.items():
             for number, path in self._numbered(pattern):
                 if number > last:
@@ -167,6 +176,11 @@ class RunLog:
             DataError: there is none, or it is not JSON.
         """
         return read_json(self.evaluation_path(step), "; remove it and evaluate again")
+
+    def read_world_model(self, step: int) -> dict[str, Any] | None:
+        """Read what was measured of the policy's knowledge before a step; None if nothing was."""
+        path = self.world_model_path(step)
+        return read_json(path, "; remove it and measure again") if path.exists() else None
 
     def read_evaluation_groups(self, step: int) -> list[TrajectoryGroup]:
         """Read the trajectories of the evaluation before a step."""

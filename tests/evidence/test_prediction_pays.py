@@ -1,0 +1,57 @@
+"""The depots of recipes/prediction_pays: what a map is worth, and that a lie keeps the words."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+RECIPE = Path(__file__).parents[2] / "recipes/prediction_pays"
+
+
+@pytest.fixture
+def depots(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(RECIPE))
+    monkeypatch.delitem(sys.modules, "depots", raising=False)
+    import depots
+
+    return depots
+
+
+def test_who_knows_the_map_solves_a_task_and_the_map_is_that_of_every_task(depots: Any) -> None:
+    world = depots.DepotWorld(depth=2)
+    places = world.places(depots.Random("map"))
+    tasks = world.all_tasks()
+    assert len(tasks) == 24 * 25 and len({task.id for task in tasks}) == len(tasks)
+    for task in tasks[::37]:
+        env, depot = depots.Depots(task), task.id.split("/")[1]
+        assert env.bash(f"ls {places[depot]}") == "code"
+        code = env.bash(f"cat {places[depot]}/code")
+        assert code.isdigit() and env.reward() == 0.0
+        env.submit(code)
+        assert env.done and env.reward() == 1.0
+    assert depots.Depots(tasks[0]).bash("ls") == "alder\nbirch\ncedar\nelm"
+    assert depots.Depots(tasks[0]).bash("cat /srv/elm/x") == "cat: /srv/elm/x: No such file or directory"
+
+
+def test_a_redrawn_map_differs_by_task_and_a_lie_has_the_same_words_of_other_folders(depots: Any) -> None:
+    redrawn = depots.DepotWorld(depth=1, redrawn=True).all_tasks()
+    assert len({tuple(task.metadata["files"]) for task in redrawn[:20]}) > 15
+    true, lie = (depots.DepotWorld(depth=1, lying=lying).task("anchor", 3).metadata for lying in (False, True))
+    assert true["code"] == lie["code"] and true["files"] == lie["files"]
+    folders = [path for path in true["listings"] if path.count("/") == 2]
+    assert len(folders) == 4 and all(true["listings"][f] != lie["listings"][f] for f in folders)
+    words = [Counter(word for f in folders for word in m["listings"][f]) for m in (true, lie)]
+    assert words[0] == words[1]
+
+
+def test_the_study_can_be_read_and_each_arm_has_its_world(depots: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from backtalk.evidence.study import load_study
+
+    study = load_study(RECIPE / "study.yaml")
+    options = {arm: study.config(arm, 0).tasks.sources[0].options for arm in study.arms}
+    assert {arm for arm, given in options.items() if given.get("lying")} == {"lying", "grpo_lying"}
+    assert study.config("grpo_lying", 0).objective.world_model_coeff == 0
