@@ -49,6 +49,8 @@ def on_files(files: Files, config: Any) -> Files:
     for uri, (path, content) in generated.items():
         source = {"content": content} if path is None else {"abs_src_path": str(ROOT / path)}
         files.append(File.generated(config, uri, **source))
+    for path in sorted((ROOT / "recipes").glob("*/README.md")):
+        files.append(File.generated(config, uri_of(path), abs_src_path=str(path)))
     waiting = [Path(file.abs_src_path) for file in files.documentation_pages() if file.abs_src_path]
     while waiting:
         page = waiting.pop()
@@ -107,7 +109,8 @@ def first_sentence(text: str) -> str:
     """Return the first sentence of a page's first paragraph."""
     blocks = (block.strip() for block in FENCE.sub("", text).split("\n\n"))
     paragraph = next((block for block in blocks if re.match(r"[\w`\[*“\"]", block)), "")
-    return re.split(r"(?<=[.:])\s", " ".join(paragraph.split()))[0]
+    sentence = re.split(r"(?<=[.:])\s", " ".join(paragraph.split()))[0]
+    return re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", sentence)
 
 
 def outside_links(page: Path) -> Iterator[tuple[Path, str]]:
