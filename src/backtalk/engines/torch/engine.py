@@ -14,15 +14,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from backtalk.engines.metrics import StepRecord, sampler_gap, term_metrics, token_metrics
-from backtalk.engines.server.sampler import ServerSampler
-from backtalk.engines.server.synced import SyncedServer, Trainer
 from backtalk.engines.torch.checkpoint import FORMAT, read_checkpoint
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.gradients import GradientSum, StepTerms, needs_both_terms, steps_between_measurements
@@ -53,6 +51,9 @@ from backtalk.objective.samples import Sample, to_samples
 from backtalk.rollout.sampler import Sampler, SamplingParams
 from backtalk.spans import timed
 from backtalk.trajectory import TokenScores, Trajectory
+
+if TYPE_CHECKING:  # a server needs an HTTP client, and nothing else here does
+    from backtalk.engines.server.synced import SyncedServer
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -101,14 +102,16 @@ class TorchEngine:
         self._server: SyncedServer | None = None
         if config.sampler != "torch":
             write = partial(save_merged, self._peft or self.model)
-            trainer = Trainer(
+            from backtalk.engines.server import synced
+
+            trainer = synced.Trainer(
                 self.location,
                 str(self._dtype),
                 self.tokenizer,
                 write=write,
                 score=lambda rows, temperature: self._fit(lambda: self._score(rows, temperature)),
             )
-            self._server = SyncedServer(config.sampler, trainer)
+            self._server = synced.SyncedServer(config.sampler, trainer)
 
     @property
     def policy_version(self) -> int:
@@ -135,6 +138,8 @@ class TorchEngine:
         if (server := self._server) is not None:
             version = self._policy_version
             prepare = partial(self._in_worker, lambda: server.sync(version, params))
+            from backtalk.engines.server.sampler import ServerSampler
+
             return ServerSampler(prepare, params=params, stop_token_ids=self._stop_token_ids, policy_version=version)
         return TorchSampler(
             self.model,
