@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from backtalk.viewer.web.curves import new_figure
+from backtalk.viewer.report.curves import new_figure
 from measure import COEFFICIENTS, NORMALISERS, TRAINED
 
 RED, BLUE = "#cf222e", "#0969da"  # a fixed coefficient, a share

@@ -23,7 +23,7 @@ from backtalk.language.renderer import Renderer
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.samples import build_samples
 from backtalk.trajectory import Trajectory, TrajectoryGroup
-from backtalk.viewer.web.curves import finish, new_figure
+from backtalk.viewer.report.curves import finish, new_figure
 from explore import Rollouts, record, shuffled
 from measure import measure, predictions
 

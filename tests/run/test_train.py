@@ -40,7 +40,7 @@ from backtalk.tasks.load import load_tasks
 from backtalk.tasks.task import Split
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory, TrajectoryGroup
 from backtalk.viewer.data import find_rollout
-from backtalk.viewer.web.curves import BEHAVIOUR, GRAD_NORMS, ROLE_METRICS, SHARES, draw_run
+from backtalk.viewer.report.curves import BEHAVIOUR, GRAD_NORMS, ROLE_METRICS, SHARES, draw_run
 from taught import taught_model_dir
 
 HERE = Path(__file__).parents[1]

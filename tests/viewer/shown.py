@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
+import re
 from pathlib import Path
+from typing import Any
 
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.samples import build_samples
@@ -110,3 +115,14 @@ def write_run(folder: Path, *, coeff: float = 0.05, steps: int = 2) -> Path:
     )
     log.write_evaluation(0, evaluation.to_dict(), GROUPS[:1])
     return log.folder
+
+
+def read_page(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the answers that a page of one file holds: about all it shows, and by the key of each rollout inside."""
+    found = re.search(r'<script type="application/json" id="frozen">(.*)</script>', path.read_text())
+    assert found
+    frozen = json.loads(found[1])
+    index, *rollouts = (
+        json.loads(gzip.decompress(base64.b64decode(text))) for text in (frozen["index"], *frozen["rollouts"].values())
+    )
+    return index, dict(zip(frozen["rollouts"], rollouts, strict=True))

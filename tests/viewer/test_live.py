@@ -423,7 +423,7 @@ def test_a_bug_is_answered_in_words_too(client: TestClient, monkeypatch: pytest.
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr("backtalk.viewer.live.app.read_curves", fail)
+    monkeypatch.setattr("backtalk.viewer.live.answers.read_curves", fail)
     answer = client.get("/api/curves?run=echo_seed1")
     assert answer.status_code == 500 and answer.json()["error"].startswith("ZeroDivisionError: by zero")
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
-from shown import GROUPS, HOSTILE, TOKENIZER, encode, train_on, write_run
+from shown import GROUPS, HOSTILE, TOKENIZER, encode, read_page, train_on, write_run
 
 from backtalk.errors import DataError
 from backtalk.run.log import RunLog
 from backtalk.trajectory import Segment, TokenRole, TrajectoryGroup
 from backtalk.viewer.data import find_groups, find_rollout, token_texts, visible
+from backtalk.viewer.report.run import write_report
+from backtalk.viewer.report.study import read_study
 from backtalk.viewer.terminal import list_groups, render
-from backtalk.viewer.web.report import write_report
-from backtalk.viewer.web.study import read_study
 
 # ---------------------------------------------------------------- text
 
@@ -70,8 +69,6 @@ def test_where_a_branch_begins_is_said(run: Path) -> None:
     assert text.count(line) == 1 and "2 branches" in text
     assert text.index("total 12") < text.index(line) < text.index("total 3")
     assert line not in shown(run, sample=1) and "branches" not in shown(run, sample=1)
-    page = write_report(run).read_text()
-    assert page.count(line) == 1
 
 
 def test_trained_tokens_are_underlined_and_roles_have_colours(run: Path) -> None:
@@ -94,8 +91,6 @@ def test_weights_that_are_not_on_record_are_not_guessed(run: Path) -> None:
     RunLog(run).weights_path(1).unlink()
     text = shown(run, step=1)
     assert "no weights on record" in text and "· advantage" not in text and "weight +" not in text
-    page = write_report(run).read_text()
-    assert page.count("no weights on record") == 2 and page.count("advantage +0.707") == 1  # steps 1 and 0
 
 
 def test_what_is_not_there_is_said(run: Path, tmp_path: Path) -> None:
@@ -117,36 +112,11 @@ def test_groups_are_listed_with_their_rewards(run: Path) -> None:
     assert re.search(r"1\s+b\s+0\.5 -", out.getvalue())
 
 
-class Page(HTMLParser):
-    """Collects what a browser would load or run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.loads: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-        self.loads += [value or "" for name, value in attrs if name in ("src", "href") and tag != "a"]
-        assert tag != "script"
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
-def test_the_report_is_one_self_contained_page(run: Path) -> None:
-    path = write_report(run)
-    text = path.read_text()
-    page = Page()
-    page.feed(text)
-    assert page.open == []
-    assert page.loads and all(target.startswith("data:image/png;base64,") for target in page.loads)
-    assert "25.0% [10.0%, 40.0%]" in text
-    assert "objective.world_model_coeff" in text
-    assert "policy weight +" in text and "world weight +" in text
-    tokens = "".join(re.findall(r"<span [^>]*>([^<]*)</span>", text))
-    assert "␛]0;owned␇&lt;script&gt;alert(1)&lt;/script&gt; ünï☃" in tokens
+def test_the_report_is_the_page_as_one_file(run: Path) -> None:
+    index, rollouts = read_page(write_report(run))
+    assert len(index["curves"]) == 1 and len(index["rows"]) == len(rollouts)
+    weights = [found["tokens"]["policy"] for key, found in rollouts.items() if "train-1" in key]
+    assert any(weight for row in weights if row for weight in row)
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -154,4 +124,5 @@ def test_a_run_that_has_only_begun_has_a_report_too(run: Path) -> None:
     log = RunLog(run)
     log.truncate_after(-1)
     log.evaluation_path(0).unlink()
-    assert "no step has finished yet" in write_report(run).read_text()
+    index, rollouts = read_page(write_report(run))
+    assert index["rows"] == [] and rollouts == {} and index["problems"] == []

@@ -29,7 +29,6 @@ from backtalk.run.events import (
     StepDone,
     WorldModelMeasured,
 )
-from backtalk.viewer.web.report import evaluation_rows
 
 RECENT_STEPS = 10  # the time left is estimated from these
 
@@ -245,8 +244,15 @@ def world_model_text(measured: Mapping[str, Any], path: Path) -> str:
 def evaluation_table(evaluation: Evaluation) -> Table:
     """Return an evaluation as a table."""
     table = Table("held out", f"after {evaluation.step} steps")
-    for row in evaluation_rows([evaluation.to_dict()]):
-        table.add_row(*row)
+    table.add_row("pass@1", interval_text(evaluation.pass_at_1, "{:.1%}"))
+    if (k := evaluation.samples_per_task) > 1:
+        table.add_row(f"pass@{k}", interval_text(evaluation.pass_at_k, "{:.1%}"))
+    table.add_row("reward", interval_text(evaluation.reward))
+    table.add_row("env CE on recorded trajectories, nats/token", interval_text(evaluation.env_ce_recorded))
+    table.add_row("env CE on own rollouts, nats/token", interval_text(evaluation.env_ce_own))
+    for name, count in evaluation.per_rollout.items():
+        table.add_row(f"{name.removeprefix('num_').replace('_', ' ')} per rollout", f"{count:.2f}")
+    table.add_row("rollouts without a reward", str(evaluation.no_reward))
     for reason, count in sorted(evaluation.stop_reasons.items()):
         table.add_row(f"ended with {reason}", str(count))
     table.add_row("seconds", f"{evaluation.seconds:.0f}")

@@ -40,8 +40,8 @@ def show(
 def report(folder: RunFolder) -> None:
     """Write report.html and the curves of a run again, or those of a study."""
     if (folder / "study.json").exists():
-        from backtalk.viewer.web.study import write_study_report as write
+        from backtalk.viewer.report.study import write_study_report as write
     else:
-        from backtalk.viewer.web.report import write_report as write
+        from backtalk.viewer.report.run import write_report as write
 
     typer.echo(f"Report: {write(folder)}")

@@ -15,7 +15,7 @@ from backtalk.viewer.live.rollout import Opened
 from backtalk.viewer.live.search import Search
 from backtalk.viewer.live.sources import Library, RunSource, Source
 from backtalk.viewer.live.studies import read_studies
-from backtalk.viewer.live.table import NUMBERS, RolloutTable, compute, read_facts
+from backtalk.viewer.live.table import NUMBERS, RolloutTable, compute
 from backtalk.viewer.live.world import WorldModel
 
 MAX_ROWS = 500  # of the table, in one answer
@@ -72,8 +72,11 @@ class Viewer:
 
     def rollout(self, params: Mapping[str, str]) -> Any:
         """Return one rollout as a conversation, with its siblings."""
-        opened = self._opened(params)
-        rows = read_facts(opened.source.name, opened.part).to_pylist()
+        return self.describe(self._opened(params))
+
+    def describe(self, opened: Opened) -> dict[str, Any]:
+        """Return an opened rollout as a conversation, with its siblings."""
+        rows = self.table.of_part(opened.source, opened.part).to_pylist()
         group = next((row["group"] for row in rows if row["row"] == opened.row), None)
         return {**opened.conversation(), "group": group, "siblings": [row for row in rows if row["group"] == group]}
 

@@ -101,10 +101,9 @@ def _by_interest(parts: Mapping[str, list[Mapping[str, Any]]]) -> list[list[Mapp
 
 
 def _rollout(viewer: Viewer, row: Mapping[str, Any]) -> dict[str, Any]:
-    which = {"run": row["run"], "part": row["part"], "row": str(int(row["row"]))}
-    opened = Opened.find(viewer.library.source(which["run"]), which["part"], int(which["row"]))
+    opened = Opened.find(viewer.library.source(row["run"]), row["part"], int(row["row"]))
     messages = [dict(message) for message in opened.trajectory.messages]
-    return {"rollout": viewer.rollout(which), "tokens": opened.tokens(), "messages": messages}
+    return {"rollout": viewer.describe(opened), "tokens": opened.tokens(), "messages": messages}
 
 
 def _world(viewer: Viewer) -> dict[str, Any]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from backtalk.errors import DataError
 from backtalk.run.log import read_trajectory, trajectory_to_dict
 from backtalk.run.log.scores import read_scores_row
 from backtalk.run.log.weights import read_weights_row
-from backtalk.trajectory import Segment, TokenRole, TokenScores, TokenWeights, Trajectory
+from backtalk.trajectory import Segment, TokenRole, TokenScores, TokenWeights
 from backtalk.viewer.data import raw_token_texts
 from backtalk.viewer.live.audit import count_roles, facts_of_failure, find_faults
 from backtalk.viewer.live.calls import read_action
-from backtalk.viewer.live.sources import Part, RunSource, Source
+from backtalk.viewer.live.sources import Part, Source
 from backtalk.viewer.live.surprises import find_surprises
 
 
@@ -121,7 +121,7 @@ class Opened:
         return {**trajectory_to_dict(self.trajectory), "weights": trained, "scores": scores}
 
     def _segments(self) -> list[dict[str, Any]]:
-        tool_format, tools = _tools(self.source, self.trajectory)
+        tools = [*dict.fromkeys(segment.tool for segment in self.trajectory.segments if segment.tool)]
         rows = []
         for start, end, segment in self.trajectory.spans():
             row: dict[str, Any] = {
@@ -143,7 +143,9 @@ class Opened:
                 row["logprob"] = sum(segment.logprobs) / len(segment.logprobs)
             if segment.role is TokenRole.ACTION:
                 row["stop_chars"] = self._stop_chars(segment)
-                row["action"] = read_action(row["text"][: len(row["text"]) - row["stop_chars"]], tool_format, tools)
+                row["action"] = read_action(
+                    row["text"][: len(row["text"]) - row["stop_chars"]], self.source.tool_format, tools
+                )
             rows.append(row)
         return rows
 
@@ -164,16 +166,3 @@ class Opened:
             return 0
         closes_call = added.content.startswith("</") and added.content != "</s>"
         return 0 if closes_call else len(added.content)
-
-
-def _tools(source: Source, trajectory: Trajectory) -> tuple[str | None, list[str]]:
-    """Return the tool format that a run names, and the tools that answered in a rollout."""
-    named: Mapping[str, Any] = {}
-    if isinstance(source, RunSource):
-        try:
-            named = source.log.read_config()
-        except DataError:
-            named = {}
-    renderer = named.get("renderer")
-    tools = dict.fromkeys(segment.tool for segment in trajectory.segments if segment.tool)
-    return renderer.get("tool_format") if isinstance(renderer, Mapping) else None, list(tools)

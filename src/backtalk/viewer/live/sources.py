@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -85,6 +86,13 @@ class RunSource:
         """Return the tokenizer of the run."""
         return load_tokenizer(self.log.tokenizer_path)
 
+    @cached_property
+    def tool_format(self) -> str | None:
+        """Return the format of tool calls that the run names, if it names one."""
+        with suppress(DataError):
+            return (self.log.read_config().get("renderer") or {}).get("tool_format")
+        return None
+
     @property
     def tokens_of(self) -> str | None:
         """Return the name of the model whose tokens are shown; None if they are the run's own."""
@@ -104,6 +112,7 @@ class FileSource:
     scratch: Path
     refusals: Sequence[Refusal] = ()
     tokenizer: Any = None
+    tool_format: str | None = None
     tokens_of: str | None = None
     _stamp: Stamp | None = None
     _parts: list[Part] | BacktalkError = field(default_factory=list)

@@ -44,21 +44,35 @@ class RolloutTable:
         deadline, pending, problems, tables, has_read = time.monotonic() + budget_s, 0, [], [], False
         with self._lock:
             for source, part in _newest_first(sources, problems):
-                key, stamp = (source.name, part.key), part.stamp
-                known = self._known.get(key)
-                if known is None or known[0] != stamp:
+                if not self._has(source, part):
                     if has_read and time.monotonic() > deadline:
                         pending += 1
                         continue
                     has_read = True
-                    try:
-                        known = stamp, read_facts(source.name, part)
-                    except DataError as error:  # removed by a resume, or foreign
-                        problems.append(str(error))
-                        continue
-                    self._known[key] = known
-                tables.append(known[1])
+                try:
+                    tables.append(self._facts(source, part))
+                except DataError as error:  # removed by a resume, or foreign
+                    problems.append(str(error))
         return pa.concat_tables(tables) if tables else empty(), pending, problems
+
+    def of_part(self, source: Source, part: Part) -> Any:
+        """Return the rows of one file.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        with self._lock:
+            return self._facts(source, part)
+
+    def _has(self, source: Source, part: Part) -> bool:
+        known = self._known.get((source.name, part.key))
+        return known is not None and known[0] == part.stamp
+
+    def _facts(self, source: Source, part: Part) -> Any:
+        key, stamp = (source.name, part.key), part.stamp
+        if not self._has(source, part):
+            self._known[key] = stamp, read_facts(source.name, part)
+        return self._known[key][1]
 
 
 def _newest_first(sources: Iterable[Source], problems: list[str]) -> list[tuple[Source, Part]]:

@@ -1,1 +1,0 @@
-"""Show runs and studies as self-contained web pages with curves."""
