@@ -224,7 +224,7 @@ def test_a_schedule_goes_from_point_to_point() -> None:
     [
         (lambda: Schedule({5: 0.1}), "start at 0"),
         (lambda: Schedule({0: 0.1, 5: -1.0}), ">= 0"),
-        (lambda: Schedule({0: 0.1}, shape="cosine"), "linear"),  # type: ignore[arg-type]
+        (lambda: Schedule({0: 0.1}, shape="sine"), "linear"),  # type: ignore[arg-type]
         (lambda: PolicyOptions(loss="ppo"), "gspo"),  # type: ignore[arg-type]
         (lambda: PolicyOptions(advantage="gae"), "rloo"),  # type: ignore[arg-type]
         (lambda: PolicyOptions(kl_coeff=-0.1), "kl_coeff"),

@@ -1,7 +1,7 @@
 """Measure the page over runs of 1,000, 10,000 and 100,000 rollouts, and one rollout of 100,000 tokens.
 
-    python benchmarks/viewer.py                   # the answers: seconds of the clock and of the processor, memory
-    scripts/viewer && .venv-viewer/bin/python benchmarks/viewer.py --browser    # Chromium too: paint, scrolling
+    python benchmarks/view.py                   # the answers: seconds of the clock and of the processor, memory
+    scripts/viewer && .venv-viewer/bin/python benchmarks/view.py --browser    # Chromium too: paint, scrolling
 
 Each size is measured in a process of its own. Files hold 1,000 rollouts each; a question reads files for half a second
 at most, so the first answer is of what it had time for, and "all read" is when nothing is left.
