@@ -176,9 +176,11 @@ def _served_adapters(engine: Any) -> dict[str, Tensor]:
     import tinker
 
     client = engine._current_model()._client
-    path = client.save_weights_for_sampler("replay").result().path
+    name = f"replay-{engine.policy_version}"
+    path = client.save_weights_for_sampler(name).result().path
     rest = tinker.ServiceClient(base_url=engine.config.base_url, api_key="tml-none").create_rest_client()
-    url = rest.get_checkpoint_archive_url_from_tinker_path(path).result().url
+    model = path.removeprefix("tinker://").split("/")[0]
+    url = rest.get_checkpoint_archive_url(model, name).result().url
     with tarfile.open(fileobj=io.BytesIO(httpx.get(url, follow_redirects=True).content)) as files:
         member = next(one for one in files if one.name.endswith("adapter_model.safetensors"))
         return load(files.extractfile(member).read())  # type: ignore[union-attr]
