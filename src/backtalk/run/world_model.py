@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from math import exp
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 from backtalk.engines.base import Engine
 from backtalk.engines.metrics import copied_mask
@@ -22,26 +22,12 @@ from backtalk.language.renderer import Renderer
 from backtalk.objective.samples import to_samples
 from backtalk.rollout.sampler import Sampler, SamplingParams
 from backtalk.run.estimates import Interval, ratio_interval
-from backtalk.trajectory import Segment, TokenRole, Trajectory
+from backtalk.trajectory import Segment, TokenRole, TokenScores, Trajectory
 
 FORMAT = 1  # of the file
 BINS = 10  # of the confidence in the most probable token, equally wide
 MAX_PREDICTED = 256  # tokens of one answer that the policy writes itself
 BODY = (TokenRole.ENV_OUTPUT, TokenRole.WARNING)
-
-
-class LikelyTokens(Protocol):
-    """What an engine's ``score_tokens`` says of one trajectory's tokens, at temperature 1."""
-
-    @property
-    def logprobs(self) -> Sequence[float]:
-        """Return each token's log-probability in nats."""
-        ...
-
-    @property
-    def expected(self) -> Mapping[int, Sequence[tuple[int, float]]]:
-        """Return, by position, the likeliest tokens and their log-probabilities where another one came."""
-        ...
 
 
 @dataclass(slots=True)
@@ -157,7 +143,7 @@ async def measure_world_model(
 async def _measure(engine: Engine, renderer: Renderer, rollouts: Sequence[Trajectory]) -> Knowledge:
     known = Knowledge(len(rollouts), {t.task_id: TaskKnowledge(t.task_id) for t in rollouts})
     if (score_tokens := getattr(engine, "score_tokens", None)) is not None:
-        scored: list[LikelyTokens] = await score_tokens(list(rollouts), 1)
+        scored: list[TokenScores] = await score_tokens(list(rollouts), 1)
         known.bins = [[0.0, 0.0, 0.0] for _ in range(BINS)]
         for trajectory, found in zip(rollouts, scored, strict=True):
             _add_top_tokens(known, trajectory, found)
@@ -202,7 +188,7 @@ def _runs(values: Sequence[bool], start: int, end: int) -> Iterable[tuple[int, i
     return pairwise(edges)
 
 
-def _add_top_tokens(known: Knowledge, trajectory: Trajectory, scored: LikelyTokens) -> None:
+def _add_top_tokens(known: Knowledge, trajectory: Trajectory, scored: TokenScores) -> None:
     """Add whether the most probable token is the true one, and the confidence in it, of environment output."""
     task = known.tasks[trajectory.task_id]
     task.correct = task.correct or 0

@@ -121,6 +121,13 @@ def token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
     return [visible(text) for text in raw_token_texts(tokenizer, token_ids)]
 
 
+def text_of(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    """Return the text of a run of tokens; their ids where no tokenizer is known."""
+    if tokenizer is None:
+        return " ".join(f"⟨{token}⟩" for token in token_ids)
+    return tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+
 def raw_token_texts(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
     """Return the text of each token as it is.
 

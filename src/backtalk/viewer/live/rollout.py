@@ -10,7 +10,7 @@ from backtalk.run.log import read_trajectory, trajectory_to_dict
 from backtalk.run.log.scores import read_scores_row
 from backtalk.run.log.weights import read_weights_row
 from backtalk.trajectory import Segment, TokenRole, TokenScores, TokenWeights
-from backtalk.viewer.data import raw_token_texts
+from backtalk.viewer.data import raw_token_texts, text_of
 from backtalk.viewer.live.audit import count_roles, facts_of_failure, find_faults
 from backtalk.viewer.live.calls import read_action
 from backtalk.viewer.live.sources import Part, Source
@@ -49,10 +49,7 @@ class Opened:
 
     def text_of(self, token_ids: Sequence[int]) -> str:
         """Return the text of a run of tokens; their ids where no tokenizer is known."""
-        tokenizer = self.source.tokenizer
-        if tokenizer is None:
-            return " ".join(f"⟨{token}⟩" for token in token_ids)
-        return tokenizer.decode(list(token_ids), skip_special_tokens=False)
+        return text_of(self.source.tokenizer, token_ids)
 
     def token_texts(self) -> list[str]:
         """Return the text of each token."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -161,6 +161,17 @@ class FileSource:
 
 
 Source = RunSource | FileSource
+
+
+def parts_of(sources: Iterable[Source], problems: list[str]) -> Iterator[tuple[Source, Part]]:
+    """Yield the files of trajectories of each source; add what is wrong with a source to ``problems``."""
+    for source in sources:
+        try:
+            parts = source.parts()
+        except Exception as error:  # any reader of a foreign file may raise anything; it costs that file
+            problems.append(f"{source.name}: {error}")
+            continue
+        yield from ((source, part) for part in parts)
 
 
 def _renderer_of(model: str) -> RendererOf:

@@ -12,7 +12,7 @@ from backtalk.errors import DataError
 from backtalk.parquet import read_columns
 from backtalk.run.log.scores import read_scored
 from backtalk.trajectory import TokenRole
-from backtalk.viewer.live.sources import Part, Source, Stamp
+from backtalk.viewer.live.sources import Part, Source, Stamp, parts_of
 
 BUDGET_S = 0.4  # of one request; the files left are read by the next ones
 STATS = {  # column: name in a trajectory's stats
@@ -43,16 +43,19 @@ class RolloutTable:
 
         deadline, pending, problems, tables, has_read = time.monotonic() + budget_s, 0, [], [], False
         with self._lock:
-            for source, part in _newest_first(sources, problems):
-                if not self._has(source, part):
+            for source, part in sorted(parts_of(sources, problems), key=lambda found: -(found[1].step or 0)):
+                stamp, facts = self._kept(source, part)
+                if facts is None:
                     if has_read and time.monotonic() > deadline:
                         pending += 1
                         continue
                     has_read = True
-                try:
-                    tables.append(self._facts(source, part))
-                except DataError as error:  # removed by a resume, or foreign
-                    problems.append(str(error))
+                    try:
+                        facts = self._read_anew(source, part, stamp)
+                    except DataError as error:  # removed by a resume, or foreign
+                        problems.append(str(error))
+                        continue
+                tables.append(facts)
         return pa.concat_tables(tables) if tables else empty(), pending, problems
 
     def of_part(self, source: Source, part: Part) -> Any:
@@ -62,27 +65,18 @@ class RolloutTable:
             DataError: it cannot be read.
         """
         with self._lock:
-            return self._facts(source, part)
+            stamp, facts = self._kept(source, part)
+            return self._read_anew(source, part, stamp) if facts is None else facts
 
-    def _has(self, source: Source, part: Part) -> bool:
-        known = self._known.get((source.name, part.key))
-        return known is not None and known[0] == part.stamp
+    def _kept(self, source: Source, part: Part) -> tuple[Stamp, Any | None]:
+        """Return how a file is now, and its rows, None if they were not read or are older."""
+        stamp, known = part.stamp, self._known.get((source.name, part.key))
+        return stamp, known[1] if known is not None and known[0] == stamp else None
 
-    def _facts(self, source: Source, part: Part) -> Any:
-        key, stamp = (source.name, part.key), part.stamp
-        if not self._has(source, part):
-            self._known[key] = stamp, read_facts(source.name, part)
-        return self._known[key][1]
-
-
-def _newest_first(sources: Iterable[Source], problems: list[str]) -> list[tuple[Source, Part]]:
-    found = []
-    for source in sources:
-        try:
-            found += [(source, part) for part in source.parts()]
-        except Exception as error:  # any reader of a foreign file may raise anything; it costs that file
-            problems.append(f"{source.name}: {error}")
-    return sorted(found, key=lambda pair: -(pair[1].step or 0))
+    def _read_anew(self, source: Source, part: Part, stamp: Stamp) -> Any:
+        facts = read_facts(source.name, part)
+        self._known[source.name, part.key] = stamp, facts
+        return facts
 
 
 def read_facts(run: str, part: Part) -> Any:

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -20,7 +21,8 @@ from backtalk.parquet import read_first_rows
 from backtalk.run.log import trajectory_from_row
 from backtalk.run.log.scores import read_scored, scores_from_row
 from backtalk.trajectory import TokenRole, TokenScores, Trajectory, copied_tokens
-from backtalk.viewer.live.sources import Part, Source, Stamp
+from backtalk.viewer.data import text_of
+from backtalk.viewer.live.sources import Part, Source, Stamp, parts_of
 
 BUDGET_S = 0.4  # of one request; the files left are read by the next ones
 MOST_ROLLOUTS = 400  # of one file, the first ones
@@ -142,13 +144,7 @@ def _merged(found: Sequence[_Read], name: str) -> Summary:
 
 
 def _scored_parts(sources: Sequence[Source], problems: list[str]) -> Iterator[tuple[Source, Part]]:
-    for source in sources:
-        try:
-            parts = source.parts()
-        except Exception as error:  # any reader of a foreign file may raise anything; it costs that file
-            problems.append(f"{source.name}: {error}")
-            continue
-        yield from ((source, part) for part in parts if part.scores is not None and part.scores.is_file())
+    return (pair for pair in parts_of(sources, problems) if pair[1].scores is not None and pair[1].scores.is_file())
 
 
 def _read(source: Source, part: Part, stamp: Stamp) -> _Read:
@@ -200,13 +196,7 @@ def _examples(
     """Yield the token that got better most and the one that got worse most, each with what was expected there."""
     old, new = scores[before], scores[after]
     gains = [(new.logprobs[i] - old.logprobs[i], i) for i, _, kind in places if kind == KINDS[0]]
-    ids, tokenizer = trajectory.token_ids, source.tokenizer
-
-    def text(tokens: Sequence[int]) -> str:
-        if tokenizer is None:
-            return " ".join(f"⟨{token}⟩" for token in tokens)
-        return tokenizer.decode(list(tokens), skip_special_tokens=False)
-
+    ids, text = trajectory.token_ids, partial(text_of, source.tokenizer)
     for gain, i in {max(gains), min(gains)} if gains else ():
         yield {
             **where,
