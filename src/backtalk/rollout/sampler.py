@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -22,6 +23,11 @@ class SamplingParams:
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.max_tokens < 1:
             raise ValueError(f"temperature={self.temperature} and max_tokens={self.max_tokens}: need >= 0 and >= 1")
+
+
+def request_seed(seed: int, key: str, call: int) -> int:
+    """Return the seed of one request to a server, by the session's key and the number of the call: from 0 to 2^31-1."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{key}/{call}".encode()).digest()[:4], "big") >> 1
 
 
 @dataclass(frozen=True, slots=True)

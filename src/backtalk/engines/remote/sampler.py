@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from backtalk.engines.remote.service import SamplingWeights
-from backtalk.rollout.sampler import Completion, SamplerSession, SamplingParams
+from backtalk.rollout.sampler import Completion, SamplerSession, SamplingParams, request_seed
 
 
 @dataclass(slots=True)
@@ -51,13 +50,13 @@ class _Session:
         """Sample the action that follows a history."""
         params, usage = self._sampler.params, self._sampler.usage
         limit = params.max_tokens if max_tokens is None else min(max_tokens, params.max_tokens)
-        digest = hashlib.sha256(f"{params.seed}/{self._key}/{self._turn}".encode()).digest()
+        seed = request_seed(params.seed, self._key, self._turn)
         self._turn += 1
         completion = await self._weights.sample(
             token_ids,
             max_tokens=limit,
             temperature=params.temperature,
-            seed=int.from_bytes(digest[:4], "big") >> 1,  # an int32, and not negative
+            seed=seed,
             stop=self._sampler.stop_token_ids,
         )
         usage.prefill_tokens += len(token_ids)

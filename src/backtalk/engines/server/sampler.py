@@ -6,7 +6,6 @@ depends on what shares a batch, which is a matter of time.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -15,7 +14,7 @@ import httpx2
 
 from backtalk.errors import SamplerError, SamplerFault
 from backtalk.rollout.completions import SHOWN, Server, completion_request, read_body, sampled_tokens
-from backtalk.rollout.sampler import Completion, SamplingParams
+from backtalk.rollout.sampler import Completion, SamplingParams, request_seed
 
 
 class ServerSampler:
@@ -105,7 +104,7 @@ class ServerSession:
     def _request(self, token_ids: Sequence[int], max_tokens: int | None) -> dict[str, Any]:
         params = self._sampler.params
         limit = params.max_tokens if max_tokens is None else min(max_tokens, params.max_tokens)
-        digest = hashlib.sha256(f"{params.seed}/{self._key}/{self._call}".encode()).digest()
+        seed = request_seed(params.seed, self._key, self._call)
         self._call += 1
         asked = completion_request(
             self._model,
@@ -115,7 +114,7 @@ class ServerSession:
             stop_token_ids=self._sampler.stop_token_ids,
         )
         # Only our stop tokens end an action: the model's own may be others.
-        return asked | {"seed": int.from_bytes(digest[:4], "big") >> 1, "ignore_eos": True}
+        return asked | {"seed": seed, "ignore_eos": True}
 
     def _read(self, status: int, answer: Any, token_ids: Sequence[int]) -> Completion:
         server, stop_ids = self._server, self._sampler.stop_token_ids
