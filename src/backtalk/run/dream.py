@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from backtalk.engines.checkpoint import find_checkpoint
 from backtalk.envs.base import Env
-from backtalk.errors import ConfigError, DataError
+from backtalk.errors import ConfigError
 from backtalk.language.history import History
 from backtalk.language.renderer import Renderer
 from backtalk.messages import ToolCall, ToolSpec
@@ -18,7 +17,7 @@ from backtalk.rollout.sampler import Sampler, SamplingParams
 from backtalk.run.config import config_from_dict
 from backtalk.run.events import OnEvent
 from backtalk.run.log import RunLog
-from backtalk.run.train import Run, open_run
+from backtalk.run.train import Run, open_trained
 from backtalk.run.world_model import MAX_PREDICTED, Answer, find_answers, predict
 from backtalk.trajectory import Segment, TokenRole, Trajectory
 
@@ -105,12 +104,8 @@ async def open_dream(
         DataError: the folder is no run, or has no checkpoint yet.
     """
     log = RunLog(folder)
-    checkpoint = None if base else find_checkpoint(log.checkpoint_path)
-    if not base and checkpoint is None:
-        raise DataError(f"{folder} has no checkpoint yet; wait for one, or ask the model it began with (--base)")
-    async with open_run(config_from_dict(log.read_config(), overrides), on_event) as run:
-        if checkpoint is not None:
-            run.engine.load(checkpoint)
+    config = config_from_dict(log.read_config(), overrides)
+    async with open_trained(log, config, base=base, on_event=on_event) as run:
         yield Dream(run, temperature)
 
 

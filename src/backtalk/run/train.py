@@ -129,18 +129,27 @@ async def evaluate_run(
     config = config_from_dict(log.read_config(), overrides)
     if config.evaluation.tasks == 0:
         raise ConfigError("evaluation.tasks=0 leaves nothing to measure; pass evaluation.tasks=64")
-    checkpoint = None if base else find_checkpoint(log.checkpoint_path)
-    if not base and checkpoint is None:
-        raise DataError(
-            f"{log.folder} has no checkpoint yet; wait for one, or measure the model it began with (--base)"
-        )
-    async with open_run(config, on_event) as run:
-        if checkpoint is not None:
-            run.engine.load(checkpoint)
+    async with open_trained(log, config, base=base, on_event=on_event) as run:
         evaluation, groups = await run.evaluate(run.engine.policy_version)
         if config.evaluation.world_model:
             await run.measure_world_model(evaluation.step, groups, log)
     return evaluation
+
+
+@asynccontextmanager
+async def open_trained(log: RunLog, config: TrainConfig, *, base: bool, on_event: OnEvent) -> AsyncIterator[Run]:
+    """Open a run with the policy of its checkpoint, or with ``base`` the model that it began with.
+
+    Raises:
+        DataError: there is no checkpoint yet.
+    """
+    checkpoint = None if base else find_checkpoint(log.checkpoint_path)
+    if not base and checkpoint is None:
+        raise DataError(f"{log.folder} has no checkpoint yet; wait for one, or take the model it began with (--base)")
+    async with open_run(config, on_event) as run:
+        if checkpoint is not None:
+            run.engine.load(checkpoint)
+        yield run
 
 
 def _check_folder(log: RunLog, config: TrainConfig, resume: bool) -> None:

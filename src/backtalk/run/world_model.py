@@ -12,7 +12,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from math import exp
 from random import Random
 from typing import Any
 
@@ -21,11 +20,11 @@ from backtalk.engines.metrics import copied_mask
 from backtalk.language.renderer import Renderer
 from backtalk.objective.samples import to_samples
 from backtalk.rollout.sampler import Sampler, SamplingParams
+from backtalk.run.calibration import BINS, Calibration
 from backtalk.run.estimates import Interval, ratio_interval
 from backtalk.trajectory import Segment, TokenRole, TokenScores, Trajectory
 
 FORMAT = 1  # of the file
-BINS = 10  # of the confidence in the most probable token, equally wide
 MAX_PREDICTED = 256  # tokens of one answer that the policy writes itself
 BODY = (TokenRole.ENV_OUTPUT, TokenRole.WARNING)
 
@@ -77,7 +76,7 @@ class Knowledge:
     by_role: dict[str, CrossEntropy] = field(default_factory=lambda: defaultdict(CrossEntropy))
     by_tool: dict[str, CrossEntropy] = field(default_factory=lambda: defaultdict(CrossEntropy))  # environment output
     by_origin: dict[str, CrossEntropy] = field(default_factory=lambda: defaultdict(CrossEntropy))  # the same
-    bins: list[list[float]] = field(default_factory=list)  # tokens, sum of confidence, correct
+    calibration: Calibration = field(default_factory=Calibration)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as a world_model_step_*.json holds it for each set."""
@@ -98,7 +97,7 @@ class Knowledge:
             "by_role": {name: ce.to_dict() for name, ce in sorted(self.by_role.items())},
             "by_tool": {name: ce.to_dict() for name, ce in sorted(self.by_tool.items())},
             "by_origin": {name: ce.to_dict() for name, ce in sorted(self.by_origin.items())},
-            "calibration": _calibration(self.bins),
+            "calibration": _calibration(self.calibration),
             "tasks": [asdict(task) for task in tasks],
         }
 
@@ -107,22 +106,14 @@ def _plain(interval: Interval | None) -> dict[str, Any] | None:
     return None if interval is None else asdict(interval)
 
 
-def _calibration(bins: Sequence[Sequence[float]]) -> dict[str, Any] | None:
-    """Return the bins and the expected calibration error: the mean gap of confidence and accuracy, over tokens."""
-    total = sum(tokens for tokens, _, _ in bins)
-    if not total:
+def _calibration(found: Calibration) -> dict[str, Any] | None:
+    if found.error is None:
         return None
     rows = [
-        {
-            "low": i / BINS,
-            "high": (i + 1) / BINS,
-            "tokens": int(tokens),
-            "confidence": confidence / tokens if tokens else None,
-            "accuracy": correct / tokens if tokens else None,
-        }
-        for i, (tokens, confidence, correct) in enumerate(bins)
+        {"low": i / BINS, "high": (i + 1) / BINS, "tokens": tokens, "confidence": confidence, "accuracy": accuracy}
+        for i, (tokens, confidence, accuracy) in enumerate(found.means())
     ]
-    return {"ece": sum(abs(confidence - correct) for _, confidence, correct in bins) / total, "bins": rows}
+    return {"ece": found.error, "bins": rows}
 
 
 async def measure_world_model(
@@ -144,7 +135,6 @@ async def _measure(engine: Engine, renderer: Renderer, rollouts: Sequence[Trajec
     known = Knowledge(len(rollouts), {t.task_id: TaskKnowledge(t.task_id) for t in rollouts})
     if (score_tokens := getattr(engine, "score_tokens", None)) is not None:
         scored: list[TokenScores] = await score_tokens(list(rollouts), 1)
-        known.bins = [[0.0, 0.0, 0.0] for _ in range(BINS)]
         for trajectory, found in zip(rollouts, scored, strict=True):
             _add_top_tokens(known, trajectory, found)
         scores: list[Sequence[float]] = [found.logprobs for found in scored]
@@ -193,13 +183,8 @@ def _add_top_tokens(known: Knowledge, trajectory: Trajectory, scored: TokenScore
     task = known.tasks[trajectory.task_id]
     task.correct = task.correct or 0
     for position, role in enumerate(trajectory.roles):
-        if role is not TokenRole.ENV_OUTPUT:
-            continue
-        other = scored.expected.get(position)
-        confidence = min(exp(other[0][1] if other else scored.logprobs[position]), 1.0)
-        cell = known.bins[min(int(confidence * BINS), BINS - 1)]
-        cell[0], cell[1], cell[2] = cell[0] + 1, cell[1] + confidence, cell[2] + (not other)
-        task.correct += not other
+        if role is TokenRole.ENV_OUTPUT:
+            task.correct += known.calibration.add(scored, position)
 
 
 # ---------------------------------------------------------------- answers of the environment, and what is asked of them

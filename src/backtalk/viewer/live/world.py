@@ -7,7 +7,6 @@ repeats the command, and what the harness wrote.
 from __future__ import annotations
 
 import heapq
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from backtalk.errors import DataError
 from backtalk.parquet import read_first_rows
+from backtalk.run.calibration import Calibration
 from backtalk.run.log import trajectory_from_row
 from backtalk.run.log.scores import read_scored, scores_from_row
 from backtalk.trajectory import TokenRole, TokenScores, Trajectory, copied_tokens
@@ -28,7 +28,6 @@ BUDGET_S = 0.4  # of one request; the files left are read by the next ones
 MOST_ROLLOUTS = 400  # of one file, the first ones
 EXAMPLES = 24
 TOKENS_BEFORE = 10
-BINS = 10  # of the probability of the likeliest token
 KINDS = ("new", "repeats the command", "harness")
 
 
@@ -38,19 +37,16 @@ class Summary:
 
     nats: dict[tuple[str, str], float] = field(default_factory=lambda: defaultdict(float))  # by tool and kind
     tokens: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
-    bins: list[list[float]] = field(default_factory=lambda: [[0.0, 0.0, 0.0] for _ in range(BINS)])  # n, sure, right
+    calibration: Calibration = field(default_factory=Calibration)
     names_expected: bool = False
 
     def add(self, trajectory: Trajectory, scores: TokenScores, places: Sequence[tuple[int, str, str]]) -> None:
         """Add a rollout's observation tokens: positions with their tools and kinds."""
         self.names_expected = self.names_expected or bool(scores.expected)
         for i, tool, kind in places:
-            logprob, likelier = scores.logprobs[i], scores.expected.get(i)
-            self.nats[tool, kind] -= logprob
+            self.nats[tool, kind] -= scores.logprobs[i]
             self.tokens[tool, kind] += 1
-            sure = math.exp(likelier[0][1] if likelier else logprob)
-            row = self.bins[min(BINS - 1, int(sure * BINS))]
-            row[0], row[1], row[2] = row[0] + 1, row[1] + sure, row[2] + (likelier is None)
+            self.calibration.add(scores, i)
 
     def merge(self, other: Summary) -> None:
         """Add another file's sums."""
@@ -58,7 +54,7 @@ class Summary:
         for key, count in other.tokens.items():
             self.tokens[key] += count
             self.nats[key] += other.nats[key]
-        self.bins = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(self.bins, other.bins, strict=True)]
+        self.calibration.merge(other.calibration)
 
     def to_dict(self) -> dict[str, Any]:
         """Return cross-entropies by tool and kind, and the calibration, as plain data."""
@@ -67,13 +63,13 @@ class Summary:
             for (tool, kind), count in sorted(self.tokens.items(), key=lambda item: -item[1])
         ]
         total = sum(self.tokens.values())
-        known = [[n, sure / n, right / n] for n, sure, right in self.bins if n] if self.names_expected else []
+        bins = [{"tokens": n, "sure": sure, "right": right} for n, sure, right in self.calibration.means() if n]
         return {
             "tokens": total,
             "ce": sum(self.nats.values()) / total if total else None,
             "rows": rows,
-            "bins": [{"tokens": n, "sure": sure, "right": right} for n, sure, right in known],
-            "calibration_error": sum(n * abs(sure - right) for n, sure, right in known) / total if known else None,
+            "bins": bins if self.names_expected else [],
+            "calibration_error": self.calibration.error if self.names_expected else None,
         }
 
 
