@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
+from task_folders import KINDS, write_folders
 from typer.testing import CliRunner
 
 from backtalk.cli.app import app
 from backtalk.cli.tasks import _record_path
 from backtalk.run.check import Verdict, folder_state, read_record
 from backtalk.tasks.load import read_tasks
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from task_folders import KINDS, write_folders
 
 VERDICTS = {
     "sound": Verdict.SOUND,
