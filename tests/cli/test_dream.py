@@ -57,6 +57,9 @@ def test_commands_are_carried_out_and_their_answers_stand_beside_what_was_expect
     assert "$ echo hello world; echo second" in shown and "hello world" in shown.split("$ echo", 1)[1]
     assert "0 of 2 lines expected" in shown and shown.count("nats a token") == 3  # and once in the legend
     assert "/home/agent" in shown.split("$ pwd")[1]
+    first, second = RunLog(run_folder).read_dreams()[-2:]
+    assert (first["step"], first["command"]) == (0, "$ echo hello world; echo second")
+    assert "hello world\nsecond" in first["actual"] and first["ce"] > 0 and "/home/agent" in second["actual"]
 
 
 def test_the_turns_of_a_rollout_on_record_are_asked_for(run_folder: Path) -> None:

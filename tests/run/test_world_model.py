@@ -20,6 +20,7 @@ from backtalk.run.world_model import Answer, find_answers, lines_of, measure_wor
 from backtalk.trajectory import Segment, TokenRole, Trajectory
 from tiny import tiny_tokenizer
 
+EXIT = "\n[exit code 1]"
 ENV, WARNING, CONTEXT = TokenRole.ENV_OUTPUT, TokenRole.WARNING, TokenRole.CONTEXT
 
 
@@ -100,6 +101,10 @@ async def test_knowledge_by_hand(renderer: Renderer, tmp_path: Path) -> None:
     task = found["tasks"][0]
     assert (task["answers"], task["exact"], task["lines"], task["predicted_lines"]) == (2, 0, 7, 8)
     assert task["matched_lines"] == 4 and found["estimates"]["line_precision"]["value"] == 0.5
+    first, second = found["examples"]
+    assert (first["key"], first["true"], first["other"]) == ("a/0/0", f"{turns[0][1]}{EXIT}", f"a b c{EXIT}")
+    assert (first["true_ce"], first["other_ce"], second["other"]) == (0.25, 1.0, first["true"])
+    assert "cat notes.txt" in first["command"] and first["written"].startswith("first line\nthird line \nand more")
 
     log = RunLog(tmp_path)
     log.write_world_model(3, measured)

@@ -438,8 +438,8 @@ def test_a_missing_tokenizer_is_said(run: Path, library_of: Callable[..., Librar
 
 
 def test_the_page_loads_nothing_from_elsewhere_and_writes_no_html() -> None:
-    static = Path(str(resources.files("backtalk"))) / "viewer" / "live" / "static"
-    for path in [*static.glob("*.js"), *static.glob("*.html"), *static.glob("*.css")]:
+    source = Path(str(resources.files("backtalk"))) / "viewer" / "web" / "src"
+    for path in [*source.glob("*.ts"), *source.glob("*.html"), *source.glob("*.css")]:
         text = path.read_text()
         assert "https://" not in text and "http://" not in text.replace("http://www.w3.org/2000/svg", ""), path
         assert not any(word in text for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write")), (

@@ -39,7 +39,8 @@ def dream(
     """Let the trained policy play the terminal: what it expects, beside what really comes, coloured by its surprise.
 
     `backtalk dream runs/mine "ls -la" "cat notes.txt"` carries the commands out at a held-out task, and asks the policy
-    before each answer; `backtalk dream runs/mine --step 20` does so for a rollout on record.
+    before each answer; `backtalk dream runs/mine --step 20` does so for a rollout on record. What came of it is kept in
+    the run's dreams.jsonl, and `backtalk view` shows it.
     """
     if step is None and not commands and not interactive:
         raise ConfigError("nothing says what to ask; give a COMMAND, --interactive, or --step of a rollout on record")
@@ -50,26 +51,31 @@ def dream(
     overrides = list(settings or [])
 
     async def show() -> None:
-        from backtalk.run.dream import open_dream, open_live
+        from backtalk.run.dream import Dreamed, open_dream, open_live, to_record
         from backtalk.run.log import RunLog
         from backtalk.viewer.data import find_rollout
 
-        recorded = None
+        recorded, log = None, RunLog(folder)
         if step is not None:
             recorded = find_rollout(folder, step=step, group=group, sample=index, evaluation=evaluation).trajectory
-        elif RunLog(folder).read_config()["evaluation"]["tasks"] <= task:
+        elif log.read_config()["evaluation"]["tasks"] <= task:
             overrides.append(f"evaluation.tasks={task + 1}")
         async with open_dream(folder, base=base, temperature=temperature, overrides=overrides) as opened:
+            version = opened.run.engine.policy_version
+
+            def tell(dreamed: Dreamed, renderer: Renderer) -> None:
+                console.print(comparison(dreamed, renderer))
+                log.write_dream(to_record(dreamed, renderer, step=version))
+
             if recorded is not None:
-                renderer = opened.run.renderer
-                for dreamed in await opened.answers(recorded, renderer):
-                    console.print(comparison(dreamed, renderer))
+                for dreamed in await opened.answers(recorded, opened.run.renderer):
+                    tell(dreamed, opened.run.renderer)
                 return
             async with open_live(opened, task) as live:
                 console.print(live.instruction, markup=False, highlight=False)
                 async for command in _commands(commands or [], interactive):
                     dreamed = await live.answer(command)
-                    console.print(comparison(dreamed, live.renderer))
+                    tell(dreamed, live.renderer)
                     if dreamed.done:
                         console.print("the environment has ended the rollout")
                         return

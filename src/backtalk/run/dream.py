@@ -33,6 +33,17 @@ class Dreamed:
     done: bool = False  # the environment ended the rollout
 
 
+def to_record(dreamed: Dreamed, renderer: Renderer, *, step: int) -> dict[str, Any]:
+    """Return what is kept of it: a line of a run's dreams.jsonl; ``step`` is that of the policy."""
+    return {
+        "step": step,
+        "command": dreamed.command,
+        "expected": dreamed.expected,
+        "actual": renderer.encoder.decode(dreamed.actual),
+        "ce": sum(dreamed.nats) / len(dreamed.nats) if dreamed.nats else None,
+    }
+
+
 class Dream:
     """A policy and the answers that it is asked for, before it sees them."""
 

@@ -26,6 +26,8 @@ from backtalk.trajectory import Segment, TokenRole, TokenScores, Trajectory
 
 FORMAT = 1  # of the file
 MAX_PREDICTED = 256  # tokens of one answer that the policy writes itself
+MAX_EXAMPLES = 24  # of the probes, kept with their texts
+MAX_CHARS = 2000  # of a text of an example
 BODY = (TokenRole.ENV_OUTPUT, TokenRole.WARNING)
 
 
@@ -68,6 +70,20 @@ class TaskKnowledge:
 
 
 @dataclass(slots=True)
+class Example:
+    """One answer that the two probes asked for, with its texts; cross-entropies are in nats a token."""
+
+    task_id: str
+    key: str  # the same at every step, and for every policy that is measured on the same rollouts
+    command: str
+    true: str
+    true_ce: float
+    other: str | None = None  # what another command was answered; None where the task has no such command
+    other_ce: float | None = None
+    written: str = ""  # by the policy, in place of the answer
+
+
+@dataclass(slots=True)
 class Knowledge:
     """Everything measured on one set of rollouts."""
 
@@ -77,6 +93,7 @@ class Knowledge:
     by_tool: dict[str, CrossEntropy] = field(default_factory=lambda: defaultdict(CrossEntropy))  # environment output
     by_origin: dict[str, CrossEntropy] = field(default_factory=lambda: defaultdict(CrossEntropy))  # the same
     calibration: Calibration = field(default_factory=Calibration)
+    examples: dict[str, Example] = field(default_factory=dict)  # by key
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as a world_model_step_*.json holds it for each set."""
@@ -99,6 +116,7 @@ class Knowledge:
             "by_origin": {name: ce.to_dict() for name, ce in sorted(self.by_origin.items())},
             "calibration": _calibration(self.calibration),
             "tasks": [asdict(task) for task in tasks],
+            "examples": [asdict(example) for example in self.examples.values()],
         }
 
 
@@ -144,6 +162,10 @@ async def _measure(engine: Engine, renderer: Renderer, rollouts: Sequence[Trajec
         _add_cross_entropies(known, trajectory, logprobs, renderer)
     answers = [find_answers(trajectory, renderer) for trajectory in rollouts]
     probes = [(_chosen(found), logprobs) for found, logprobs in zip(answers, scores, strict=True) if found]
+    for answer, logprobs in probes[:MAX_EXAMPLES]:
+        command = renderer.encoder.decode(answer.action)[:MAX_CHARS]
+        true_ce = _mean_nats(logprobs[answer.start : answer.start + len(answer.body)])
+        known.examples[answer.key] = Example(answer.task_id, answer.key, command, answer.text[:MAX_CHARS], true_ce)
     await _add_counterfactuals(known, engine, probes, [answer for found in answers for answer in found])
     await _add_predictions(known, engine, renderer, [answer for answer, _ in probes])
     return known
@@ -266,10 +288,16 @@ async def _add_counterfactuals(
     ]
     scored = await engine.score(rows) if rows else []
     for (answer, scores, other), logprobs in zip(found, scored, strict=True):
-        true = -sum(scores[answer.start : answer.start + len(answer.body)]) / len(answer.body)
-        false, task = -sum(logprobs[len(answer.before) :]) / len(other.body), known.tasks[answer.task_id]
+        true = _mean_nats(scores[answer.start : answer.start + len(answer.body)])
+        false, task = _mean_nats(logprobs[len(answer.before) :]), known.tasks[answer.task_id]
         task.pairs, task.preferred = task.pairs + 1, task.preferred + (true < false)
         task.margin += false - true
+        if example := known.examples.get(answer.key):
+            example.other, example.other_ce = other.text[:MAX_CHARS], false
+
+
+def _mean_nats(logprobs: Sequence[float]) -> float:
+    return -sum(logprobs) / len(logprobs)
 
 
 async def _add_predictions(known: Knowledge, engine: Engine, renderer: Renderer, answers: Sequence[Answer]) -> None:
@@ -282,6 +310,8 @@ async def _add_predictions(known: Knowledge, engine: Engine, renderer: Renderer,
         task.answers, task.exact = task.answers + 1, task.exact + (true == predicted)
         task.lines, task.predicted_lines = task.lines + len(true), task.predicted_lines + len(predicted)
         task.matched_lines += (Counter(true) & Counter(predicted)).total()
+        if example := known.examples.get(answer.key):
+            example.written = text[:MAX_CHARS]
 
 
 async def predict(sampler: Sampler, renderer: Renderer, answer: Answer, room: int) -> str:

@@ -23,6 +23,7 @@ class RunLog:
         self.folder = Path(folder)
         self.config_path = self.folder / "config.yaml"
         self.metrics_path = self.folder / "metrics.jsonl"
+        self.dreams_path = self.folder / "dreams.jsonl"
         self.checkpoint_path = self.folder / "checkpoint"
         self.tokenizer_path = self.folder / "tokenizer"
 
@@ -83,6 +84,10 @@ class RunLog:
     def write_world_model(self, step: int, measured: Mapping[str, Any]) -> None:
         """Write what the policy before a step knows of its environment."""
         write_bytes(self.world_model_path(step), (json.dumps(measured, indent=1) + "\n").encode())
+
+    def write_dream(self, dreamed: Mapping[str, Any]) -> None:
+        """Append what a policy of this run expected a command to be answered with, beside what came."""
+        append_json_line(self.dreams_path, dreamed)
 
     def truncate_after(self, step: int) -> None:
         """Forget what lies beyond ``step``, for a resume from the checkpoint made after it (-1: everything).
@@ -181,6 +186,14 @@ class RunLog:
         """Read what was measured of the policy's knowledge before a step; None if nothing was."""
         path = self.world_model_path(step)
         return read_json(path, "; remove it and measure again") if path.exists() else None
+
+    def world_model_steps(self) -> list[int]:
+        """Return the steps at which the policy's knowledge of its environment was measured, ascending."""
+        return [number for number, _ in self._numbered("world_model_step_*.json")]
+
+    def read_dreams(self) -> list[dict[str, Any]]:
+        """Read what `backtalk dream` was asked, the oldest first."""
+        return read_json_lines(self.dreams_path) if self.dreams_path.exists() else []
 
     def read_evaluation_groups(self, step: int) -> list[TrajectoryGroup]:
         """Read the trajectories of the evaluation before a step."""

@@ -10,6 +10,7 @@ from backtalk.errors import DataError
 from backtalk.trajectory import TokenRole
 from backtalk.viewer.data import LOOKS
 from backtalk.viewer.live.curves import describe, read_curves
+from backtalk.viewer.live.knowledge import read_knowledge
 from backtalk.viewer.live.query import parse_query, select, sorted_rows
 from backtalk.viewer.live.rollout import Opened
 from backtalk.viewer.live.search import Search
@@ -65,6 +66,10 @@ class Viewer:
         """Return what scored rollouts tell of each checkpoint's world model, and where two differ most."""
         found = self.model.describe(self._chosen(params), params.get("before", ""), params.get("after", ""))
         return found | {"studies": read_studies(self._chosen(params))}
+
+    def knowledge(self, params: Mapping[str, str]) -> Any:
+        """Return what runs measured of their policies' knowledge of the environment, and their dreams."""
+        return read_knowledge(self._chosen(params))
 
     def studies(self, params: Mapping[str, str]) -> Any:
         """Return the comparisons of the studies that runs are of."""

@@ -38,7 +38,7 @@ HEADERS = {
 def make_app(library: Library) -> Starlette:
     """Return the web application."""
     viewer = Viewer(library)
-    names = ("sources", "curves", "rollouts", "world", "studies", "rollout", "tokens", "record")
+    names = ("sources", "curves", "rollouts", "world", "knowledge", "studies", "rollout", "tokens", "record")
     routes = [
         Route("/", lambda request: FileResponse(STATIC / "index.html"), name="page"),
         *(Route(f"/api/{name}", _answer(getattr(viewer, name)), name=name) for name in names),

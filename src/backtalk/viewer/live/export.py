@@ -62,6 +62,7 @@ def _frozen(viewer: Viewer, library: Library, max_tokens: int) -> dict[str, Any]
         "numbers": NUMBERS,
         "texts": TEXT,
         "world": _world(viewer),
+        "knowledge": viewer.knowledge({}),
     }
     return {"index": packed(index), "rollouts": held}
 
