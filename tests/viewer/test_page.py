@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -19,11 +20,13 @@ from urllib.request import urlopen
 
 import pytest
 from recorded import A, encode, write_run, write_step
+from studied import ARMS, write_foreign, write_study
 
 from backtalk.run.log import RunLog, read_trajectories
 from backtalk.trajectory import TokenRole
 from backtalk.viewer.live.export import write_page
 
+Axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="scripts/viewer brings axe").Axe
 sync_api = pytest.importorskip("playwright.sync_api", reason="scripts/viewer test drives the page in a browser")
 pytestmark = pytest.mark.filterwarnings("ignore")
 WAIT_MS = 60_000
@@ -34,12 +37,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "echo_seed1")
 
 
-@pytest.fixture(scope="module")
-def address(run: Path) -> Iterator[str]:
+@contextmanager
+def served(path: Path, *options: str) -> Iterator[str]:
+    """Serve the page over a path; yield its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "backtalk.cli", "view", str(run.parent), "--port", str(port)]
+    command = [sys.executable, "-m", "backtalk.cli", "view", str(path), "--port", str(port), *options]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     server = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
     try:
@@ -54,6 +58,12 @@ def address(run: Path) -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(60)
+
+
+@pytest.fixture(scope="module")
+def address(run: Path) -> Iterator[str]:
+    with served(run.parent) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -195,11 +205,11 @@ def test_one_file_holds_the_page_and_answers_as_the_server_does(
 ) -> None:
     file = write_page([run], tmp_path / "page.html").as_uri()
     asked = [(q, sort, order) for q in QUERIES for sort, order in (("step", "desc"), ("reward", "asc"))]
-    served = [rows_of(page, address, *each) for each in asked]
-    assert len(set(map(tuple, served))) > len(QUERIES)
+    answers = [rows_of(page, address, *each) for each in asked]
+    assert len(set(map(tuple, answers))) > len(QUERIES)
     page.goto(f"{file}#/rollouts?q=surprise%3E0&sort=surprise&order=desc")
     sync_api.expect(page.locator(".space .row")).to_have_count(4, timeout=WAIT_MS)
-    assert [rows_of(page, file, *each) for each in asked] == served
+    assert [rows_of(page, file, *each) for each in asked] == answers
     page.goto(f"{file}#/rollout?run=echo_seed1&part=train-1&row=1&tokens=1")
     page.wait_for_selector(".surprises li")
     page.locator(".surprises button").first.click()
@@ -227,6 +237,71 @@ def test_hostile_text_is_shown_and_runs_nothing(page: Any, address: str) -> None
     page.goto(f"{address}#/rollout?run=echo_seed1&part=train-0&row=3")
     page.wait_for_selector(".failure")
     assert "bwrap <b>died</b>" in text_of(page, ".failure")
+
+
+def test_a_study_of_five_arms_and_five_seeds_shows_its_arms_together(page: Any, tmp_path: Path) -> None:
+    with served(write_study(tmp_path / "five")) as address:
+        page.goto(f"{address}#/overview?arms=1&find=pass_at_1")
+        page.wait_for_selector("[data-name='held-out pass_at_1'] canvas")
+        readings = page.locator("[data-name='held-out pass_at_1'] .reading").all_inner_texts()
+        assert [" ".join(text.split()) for text in readings] == [f"{arm} 0.5 [0.5, 0.5]" for arm in sorted(ARMS)]
+        assert page.locator(".source").count() == 25
+        results = page.locator("table.kinds").first.locator("tbody tr")
+        assert results.first.inner_text().split("\t")[:4] == [
+            "pass@1",
+            "grpo",
+            "25 % [25 %, 25 %]",
+            "50 % [50 %, 50 %]",
+        ]
+        differ = page.locator("table.settings").first.locator("th[scope=row]").all_inner_texts()
+        assert {"seed", "objective.world_model_coeff", "objective.world.observations"} <= set(differ)
+        page.goto(f"{address}#/world")
+        page.wait_for_selector(".probe")
+        apart = page.locator(".probe").first.locator("tbody tr")
+        rows = [row.split("\t") for row in apart.all_inner_texts()]
+        told = {arm: [text.strip() for text in cells] for arm, *cells in rows}
+        assert told["grpo"][:3] == ["0 of 5 seeds", "1", "0.5"] and told["echo"][:3] == ["5 of 5 seeds", "1", "1.5"]
+        assert told["before training"][3] == "no idea" and told["matched"][3] == "total 12"
+        assert "0 % → 100 %" in page.locator("table.kinds tr", has_text="echo_seed0").first.inner_text()
+        links = rows_of(page, address, "reward=1 step:1", "step", "desc")
+        assert len(links) >= 20 and "run=action_masked_seed0" in links[0]
+        assert "25 rollouts" in text_of(page, ".summary")
+        page.goto("about:blank")  # before the server ends
+
+
+def test_a_folder_of_others_trajectories_opens_as_it_is(page: Any, tmp_path: Path) -> None:
+    with served(write_foreign(tmp_path / "theirs"), "--model", "base") as address:
+        links = rows_of(page, address, "", "task", "asc")
+        runs = {link.partition("run=")[2].partition("&")[0] for link in links}
+        assert runs == {"harbor.jsonl", "inspect.json", "trl.json", "chat.jsonl"} and len(links) == 9
+        assert text_of(page, ".notice summary") == "1 record could not be read"  # its two turns follow no chat template
+        for name in ("harbor.jsonl", "inspect.json", "chat.jsonl"):
+            page.goto(f"{address}#/rollout?run={name}&part=file&row=0")
+            sync_api.expect(page.locator(".crumbs")).to_contain_text(name, timeout=WAIT_MS)
+            assert "count the lines" in text_of(page, ".block-context")
+            assert "total 12" in text_of(page, ".talk")
+        page.goto("about:blank")  # before the server ends
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_serious(browser: Any, address: str, scheme: str) -> None:
+    context = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme=scheme)
+    page = context.new_page()
+    page.set_default_timeout(WAIT_MS)
+    rollout = "rollout?run=echo_seed1&part=train-1&row=1&"
+    group = "group?run=echo_seed1&part=train-0&group=0"
+    for place in ("overview", "rollouts?q=total", "world", rollout, f"{rollout}tokens=1&sides=1&pos=40", group):
+        page.goto(f"{address}#/{place}")
+        page.wait_for_selector(".readings, .space .row a, .token, .kinds, .talk .block")
+        found = Axe().run(page).response["violations"]
+        serious = [
+            (rule["id"], node["target"], node["failureSummary"])
+            for rule in found
+            if rule["impact"] in ("serious", "critical")
+            for node in rule["nodes"][:3]
+        ]
+        assert serious == [], place
+    context.close()
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def dream(
     overrides = list(settings or [])
 
     async def show() -> None:
-        from backtalk.run.dream import Dreamed, open_dream, open_live, to_record
+        from backtalk.run.dream import open_dream, open_live, to_record
         from backtalk.run.log import RunLog
         from backtalk.viewer.data import find_rollout
 

@@ -27,13 +27,12 @@ def read_knowledge(sources: Iterable[Source]) -> list[dict[str, Any]]:
 
 def _of_run(name: str, log: RunLog) -> dict[str, Any]:
     steps = log.world_model_steps()
-    ends = dict(zip(("first", "last"), (steps[0], steps[-1]), strict=True)) if steps else {}
-    found = {end: _measured(log.world_model_path(step), stamp_of(log.world_model_path(step))) for end, step in ends.items()}
-    names = dict.fromkeys(each for sets in found.values() for each in sets)
-    measured = [
-        {"set": each, "steps": [steps[0], steps[-1]], **{end: sets.get(each, {}).get("estimates") for end, sets in found.items()}}
-        for each in names
-    ]
+    paths = {"first": log.world_model_path(steps[0]), "last": log.world_model_path(steps[-1])} if steps else {}
+    found = {end: _measured(path, stamp_of(path)) for end, path in paths.items()}
+    measured = []
+    for each in dict.fromkeys(each for sets in found.values() for each in sets):
+        estimates = {end: sets.get(each, {}).get("estimates") for end, sets in found.items()}
+        measured.append({"set": each, "steps": [steps[0], steps[-1]], **estimates})
     examples = {end: sets.get("recorded", {}).get("examples", []) for end, sets in found.items()}
     try:
         dreams = log.read_dreams()[-MOST_DREAMS:]

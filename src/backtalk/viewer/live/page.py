@@ -34,13 +34,12 @@ def one_file(frozen: Mapping[str, Any]) -> str:
         "form-action 'none'"
     )
     data = json.dumps(frozen).replace("<", "\\u003c")
+    answers = f'<script type="application/json" id="frozen">{data}</script>'
     inside = {
         "<title>": f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<title>',
         _STYLE: f"<style>{style}</style>",
         _SCRIPT: "",
-        "</body>": (
-            f'<script type="application/json" id="frozen">{data}</script>\n<script type="module">{script}</script></body>'
-        ),
+        "</body>": f'{answers}\n<script type="module">{script}</script></body>',
     }
     for mark, text in inside.items():
         before, found, after = html.partition(mark)
