@@ -527,6 +527,7 @@ def test_rows_of_a_file_are_tasks(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not HAS_TEXTWORLD, reason="needs textworld-express and Java")
+@pytest.mark.slow  # a server on the Java machine
 async def test_textworld_express(urls: dict[str, str], renderer: Renderer) -> None:
     replies = [hermes("act", command=command) for command in ("dance", "look around", "take coin")]
     reset = {"game": "coin", "params": "numLocations=1,includeDoors=0,numDistractorItems=0", "seed": 4}

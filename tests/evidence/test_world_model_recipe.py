@@ -8,12 +8,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from backtalk.trajectory import Segment, StopReason, TokenRole, Trajectory
 from sandbox_help import backend_or_skip
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "world_model"
 
 
+@pytest.mark.slow
 def test_a_small_run_writes_its_results_and_learns(tmp_path: Path) -> None:
     backend_or_skip()
     small = "--machines 4 --sessions 2 --held-out 3 --steps 4 --every 4 --show 1".split()

@@ -427,7 +427,7 @@ def test_the_example_trains_in_real_sandboxes(tmp_path: Path, monkeypatch: pytes
     assert second["world/target_ce"] != first["world/target_ce"]
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_model_sharded_by_fsdp2_has_the_gradient_of_one_process(tied: bool, tmp_path: Path) -> None:
     """Two gloo processes; one has no observation, and they sample 3 and 7 tokens before the step."""
     import trl_fsdp2

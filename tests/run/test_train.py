@@ -278,7 +278,9 @@ def longer(model: Path, sandbox: str, tmp_path_factory: pytest.TempPathFactory) 
     return config, asyncio.run(train(config, tmp_path_factory.mktemp("longer") / "run"))
 
 
-@pytest.mark.parametrize("kind", ["rollouts", "after_the_step_before_its_checkpoint"])
+@pytest.mark.parametrize(
+    "kind", ["rollouts", pytest.param("after_the_step_before_its_checkpoint", marks=pytest.mark.slow)]
+)
 async def test_a_killed_run_resumes_to_the_same_numbers(
     kind: str, longer: tuple[TrainConfig, Path], tmp_path: Path
 ) -> None:
@@ -514,6 +516,7 @@ def config_file(config: TrainConfig, tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 def test_few_open_files_mean_fewer_rollouts_at_once(config_file: Path, tmp_path: Path) -> None:
     """32 rollouts with 200 open files, of which 64 are the trainer's, and 8 a sandbox: at most 17 at once."""

@@ -135,10 +135,11 @@ def suite(user: str) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def beside() -> Iterator[None]:
-    """Run both suites beside the rest of this file, because they mostly wait."""
+def beside(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run both suites, if their tests are to run, beside the rest of this file, because they mostly wait."""
+    selected = any(item.originalname == "test_conformance" for item in request.session.items)
     started = []
-    for user in ("root", "ordinary"):
+    for user in ("root", "ordinary") if selected else ():
         try:
             sandlock_or_skip()
             started.append(suite(user))
@@ -315,6 +316,7 @@ def results(user: str) -> dict[str, tuple[str, str]]:
     return {name: (outcome, reason) for name, outcome, reason in json.loads(answered)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("user", "name"), [(user, name) for user, names in CHECKS_AS.items() for name in names])
 def test_conformance(user: str, name: str) -> None:
     outcome, reason = results(user)[name]

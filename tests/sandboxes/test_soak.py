@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 SOAK = ROOT / "benchmarks" / "soak.py"
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_leaves_and_loses_nothing() -> None:
     backend_or_skip()
     pytest.importorskip("transformers")

@@ -19,6 +19,11 @@ class Split(StrEnum):
     HELD_OUT = "held_out"
 
 
+def split_of(task_id: str) -> Split:
+    """Return a task's split by a hash of its id, with one in five held out, in every run alike."""
+    return Split.HELD_OUT if hashlib.sha256(task_id.encode()).digest()[0] % 5 == 0 else Split.TRAIN
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """An instruction, the files to start from, and the tests that score a rollout."""
@@ -38,9 +43,8 @@ class Task:
 
     @property
     def split(self) -> Split:
-        """Return the fold, or else a split by hash of the id, with one in five held out, in every run alike."""
-        hashed = Split.HELD_OUT if hashlib.sha256(self.id.encode()).digest()[0] % 5 == 0 else Split.TRAIN
-        return self.fold or hashed
+        """Return the fold, or else the split by the id."""
+        return self.fold or split_of(self.id)
 
     @property
     def world_model_only(self) -> bool:

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from functools import cache
 from random import Random
 
 from backtalk.errors import ConfigError
 from backtalk.sandboxes.base import SandboxFile
-from backtalk.tasks.task import Split, Task
+from backtalk.tasks.task import Split, Task, split_of
 from backtalk.tasks.triage.machine import EPOCH, build_machine
 from backtalk.tasks.triage.questions import QUESTIONS
 
@@ -40,6 +41,7 @@ echo "$answer" > /logs/agent/answer.txt
 """
 
 
+@cache
 def triage_task(seed: int, level: int) -> Task:
     """Generate the task of one seed at one level: the same one on every machine and every day.
 
@@ -53,7 +55,7 @@ def triage_task(seed: int, level: int) -> Task:
     builder = random.choice(QUESTIONS[level])
     question = builder(machine)
     return Task(
-        id=f"triage-{level}-{seed}",
+        id=task_id(seed, level),
         instruction=question.instruction,
         files=dict(sorted(machine.files.items())),
         tests={"test.sh": _script(_TEST.format(answer=question.answer, check=question.check))},
@@ -79,10 +81,15 @@ def triage_tasks(*, split: Split, levels: Sequence[int], count: int, seed: int =
     tasks: list[Task] = []
     numbers = itertools.count(seed * 1_000_003)
     while len(tasks) < count:
-        task = triage_task(next(numbers), levels[len(tasks) % len(levels)])
-        if task.split is split:
-            tasks.append(task)
+        number, level = next(numbers), levels[len(tasks) % len(levels)]
+        if split_of(task_id(number, level)) is split:
+            tasks.append(triage_task(number, level))
     return tasks
+
+
+def task_id(seed: int, level: int) -> str:
+    """Return the id of the task of one seed at one level."""
+    return f"triage-{level}-{seed}"
 
 
 def _script(text: str) -> SandboxFile:
