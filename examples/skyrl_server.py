@@ -1,7 +1,7 @@
 """Serve a model over the Tinker API on this machine's CPU, with SkyRL's server and its JAX backend: to try things out.
 
-scripts/tinker                                                         # .venv-tinker: SkyRL's server, Python 3.12
-.venv-tinker/bin/python examples/skyrl_server.py MODEL_FOLDER served
+scripts/skyrl                                                          # .venv-skyrl: SkyRL's server, Python 3.12
+.venv-skyrl/bin/python examples/skyrl_server.py MODEL_FOLDER served
 backtalk train --preset triage --set engine.kind=tinker --set engine.model=MODEL_FOLDER \
     --set engine.base_url=http://127.0.0.1:8000 --set engine.lora_rank=8 --out runs/tinker
 

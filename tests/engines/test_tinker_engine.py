@@ -27,7 +27,7 @@ from backtalk.engines.remote.service import AdamStep, Datum, LossName, ServiceEr
 from backtalk.engines.tinker.config import TinkerConfig
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.engine import TorchEngine
-from backtalk.errors import ConfigError, DataError
+from backtalk.errors import ConfigError, DataError, SamplerFault
 from backtalk.objective.config import ObjectiveConfig, PolicyOptions, WorldOptions
 from backtalk.objective.samples import Sample, build_samples
 from backtalk.rollout.sampler import SamplingParams
@@ -213,9 +213,9 @@ def test_a_checkpoint_of_something_else_is_refused(model_dir: Path, tmp_path: Pa
 
 
 async def test_actions_are_the_policys_own_and_the_service_is_paid(model_dir: Path) -> None:
-    engine = make_engine(
-        LocalService(model_dir, "sum"), reduction="sum", prefill_price=1.0, sample_price=2.0, train_price=3.0
-    )
+    prices = {"prefill_price": 1.0, "sample_price": 2.0, "train_price": 3.0}
+    # The rows that are trained below are not the sampled ones.
+    engine = make_engine(LocalService(model_dir, "sum"), reduction="sum", max_logprob_gap=math.inf, **prices)
     sampler = engine.sampler(SamplingParams(max_tokens=6, seed=5))
     found = []
     for key in ("a", "a", "b"):
@@ -235,6 +235,27 @@ async def test_actions_are_the_policys_own_and_the_service_is_paid(model_dir: Pa
     assert usage == {"prefill": prefill, "sampled": sampled, "trained": tokens}
     assert metrics["service_cost"] == pytest.approx((prefill + 2 * sampled + 3 * tokens) / 1e6)
     assert (await engine.train_step(make_samples(), BOTH))["service_sampled_tokens"] == 0
+
+
+@pytest.mark.parametrize("error", [0.04, 0.06])
+async def test_other_log_probabilities_than_were_sampled_make_no_update(model_dir: Path, error: float) -> None:
+    """0.05 nats a token is allowed on average."""
+    engine = make_engine(LocalService(model_dir, "sum"), reduction="sum", learning_rate=1e-3)
+    prompt, rows = tuple(range(20, 30)), []
+    sampler = engine.sampler(SamplingParams(max_tokens=6, seed=5))
+    for i in range(2):
+        async with sampler.session(str(i)) as session:
+            action = await session.sample(list(prompt))
+        said = tuple(x + error for x in action.logprobs or ())
+        segments = (Segment(CONTEXT, prompt), Segment(ACTION, action.token_ids, said, turn=0))
+        rows.append(Trajectory(task_id="t", sample_index=i, segments=segments, reward=float(i)))
+    samples, before = build_samples(TrajectoryGroup("t", tuple(rows)), BOTH), (await engine.score(rows))[0]
+    if error < 0.05:
+        await engine.train_step(samples, BOTH)
+        return
+    with pytest.raises(SamplerFault, match=r"by 0\.06 nats a token.*No update was made.*engine\.max_logprob_gap"):
+        await engine.train_step(samples, BOTH)
+    assert engine.policy_version == 0 and (await engine.score(rows))[0] == before
 
 
 def test_a_step_of_equal_rewards_moves_in_proportion_to_the_coefficient(model_dir: Path) -> None:

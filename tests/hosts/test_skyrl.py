@@ -7,6 +7,9 @@ environment that these tests need.
 from __future__ import annotations
 
 import asyncio
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -41,6 +44,7 @@ with warnings.catch_warnings():
     from backtalk.hosts.skyrl.loss import LOSSES, PREFIX, register_losses, world_loss
     from backtalk.hosts.skyrl.rows import SAMPLES, fill_mini_batches
     from backtalk.hosts.skyrl.smoke import SmokeTrainer
+    from backtalk.hosts.skyrl.support import check_trainer
 
 from backtalk.engines.conformance import CHECKS, Outcome, conformance, write_table_model
 from backtalk.envs.terminal import TerminalConfig, TerminalWorld
@@ -484,6 +488,24 @@ def test_another_generator_gives_roles() -> None:
 
 
 # What is refused.
+
+
+def test_a_method_that_was_renamed_is_named() -> None:
+    class Moved:
+        postprocess_generator_output = convert_to_training_input = print
+
+    with pytest.raises(
+        ConfigError, match=r"SkyRL 0\.4\.0 is not as .* has no _normalize_advantages; .* 'skyrl==0\.4\.0'"
+    ):
+        check_trainer(Moved)
+
+
+def test_a_function_that_was_renamed_is_named() -> None:
+    program = "import skyrl.backends.skyrl_train.utils.ppo_utils as utils; del utils.sapo_policy_loss; import backtalk.hosts.skyrl"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert re.search(r"ConfigError: SkyRL 0\.4\.0 is not as .*'sapo_policy_loss'.* 'skyrl==0\.4\.0'", done.stderr), (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize(

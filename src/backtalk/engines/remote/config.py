@@ -37,6 +37,8 @@ class RemoteConfig:
     measures it before the first step."""
     timeout_s: float = 1800.0
     """Longest wait for one answer, the SDK's own retries included."""
+    max_logprob_gap: float = 0.05
+    """Largest mean |forward pass - sampler| over the actions of a step, in nats a token; above it no update is made."""
     prefill_price: float | None = None
     """US dollars for a million tokens of prompts and forward passes; null where unknown."""
     sample_price: float | None = None
@@ -51,6 +53,10 @@ class RemoteConfig:
             value = getattr(self, name)
             if value is not None and not lowest <= value < math.inf:
                 raise ConfigError(f"{name}={value} cannot work; use a number >= {lowest}")
+        if not self.max_logprob_gap > 0:
+            raise ConfigError(
+                f"max_logprob_gap={self.max_logprob_gap} would refuse every step; use a number of nats above 0, or inf"
+            )
         if not 0 < self.timeout_s < math.inf:
             raise ConfigError(f"timeout_s={self.timeout_s} cannot work; use a number of seconds above 0")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

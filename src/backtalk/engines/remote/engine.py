@@ -17,14 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from backtalk.engines.metrics import token_metrics
+from backtalk.engines.metrics import sampler_gap, token_metrics
 from backtalk.engines.remote.config import Reduction, RemoteConfig
 from backtalk.engines.remote.gradients import StepGradients, check_objective, step_gradients
 from backtalk.engines.remote.reduction import forward, linear_loss, probe
 from backtalk.engines.remote.sampler import RemoteSampler, Usage
 from backtalk.engines.remote.service import AdamStep, RemoteModel, SamplingWeights, Service, ServiceError
 from backtalk.engines.update_scale import UpdateScale
-from backtalk.errors import DataError
+from backtalk.errors import DataError, SamplerFault
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.language.tokenizer import load_tokenizer, model_location
 from backtalk.objective.batch import TokenCounts
@@ -87,6 +87,7 @@ class RemoteEngine:
         Raises:
             ConfigError: an option of the objective that this engine cannot keep.
             ServiceError: the service failed; the version is still that before the step.
+            SamplerFault: it samples with other log-probabilities than it trains on; nothing was updated.
         """
         check_objective(samples, config)
         metrics = await self._in_worker(lambda: self._train_step(samples, config.at(self._policy_version)))
@@ -143,6 +144,7 @@ class RemoteEngine:
         model, reduction = self._current_model(), self._known_reduction()
         counts = TokenCounts.of(samples, config.world_loss_target)
         gradients = step_gradients(samples, self._forward([s.token_ids.tolist() for s in samples]), counts, config)
+        self._check_sampled(sampler_gap(gradients.record))
         update = {"grad_norm": 0.0, "learning_rate": 0.0, "update_scale": 0.0, "skipped": 1.0}
         if gradients.norm > 0 and math.isfinite(gradients.norm):
             update = self._update(model, reduction, gradients, config)
@@ -153,6 +155,17 @@ class RemoteEngine:
         tokens |= dict.fromkeys(("policy_grad_norm", "world_grad_norm", "grad_norm_ratio"), math.nan)
         coefficient = {"world_model_coeff": config.world_coeff}
         return gradients.losses | coefficient | tokens | update | self._take_usage()
+
+    def _check_sampled(self, gap: float) -> None:
+        """Refuse a step whose actions have other log-probabilities than the sampler said, by ``gap`` on average."""
+        allowed = self.config.max_logprob_gap
+        if self._weights is not None and gap > allowed:  # sampled at this version; NaN where nothing was
+            raise SamplerFault(
+                "the service samples with other log-probabilities than it trains on: its forward pass differs from what it "
+                f"said of this step's actions by {gap:.2g} nats a token on average, and {allowed:g} is allowed. No update "
+                "was made. See whether it samples from the trained weights, and continue with `backtalk train --resume`; "
+                "if it only samples in less precision, raise engine.max_logprob_gap"
+            )
 
     def _forward(self, rows: Sequence[list[int]]) -> list[list[float]]:
         """Return the log-probability of each token, 0 for the first of a row."""

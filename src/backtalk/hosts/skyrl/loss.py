@@ -19,22 +19,33 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from skyrl.backends.skyrl_train.utils import ppo_utils  # pyright: ignore[reportMissingImports]
+from skyrl.backends.skyrl_train.utils.ppo_utils import (  # pyright: ignore[reportMissingImports]
+    PolicyLossRegistry,
+    compute_policy_loss_cispo,
+    compute_policy_loss_clip_cov,
+    compute_policy_loss_kl_cov,
+    dppo_policy_loss,
+    gspo_policy_loss,
+    ppo_policy_loss,
+    register_policy_loss,
+    rollout_is_policy_loss,
+    sapo_policy_loss,
+)
 from torch import Tensor
 
 from backtalk.errors import ConfigError
 
 PREFIX = "backtalk_"  # of a loss with the world-model term; the rest is SkyRL's name
 LOSSES: dict[str, Callable[..., tuple[Tensor, dict[str, float]]]] = {
-    "regular": ppo_utils.ppo_policy_loss,
-    "dual_clip": ppo_utils.ppo_policy_loss,
-    "gspo": ppo_utils.gspo_policy_loss,
-    "cispo": ppo_utils.compute_policy_loss_cispo,
-    "sapo": ppo_utils.sapo_policy_loss,
-    "clip_cov": ppo_utils.compute_policy_loss_clip_cov,
-    "kl_cov": ppo_utils.compute_policy_loss_kl_cov,
-    "dppo": ppo_utils.dppo_policy_loss,
-    "rollout_is": ppo_utils.rollout_is_policy_loss,
+    "regular": ppo_policy_loss,
+    "dual_clip": ppo_policy_loss,
+    "gspo": gspo_policy_loss,
+    "cispo": compute_policy_loss_cispo,
+    "sapo": sapo_policy_loss,
+    "clip_cov": compute_policy_loss_clip_cov,
+    "kl_cov": compute_policy_loss_kl_cov,
+    "dppo": dppo_policy_loss,
+    "rollout_is": rollout_is_policy_loss,
 }
 
 
@@ -44,10 +55,10 @@ def register_losses() -> None:
     Call it in the process that starts the training, before Ray: SkyRL sends its registry to the workers, which import
     this module, so Backtalk has to be installed on every node.
     """
-    known = ppo_utils.PolicyLossRegistry.list_available()
+    known = PolicyLossRegistry.list_available()
     for name in LOSSES:
         if PREFIX + name not in known:
-            ppo_utils.register_policy_loss(PREFIX + name)(_Loss(name))
+            register_policy_loss(PREFIX + name)(_Loss(name))
 
 
 class _Loss:

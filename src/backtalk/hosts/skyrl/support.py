@@ -7,10 +7,10 @@ from typing import Any
 
 from backtalk.errors import ConfigError
 from backtalk.hosts.skyrl.loss import LOSSES, PREFIX
+from backtalk.hosts.skyrl.version import moved
 from backtalk.objective.coefficient import Share
 from backtalk.objective.config import ObjectiveConfig, PolicyOptions
 
-VERSION = "0.4.0"  # tested
 REDUCTIONS = {
     "sequence_mean": "sequence_mean",
     "token_mean": "token_mean",
@@ -24,6 +24,7 @@ _OF_A_GROUP = (
     *("min_valid_calls", "min_clean_turns", "min_correct"),
     *("entropy_share", "entropy_weights", "return_adaptive"),
 )
+_METHODS = ("postprocess_generator_output", "convert_to_training_input", "_normalize_advantages")  # overridden
 _OF_ITS_GENERATOR = ("zero_reward_on_non_stop", "apply_overlong_filtering", "merge_stepwise_output", "batched")
 
 
@@ -59,6 +60,13 @@ def algorithm_settings(objective: ObjectiveConfig) -> dict[str, Any]:
     if objective.max_seq_len is not None:
         settings["trainer.algorithm.max_seq_len"] = objective.max_seq_len
     return settings
+
+
+def check_trainer(trainer_class: type) -> None:
+    """Raise ConfigError where SkyRL's trainer lacks a method that the world-model term is built on."""
+    missing = [name for name in _METHODS if not callable(getattr(trainer_class, name, None))]
+    if missing:
+        raise ConfigError(moved(f"its RayPPOTrainer has no {', '.join(missing)}"))
 
 
 def check_settings(cfg: Any, objective: ObjectiveConfig) -> None:

@@ -31,7 +31,7 @@ from backtalk.hosts.skyrl.rows import (
     response_weights,
     samples_of,
 )
-from backtalk.hosts.skyrl.support import check_settings, check_token_roles
+from backtalk.hosts.skyrl.support import check_settings, check_token_roles, check_trainer
 from backtalk.objective.coefficient import Schedule
 from backtalk.objective.config import ObjectiveConfig, WorldNormalizer, WorldOptions
 from backtalk.objective.roles import WorldLossTarget
@@ -50,7 +50,7 @@ class EchoTrainer(_Trainer):
         policy_coeff: factor of the policy term; 0 learns from observations alone.
 
     Raises:
-        ConfigError: a setting that cannot be kept exactly.
+        ConfigError: a setting that cannot be kept exactly, or a SkyRL that has moved on.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class EchoTrainer(_Trainer):
         policy_coeff: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        check_trainer(RayPPOTrainer)
         self.objective = ObjectiveConfig(
             world_model_coeff=world_model_coeff,
             world_normalizer=world_normalizer,
