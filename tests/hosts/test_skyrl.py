@@ -494,18 +494,15 @@ def test_a_method_that_was_renamed_is_named() -> None:
     class Moved:
         postprocess_generator_output = convert_to_training_input = print
 
-    with pytest.raises(
-        ConfigError, match=r"SkyRL 0\.4\.0 is not as .* has no _normalize_advantages; .* 'skyrl==0\.4\.0'"
-    ):
+    with pytest.raises(ConfigError, match=r"SkyRL 0\.4\.0 is not as .* has no _normalize_adv.*skyrl==0\.4\.0"):
         check_trainer(Moved)
 
 
 def test_a_function_that_was_renamed_is_named() -> None:
-    program = "import skyrl.backends.skyrl_train.utils.ppo_utils as utils; del utils.sapo_policy_loss; import backtalk.hosts.skyrl"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert re.search(r"ConfigError: SkyRL 0\.4\.0 is not as .*'sapo_policy_loss'.* 'skyrl==0\.4\.0'", done.stderr), (
-        done.stderr
-    )
+    program = "from skyrl.backends.skyrl_train.utils import ppo_utils; del ppo_utils.sapo_policy_loss"
+    command = [sys.executable, "-c", f"{program}; import backtalk.hosts.skyrl"]
+    said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    assert re.search(r"ConfigError: SkyRL 0\.4\.0 is not as .*'sapo_policy_loss'.*skyrl==0\.4\.0", said), said
 
 
 @pytest.mark.parametrize(
