@@ -162,8 +162,8 @@ class RemoteEngine:
         if self._weights is not None and gap > allowed:  # sampled at this version; NaN where nothing was
             raise SamplerFault(
                 "the service samples with other log-probabilities than it trains on: its forward pass differs by "
-                f"{gap:.2g} nats a token on average from what it said of this step's actions, and {allowed:g} is allowed. "
-                "No update was made. See whether it samples from the trained weights, and continue with "
+                f"{gap:.2g} nats a token on average from what it said of this step's actions, and {allowed:g} is "
+                "allowed. No update was made. See whether it samples from the trained weights, and continue with "
                 "`backtalk train --resume`; if it only samples in less precision, raise engine.max_logprob_gap"
             )
 
