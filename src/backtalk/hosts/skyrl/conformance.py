@@ -42,6 +42,13 @@ from backtalk.hosts.skyrl.rows import SAMPLES, policy_factors, row
 from backtalk.hosts.skyrl.support import algorithm_settings
 from backtalk.hosts.skyrl.trainer import EchoTrainer
 
+START_TRIES = 5  # of Ray
+# What Ray gives its own processes to start.
+PATIENCE = {
+    "RAY_gcs_server_port_wait_time_s": "600",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_agent_register_timeout_ms": "600000",
+}
 _Worker: Any = PolicyWorkerBase
 _Strategy: Any = DistributedStrategy
 _Group: Any = PPORayActorGroup
@@ -271,7 +278,20 @@ class CpuActors(_Group):
 
 
 def start_ray() -> None:
-    """Start a Ray of this machine alone, unless one runs; it ends with this process."""
-    if not ray.is_initialized():
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR", namespace="backtalk")
-        atexit.register(ray.shutdown)
+    """Start a Ray of this machine alone, unless one runs; it ends with this process.
+
+    Ray gives its node 30 seconds to start, whatever its settings say, so on a busy machine it is tried again.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.update(PATIENCE | os.environ)
+    atexit.register(ray.shutdown)
+    settings = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", "namespace": "backtalk"}
+    for left in reversed(range(START_TRIES)):
+        try:
+            ray.init(num_cpus=2, **settings)
+            return
+        except Exception as error:  # Ray's own are plain ones
+            ray.shutdown()
+            if left == 0 or "timed out during startup" not in str(error):
+                raise
