@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from collections import Counter
 from pathlib import Path
@@ -55,3 +56,17 @@ def test_the_study_can_be_read_and_each_arm_has_its_world(depots: Any, monkeypat
     options = {arm: study.config(arm, 0).tasks.sources[0].options for arm in study.arms}
     assert {arm for arm, given in options.items() if given.get("lying")} == {"lying", "grpo_lying"}
     assert study.config("grpo_lying", 0).objective.world_model_coeff == 0
+
+
+async def test_the_script_that_teaches_finds_two_folders_in_four(depots: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it looks by `ls` or by `cat` first, it reads the code in half of the tasks, and guesses in the others."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which the program extends
+    teach = runpy.run_path(str(RECIPE / "teach.py"))
+    world, found = depots.DepotWorld(depth=1, redrawn=True), 0
+    for number in range(200):
+        task = world.task(depots.DEPOTS[number % 12], teach["FIRST"] + number)
+        _, turns = await teach["play"](task, 1, depots.Random(f"test/{number}"))
+        submitted, message = turns[-1]
+        assert len(turns) in (2, 3) and submitted.tool == "submit" and message is None
+        found += submitted.arguments["answer"] == task.metadata["code"]
+    assert 80 < found < 120  # 100 expected, standard deviation 7
