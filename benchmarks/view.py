@@ -71,6 +71,11 @@ def write_run(folder: Path, rollouts: int) -> Path:
     return folder
 
 
+FILTER = "reward<0.5 task:task-1"
+IS_READ = """(before) => {
+    const isRead = document.querySelector(".scroller").ariaBusy === "false";
+    return isRead && document.querySelector(".summary").textContent !== before;
+}"""
 SCROLL = """async () => {
     const table = document.querySelector(".scroller");
     let last = performance.now(), worst = 0;
@@ -130,8 +135,14 @@ def memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def peak_mb(pid: int) -> float:
+    """Return the most memory that a process has held."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
 def in_browser(folder: Path, rollouts: int) -> dict[str, str]:
-    """Return first paint, first rows, the longest frame of a scroll through all rows, and the long rollout's tokens."""
+    """Return what a person waits for: paint, rows, a filter, the longest frame of a scroll, tokens; and memory."""
     from playwright.sync_api import sync_playwright
 
     port = 7990
@@ -155,16 +166,23 @@ def in_browser(folder: Path, rollouts: int) -> dict[str, str]:
             rows["browser: first rows, s"] = f"{time.perf_counter() - started:.2f}"
             paint = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
             rows["browser: first paint, ms"] = f"{page.evaluate(paint):.0f}"
-            page.wait_for_function(
-                "!document.querySelector('.summary').textContent.includes('still to read')", timeout=300_000
-            )
+            page.wait_for_function(IS_READ, arg=None, timeout=300_000)
+            rows["browser: all read, s"] = f"{time.perf_counter() - started:.2f}"
             rows["browser: longest frame of a scroll, ms"] = f"{page.evaluate(SCROLL):.0f}"
+            started = time.perf_counter()
+            page.fill(".filter input", FILTER)
+            page.wait_for_function(IS_READ, arg=page.locator(".summary").inner_text())
+            rows["browser: filter, s"] = f"{time.perf_counter() - started:.2f}"
             started = time.perf_counter()
             page.goto(
                 f"http://127.0.0.1:{port}/#/rollout?run={folder.name}&part=train-{rollouts // A_FILE}&row=0&tokens=1"
             )
             page.wait_for_selector(".token")
             rows["browser: tokens of the long rollout, s"] = f"{time.perf_counter() - started:.2f}"
+            longest = page.evaluate(SCROLL.replace(".scroller", "main"))
+            rows["browser: longest frame of its scroll, ms"] = f"{longest:.0f}"
+            rows["browser: memory of scripts, MB"] = f"{page.evaluate('performance.memory.usedJSHeapSize') / 1e6:.0f}"
+            rows["server: memory, MB"] = f"{peak_mb(server.pid):.0f}"
             launched.close()
     finally:
         server.terminate()

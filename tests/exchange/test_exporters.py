@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+import subprocess
+import sys
 import tomllib
+from contextlib import closing
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -234,6 +238,29 @@ def test_a_log_of_inspect_is_one_that_inspect_reads(tmp_path: Path) -> None:
     assert [message.text for message in sample.messages] == ["do", "ls", "a b", "cat", "c"]
     assert (sample.scores["reward"].value, sample.messages[2].function) == (0.5, "bash")
     assert broken.error.message == "SandboxError in step: it broke" and read.results.scores[0].name == "reward"
+
+
+def test_traces_are_logged_as_trackio_keeps_them(tmp_path: Path) -> None:
+    pytest.importorskip("trackio", reason="pip install trackio, to log traces")
+    write_trajectories(tmp_path / "t.jsonl", [SAMPLED, FAILED])
+    out = tmp_path / "logs" / "mine.db"
+    export = ["export", str(tmp_path / "t.jsonl"), "--format", "trackio", "--out", str(out)]
+    done = subprocess.run([sys.executable, "-m", "backtalk.cli", *export], capture_output=True, text=True)
+    assert done.returncode == 0 and "Written: 2" in done.stdout, done.stderr
+    with closing(sqlite3.connect(out)) as database:
+        rows = database.execute(
+            "SELECT run_name, step, messages, metadata, spans FROM traces ORDER BY rowid"
+        ).fetchall()
+    (run, step, *first), (_, _, *second) = rows
+    messages, metadata, spans = map(json.loads, first)
+    _, broken, (root, *_) = map(json.loads, second)
+    assert (run, step, metadata["reward"], metadata["tokens"]["ACTION"]) == ("t", 7, 0.5, 4)
+    assert [m["content"] for m in messages] == ["do", "ls", "a b", "cat", "c"]
+    assert [(s["kind"], s.get("usage")) for s in spans] == [
+        ("span", None), ("generation", {"input_tokens": 3, "output_tokens": 2}), ("tool", None),
+        ("generation", {"input_tokens": 10, "output_tokens": 2}), ("tool", None),
+    ]  # fmt: skip
+    assert broken["status"] == root["status"] == "error" and "it broke" in root["error"]
 
 
 def test_the_command_writes_for_other_trainers(tmp_path: Path) -> None:

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from backtalk.trajectory import Trajectory
 
 
-Target = Literal["rfc010", "episode-record", "training-trace", "atif", "inspect", "prime-rl", "verl"]
+Target = Literal["rfc010", "episode-record", "training-trace", "atif", "inspect", "trackio", "prime-rl", "verl"]
+SUFFIXES = {
+    "prime-rl": (".toml", "as TOML"),
+    "inspect": (".json", "as one log"),
+    "trackio": (".db", "the database of a project"),
+}
 LossTarget = Literal["env_only", "all"]  # RFC 010's world_loss_target
 
 
@@ -29,7 +34,10 @@ def export(
     ],
     target: Annotated[Target, typer.Option("--format", help="What to write.")],
     out: Annotated[
-        Path, typer.Option(help="Where to write: a name in .jsonl, one record a line; inspect: .json, prime-rl: .toml.")
+        Path,
+        typer.Option(
+            help="Where to write: a name in .jsonl, one record a line; inspect: .json, trackio: .db, prime-rl: .toml."
+        ),
     ],
     model: Annotated[str, typer.Option(help="Whose tokens they are: a folder, a Hugging Face name, or base.")] = "base",
     source: Annotated[
@@ -46,6 +54,7 @@ def export(
     where a trajectory cannot be written in that format; the others are.
 
     `--format inspect` writes one log that `inspect view` opens: messages, rewards as scores, limits and errors.
+    `--format trackio --out FOLDER/PROJECT.db` logs traces that `TRACKIO_DIR=FOLDER trackio show` shows.
 
     `--format prime-rl` (a .toml) and verl translate the coefficient of the world-model term, measured on these
     rollouts. The objective is that of the run folder, or the default, with what --set says.
@@ -57,9 +66,7 @@ def export(
     from backtalk.language.tokenizer import model_location
     from backtalk.run.log.sources import read_rollouts, record_reader
 
-    suffix, what = {"prime-rl": (".toml", "as TOML"), "inspect": (".json", "as one log")}.get(
-        target, (".jsonl", "one record a line")
-    )
+    suffix, what = SUFFIXES.get(target, (".jsonl", "one record a line"))
     if out.suffix != suffix:
         raise ConfigError(f"--out {out} ends in {out.suffix!r}; end the name in {suffix}, {what}")
     objective = _objective(files, target, list(settings or []))
@@ -69,12 +76,19 @@ def export(
     )
     refused = [f"{refusal.where}: {refusal.reason}" for refusal in read.refusals]
     name = files[0].resolve().stem
-    text, notes = _write(read.trajectories, target, loss_target, model, objective, refused, name)
+    if target == "trackio":
+        from backtalk.exchange.write.trackio_traces import write_traces
+
+        write_traces(out, read.trajectories, run=name, model_name=model)
+        text, notes = None, []
+    else:
+        text, notes = _write(read.trajectories, target, loss_target, model, objective, refused, name)
     for reason in refused:
         typer.echo(f"Refused: {reason}", err=True)
-    if not text:
+    if text == "" or not read.trajectories:
         raise ConfigError(f"nothing could be exported, so {out} was not written; the reasons stand above")
-    write_bytes(out, text.encode())
+    if text is not None:
+        write_bytes(out, text.encode())
     typer.echo("\n".join([f"Written: {len(read.trajectories) - len(refused) + len(read.refusals)} to {out}", *notes]))
     if refused:
         raise typer.Exit(1)
