@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import shutil
 import subprocess
 import sys
@@ -100,7 +100,7 @@ def measure(folder: Path, rollouts: int) -> dict[str, str]:
     """Return what each question takes."""
     library = Library([folder])
     viewer = Viewer(library)
-    before = memory_mb()
+    before = peak_mb(os.getpid())
 
     def ask(**params: Any) -> dict[str, Any]:
         return viewer.rollouts({name: str(value) for name, value in params.items()})
@@ -126,13 +126,8 @@ def measure(folder: Path, rollouts: int) -> dict[str, str]:
     rows[f"open one of {LONG:,} tokens"], _ = timed(lambda: viewer.rollout(which))
     rows["its tokens"], tokens = timed(lambda: json.dumps(viewer.tokens(which)))
     rows["its tokens, MB"] = f"{len(tokens) / 1e6:.1f}"
-    rows["memory, MB more"] = f"{memory_mb() - before:.0f}"
+    rows["memory, MB more"] = f"{peak_mb(os.getpid()) - before:.0f}"
     return rows
-
-
-def memory_mb() -> float:
-    """Return the most memory that this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def peak_mb(pid: int) -> float:

@@ -98,6 +98,7 @@ class Failure:
     phase: str  # "reset", "sample", "step", "score"
     error: str  # name of the exception class
     message: str
+    traceback: str = field(default="", compare=False)  # the end of it, for people
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -401,6 +401,7 @@ async def test_a_broken_sandbox_is_a_failure_without_a_reward(
     assert (t.stop_reason, t.reward) == (StopReason.FAILED, None)
     assert t.failure is not None
     assert (t.failure.phase, t.failure.error, t.failure.message) == (where, "SandboxError", "the sandbox died")
+    assert t.failure.traceback.endswith("SandboxError: the sandbox died\n") and "test_rollout.py" in t.failure.traceback
     assert text_of(t, ACTION) == said
     assert world.events == events
 

@@ -153,7 +153,7 @@ def test_a_failure_has_a_phase_under_its_name_before_version_3_too() -> None:
     data = trajectory_to_dict(
         Trajectory(task_id="t", sample_index=0, segments=(), failure=failure, stop_reason=StopReason.FAILED)
     )
-    assert data["failure"] == {"phase": "step", "error": "SandboxError", "message": "gone"}
+    assert data["failure"] == {"phase": "step", "error": "SandboxError", "message": "gone", "traceback": ""}
     old = {**data, "failure": {"where": "step", "error": "SandboxError", "message": "gone"}}
     assert trajectory_from_dict(data).failure == trajectory_from_dict(old).failure == failure
 

@@ -23,6 +23,7 @@ from backtalk.trajectory import (
 
 BASE = Path(str(resources.files("backtalk"))) / "assets" / "base_model" / "tokenizer.json"
 TOKENIZER = Tokenizer.from_file(str(BASE))
+TRACEBACK = 'File "shell.py", line 7, in step <i>'
 HOSTILE = "\x1b[31mred\x1b[0m <script>alert(1)</script> \u202eevil\u202c\n"
 HEAD, TAIL = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 
@@ -53,7 +54,7 @@ def rollout(task: str, index: int, reward: float | None, said: str, turns: int =
         messages=tuple(messages),
         reward=reward,
         stop_reason=StopReason.FAILED if failed else StopReason.SUBMITTED,
-        failure=Failure("step", "SandboxError", "bwrap <b>died</b>") if failed else None,
+        failure=Failure("step", "SandboxError", "bwrap <b>died</b>", TRACEBACK) if failed else None,
         stats={"invalid_calls": float(index)},
     )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded import HEAD, HOSTILE, TAIL, TOKENIZER, A, B, encode, weigh, write_run, write_step
+from recorded import HEAD, HOSTILE, TAIL, TOKENIZER, TRACEBACK, A, B, encode, weigh, write_run, write_step
 from starlette.testclient import TestClient
 
 from backtalk.cli.view import view
@@ -223,7 +223,7 @@ def test_a_step_that_has_not_trained_has_no_weights(run: Path, viewer_of: Callab
     assert (shown["trained"], shown["advantage"]) == (False, None)
     assert all("policy" not in segment for segment in shown["segments"])
     failed = viewer_of(run).rollout({"run": "echo_seed1", "part": "train-1", "row": "3"})
-    assert failed["failure"]["message"] == "bwrap <b>died</b>"
+    assert (failed["failure"]["message"], failed["failure"]["traceback"]) == ("bwrap <b>died</b>", TRACEBACK)
     assert failed["trained"] and failed["advantage"] is None  # outside the baseline, and its output still teaches
     assert next(row for row in failed["roles"] if row["role"] == "ENV_OUTPUT")["world_tokens"] > 0
 

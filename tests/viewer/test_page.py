@@ -19,7 +19,7 @@ from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import pytest
-from recorded import A, encode, write_run, write_step
+from recorded import TRACEBACK, A, encode, write_run, write_step
 from studied import ARMS, write_foreign, write_study
 
 from backtalk.run.log import RunLog, read_trajectories
@@ -237,6 +237,8 @@ def test_hostile_text_is_shown_and_runs_nothing(page: Any, address: str) -> None
     page.goto(f"{address}#/rollout?run=echo_seed1&part=train-0&row=3")
     page.wait_for_selector(".failure")
     assert "bwrap <b>died</b>" in text_of(page, ".failure")
+    page.locator(".failure summary").click()
+    sync_api.expect(page.locator(".failure details pre")).to_have_text(TRACEBACK, timeout=WAIT_MS)
 
 
 def test_a_study_of_five_arms_and_five_seeds_shows_its_arms_together(page: Any, tmp_path: Path) -> None:

@@ -61,7 +61,6 @@ def export(
 
     Example: `backtalk export runs/mine --format prime-rl --out algo.toml`.
     """
-    from backtalk.files import write_bytes
     from backtalk.language.renderer import Renderer, RendererConfig
     from backtalk.language.tokenizer import model_location
     from backtalk.run.log.sources import read_rollouts, record_reader
@@ -76,22 +75,27 @@ def export(
     )
     refused = [f"{refusal.where}: {refusal.reason}" for refusal in read.refusals]
     name = files[0].resolve().stem
-    if target == "trackio":
-        from backtalk.exchange.write.trackio_traces import write_traces
-
-        write_traces(out, read.trajectories, run=name, model_name=model)
-        text, notes = None, []
-    else:
-        text, notes = _write(read.trajectories, target, loss_target, model, objective, refused, name)
+    text, notes = _write(read.trajectories, target, loss_target, model, objective, refused, name)
     for reason in refused:
         typer.echo(f"Refused: {reason}", err=True)
-    if text == "" or not read.trajectories:
+    if not text:
         raise ConfigError(f"nothing could be exported, so {out} was not written; the reasons stand above")
-    if text is not None:
-        write_bytes(out, text.encode())
+    _save(out, target, text, name)
     typer.echo("\n".join([f"Written: {len(read.trajectories) - len(refused) + len(read.refusals)} to {out}", *notes]))
     if refused:
         raise typer.Exit(1)
+
+
+def _save(out: Path, target: Target, text: str, name: str) -> None:
+    """Write the text into a file, or log its traces."""
+    from backtalk.files import write_bytes
+
+    if target == "trackio":
+        from backtalk.exchange.write.trackio_traces import log_traces
+
+        log_traces(out, [json.loads(line) for line in text.splitlines()], run=name)
+    else:
+        write_bytes(out, text.encode())
 
 
 def _rollouts_of(path: Path) -> list[Path]:
@@ -155,6 +159,10 @@ def _writer(
 
     if objective is not None:
         return partial(to_verl, target=objective.world_loss_target)
+    if target == "trackio":
+        from backtalk.exchange.write.trackio_traces import to_trace
+
+        return lambda trajectory: [to_trace(trajectory, model_name=model)]
     if target == "atif":
         return lambda trajectory: [to_atif(trajectory, model_name=model)]
     writers = {"rfc010": to_rfc010, "episode-record": to_episode_record, "training-trace": to_training_trace}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any, Literal
 
 from backtalk.errors import DataError
@@ -57,13 +56,14 @@ def to_rfc010(trajectory: Trajectory, world_loss_target: Rfc010Target = "env_onl
 
 
 def facts(trajectory: Trajectory) -> dict[str, Any]:
-    """Return what formats of others have no field for, apart from segments."""
+    """Return what formats of others have no field for, apart from segments and the paths of a traceback."""
+    failure = trajectory.failure
     return {
         "task_id": trajectory.task_id,
         "sample_index": trajectory.sample_index,
         "policy_version": trajectory.policy_version,
         "stop_reason": trajectory.stop_reason.value,
-        "failure": trajectory.failure and asdict(trajectory.failure),
+        "failure": failure and {"phase": failure.phase, "error": failure.error, "message": failure.message},
         "stats": dict(trajectory.stats),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from backtalk.spans import timed
 from backtalk.tasks.task import Task
 from backtalk.trajectory import Failure, Segment, StopReason, TokenRole, Trajectory
 
+MAX_TRACEBACK_CHARS = 8_000  # kept of a failure's traceback: its end
 _OBSERVATION_ROLES = (TokenRole.ENV_OUTPUT, TokenRole.WARNING)
 _SECONDS = {"reset": "reset_seconds", "sample": "sample_seconds", "step": "env_seconds", "score": "score_seconds"}
 _COUNTS = (
@@ -104,7 +106,8 @@ class Recorder:
     def fail(self, error: Exception) -> None:
         """Record that the environment, the sampler or the verifier broke: no reward, and everything so far is kept."""
         self.stop_reason, self.reward = StopReason.FAILED, None
-        self.failure = Failure(self.phase, type(error).__name__, str(error))
+        told = "".join(traceback.format_exception(error))
+        self.failure = Failure(self.phase, type(error).__name__, str(error), told[-MAX_TRACEBACK_CHARS:])
 
     @property
     def has_acted(self) -> bool:

@@ -82,7 +82,7 @@ def _sample(trajectory: Trajectory, epoch: int, model_name: str) -> dict[str, An
         sample["limit"] = {"type": _LIMITS[trajectory.stop_reason], "limit": reached}
     if failure := trajectory.failure:
         message = f"{failure.error} in {failure.phase}: {failure.message}"
-        sample["error"] = {"message": message, "traceback": "", "traceback_ansi": ""}
+        sample["error"] = {"message": message, "traceback": failure.traceback, "traceback_ansi": failure.traceback}
     return sample
 
 

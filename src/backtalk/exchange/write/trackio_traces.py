@@ -46,8 +46,8 @@ def to_trace(trajectory: Trajectory, *, model_name: str) -> dict[str, Any]:
     }
 
 
-def write_traces(path: Path, trajectories: Sequence[Trajectory], *, run: str, model_name: str) -> None:
-    """Log trajectories to Trackio's database ``FOLDER/PROJECT.db``, by the steps of their policies.
+def log_traces(path: Path, traces: Sequence[Mapping[str, Any]], *, run: str) -> None:
+    """Log what ``to_trace`` returned to Trackio's database ``FOLDER/PROJECT.db``, by the steps of their policies.
 
     Raises:
         ConfigError: Trackio is not installed.
@@ -58,9 +58,8 @@ def write_traces(path: Path, trajectories: Sequence[Trajectory], *, run: str, mo
     except ModuleNotFoundError as error:
         raise ConfigError("--format trackio needs Trackio; type: pip install 'backtalk[track]'") from error
     trackio.init(project=path.stem, name=run, embed=False, auto_log_gpu=False)
-    for trajectory in trajectories:
-        trace = trackio.Trace(**to_trace(trajectory, model_name=model_name))
-        trackio.log({"rollout": trace}, step=trajectory.policy_version)
+    for trace in traces:
+        trackio.log({"rollout": trackio.Trace(**trace)}, step=trace["metadata"]["policy_version"])
     trackio.finish()
 
 

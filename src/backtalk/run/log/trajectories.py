@@ -48,7 +48,7 @@ def trajectory_from_dict(data: Mapping[str, Any]) -> Trajectory:
         failure = data["failure"]
         if failure is not None:
             phase = failure["where" if "where" in failure else "phase"]  # "where" in records of versions 1 and 2
-            failure = Failure(phase, failure["error"], failure["message"])
+            failure = Failure(phase, failure["error"], failure["message"], failure.get("traceback", ""))
         return Trajectory(
             task_id=data["task_id"],
             sample_index=data["sample_index"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import accumulate
 from typing import Any
 
@@ -116,6 +117,5 @@ def _bodies(trajectory: Trajectory) -> Iterator[tuple[int, int, bool]]:
 
 
 def facts_of_failure(trajectory: Trajectory) -> Mapping[str, str] | None:
-    """Return phase, error and message of a failure; None where there was none."""
-    failure = trajectory.failure
-    return failure and {"phase": failure.phase, "error": failure.error, "message": failure.message}
+    """Return phase, error, message and traceback of a failure; None where there was none."""
+    return trajectory.failure and asdict(trajectory.failure)

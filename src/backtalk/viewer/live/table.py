@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -97,7 +98,7 @@ def read_facts(run: str, part: Part) -> Any:
         "kind": [part.kind] * n,
         "task": tasks,
         "stop": table["stop_reason"],
-        "failure": table["failure"],
+        "failure": [text and _short_failure(text) for text in table["failure"].to_pylist()],
         "step": [part.step] * n,
         "row": np.arange(n),
         "group": _group_numbers(tasks, samples),
@@ -110,6 +111,11 @@ def read_facts(run: str, part: Part) -> Any:
         **{name: _stat(table["stats"], stat) for name, stat in STATS.items()},
     }
     return pa.table([_as(columns[field.name], field.type) for field in _schema()], schema=_schema())
+
+
+def _short_failure(text: str) -> str:
+    """Return a failure as JSON without its traceback, which the table does not show."""
+    return json.dumps({name: value for name, value in json.loads(text).items() if name != "traceback"})
 
 
 def compute() -> Any:

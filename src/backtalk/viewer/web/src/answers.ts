@@ -63,6 +63,7 @@ export interface Failure {
   phase: string;
   error: string;
   message: string;
+  traceback?: string; // of one rollout, not of a row
 }
 
 export interface Row {

@@ -170,7 +170,7 @@ function outputBody(segments: Segment[], raw: boolean): HTMLElement {
   return h("div", { class: "screen" }, parts);
 }
 
-function failure({ phase, error, message }: Failure): HTMLElement {
+function failure({ phase, error, message, traceback }: Failure): HTMLElement {
   const about =
     "The infrastructure broke, so there is no reward; what the environment had said by then can still be learned from.";
   return h(
@@ -179,5 +179,6 @@ function failure({ phase, error, message }: Failure): HTMLElement {
     h("h2", {}, `Failed in ${phase}: ${error}`),
     h("p", {}, about),
     h("pre", {}, visible(message || "it said nothing")),
+    traceback ? h("details", {}, h("summary", {}, "traceback"), h("pre", {}, visible(traceback))) : null,
   );
 }

@@ -12,7 +12,8 @@ const COLOURINGS = {
 };
 const SURPRISING = 5; // nats of the strongest colour
 const CHANGED = 3; // nats that a token got better or worse, of the strongest colour
-const CHUNK = 2000; // tokens that are made at a time; a chunk ends with a line
+const CHUNK = 400; // tokens that are made at a time; a chunk ends with a line, where one ends soon
+const MOST = 2000; // tokens of a chunk
 
 type Side = string | null; // the checkpoint that a column is of
 type Span = HTMLSpanElement & { position: number; side: Side };
@@ -91,8 +92,9 @@ export class TokenView {
 
   private paint(span: Span): void {
     const how = span.side ? `ce ${span.side}` : this.colouring;
-    const value = how === "role" ? null : this.strength(span.position, how);
     span.classList.toggle("shaded", how !== "role");
+    if (how === "role") return;
+    const value = this.strength(span.position, how);
     span.style.setProperty("--strength", String(Math.round(Math.abs(value ?? 0) * 100)));
     span.classList.toggle("negative", value !== null && (how.startsWith("ce ") ? value > 0 : value < 0));
   }
@@ -198,7 +200,7 @@ export class TokenView {
     const made: Chunk[] = [];
     for (let start = first; start < last;) {
       let end = Math.min(last, start + CHUNK);
-      while (end < last && !this.tokens.texts[end - 1].includes("\n") && end < start + 2 * CHUNK) end += 1;
+      while (end < last && !this.tokens.texts[end - 1].includes("\n") && end < start + MOST) end += 1;
       made.push(this.chunk(start, end, side));
       start = end;
     }
