@@ -13,17 +13,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import pytest
-from recorded import TRACEBACK, A, encode, write_run, write_step
+from recorded import TRACEBACK, A, B, encode, write_run, write_step
 from studied import ARMS, write_foreign, write_study
 
 from backtalk.run.log import RunLog, read_trajectories
-from backtalk.trajectory import TokenRole
+from backtalk.trajectory import Failure, TokenRole, TrajectoryGroup
 from backtalk.viewer.live.export import write_page
 
 Axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="scripts/viewer brings axe").Axe
@@ -264,7 +265,7 @@ def test_a_study_of_five_arms_and_five_seeds_shows_its_arms_together(page: Any, 
         told = {arm: [text.strip() for text in cells] for arm, *cells in rows}
         assert told["grpo"][:3] == ["0 of 5 seeds", "1", "0.5"] and told["echo"][:3] == ["5 of 5 seeds", "1", "1.5"]
         assert told["before training"][3] == "no idea" and told["matched"][3] == "total 12"
-        assert "0 % → 100 %" in page.locator("table.kinds tr", has_text="echo_seed0").first.inner_text()
+        assert "0 % → 100 %" in (page.locator("table.kinds tr", has_text="echo_seed0").first.text_content() or "")
         links = rows_of(page, address, "reward=1 step:1", "step", "desc")
         assert len(links) >= 20 and "run=action_masked_seed0" in links[0]
         assert "25 rollouts" in text_of(page, ".summary")
@@ -321,3 +322,21 @@ def test_a_phone_shows_everything_without_scrolling_sideways(
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("document.getElementById('main').scrollWidth") <= 390
     context.close()
+
+
+def test_a_task_called_like_a_path_and_a_line_of_five_megabytes_harm_nothing(
+    page: Any, run: Path, address: str
+) -> None:
+    log = RunLog(run.parent / "hostile")
+    log.write_config(RunLog(run).read_config())
+    shutil.copytree(RunLog(run).tokenizer_path, log.tokenizer_path)
+    line = "\ud800<img src=x onerror=alert(1)>" + "A" * 5_000_000
+    failed = replace(B.trajectories[1], task_id="../../x", failure=Failure("step", "SandboxError", line))
+    log.write_groups(0, [TrajectoryGroup("../../x", (failed,))])
+    page.goto(f"{address}#/rollouts?q=failure:sandboxerror+task:..%2F..%2Fx")
+    page.locator(".space .row a").first.click()
+    sync_api.expect(page.locator(".failure pre")).to_contain_text("<img src=x onerror=alert(1)>AAAA", timeout=WAIT_MS)
+    assert "U+D800" in text_of(page, ".failure pre") and "more characters" in text_of(page, ".failure .more")
+    with page.expect_download() as saved:
+        page.keyboard.press("x")
+    assert saved.value.suggested_filename == "_.._x-train-0-1.jsonl"

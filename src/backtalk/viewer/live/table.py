@@ -15,6 +15,7 @@ from backtalk.run.log.scores import read_scored
 from backtalk.trajectory import TokenRole
 from backtalk.viewer.live.sources import Part, Source, Stamp, parts_of
 
+MESSAGE_CHARS = 300  # of a failure
 BUDGET_S = 0.4  # of one request; the files left are read by the next ones
 STATS = {  # column: name in a trajectory's stats
     "invalid": "invalid_calls",
@@ -114,8 +115,11 @@ def read_facts(run: str, part: Part) -> Any:
 
 
 def _short_failure(text: str) -> str:
-    """Return a failure as JSON without its traceback, which the table does not show."""
-    return json.dumps({name: value for name, value in json.loads(text).items() if name != "traceback"})
+    """Return a failure as JSON without its traceback, and with the beginning of its message."""
+    failure = json.loads(text)
+    return json.dumps(
+        {"phase": failure["phase"], "error": failure["error"], "message": failure["message"][:MESSAGE_CHARS]}
+    )
 
 
 def compute() -> Any:

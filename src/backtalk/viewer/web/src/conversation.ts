@@ -178,7 +178,7 @@ function failure({ phase, error, message, traceback }: Failure): HTMLElement {
     { class: "failure", role: "group", "aria-label": "failure" },
     h("h2", {}, `Failed in ${phase}: ${error}`),
     h("p", {}, about),
-    h("pre", {}, visible(message || "it said nothing")),
+    folded(message || "it said nothing", visible, ""),
     traceback ? h("details", {}, h("summary", {}, "traceback"), h("pre", {}, visible(traceback))) : null,
   );
 }

@@ -2,10 +2,11 @@
 
 import type { Dreamed, Interval, Knowledge, Maybe, Probe } from "./answers";
 import { isKnown } from "./charts";
-import { type Child, h, number, percent, table, visible } from "./dom";
+import { type Child, h, number, percent, plural, table, visible } from "./dom";
 import type { Context } from "./state";
 
 const MOST = 8; // examples that are shown
+const MOST_ROWS = 10; // of the table of runs that is open at once
 const BEFORE = "before training";
 const METRICS: [name: string, title: string, isShare: boolean][] = [
   ["true_preferred", "true answer preferred", true],
@@ -37,11 +38,9 @@ function measured(runs: Knowledge[]): Child {
     "Counterfactual probe: of each rollout one answer against the answer to another command at the same task, in the same " +
     "place; how often the true one has fewer nats a token. One half is knowing nothing of what commands do. Lines and " +
     "answers are written by the policy itself, before it sees them. Brackets are 95 % intervals over tasks.";
-  return card(
-    "What each policy knows of its environment",
-    table("Knowledge of the environment", heads, rows),
-    note(about),
-  );
+  const made = table("Knowledge of the environment", heads, rows);
+  const folded = rows.length > MOST_ROWS ? h("details", {}, h("summary", {}, plural(rows.length, "row")), made) : made;
+  return card("What each policy knows of its environment", folded, note(about));
 }
 
 type Estimate = Interval | null | undefined;

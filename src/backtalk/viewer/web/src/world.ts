@@ -41,8 +41,8 @@ export async function world(main: HTMLElement, params: URLSearchParams, context:
         checkpoints.length ? [summary(found), byKind(checkpoints), calibration(checkpoints)] : null,
         checkpoints.length || known.length ? null : unscored(),
         checkpoints.length ? changed(found, choose) : null,
-        knowledge(known, context),
         studies(found.studies, ({ metric }) => KNOWLEDGE.test(metric)),
+        knowledge(known, context),
         found.problems.length
           ? h(
               "ul",
