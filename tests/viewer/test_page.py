@@ -324,9 +324,7 @@ def test_a_phone_shows_everything_without_scrolling_sideways(
     context.close()
 
 
-def test_a_task_called_like_a_path_and_a_line_of_five_megabytes_harm_nothing(
-    page: Any, run: Path, address: str
-) -> None:
+def test_a_task_called_like_a_path_and_a_line_of_five_megabytes_do_no_harm(page: Any, run: Path, address: str) -> None:
     log = RunLog(run.parent / "hostile")
     log.write_config(RunLog(run).read_config())
     shutil.copytree(RunLog(run).tokenizer_path, log.tokenizer_path)

@@ -116,10 +116,8 @@ def read_facts(run: str, part: Part) -> Any:
 
 def _short_failure(text: str) -> str:
     """Return a failure as JSON without its traceback, and with the beginning of its message."""
-    failure = json.loads(text)
-    return json.dumps(
-        {"phase": failure["phase"], "error": failure["error"], "message": failure["message"][:MESSAGE_CHARS]}
-    )
+    failure = {**json.loads(text), "traceback": ""}
+    return json.dumps({name: value[:MESSAGE_CHARS] for name, value in failure.items() if value})
 
 
 def compute() -> Any:
