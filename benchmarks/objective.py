@@ -229,14 +229,16 @@ def rollouts(count: int, vocab: int, seed: int) -> list[Sample]:
 
 
 def small_model(folder: Path) -> str:
-    """Save a small Qwen3-0.6B with the same ratio of head to body weights (1 to 2.8) and the embedded tokenizer."""
+    """Save a small Qwen3-0.6B with its ratio of head to body weights (1 to 2.8), and the embedded tokenizer, filled up."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = dict(vocab_size=25_000, hidden_size=256, intermediate_size=768, num_hidden_layers=21)
     heads: dict[str, Any] = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=64, tie_word_embeddings=True)
     Qwen3ForCausalLM(Qwen3Config(**sizes, **heads)).save_pretrained(folder)
-    TorchEngine(TorchConfig(device="cpu")).tokenizer.save_pretrained(folder)
+    tokenizer = TorchEngine(TorchConfig(device="cpu")).tokenizer
+    tokenizer.add_tokens([f"<{number}>" for number in range(len(tokenizer), sizes["vocab_size"])])
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 
