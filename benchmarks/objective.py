@@ -229,7 +229,7 @@ def rollouts(count: int, vocab: int, seed: int) -> list[Sample]:
 
 
 def small_model(folder: Path) -> str:
-    """Save a small Qwen3-0.6B with its ratio of head to body weights (1 to 2.8), and the embedded tokenizer, filled up."""
+    """Save a small Qwen3-0.6B with its ratio of head to body weights (1 to 2.8) and the embedded tokenizer, filled."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
