@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import sys
 from collections import Counter
@@ -70,3 +71,37 @@ async def test_the_script_that_teaches_finds_two_folders_in_four(depots: Any, mo
         assert len(turns) in (2, 3) and submitted.tool == "submit" and message is None
         found += submitted.arguments["answer"] == task.metadata["code"]
     assert 80 < found < 120  # 100 expected, standard deviation 7
+
+
+@pytest.mark.parametrize(
+    ("solved", "said"),
+    [
+        ({}, "nothing found"),
+        ({"grpo": 4, "echo": 0}, "hurts"),
+        ({"echo": 4, "shuffled": 4}, "helps by exposure"),
+        ({"echo": 4, "lying": 4}, "helps by exposure"),
+        ({"echo": 4}, "helps by knowledge"),
+    ],
+)
+def test_a_cell_is_called_by_the_rule(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    solved: dict[str, int],
+    said: str,
+) -> None:
+    """All arms solve 2 of 4 at every task, but where it says otherwise, from step 10 of 20 on."""
+    for arm in ("grpo", "echo", "shuffled", "lying", "grpo_lying"):
+        for seed in (0, 1):
+            (tmp_path / "B" / f"{arm}_seed{seed}").mkdir(parents=True)
+            for step in (0, 10, 20):
+                n = 2 if step == 0 else solved.get(arm, 2)
+                tasks = [{"task_id": str(i), "solved": n, "scored": 4} for i in range(3)]
+                path = tmp_path / "B" / f"{arm}_seed{seed}" / f"evaluation_step_{step:05}.json"
+                path.write_text(json.dumps({"tasks": tasks}))
+    monkeypatch.setattr(sys, "argv", ["analyse.py", str(tmp_path / "B")])
+    runpy.run_path(str(RECIPE / "analyse.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert f"B: {said};" in printed
+    gain = (solved.get("echo", 2) - solved.get("grpo", 2)) / 4 * 0.75  # half of it, on average, in the first ten steps
+    assert f"echo - grpo: {gain:+.3f} [{gain:.3f}, {gain:.3f}]" in printed
