@@ -2,8 +2,8 @@
 
     python recipes/prediction_pays/analyse.py runs/B runs/A
 
-The last two numbers of a cell are against the placebos: the term on shuffled observations, and the term in the world that
-lies, whose gain is taken off.
+The last two numbers of a cell are against its placebos: the term on shuffled observations, and the term in the world
+that lies, whose gain is taken off.
 """
 
 from __future__ import annotations
