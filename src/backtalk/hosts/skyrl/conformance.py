@@ -42,7 +42,7 @@ from backtalk.hosts.skyrl.rows import SAMPLES, policy_factors, row
 from backtalk.hosts.skyrl.support import algorithm_settings
 from backtalk.hosts.skyrl.trainer import EchoTrainer
 
-START_TRIES = 5  # of Ray
+START_TRIES = 3  # of Ray
 # What Ray gives its own processes to start.
 PATIENCE = {
     "RAY_gcs_server_port_wait_time_s": "600",
@@ -280,7 +280,8 @@ class CpuActors(_Group):
 def start_ray() -> None:
     """Start a Ray of this machine alone, unless one runs; it ends with this process.
 
-    Ray gives its node 30 seconds to start, whatever its settings say, so on a busy machine it is tried again.
+    Ray gives its agent 15 seconds to start and its node 30, whatever its settings say. On a busy machine the first try
+    may take longer, as it reads Ray's packages from the disk, and is repeated.
     """
     if ray.is_initialized():
         return
