@@ -16,7 +16,13 @@ from backtalk.cli.app import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "recipes").rglob("README.md"))]
-RUN = ("your_trainer.md",)  # pages whose programs are run whole
+RUN = {  # pages whose programs are run, with what a fragment takes from the trainer around it
+    "docs/your_trainer.md": "",
+    "docs/openenv.md": "",
+    "docs/worlds.md": "",
+    "README.md": "masks",
+    "docs/objective.md": "masks",
+}
 COMMANDS: Any = typer.main.get_command(app)
 
 
@@ -62,8 +68,23 @@ def test_every_program_on_a_page_is_python(page: Path) -> None:
         compile(program, page.name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
+def masks() -> dict[str, Any]:
+    """Return a trainer's loss, log-probabilities of one row of four tokens, and whose the tokens are."""
+    import torch
+
+    return {
+        "grpo_loss": torch.tensor(1.0),
+        "logprobs_BT": torch.full((1, 4), -2.0),
+        "env_mask_BT": torch.tensor([[False, True, True, False]]),
+        "warning_mask_BT": torch.tensor([[False, False, False, True]]),
+    }
+
+
 @pytest.mark.parametrize("name", RUN)
 def test_the_programs_of_a_page_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    for program in blocks(ROOT / "docs" / name, "python"):
-        exec(compile(program, name, "exec"), {})
+    for program in blocks(ROOT / name, "python"):
+        names = masks() if RUN[name] else {}
+        exec(compile(program, name, "exec"), names)
+        if RUN[name]:  # two nats on each of two environment tokens, over three tokens of the observation
+            assert float(names["loss"]) == pytest.approx(1 + 0.05 * 4 / 3)

@@ -171,6 +171,28 @@ def test_a_study_shows_its_cross_entropies(run: Path, viewer_of: Callable[..., V
     assert viewer_of(run.parent).world({})["studies"] == viewer_of(run.parent).studies({}) == [study]
 
 
+def test_runs_show_what_they_measured_first_and_last_and_what_they_dreamt(
+    run: Path, viewer_of: Callable[..., Viewer]
+) -> None:
+    viewer, log = viewer_of(run), RunLog(run)
+    assert viewer.knowledge({}) == []
+    for step, share in ((0, 0.5), (1, 0.75), (2, 1.0)):
+        recorded = {
+            "estimates": {"true_preferred": {"value": share}},
+            "examples": [{"key": "a/0/0", "true_ce": 2 - share}],
+        }
+        log.write_world_model(step, {"step": step, "sets": {"recorded": recorded, "own": None}})
+    dreamed = {"step": 2, "command": "$ ls", "expected": "a", "actual": "b", "ce": 1.5}
+    log.write_dream(dreamed)
+    (found,) = viewer.knowledge({})
+    first, last = ({"true_preferred": {"value": share}} for share in (0.5, 1.0))
+    assert found["measured"] == [{"set": "recorded", "steps": [0, 2], "first": first, "last": last}]
+    assert [found["examples"][end][0]["true_ce"] for end in ("first", "last")] == [1.5, 1.0]
+    assert found["dreams"] == [dreamed]
+    log.world_model_path(2).write_text('{"step": 2, "sets"')  # half written
+    assert viewer.knowledge({})[0]["measured"] == [{"set": "recorded", "steps": [0, 2], "first": first, "last": None}]
+
+
 # ---------------------------------------------------------------- one rollout
 
 

@@ -83,6 +83,7 @@ export interface Row {
   tokens: number;
   invalid: Maybe;
   surprise: Maybe;
+  confused: Maybe; // turns in which the policy wrote the format of observations
   snippet?: string | null;
 }
 

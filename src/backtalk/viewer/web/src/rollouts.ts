@@ -24,6 +24,7 @@ const COLUMNS = {
   tokens: "tokens",
   invalid: "invalid",
   surprise: "surprise",
+  confused: "confused",
 };
 type Column = keyof typeof COLUMNS;
 const NAMES = Object.keys(COLUMNS) as Column[];
@@ -43,7 +44,8 @@ class Rollouts {
   private q: string;
   private sort: string;
   private order: string;
-  private pages = new Map<number, Row[] | null>(); // null while it is asked for
+  private pages = new Map<number, Row[]>();
+  private filling = false; // a page is asked for
   private answer = NOTHING;
   private here = -1; // the row that keys move
   private asking = 0; // number of the last question that began anew
@@ -146,12 +148,17 @@ class Rollouts {
     else this.scroller.ariaBusy = "false";
   }
 
+  // One page is asked for at a time, the first that is missing in the window: those scrolled past are never asked for.
   private async fill(page: number): Promise<void> {
-    this.pages.set(page, null);
+    if (this.filling) return;
+    this.filling = true;
     const mine = this.asking;
-    const { rows } = await this.question(page * PAGE);
-    if (mine !== this.asking) return;
-    this.pages.set(page, rows);
+    try {
+      const { rows } = await this.question(page * PAGE);
+      if (mine === this.asking) this.pages.set(page, rows);
+    } finally {
+      this.filling = false;
+    }
     this.drawRows();
   }
 
@@ -186,11 +193,13 @@ class Rollouts {
     const to = Math.min(this.answer.total, Math.ceil((top + this.scroller.clientHeight) / px) + AROUND);
     const several = this.context.selected(read().params).length > 1;
     const rows: Child[] = [];
+    let missing: number | undefined;
     for (let index = from; index < to; index++) {
       const page = Math.floor(index / PAGE);
-      if (!this.pages.has(page)) this.fill(page);
+      if (!this.pages.has(page)) missing ??= page;
       rows.push(this.drawRow(index, px, several));
     }
+    if (missing !== undefined) this.fill(missing);
     this.space.style.height = `${this.answer.total * px}px`;
     this.scroller.setAttribute("aria-rowcount", String(this.answer.total + 1));
     replace(this.space, rows);
@@ -224,7 +233,7 @@ class Rollouts {
     const row = this.rowAt(index);
     if (!row) return;
     try {
-      const known = [...this.pages].sort(([a], [b]) => a - b).flatMap(([, rows]) => rows || []);
+      const known = [...this.pages].sort(([a], [b]) => a - b).flatMap(([, rows]) => rows);
       sessionStorage.setItem("order", JSON.stringify(known.map(({ run, part, row }) => ({ run, part, row }))));
       sessionStorage.setItem("table", location.hash);
     } catch {
@@ -321,7 +330,8 @@ function cell(row: Row, name: Column, several: boolean): HTMLElement {
     case "advantage":
       return plain(signed(row.advantage));
     case "invalid":
-      return plain(number(row.invalid), row.invalid ? "warn" : "");
+    case "confused":
+      return plain(number(row[name]), row[name] ? "warn" : "");
     default:
       return plain(number(row[name]));
   }
