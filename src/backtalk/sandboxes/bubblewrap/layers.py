@@ -184,14 +184,15 @@ def inner_argv(machine: Machine, *, info_fd: int, root: Root | None = None) -> l
     argv += ["--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-cgroup-try"]
     argv += ["--disable-userns"] if machine.bwrap_version >= DISABLE_USERNS_SINCE else []
     argv += ["--uid", AGENT_ID, "--gid", AGENT_ID, "--cap-drop", "ALL", "--die-with-parent", "--new-session"]
-    argv += ["--as-pid-1", "--json-status-fd", str(info_fd), "--bind", "/", "/", "--bind", "/etc", "/etc"]
+    argv += ["--as-pid-1", "--json-status-fd", str(info_fd), "--dev-bind", "/", "/", "--bind", "/etc", "/etc"]
     for path in FIXED_FILES:
         argv += ["--ro-bind", path if path != RESERVE_FILE else "/dev/null", path]
     usr_src = Path(USR_SRC) if root is None or not root.programs else root.folder / USR_SRC[1:]
     if usr_src.is_dir() and (root is None or not root.programs or not any(usr_src.iterdir())):
         argv += ["--bind", _OWN_USR_SRC, USR_SRC]
     argv += ["--proc", "/proc", "--remount-ro", "/proc"]
-    argv += ["--dev", "/dev", "--bind", "/run/shm", "/dev/shm", "--remount-ro", "/dev"]
+    # The devices are the holder's, which no session can change: to make them anew costs a fifth of a restart.
+    argv += ["--bind", "/run/shm", "/dev/shm", "--remount-ro", "/dev"]
     argv += ["--chdir", HOME, "--clearenv"]
     for name, value in ENVIRONMENT.items():
         argv += ["--setenv", name, value]

@@ -62,7 +62,7 @@ begin() { # session $1
   # Room for the verifier's files, out of the agent's reach: a full disk must not keep a rollout from its score.
   [[ -z $reserved ]] || return 0
   reserved=1
-  head -c {reserve} /dev/zero >{reserve_file} 2>&5 &
+  printf '%{reserve}s' '' >{reserve_file} 2>&5
 }
 inner_pid() { # the process's id inside the session, or 0 for the trusted ones outside it
   local key outer inner rest
