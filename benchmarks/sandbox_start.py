@@ -22,7 +22,9 @@ from backtalk.sandboxes.machine.probe import Machine, next_uid, probe
 
 BASH = ["bash", "--norc", "--noprofile", "-c"]
 NAMESPACES = ["--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"]
-SMALL = "--as-pid-1 --tmpfs / --ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/lib /lib --symlink usr/lib64 /lib64"
+SMALL = (
+    "--as-pid-1 --tmpfs / --ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/lib /lib --symlink usr/lib64 /lib64"
+)
 
 
 def cases(machine: Machine, notes: tuple[int, int]) -> dict[str, list[str]]:

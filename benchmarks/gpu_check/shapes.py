@@ -94,7 +94,8 @@ class Shape:
         """Return the largest memory of a step in micro-batches of ``tokens`` tokens, buffers of the head included."""
         block = self.activation_bytes(weight_bytes)
         kept = self.layers * weight_bytes * self.hidden + block if checkpointing else self.layers * block
-        head = 2 * 4 * 2**26 + (0 if self.lora_rank else 4 * self.head)  # two buffers of logits; the weights' gradient
+        logits = 4 * min(2**26, tokens * self.vocab)  # of a buffer, of which there are two
+        head = 2 * logits + (0 if self.lora_rank else 4 * self.head)  # the weights' gradient
         return self.state_bytes(weight_bytes) + kept * tokens + head
 
     def config(self) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,3 +103,16 @@ def test_what_cannot_fit_says_what_to_set(model_dir: Path) -> None:
     with pytest.raises(ConfigError, match=rf"5 rows of {width} tokens.*max_tokens_per_microbatch=auto"):
         asyncio.run(engine.train_step(samples, BOTH))
     assert TokenBudget("auto", torch.device("cpu")).max_tokens == AUTO_ON_CPU == TorchConfig().max_tokens_per_microbatch
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library returns memory by itself")
+def test_memory_of_freed_tensors_is_returned() -> None:
+    def resident_mib() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    kept = [torch.ones(8192) for _ in range(2000)]  # 32 KiB each, so not maps of their own; 62 MiB
+    last, full = kept.pop(), resident_mib()  # the end of the heap stays in use
+    kept.clear()
+    TokenBudget("auto", torch.device("cpu")).fit(lambda: None, lambda: None)
+    assert resident_mib() < full - 50
+    assert last.sum() == 8192

@@ -25,7 +25,7 @@ from backtalk.engines.torch.checkpoint import FORMAT, read_checkpoint
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.gradients import GradientSum, StepTerms, needs_both_terms, steps_between_measurements
 from backtalk.engines.torch.logprobs import Scores, TokenScorer
-from backtalk.engines.torch.memory import TokenBudget
+from backtalk.engines.torch.memory import TokenBudget, release_memory
 from backtalk.engines.torch.model import (
     add_lora,
     enable_gradient_checkpointing,
@@ -227,7 +227,9 @@ class TorchEngine:
         ratio = config.world_coeff / config.policy_coeff if scaled else None
         with self._timed("optimizer"):
             update = self._optimizer.step(ratio) if has_gradient else self._optimizer.idle_metrics()
-            self._optimizer.zero_grad()  # frees memory for the sampler
+            self._optimizer.zero_grad()
+        if self.device.type == "cpu":
+            release_memory()  # for the sampler and the commands
         self._policy_version += 1
         self._tools.update(span.tool for sample in samples for span in sample.spans if span.tool is not None)
         with self._timed("metrics"):
