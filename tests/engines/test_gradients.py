@@ -21,6 +21,7 @@ from backtalk.objective.coefficient import Share
 from backtalk.objective.config import ObjectiveConfig, PolicyOptions, WorldOptions
 from backtalk.objective.samples import Sample, build_samples
 from backtalk.trajectory import Segment, TokenRole, Trajectory, TrajectoryGroup
+from tiny import tiny_model_dir
 
 CONTEXT, TEMPLATE, ACTION, ENV_OUTPUT, WARNING = TokenRole
 PLAIN = ObjectiveConfig(world_model_coeff=0.0)
@@ -197,6 +198,64 @@ async def test_a_projected_update_keeps_of_the_world_what_does_not_pull_against_
     if inner < 0:
         assert abs(float(left @ policy)) < 1e-12 and float(left.norm()) < float(world.norm())
     assert metrics["grad_cosine"] == pytest.approx(inner / float(policy.norm() * world.norm()), rel=1e-9)
+
+
+def by_head(engine: TorchEngine, samples: list[Sample]) -> tuple[Tensor, Tensor]:
+    """Return both terms' gradients where no target token has one through the output embedding."""
+    model, head = engine.model, engine.model.get_output_embeddings().weight
+    batch, counts = collate(samples, 0), TokenCounts.of(samples)
+    states_BTD = model.get_decoder()(batch.token_ids_BT).last_hidden_state
+    flat = []
+    for weight_VD, config in ((head, PLAIN), (head.detach(), ObjectiveConfig(policy_coeff=0.0, world_model_coeff=1.0))):
+        logprobs_BTV = torch.log_softmax(states_BTD @ weight_VD.T, -1)
+        inner_BT = logprobs_BTV[:, :-1].gather(-1, batch.token_ids_BT[:, 1:, None])[..., 0]
+        loss, _ = objective(torch.nn.functional.pad(inner_BT, (1, 0)), batch, counts, config)
+        found = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, materialize_grads=True)
+        flat.append(torch.cat([gradient.flatten() for gradient in found]))
+    return flat[0], flat[1]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"max_tokens_per_microbatch": 1}, {"packing": "on"}])
+@pytest.mark.parametrize("coeff", [0.3, Share(0.5)])
+async def test_the_terms_gradient_is_kept_off_the_output_embedding(
+    tmp_path: Path, tied: bool, settings: dict[str, Any], coeff: float | Share
+) -> None:
+    config = ObjectiveConfig(world_model_coeff=coeff, world=WorldOptions(head="keep"))
+    folder = tiny_model_dir(tmp_path / "model", tie_word_embeddings=tied)
+    engine, samples = make_engine(folder, **settings), make_samples()
+    policy, world = by_head(make_engine(folder), samples)
+    whole = gradients(make_engine(folder), samples)[1]
+    metrics = await engine.train_step(samples, config)
+    assert metrics["world_grad_norm_weights"] == pytest.approx(float(world.norm()), rel=1e-6)
+    assert float(world.norm()) < 0.99 * float(whole.norm())
+    used = metrics["world_model_coeff"]
+    assert metrics["grad_norm"] == pytest.approx(float((policy + used * world).norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("rewards", [MIXED, EQUAL])
+async def test_a_kept_head_does_not_move_by_the_term_alone(tmp_path: Path, rewards: tuple[float, ...]) -> None:
+    """At coefficient 0, and with rewards that teach nothing, the option changes no bit of the head's update."""
+    folder = tiny_model_dir(tmp_path / "model", tie_word_embeddings=False)
+    engines = [make_engine(folder, dtype="float32") for _ in range(3)]
+    kept, plain = WorldOptions(head="keep"), WorldOptions()
+    configs = [ObjectiveConfig(world_model_coeff=c, world=w) for c, w in ((0.3, kept), (0.0, kept), (0.0, plain))]
+    for engine, config in zip(engines, configs, strict=True):
+        await engine.train_step(make_samples(rewards), config)
+    assert torch.equal(weights(engines[1]), weights(engines[2]))
+    assert not torch.equal(weights(engines[0]), weights(engines[2]))
+    heads = [engine.model.get_output_embeddings().weight for engine in engines]
+    if rewards is EQUAL:
+        assert torch.equal(heads[0], heads[2])
+
+
+async def test_a_model_that_changes_its_logits_cannot_keep_its_head(model_dir: Path) -> None:
+    engine = make_engine(model_dir)
+    engine._scorer.has_separate_head = False
+    with pytest.raises(
+        ConfigError, match=r"world\.head='keep' needs an engine that applies the output embedding itself"
+    ):
+        await engine.train_step(make_samples(), ObjectiveConfig(world=WorldOptions(head="keep")))
 
 
 async def test_observations_alone_have_nothing_to_compare(model_dir: Path) -> None:

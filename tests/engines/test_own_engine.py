@@ -41,11 +41,26 @@ async def test_the_example_trains_and_a_resumed_run_goes_on_to_the_same_numbers(
     assert (measured.step, (await evaluate_run(tmp_path / "whole", base=True)).step) == (2, 0)
 
 
-async def test_a_share_needs_an_engine_that_measures_gradients(tmp_path: Path) -> None:
-    config = load_config(EXAMPLE, SMALL | {"steps": 1, "objective.world_model_coeff": {"share": 0.2}})
-    with pytest.raises(ConfigError, match=r"share of the gradient.*use engine.kind=torch"):
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"world_model_coeff": {"share": 0.2}}, r"share of the gradient.*use engine.kind=torch"),
+        ({"world.conflict": "project"}, r"needs an engine that measures both terms' gradients; use engine.kind=torch"),
+        ({"world.head": "keep"}, r"needs an engine that applies the output embedding itself.*use engine.kind=torch"),
+    ],
+)
+async def test_what_an_engine_cannot_do_is_refused(tmp_path: Path, setting: dict[str, Any], said: str) -> None:
+    config = load_config(EXAMPLE, SMALL | {"steps": 1} | {f"objective.{k}": v for k, v in setting.items()})
+    with pytest.raises(ConfigError, match=said):
         await train(config, tmp_path / "run")
     assert not RunLog(tmp_path / "run").group_steps()
+
+
+async def test_any_engine_can_leave_out_what_surprises_it(tmp_path: Path) -> None:
+    await train(load_config(EXAMPLE, SMALL | {"steps": 2, "objective.world.drop_surprising": 0.5}), tmp_path / "run")
+    first, second = RunLog(tmp_path / "run").read_metrics()
+    assert first["target_tokens"] == first["env_output_tokens"]  # a table of zeros finds all tokens as likely
+    assert second["target_tokens"] == pytest.approx(second["env_output_tokens"] / 2, rel=0.2)
 
 
 async def test_a_table_of_zeros_scores_every_token_alike() -> None:

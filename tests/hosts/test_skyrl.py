@@ -530,6 +530,7 @@ def test_settings_that_would_not_be_exact_are_refused(settings: dict[str, Any], 
         (ObjectiveConfig(world_model_coeff=Share(0.2)), "share of the gradient"),
         (ObjectiveConfig(world=WorldOptions(loss="clipped_mae")), "world options loss cannot be kept"),
         (ObjectiveConfig(world=WorldOptions(observations="shuffled")), "world options observations cannot be kept"),
+        (ObjectiveConfig(world=WorldOptions(drop_surprising=0.1, head="keep")), "head, drop_surprising cannot be kept"),
     ],
 )
 def test_options_that_skyrl_cannot_keep_are_refused(config: ObjectiveConfig, message: str) -> None:

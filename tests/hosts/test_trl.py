@@ -344,6 +344,7 @@ def test_an_environment_of_trl_trains_on_what_its_tools_return(tmp_path: Path) -
         ({"temperature": 0.7}, {}, "temperature=1.0"),
         ({"steps_per_generation": 1, "gradient_accumulation_steps": 2}, {}, "multiple of gradient_accumulation_steps"),
         ({}, {"world": WorldOptions(min_correct=0.5)}, "min_correct"),
+        ({}, {"world": WorldOptions(head="keep", drop_surprising=0.1)}, "head, drop_surprising"),
         ({}, {"world": WorldOptions(return_adaptive=True)}, "return_adaptive"),
         ({}, {"world_model_coeff": Share(0.1)}, "number or a schedule"),
         ({}, {"world_normalizer": "fixed_length"}, "max_seq_len"),

@@ -20,6 +20,7 @@ WorldNormalizer = Literal["sequence_mean", "sequence_mean_selected", "token_mean
 ZeroAdvantageSteps = Literal["scaled", "full"]
 OnTrouble = Literal["warn", "halve", "off"]
 Conflict = Literal["keep", "project"]
+Head = Literal["train", "keep"]
 EntropyWeights = Literal["equal", "negative"]
 Observations = Literal["own", "shuffled", "action_masked"]
 
@@ -27,6 +28,10 @@ ROLE_NAMES = {target: tuple(role.name.lower() for role in roles) for target, rol
 NO_PROJECTION = (
     "world.conflict='project' needs an engine that measures both terms' gradients; use engine.kind=torch with "
     "engine.measure_gradients_every above 0, or world.conflict=keep"
+)
+NO_KEPT_HEAD = (
+    "world.head='keep' needs an engine that applies the output embedding itself, to the last hidden states; use "
+    "engine.kind=torch with a model whose logits are a linear map of these and nothing more, or world.head=train"
 )
 NO_SHARE = (
     "world_model_coeff is a share of the gradient, which only an engine that measures both terms' gradients can turn "
@@ -123,6 +128,8 @@ class WorldOptions:
     """PaW: share of a group's turns, of highest action entropy, that keep their observation."""
     entropy_weights: EntropyWeights = "equal"
     """Weight of each turn's observation: equal, or negative, exp(-action entropy) with a mean of 1 (after SOAR)."""
+    drop_surprising: float = 0.0
+    """Share of the step's target tokens, the most surprising ones, that are not learned; 0 learns all."""
     return_adaptive: bool = False
     """PaW: multiply by 1 - the group's mean reward."""
     temperature: Literal["one", "sampling"] = "one"
@@ -133,6 +140,8 @@ class WorldOptions:
     """The term is in every so many-th step only; the others are the policy term's alone (after TAPO)."""
     conflict: Conflict = "keep"
     """The term's gradient where it points against the policy term's: keep it, or project it off (PCGrad)."""
+    head: Head = "train"
+    """The term's gradient into the output embedding: train it too, or keep it off."""
     observations: Observations = "own"
     """Observations learned after an action: its own; as controls: shuffled, those of other actions of the step, or
     action_masked, its own after an empty action."""
@@ -152,6 +161,10 @@ class WorldOptions:
             )
         if not 0 < self.entropy_share <= 1:
             raise ConfigError(f"world.entropy_share={self.entropy_share} keeps no observation; use 0 < share <= 1")
+        if not 0 <= self.drop_surprising < 1:
+            raise ConfigError(
+                f"world.drop_surprising={self.drop_surprising} leaves nothing to learn; use 0 <= share < 1, 0 for all"
+            )
         if self.every < 1:
             raise ConfigError(f"world.every={self.every} is no number of steps; use 1 for the term in every step")
         cap = self.max_tokens_per_observation

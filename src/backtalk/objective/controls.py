@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from backtalk.objective.roles import WorldLossTarget
-from backtalk.objective.samples import Sample, with_other_branches
+from backtalk.objective.samples import Sample, rows_of, with_other_branches
 from backtalk.trajectory import TokenRole
 
 
@@ -87,7 +87,7 @@ def _in_copies(
 ) -> list[Sample]:
     """Return the samples without targets, and after each row its copies, put together from ``stretches``."""
     made: list[Sample] = []
-    for row in _rows(samples):
+    for row in rows_of(samples):
         made += [replace(sample, world_scale=torch.zeros(len(sample))) for sample in row]
         copies = [replace(_copy(sample, stretches(sample)), branch=len(row) + sample.branch) for sample in row]
         if any(bool(copy.target_mask(target).any()) for copy in copies):
@@ -96,18 +96,6 @@ def _in_copies(
     if before != after:
         raise ValueError(f"the copies have {after} target tokens, and the step has {before}")
     return made
-
-
-def _rows(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Yield the branches of each row."""
-    row: list[Sample] = []
-    for sample in samples:
-        if sample.branch == 0 and row:
-            yield row
-            row = []
-        row.append(sample)
-    if row:
-        yield row
 
 
 def _observations(sample: Sample) -> Iterator[Stretch]:

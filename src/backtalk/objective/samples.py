@@ -8,7 +8,7 @@ Tensor fields of a Sample are [T], T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from operator import sub
 from typing import NamedTuple
@@ -144,6 +144,18 @@ def build_samples(
             branches = [replace(branch, world_scale=part) for branch, part in zip(branches, parts, strict=True)]
         samples += with_other_branches(branches, config.world_loss_target)
     return samples
+
+
+def rows_of(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """Yield the branches of each row; ``samples`` holds them one after the other."""
+    row: list[Sample] = []
+    for sample in samples:
+        if sample.branch == 0 and row:
+            yield row
+            row = []
+        row.append(sample)
+    if row:
+        yield row
 
 
 def with_other_branches(branches: list[Sample], target: WorldLossTarget) -> list[Sample]:

@@ -11,14 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from backtalk.engines.abilities import check_objective
 from backtalk.engines.checkpoint import find_checkpoint, write_atomically
 from backtalk.engines.choose import open_engine
 from backtalk.errors import ConfigError, DataError
 from backtalk.language.renderer import Renderer
-from backtalk.objective.coefficient import Share
-from backtalk.objective.config import NO_PROJECTION, NO_SHARE, ObjectiveConfig
+from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.controls import mask_actions, shuffle_observations
 from backtalk.objective.samples import build_samples
+from backtalk.objective.surprise import drop_surprising
 from backtalk.objective.weights import step_weights
 from backtalk.rollout.groups import run_groups
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict
@@ -186,12 +187,7 @@ class Run:
         self.pools = train_tasks(config, worlds)
         self.held_out = held_out_tasks(config, worlds)
         self.engine = open_engine(config.engine, seed=config.seed)
-        if isinstance(config.objective.world_model_coeff, Share) and not getattr(
-            self.engine, "measures_gradients", False
-        ):
-            raise ConfigError(NO_SHARE)
-        if config.objective.world.conflict == "project" and not getattr(self.engine, "measures_gradients", False):
-            raise ConfigError(NO_PROJECTION)
+        check_objective(self.engine, config.objective)
         self.renderer = Renderer(self.engine.tokenizer, (), config.renderer)  # each rollout adds its tools
         self.params = config.sampling_params
         self.limits = worlds.fit_concurrency(self.notice)
@@ -239,6 +235,10 @@ class Run:
             for group in groups
             for sample in build_samples(group, objective, temperature=config.temperature, policy_version=version)
         ]
+        if objective.world.drop_surprising > 0 and objective.has_world_term(step):
+            logprobs = await engine.score([trajectory for group in groups for trajectory in group])
+            flat = [x for row in logprobs for x in row]
+            samples = drop_surprising(samples, flat, objective.world_loss_target, objective.world.drop_surprising)
         match objective.world.observations:
             case "shuffled":
                 samples = shuffle_observations(samples, objective.world_loss_target, key=f"{config.seed}/{step}")

@@ -20,11 +20,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from backtalk.engines.abilities import check_objective
 from backtalk.engines.metrics import StepRecord, sampler_gap, term_metrics, token_metrics
 from backtalk.engines.torch.checkpoint import FORMAT, read_checkpoint
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.gradients import GradientSum, StepTerms, needs_both_terms, steps_between_measurements
-from backtalk.engines.torch.logprobs import Scores, TokenScorer
+from backtalk.engines.torch.logprobs import TokenScorer
 from backtalk.engines.torch.memory import TokenBudget, release_memory
 from backtalk.engines.torch.model import (
     add_lora,
@@ -38,15 +39,15 @@ from backtalk.engines.torch.model import (
 )
 from backtalk.engines.torch.optimizer import StepOptimizer
 from backtalk.engines.torch.packing import MicroBatch
-from backtalk.engines.torch.scores import add_to_record, token_scores
+from backtalk.engines.torch.scores import add_to_record, batch_scores, token_scores
 from backtalk.errors import ConfigError, DataError
 from backtalk.language.renderer import Renderer, RendererConfig
 from backtalk.language.tokenizer import load_tokenizer, model_location
-from backtalk.objective.batch import Batch, TokenCounts, collate, measured_mask, token_temperatures, trained_mask
+from backtalk.objective.batch import Batch, TokenCounts, collate
 from backtalk.objective.coefficient import CoefficientController, Share
-from backtalk.objective.config import NO_SHARE, ObjectiveConfig
+from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.gradients import term_gradients
-from backtalk.objective.loss import objective, world_weights
+from backtalk.objective.loss import objective
 from backtalk.objective.samples import Sample, to_samples
 from backtalk.rollout.sampler import Sampler, SamplingParams
 from backtalk.spans import timed
@@ -124,6 +125,11 @@ class TorchEngine:
         return self.config.measure_gradients_every != 0
 
     @property
+    def applies_head(self) -> bool:
+        """Return whether the engine applies the output embedding itself, and so can keep a term's gradient off it."""
+        return self._scorer.has_separate_head
+
+    @property
     def pad_token_id(self) -> int:
         """Return the token that fills the ends of rows; no result depends on it."""
         pad, end = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
@@ -156,8 +162,7 @@ class TorchEngine:
         Returns the metrics listed in docs/metrics.md, with the same names in every step (tools: those seen
         so far); NaN where there was nothing to measure.
         """
-        if isinstance(config.world_model_coeff, Share) and not self.measures_gradients:
-            raise ConfigError(NO_SHARE)
+        check_objective(self, config)
         metrics = await self._in_worker(lambda: self._train_step(samples, config.at(self._policy_version)))
         if metrics["skipped"]:
             log.warning(
@@ -258,7 +263,7 @@ class TorchEngine:
         losses, record = {"policy_loss": 0.0, "world_model_loss": 0.0}, StepRecord()
         self.model.train(self.config.gradient_checkpointing)
         for part, batch, row_sizes in self._batches(samples, both):
-            scores = self._scores(self._scorer, batch, row_sizes, both, counts).keep_gradients()
+            scores = batch_scores(self._scorer, batch, row_sizes, both, counts).keep_gradients()
             world_loss, values = objective(scores.logprobs_BT, batch, counts, world_alone)
             if scores.logprobs_BT.requires_grad:
                 world.add(world_loss, keep_graph=True)
@@ -281,7 +286,7 @@ class TorchEngine:
         self.model.train(self.config.gradient_checkpointing)  # which only works in that mode; dropout is 0 anyway
         for part, batch, row_sizes in self._batches(samples, config):
             with self._timed("forward"):
-                scores = self._scores(self._scorer, batch, row_sizes, config, counts).keep_gradients()
+                scores = batch_scores(self._scorer, batch, row_sizes, config, counts).keep_gradients()
                 loss, terms = objective(scores.logprobs_BT, batch, counts, config)
             if loss.requires_grad:
                 with self._timed("backward"):
@@ -312,31 +317,6 @@ class TorchEngine:
         batch = collate([sample for row in part for sample in row], self.pad_token_id)
         return batch.to(self.device), [len(row) for row in part]
 
-    def _scores(
-        self,
-        scorer: TokenScorer,
-        batch: Batch,
-        row_sizes: Sequence[int],
-        config: ObjectiveConfig,
-        counts: TokenCounts | None = None,
-    ) -> Scores:
-        """Score each token at its temperature, with a graph only where a term needs it, and none without ``counts``."""
-        grad_hint_BT, trained_BT = None, torch.zeros_like(batch.roles_BT, dtype=torch.bool)
-        if counts is not None:
-            trained_BT = trained_mask(batch, config)
-            if config.world_coeff > 0 and config.world.loss == "cross_entropy":  # its gradient is its weight
-                dtype = torch.float64 if self._dtype == torch.float64 else torch.float32
-                grad_hint_BT = -(config.world_coeff * world_weights(batch, counts, config, dtype))
-        return scorer.scores(
-            batch.token_ids_BT,
-            batch.lengths_B,
-            row_sizes,
-            trained_BT=trained_BT,
-            measured_BT=measured_mask(batch, config) if counts is not None else batch.sampled_BT,
-            temperature_BT=token_temperatures(batch, config),
-            grad_hint_BT=grad_hint_BT,
-        )
-
     @torch.no_grad()
     def _reference_logprobs(self, batch: Batch, row_sizes: Sequence[int], config: ObjectiveConfig) -> Tensor:
         """Score the actions with the model that the run began with: a second copy, or this one without adapters."""
@@ -344,7 +324,7 @@ class TorchEngine:
             model = load_model(self.location, self.device, self._dtype).requires_grad_(False)
             self._reference = TokenScorer(model, try_packing=self._scorer.packs)
         with nullcontext() if self._peft is None else self._peft.disable_adapter():
-            return self._scores(self._reference or self._scorer, batch, row_sizes, config).logprobs_BT
+            return batch_scores(self._reference or self._scorer, batch, row_sizes, config).logprobs_BT
 
     @torch.no_grad()
     def _score(self, trajectories: Sequence[Trajectory], temperature: float = 1.0) -> list[list[float]]:

@@ -58,11 +58,13 @@ class TokenScorer:
         measured_BT: Tensor,
         temperature_BT: Tensor,
         grad_hint_BT: Tensor | None = None,
+        head_kept_BT: Tensor | None = None,
     ) -> Scores:
         """Compute log p(token t | tokens before t) where either mask is set, with a gradient where ``trained_BT`` is.
 
         The first token has no tokens before it, so column 0 is always 0. ``row_sizes``: see ``Layout``.
-        ``grad_hint_BT``: d(loss)/d(logprobs) where it is known already, see ``head_logprobs``.
+        ``grad_hint_BT``: d(loss)/d(logprobs) where it is known already, see ``head_logprobs``. The gradient of
+        tokens in ``head_kept_BT`` does not reach the head, which the model must have (``has_separate_head``).
         """
         inner_BT = torch.ones_like(trained_BT)
         inner_BT[:, 0] = False
@@ -76,7 +78,8 @@ class TokenScorer:
             b_N, t_N = mask_BT.nonzero(as_tuple=True)
             states_ND = states_RLD[layout.rows_B[b_N], layout.starts_B[b_N] + t_N - 1]
             grad_hint_N = None if grad_hint_BT is None else grad_hint_BT[mask_BT]
-            logprobs_N = self._head(states_ND, token_ids_BT[mask_BT], temperature_BT[mask_BT], grad_hint_N)
+            kept_N = None if head_kept_BT is None else head_kept_BT[mask_BT]
+            logprobs_N = self._head(states_ND, token_ids_BT[mask_BT], temperature_BT[mask_BT], grad_hint_N, kept_N)
             zeros_BT = torch.zeros(mask_BT.shape, dtype=logprobs_N.dtype, device=logprobs_N.device)
             return states_ND, zeros_BT.index_put((b_N, t_N), logprobs_N)
 
@@ -114,14 +117,30 @@ class TokenScorer:
         return self.model(**layout.model_input()).logits
 
     def _head(
-        self, states_ND: Tensor, token_ids_N: Tensor, temperature_N: Tensor, grad_hint_N: Tensor | None
+        self,
+        states_ND: Tensor,
+        token_ids_N: Tensor,
+        temperature_N: Tensor,
+        grad_hint_N: Tensor | None,
+        kept_N: Tensor | None,
     ) -> Tensor:
-        if self.has_separate_head:
-            head = self.model.get_output_embeddings()
+        if not self.has_separate_head:
+            logits_NV = states_ND if states_ND.dtype == torch.float64 else states_ND.float()
+            logits_NV = logits_NV / temperature_N[:, None].to(logits_NV.dtype)
+            return -functional.cross_entropy(logits_NV, token_ids_N, reduction="none")
+        head = self.model.get_output_embeddings()
+        if kept_N is None or not bool(kept_N.any()):
             return head_logprobs(states_ND, head.weight, head.bias, token_ids_N, temperature_N, grad_hint_N)
-        logits_NV = states_ND if states_ND.dtype == torch.float64 else states_ND.float()
-        logits_NV = logits_NV / temperature_N[:, None].to(logits_NV.dtype)
-        return -functional.cross_entropy(logits_NV, token_ids_N, reduction="none")
+
+        def scored(rows: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+            hint_N = None if grad_hint_N is None else grad_hint_N[rows]
+            return head_logprobs(states_ND[rows], weight_VD, bias_V, token_ids_N[rows], temperature_N[rows], hint_N)
+
+        kept, others = kept_N.nonzero()[:, 0], (~kept_N).nonzero()[:, 0]
+        parts = [scored(kept, head.weight.detach(), None if head.bias is None else head.bias.detach())]
+        if len(others):  # no gradient at all, rather than one of 0, where only kept tokens are trained
+            parts.append(scored(others, head.weight, head.bias))
+        return torch.cat(parts)[torch.cat([kept, others]).argsort()]
 
 
 @torch.no_grad()

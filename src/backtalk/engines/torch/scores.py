@@ -1,4 +1,4 @@
-"""Score the tokens of trajectories, and name the likeliest ones where another came.
+"""Score the tokens of batches and trajectories, and name the likeliest ones where another came.
 
 B samples, T tokens, N tokens of all samples but the first of each, K alternatives.
 """
@@ -12,9 +12,44 @@ import torch
 from backtalk.engines.metrics import StepRecord
 from backtalk.engines.torch.logprobs import Scores, TokenScorer
 from backtalk.engines.torch.packing import MicroBatch
-from backtalk.objective.batch import Batch
+from backtalk.objective.batch import (
+    Batch,
+    TokenCounts,
+    measured_mask,
+    target_mask,
+    token_temperatures,
+    trained_mask,
+)
+from backtalk.objective.config import ObjectiveConfig
+from backtalk.objective.loss import world_weights
 from backtalk.objective.samples import Sample, to_samples
 from backtalk.trajectory import TokenScores, Trajectory
+
+
+def batch_scores(
+    scorer: TokenScorer,
+    batch: Batch,
+    row_sizes: Sequence[int],
+    config: ObjectiveConfig,
+    counts: TokenCounts | None = None,
+) -> Scores:
+    """Score each token at its temperature, with a graph only where a term needs it, and none without ``counts``."""
+    grad_hint_BT, trained_BT = None, torch.zeros_like(batch.roles_BT, dtype=torch.bool)
+    if counts is not None:
+        trained_BT = trained_mask(batch, config)
+        if config.world_coeff > 0 and config.world.loss == "cross_entropy":  # its gradient is its weight
+            dtype = torch.float64 if scorer.model.dtype == torch.float64 else torch.float32
+            grad_hint_BT = -(config.world_coeff * world_weights(batch, counts, config, dtype))
+    return scorer.scores(
+        batch.token_ids_BT,
+        batch.lengths_B,
+        row_sizes,
+        trained_BT=trained_BT,
+        measured_BT=measured_mask(batch, config) if counts is not None else batch.sampled_BT,
+        temperature_BT=token_temperatures(batch, config),
+        grad_hint_BT=grad_hint_BT,
+        head_kept_BT=target_mask(batch, config) if config.world.head == "keep" else None,
+    )
 
 
 def token_scores(

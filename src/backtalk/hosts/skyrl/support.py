@@ -19,7 +19,10 @@ REDUCTIONS = {
 _POLICY_LOSSES = {"clip": "regular", "gspo": "gspo", "cispo": "cispo"}  # by policy.loss
 _ESTIMATORS = {"grpo": ("grpo", True), "dr_grpo": ("grpo", False), "rloo": ("rloo", True)}
 GROUP_ESTIMATORS = ("grpo", "rloo", "maxrl")  # of SkyRL, each a baseline of one prompt's rollouts
-_OF_THE_ENGINE = ("zero_advantage_steps", "every", "conflict", "observations", "on_trouble", "loss")
+_OF_THE_ENGINE = (
+    *("zero_advantage_steps", "every", "conflict", "head"),
+    *("drop_surprising", "observations", "on_trouble", "loss"),
+)
 _OF_A_GROUP = (
     *("min_valid_calls", "min_clean_turns", "min_correct"),
     *("entropy_share", "entropy_weights", "return_adaptive"),

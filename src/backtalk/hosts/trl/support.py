@@ -20,7 +20,10 @@ _OF_A_GROUP = (
     *("min_valid_calls", "min_clean_turns", "min_correct"),
     *("entropy_share", "entropy_weights", "return_adaptive"),
 )
-_OF_THE_ENGINE = ("zero_advantage_steps", "every", "conflict", "observations", "on_trouble")
+_OF_THE_ENGINE = (
+    *("zero_advantage_steps", "every", "conflict", "head"),
+    *("drop_surprising", "observations", "on_trouble"),
+)
 
 
 def refuse_compiled(trainer_class: type) -> None:
