@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -38,7 +39,7 @@ from backtalk.viewer.report.study import write_study_report
 from taught import taught_model_dir
 
 HERE = Path(__file__).parents[1]
-KILLS = 1
+KILLS = int(os.environ.get("STUDY_KILLS", "1"))
 
 # ---------------------------------------------------------------- the comparison
 
@@ -323,7 +324,7 @@ async def test_a_cancelled_study_stops_its_runs_and_can_go_on(model: Path, tmp_p
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends orphans on Linux only")
 async def test_a_killed_study_ends_its_runs_and_goes_on_to_the_same_results(model: Path, tmp_path: Path) -> None:
-    path = write_study(tmp_path, model=model, one_arm=True, steps=4, checkpoint_every=1)
+    path = write_study(tmp_path, model=model, one_arm=True, steps=3 + KILLS, checkpoint_every=1)
     for number in range(KILLS):
         kill_midway(path, tmp_path / "out", Random(number))
     resumed = await run_study(load_study(path), tmp_path / "out")

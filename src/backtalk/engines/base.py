@@ -34,8 +34,8 @@ class Engine(Protocol):
         """Take one optimizer step over all samples and return its metrics. The version goes up by 1.
 
         An engine with a true attribute ``measures_gradients`` takes a ``Share`` as the world-model coefficient, and
-        returns the coefficient that it used as the metric ``world_model_coeff``. One with a true attribute ``applies_head``
-        keeps the term's gradient off the output embedding where ``world.head`` says so.
+        returns the coefficient that it used as the metric ``world_model_coeff``. One with a true attribute
+        ``applies_head`` keeps the term's gradient off the output embedding where ``world.head`` says so.
         """
         ...
 
