@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -16,8 +17,10 @@ from typing import Any
 import pytest
 import yaml
 
+from backtalk.cli.app import app
 from backtalk.errors import BacktalkError, ConfigError, SandboxUnavailable
 from backtalk.evidence.compare import compare, trapezoid_weights
+from backtalk.evidence.elsewhere import Elsewhere
 from backtalk.evidence.study import (
     StudyDone,
     StudyEvent,
@@ -113,6 +116,13 @@ def test_whole_curves_are_compared_not_their_ends_alone() -> None:
     assert echo.over_run_against_first and echo.over_run_against_first.value == pytest.approx(10 / 40)
     assert results["short"].against_first == Interval(0.5) and results["short"].over_run_against_first is None
     assert trapezoid_weights([5]) == [1.0]
+    pair = next(pair for pair in comparison.pairs if pair.metric == "pass@1")
+    assert (pair.arm, pair.minus, pair.after, pair.over_run) == ("short", "echo", Interval(0.5), None)
+    runs["other", 0] = first
+    pair = next(p for p in compare("demo", ("short", "echo", "other"), (0,), runs).pairs if p.metric == "pass@1")
+    assert (pair.arm, pair.minus) == ("other", "echo")
+    assert pair.after and pair.after.value == 0.0
+    assert pair.over_run and pair.over_run.value == pytest.approx(-10 / 40)
 
 
 def test_evaluations_without_invalid_calls_have_none() -> None:
@@ -288,6 +298,16 @@ async def test_two_arms_are_trained_compared_and_not_trained_again(model: Path, 
     assert [type(e) for e in events] == [StudyStarted, StudyDone]
     with pytest.raises(ConfigError, match="holds a run with other settings"):
         await run_study(load_study(tmp_path / "tiny.yaml", overrides=["steps=3"]), tmp_path / "out")
+
+    async def in_this_process(command: Sequence[str], log_path: Path) -> None:
+        await asyncio.to_thread(app, list(command), standalone_mode=False)
+
+    runs = {("grpo", 0): (tmp_path / "out" / "grpo_seed0", 2)}
+    place = Elsewhere(tmp_path / "out" / "elsewhere" / "harder", {"tasks.levels": [2], "evaluation.tasks": 1})
+    found = (await place.evaluate(runs, in_this_process))["grpo", 0]
+    assert [found[step]["step"] for step in (0, 2)] == [0, 2]
+    known = {task["task_id"] for task in RunLog(runs["grpo", 0][0]).read_evaluation(2)["tasks"]}
+    assert len(found[2]["tasks"]) == 1 and not known & {task["task_id"] for task in found[2]["tasks"]}
 
 
 async def test_a_run_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -37,5 +38,8 @@ def study(
         typer.echo(f"Stopped. Continue with: backtalk study {source} --out {folder}", err=True)
         raise
     console.print(comparison_table(comparison))
+    for name, results in comparison.elsewhere.items():
+        console.print(f"\n[bold]Elsewhere: {name}[/bold]")
+        console.print(comparison_table(replace(comparison, results=results)))
     report(folder)
     typer.echo(f"Picture: {folder / 'study.png'}")

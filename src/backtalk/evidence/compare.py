@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 from typing import Any
 
 from backtalk.evidence.aggregates import Scores, scores
@@ -50,6 +51,17 @@ class ArmResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Pair:
+    """One metric of one arm minus that of another, neither of them the first; in pairs of the same seed and task."""
+
+    arm: str
+    minus: str
+    metric: str
+    after: Interval | None
+    over_run: Interval | None  # of the mean over the run; None where they were evaluated at other steps
+
+
+@dataclass(frozen=True, slots=True)
 class CurvePoint:
     """One metric of one arm at one step, averaged over its seeds."""
 
@@ -69,10 +81,12 @@ class Comparison:
     interval: str
     results: tuple[ArmResult, ...]
     curves: tuple[CurvePoint, ...] = ()
+    pairs: tuple[Pair, ...] = ()
     scores: tuple[Scores, ...] = ()
     equal: tuple[AtEqual, ...] = ()
     reached: tuple[Reached, ...] = ()
     reach_rule: str = REACH_RULE
+    elsewhere: Mapping[str, tuple[ArmResult, ...]] = field(default_factory=dict)  # results in other worlds, by name
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as study.json holds it."""
@@ -92,13 +106,17 @@ def compare(
     """
     steps = {arm: sorted(set.intersection(*(set(runs[arm, seed]) for seed in seeds))) for arm in arms}
     means = _mean_spent(steps, seeds, spent or {})
-    found: dict[str, list[Any]] = {"results": [], "curves": [], "scores": [], "equal": [], "reached": []}
+    found: dict[str, list[Any]] = {"results": [], "curves": [], "pairs": [], "scores": [], "equal": [], "reached": []}
     for metric, key in (*METRICS, *_knowledge_metrics(runs)):
         curves = {arm: {n: [_parts(runs[arm, seed][n], key) for seed in seeds] for n in steps[arm]} for arm in arms}
         others = {arm: None if arm == arms[0] else curves[arms[0]] for arm in arms}
         results = [_result(arm, metric, curves[arm], others[arm]) for arm in arms]
         corrected = holm([result.p for result in results])
         found["results"] += [replace(r, p_holm=p) for r, p in zip(results, corrected, strict=True)]
+        found["pairs"] += [
+            Pair(arm, minus, metric, *_differences(curves[arm], curves[minus]))
+            for minus, arm in combinations(arms[1:], 2)
+        ]
         for arm in arms:
             intervals = [(step, combined_interval([at], [1.0])) for step, at in curves[arm].items()]
             found["curves"] += [CurvePoint(arm, metric, n, i, means.get((arm, n))) for n, i in intervals if i]
@@ -120,6 +138,7 @@ def compare(
         interval=over,
         results=tuple(found["results"]),
         curves=tuple(found["curves"]),
+        pairs=tuple(found["pairs"]),
         scores=tuple(found["scores"]),
         equal=tuple(found["equal"]),
         reached=tuple(found["reached"]),
@@ -158,9 +177,7 @@ def _result(arm: str, metric: str, curve: Curve, first: Curve | None) -> ArmResu
     """Return an arm's estimates from its curve and that of the first arm, None for that arm itself."""
     steps, at = list(curve), list(curve.values())
     weights, end = trapezoid_weights(steps), list(first.values())[-1] if first else None
-    against_over_run, against = None, None if end is None else combined([at[-1], end], [1.0, -1.0])
-    if first and steps == list(first):
-        against_over_run = combined_interval([*at, *first.values()], [*weights, *(-w for w in weights)])
+    against = None if end is None else combined([at[-1], end], [1.0, -1.0])
     return ArmResult(
         arm,
         metric,
@@ -169,9 +186,23 @@ def _result(arm: str, metric: str, curve: Curve, first: Curve | None) -> ArmResu
         change=combined_interval([at[-1], at[0]], [1.0, -1.0]),
         against_first=None if against is None else against.interval,
         over_run=combined_interval(at, weights),
-        over_run_against_first=against_over_run,
+        over_run_against_first=None if first is None else _over_run_difference(curve, first),
         p=None if against is None else against.p_value,
     )
+
+
+def _differences(curve: Curve, other: Curve) -> tuple[Interval | None, Interval | None]:
+    """Return the differences of two arms after training, and of their means over the run."""
+    ends = [list(curve.values())[-1], list(other.values())[-1]]
+    return combined_interval(ends, [1.0, -1.0]), _over_run_difference(curve, other)
+
+
+def _over_run_difference(curve: Curve, other: Curve) -> Interval | None:
+    """Return the difference of the means over the run; None where the arms were evaluated at other steps."""
+    if list(curve) != list(other):
+        return None
+    weights = trapezoid_weights(list(curve))
+    return combined_interval([*curve.values(), *other.values()], [*weights, *(-w for w in weights)])
 
 
 def trapezoid_weights(steps: Sequence[int]) -> list[float]:

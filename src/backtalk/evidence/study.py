@@ -23,6 +23,7 @@ from backtalk.errors import BacktalkError, ConfigError, merge_repeats
 from backtalk.evidence.arms import read_arms
 from backtalk.evidence.budget import spent_by_step
 from backtalk.evidence.compare import Comparison, Evaluations, compare
+from backtalk.evidence.elsewhere import Elsewhere, read_elsewhere
 from backtalk.files import write_bytes
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict, setting_schemas
 from backtalk.run.log import RunLog, lock_folder
@@ -45,6 +46,8 @@ class Study:
     seeds: tuple[int, ...] = (0,)
     settings: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None  # where ``base`` may lie
+    elsewhere: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Settings, by dotted key, under which every run is evaluated once more, before and after, by name."""
 
     def __post_init__(self) -> None:
         if not self.arms or not self.seeds:
@@ -107,7 +110,7 @@ def load_study(source: str | Path, *, seeds: Sequence[int] | None = None, overri
     tree, folder = read_yaml(source)
     if "arms" not in tree and tree.keys() & {key.partition(".")[0] for key in setting_schemas()}:
         raise ConfigError(f"{source} is a run, not a study; start it with: backtalk train {source}")
-    known = {"name", "base", "seeds", "settings", "arms"}
+    known = {"name", "base", "seeds", "settings", "arms", "elsewhere"}
     if unknown := sorted(tree.keys() - known):
         raise ConfigError(f"unknown keys {unknown} in study {source}; a study has {', '.join(sorted(known))}")
     study = Study(
@@ -117,9 +120,12 @@ def load_study(source: str | Path, *, seeds: Sequence[int] | None = None, overri
         seeds=tuple(tree.get("seeds", (0,)) if seeds is None else seeds),
         settings=flatten(tree.get("settings") or {}) | parse_overrides(overrides),
         folder=folder,
+        elsewhere=read_elsewhere(tree.get("elsewhere"), str(source)),
     )
-    for arm in study.arms:
-        study.config(arm, study.seeds[0])  # a mistake is better found now than in an hour
+    for arm in study.arms:  # a mistake is better found now than in an hour
+        config = config_to_dict(study.config(arm, study.seeds[0]))
+        for settings in study.elsewhere.values():
+            config_from_dict(config, settings)
     return study
 
 
@@ -169,6 +175,13 @@ async def _run_study(study: Study, folder: Path, parallel: int | None, on_event:
     evaluations = {job.key: job.evaluations() for job in jobs}
     spent = {job.key: spent_by_step(job.log.read_metrics()) for job in jobs}
     comparison = compare(study.name, arms, seeds, evaluations, spent)
+    elsewhere = {}
+    for name, settings in study.elsewhere.items():
+        place = Elsewhere(folder / "elsewhere" / name, settings)
+        runs = {job.key: (job.log.folder, job.config.steps) for job in jobs}
+        found = await place.evaluate(runs, lambda command, path: _evaluate(command, path, places, parallel))
+        elsewhere[name] = compare(name, arms, seeds, found).results
+    comparison = replace(comparison, elsewhere=elsewhere)
     write_bytes(folder / "study.json", (json.dumps(comparison.to_dict(), indent=1) + "\n").encode())
     on_event(StudyDone(folder, comparison))
     return comparison
@@ -248,6 +261,11 @@ class _Job:
     def _done(self) -> tuple[int, dict[str, Any]]:
         rows = self.log.read_metrics()
         return (rows[-1]["step"] + 1, rows[-1]) if rows else (0, {})
+
+
+async def _evaluate(command: Sequence[str], log_path: Path, places: asyncio.Semaphore, parallel: int) -> None:
+    async with places, _process([sys.executable, "-m", "backtalk.cli", *command], log_path, parallel) as process:
+        await process.wait()
 
 
 @asynccontextmanager
