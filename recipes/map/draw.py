@@ -1,10 +1,11 @@
 """Draw the map of cells: where the world-model term helps, does nothing, and hurts.
 
-    python recipes/map/draw.py [NAME=]STUDY... --out map.png      STUDY: the folder of a study, or its study.json
+    python recipes/map/draw.py [NAME=]STUDY[:ARM]... --out map.png
 
-One line a cell: pass@1 of ``echo`` minus the first arm, and minus ``shuffled`` where the study has it, each with its
-95 % interval: of the mean over the run where the study was evaluated during it, else after it. No cell is left out for
-its sign.
+STUDY is the folder of a study, its study.json, or a file of recipes/reproduce_cpu; ARM has the term, and is ``echo``
+without it. One line a cell: pass@1 of the arm minus the study's first arm, and minus ``shuffled`` where the study has it, each with
+its 95 % interval: of the mean over the run where the study was evaluated during it, else after it. No cell is left out
+for its sign.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Difference(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """One study: what ``echo`` is in it, less the control, and less the placebo where it has one."""
+    """One study: what the arm with the term is in it, less the control, and less the placebo where it has one."""
 
     name: str
     seeds: int
@@ -46,18 +47,23 @@ class Cell(NamedTuple):
     placebo: Difference | None
 
 
-def read_cell(source: str, echo: str = "echo", placebo: str = "shuffled") -> Cell:
-    """Return the cell of [NAME=]STUDY.
+def read_cell(source: str, placebo: str = "shuffled") -> Cell:
+    """Return the cell of [NAME=]STUDY[:ARM].
 
     Raises:
         ValueError: the study has no arm of that name after its first one, or no interval of its difference.
     """
     name, _, place = source.rpartition("=")
+    place, _, echo = place.partition(":")
+    echo = echo or "echo"
     path = Path(place) / "study.json" if Path(place).is_dir() else Path(place)
     study = json.loads(path.read_text())
+    study = study.get("numbers", study)
     rows = {row["arm"]: row for row in study["results"] if row["metric"] == METRIC}
     if echo not in list(rows)[1:]:
-        raise ValueError(f"{path} has the arms {list(rows)}; name the one with the term by --echo, not the first one")
+        raise ValueError(
+            f"{path} has the arms {list(rows)}; name the one with the term, not the first one, as in {path}:ARM"
+        )
     over_run = len({point["step"] for point in study.get("curves", ())}) > 2
     control = difference(rows[echo]["over_run_against_first" if over_run else "against_first"])
     if control is None:
@@ -106,12 +112,11 @@ def draw(cells: Sequence[Cell], out: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw the map, and print it as a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", nargs="+", metavar="[NAME=]STUDY")
+    parser.add_argument("studies", nargs="+", metavar="[NAME=]STUDY[:ARM]")
     parser.add_argument("--out", type=Path, default=Path("map.png"))
-    parser.add_argument("--echo", default="echo", help="name of the arm with the term")
     parser.add_argument("--placebo", default="shuffled", help="name of its placebo")
     args = parser.parse_args(arguments)
-    cells = [read_cell(source, args.echo, args.placebo) for source in args.studies]
+    cells = [read_cell(source, args.placebo) for source in args.studies]
     draw(cells, args.out)
     for cell in cells:
         parts = [("control", cell.control), *([("shuffled", cell.placebo)] if cell.placebo else [])]

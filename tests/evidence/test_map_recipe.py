@@ -60,5 +60,7 @@ def test_cells_of_either_sign_are_read_and_drawn(recipe: Any, tmp_path: Path, ca
 
 
 def test_a_study_without_the_arm_is_refused(recipe: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="name the one with the term by --echo"):
-        recipe.read_cell(str(study(tmp_path, "other", {"grpo": [1], "mine": [1]})))
+    path = study(tmp_path, "other", {"grpo": [1, 2], "mine": [2, 3]})
+    assert recipe.read_cell(f"{path}:mine").control == (0.25, 0.25, 0.25)
+    with pytest.raises(ValueError, match="name the one with the term, not the first one"):
+        recipe.read_cell(str(path))
