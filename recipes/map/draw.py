@@ -3,9 +3,9 @@
     python recipes/map/draw.py [NAME=]STUDY[:ARM]... --out map.png
 
 STUDY is the folder of a study, its study.json, or a file of recipes/reproduce_cpu; ARM has the term, and is ``echo``
-without it. One line a cell: pass@1 of the arm minus the study's first arm, and minus ``shuffled`` where the study has it, each with
-its 95 % interval: of the mean over the run where the study was evaluated during it, else after it. No cell is left out
-for its sign.
+without it. One line a cell: pass@1 of the arm minus the study's first arm, and minus ``shuffled`` where the study has
+it, each with its 95 % interval: of the mean over the run where the study was evaluated during it, else after it. No
+cell is left out for its sign.
 """
 
 from __future__ import annotations
