@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -17,10 +16,8 @@ from typing import Any
 import pytest
 import yaml
 
-from backtalk.cli.app import app
 from backtalk.errors import BacktalkError, ConfigError, SandboxUnavailable
 from backtalk.evidence.compare import compare, trapezoid_weights
-from backtalk.evidence.elsewhere import Elsewhere
 from backtalk.evidence.study import (
     StudyDone,
     StudyEvent,
@@ -299,15 +296,18 @@ async def test_two_arms_are_trained_compared_and_not_trained_again(model: Path, 
     with pytest.raises(ConfigError, match="holds a run with other settings"):
         await run_study(load_study(tmp_path / "tiny.yaml", overrides=["steps=3"]), tmp_path / "out")
 
-    async def in_this_process(command: Sequence[str], log_path: Path) -> None:
-        await asyncio.to_thread(app, list(command), standalone_mode=False)
-
-    runs = {("grpo", 0): (tmp_path / "out" / "grpo_seed0", 2)}
-    place = Elsewhere(tmp_path / "out" / "elsewhere" / "harder", {"tasks.levels": [2], "evaluation.tasks": 1})
-    found = (await place.evaluate(runs, in_this_process))["grpo", 0]
-    assert [found[step]["step"] for step in (0, 2)] == [0, 2]
-    known = {task["task_id"] for task in RunLog(runs["grpo", 0][0]).read_evaluation(2)["tasks"]}
-    assert len(found[2]["tasks"]) == 1 and not known & {task["task_id"] for task in found[2]["tasks"]}
+    harder = tmp_path / "out" / "elsewhere" / "harder"
+    harder.mkdir(parents=True)
+    known = json.dumps(RunLog(tmp_path / "out" / "grpo_seed0").read_evaluation(0))
+    for name in ("grpo_seed0_before", "grpo_seed0_after", "echo_seed0_before"):  # all but one are there already
+        (harder / f"{name}.json").write_text(known)
+    settings = {"tasks.levels": [2], "evaluation.tasks": 1}
+    elsewhere = (await run_study(replace(study, elsewhere={"harder": settings}), tmp_path / "out")).elsewhere
+    found = json.loads((harder / "echo_seed0_after.json").read_text())
+    assert found["step"] == 2 and len(found["tasks"]) == 1 and found["tasks"] != json.loads(known)["tasks"]
+    after = {r.arm: r.after for r in elsewhere["harder"] if r.metric == "env CE, own"}
+    assert after["echo"] != after["grpo"] == first[0].before
+    assert json.loads((tmp_path / "out" / "study.json").read_text())["elsewhere"].keys() == {"harder"}
 
 
 async def test_a_run_that_fails_is_told_with_its_last_words(tmp_path: Path) -> None:
