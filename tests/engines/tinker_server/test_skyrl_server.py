@@ -68,11 +68,17 @@ class Server:
         self.process = subprocess.Popen(
             command, stdout=self.log, stderr=self.log, env=environment, start_new_session=True
         )
+        try:
+            self._wait()
+        except BaseException:  # Ctrl-C too: it is in a session of its own
+            self.stop()
+            raise
+
+    def _wait(self) -> None:
         deadline = time.monotonic() + PATIENCE_S
         while not self._is_up():
             if time.monotonic() > deadline or self.process.poll() is not None:
-                self.stop()
-                raise RuntimeError((folder / "server.log").read_text()[-3000:])
+                raise RuntimeError((self.folder / "server.log").read_text()[-3000:])
             time.sleep(1)
 
     def _is_up(self) -> bool:
