@@ -61,7 +61,7 @@ def make_study(args: argparse.Namespace, is_gpu: bool) -> Study:
     """Return the study that the arguments ask for."""
     model = args.model or ("Qwen/Qwen3-0.6B" if is_gpu else "base")
     settings = {**ON_GPU, **({} if is_gpu else ON_CPU), "engine.model": model, "engine.device": args.device}
-    settings |= {} if args.tasks is None else {"tasks.source": args.tasks, "tasks.levels": None}
+    settings |= {} if args.tasks is None else {"tasks.source": args.tasks}
     return Study(
         name="reproduce_gpu",
         base="qwen3-0.6b" if is_gpu else "triage",

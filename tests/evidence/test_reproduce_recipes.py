@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from backtalk.evidence.study import load_study
 from backtalk.run.log import RunLog
 
 ROOT = Path(__file__).parents[2]
@@ -65,15 +66,22 @@ def test_every_number_on_record_stands_on_its_page(path: Path) -> None:
     assert len(found) > 10 and [x for x in found if not any(abs(x - y) < 1e-9 for y in said)] == []
 
 
+@pytest.mark.parametrize(("name", "arms"), [("variants", 10), ("out_of_distribution", 3)])
+def test_planned_studies_have_settings_that_a_run_can_have(name: str, arms: int) -> None:
+    study = load_study(ROOT / "recipes" / name / "study.yaml")
+    assert len(study.arms) == arms and study.seeds == (0, 1, 2, 3, 4)
+    assert all(study.config(arm, 4).objective.has_world_term(1) == (arm != "grpo") for arm in study.arms)
+
+
 def test_a_part_on_a_gpu_ends_in_its_time_and_the_next_one_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the embedded model on the CPU, one arm and one step."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    """With the embedded model on the CPU, one arm, one step, and the shell inside Python of the check of a GPU."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}:{ROOT / 'benchmarks'}")
     recipe = load("reproduce_gpu")
     small = ["--device", "cpu", "--arm", "echo", "--seed", "0", "--out", str(tmp_path), "--set", "steps=1"]
     small += ["--set", "evaluation.tasks=1", "--set", "rollout.max_turns=1", "--set", "rollout.max_tokens_per_turn=8"]
-    small += ["--set", "sandbox=unsafe"]
+    small += ["--tasks", "gpu_check.world:ShellWorld"]
     assert recipe.main([*small, "--minutes", "0"]) == recipe.MORE_TO_DO
     assert recipe.main(small) == 0
     assert RunLog(tmp_path / "echo_seed0").evaluation_steps() == [0, 1]
