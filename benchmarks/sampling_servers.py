@@ -28,6 +28,7 @@ from backtalk.engines.server.config import ServerConfig
 from backtalk.engines.server.process import VllmProcess
 from backtalk.engines.torch.config import TorchConfig
 from backtalk.engines.torch.engine import TorchEngine
+from backtalk.language.renderer import Renderer
 from backtalk.language.tokenizer import model_location
 from backtalk.rollout.sampler import ContinuousSampler, SamplingParams
 
@@ -70,7 +71,7 @@ def play_sampler(engine: TorchEngine, args: argparse.Namespace, delay_s: float) 
 @torch.inference_mode()
 def play_generate(engine: TorchEngine, args: argparse.Namespace, delay_s: float) -> int:
     """Play the same with `generate`, all rollouts a turn at a time; return the number of action tokens."""
-    stop = engine.sampler(SamplingParams()).stop_token_ids
+    stop = Renderer(engine.tokenizer, ()).stop_token_ids
     rngs = [random.Random(row) for row in range(args.rollouts)]
     histories, count = [prompt(rng) for rng in rngs], 0
     for _ in range(args.turns):
