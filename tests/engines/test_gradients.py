@@ -258,6 +258,15 @@ async def test_a_model_that_changes_its_logits_cannot_keep_its_head(model_dir: P
         await engine.train_step(make_samples(), ObjectiveConfig(world=WorldOptions(head="keep")))
 
 
+@pytest.mark.parametrize("coeff", [0.3, Share(0.2)])
+async def test_a_term_of_every_other_step_is_measured_too(model_dir: Path, coeff: float | Share) -> None:
+    engine = make_engine(model_dir)
+    config = ObjectiveConfig(world_model_coeff=coeff, world=WorldOptions(every=2))
+    first, second = [await engine.train_step(make_samples(), config) for _ in range(2)]
+    assert first["world_model_coeff"] == 0.0 == first["world_grad_share"] and first["world_grad_norm_weights"] > 0
+    assert second["world_model_coeff"] > 0 and second["world_grad_share"] > 0
+
+
 async def test_observations_alone_have_nothing_to_compare(model_dir: Path) -> None:
     metrics = await make_engine(model_dir).train_step(make_samples(), ObjectiveConfig(policy_coeff=0.0))
     assert all(math.isnan(metrics[name]) for name in MEASURED)

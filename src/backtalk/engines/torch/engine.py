@@ -258,7 +258,8 @@ class TorchEngine:
         that no bit of the update depends on measuring. They take two more tensors the size of the trained weights.
         """
         both = replace(config, world_model_coeff=1.0)
-        policy_alone, world_alone = replace(config, world_model_coeff=0.0), replace(both, policy_coeff=0.0)
+        policy_alone = replace(config, world_model_coeff=0.0)
+        world_alone = replace(both, policy_coeff=0.0, world=replace(config.world, every=1))  # this step has the term
         policy, world = GradientSum(self.model.parameters()), GradientSum(self.model.parameters())
         losses, record = {"policy_loss": 0.0, "world_model_loss": 0.0}, StepRecord()
         self.model.train(self.config.gradient_checkpointing)
