@@ -537,7 +537,7 @@ async def test_a_broken_reply_costs_one_rollout() -> None:
 # ---------------------------------------------------------------- the command
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", pytest.param(".parquet", marks=pytest.mark.slow)])
 def test_a_rollout_is_in_the_file_when_it_ends(tmp_path: Path, suffix: str) -> None:
     """Readable while the third is played; Ctrl-C then costs only that one."""
     backend_or_skip()

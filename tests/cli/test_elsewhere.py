@@ -81,6 +81,9 @@ COMMANDS = {
 }
 
 
+pytestmark = pytest.mark.slow  # trains, where what Linux has is hidden
+
+
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """What each command printed, one process for all."""

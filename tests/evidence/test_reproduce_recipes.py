@@ -73,6 +73,7 @@ def test_planned_studies_have_settings_that_a_run_can_have(name: str, arms: int)
     assert all(study.config(arm, 4).objective.has_world_term(1) == (arm != "grpo") for arm in study.arms)
 
 
+@pytest.mark.slow
 def test_a_part_on_a_gpu_ends_in_its_time_and_the_next_one_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -263,6 +263,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(HERE.parent / "src"))  # for the runs, which are processes of their own
 
 
+@pytest.mark.slow
 async def test_two_arms_are_trained_compared_and_not_trained_again(model: Path, tmp_path: Path) -> None:
     study = load_study(write_study(tmp_path, model=model))
     events: list[StudyEvent] = []

@@ -125,6 +125,7 @@ def run(
     return model, reader
 
 
+@pytest.mark.slow
 def test_trl_passes_the_conformance_suite() -> None:
     """All of it but two processes, which take half a minute: `backtalk check --engine trl`."""
     chosen = ["world_sequence_mean", "world_token_mean", "policy_sequence_mean", "policy_token_mean"]
@@ -428,7 +429,8 @@ def test_the_example_trains_in_real_sandboxes(tmp_path: Path, monkeypatch: pytes
     assert second["world/target_ce"] != first["world/target_ce"]
 
 
-@pytest.mark.parametrize("tied", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False])
 def test_a_model_sharded_by_fsdp2_has_the_gradient_of_one_process(tied: bool, tmp_path: Path) -> None:
     """Two gloo processes; one has no observation, and they sample 3 and 7 tokens before the step."""
     import trl_fsdp2

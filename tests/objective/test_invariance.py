@@ -145,7 +145,7 @@ def rank_step(rank: int, world_size: int, store: str, results: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_ranks_add_up_to_the_step(world_size: int, tmp_path: Path) -> None:
     results = tmp_path / "results.pt"
     mp.spawn(rank_step, (world_size, str(tmp_path / "store"), str(results)), nprocs=world_size)  # type: ignore
