@@ -11,8 +11,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from backtalk.evidence.compare import trapezoid_weights
-from backtalk.run.estimates import Resampled, combined, holm
+from backtalk.evidence.compare import task_parts, trapezoid_weights
+from backtalk.run.estimates import Parts, Resampled, combined, holm
 from backtalk.run.log import RunLog
 
 COMPARISONS = {
@@ -22,11 +22,10 @@ COMPARISONS = {
 }
 
 
-def pass_at_1(folder: Path) -> dict[int, dict[str, tuple[float, float]]]:
+def pass_at_1(folder: Path) -> dict[int, Parts]:
     """Return the share of solved rollouts of each held-out task, with a weight of 1, by step."""
     log = RunLog(folder)
-    tasks = {step: log.read_evaluation(step)["tasks"] for step in log.evaluation_steps()}
-    return {step: {t["task_id"]: (t["solved"] / t["scored"], 1.0) for t in found} for step, found in tasks.items()}
+    return {step: task_parts(log.read_evaluation(step), "pass_at_1") for step in log.evaluation_steps()}
 
 
 def over_run(study: Path, weights: dict[str, float], seeds: list[int]) -> Resampled:

@@ -108,7 +108,7 @@ def compare(
     means = _mean_spent(steps, seeds, spent or {})
     found: dict[str, list[Any]] = {"results": [], "curves": [], "pairs": [], "scores": [], "equal": [], "reached": []}
     for metric, key in (*METRICS, *_knowledge_metrics(runs)):
-        curves = {arm: {n: [_parts(runs[arm, seed][n], key) for seed in seeds] for n in steps[arm]} for arm in arms}
+        curves = {arm: {n: [task_parts(runs[arm, seed][n], key) for seed in seeds] for n in steps[arm]} for arm in arms}
         others = {arm: None if arm == arms[0] else curves[arms[0]] for arm in arms}
         results = [_result(arm, metric, curves[arm], others[arm]) for arm in arms]
         corrected = holm([result.p for result in results])
@@ -213,7 +213,7 @@ def trapezoid_weights(steps: Sequence[int]) -> list[float]:
     return [(right - left) / 2 / (steps[-1] - steps[0]) for left, right in zip(ends, ends[2:], strict=False)]
 
 
-def _parts(evaluation: Mapping[str, Any], key: str) -> Parts:
+def task_parts(evaluation: Mapping[str, Any], key: str) -> Parts:
     """Return each task's numerator and denominator, of the tasks that have been measured."""
     if key in KNOWLEDGE:
         above, below = KNOWLEDGE[key]
