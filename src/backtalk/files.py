@@ -13,6 +13,9 @@ from typing import Any
 from backtalk.errors import DataError
 
 
+_LOG_TAIL_CHARS = 3000
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file under another name and rename it, so that readers see the old or the new content, never a part.
 
@@ -62,6 +65,12 @@ def append_json_line(path: Path, data: Mapping[str, Any]) -> None:
                 raise
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def log_tail(path: Path) -> str:
+    """Return the end of what a process wrote, at most 3,000 characters, or words that it wrote nothing."""
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return text[-_LOG_TAIL_CHARS:].strip() or "(it wrote nothing)"
 
 
 def read_json(path: Path, advice: str = "") -> Any:

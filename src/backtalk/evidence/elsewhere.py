@@ -12,12 +12,11 @@ from typing import Any
 
 from backtalk.errors import BacktalkError, ConfigError
 from backtalk.evidence.compare import Evaluations
-from backtalk.files import read_json, write_bytes
+from backtalk.files import log_tail, read_json, write_bytes
 from backtalk.settings import flatten
 
 Key = tuple[str, int]  # arm and seed of a run
 RunCommand = Callable[[Sequence[str], Path], Awaitable[None]]  # arguments of ``backtalk``, file of its output
-LOG_TAIL_CHARS = 3000
 
 
 def read_elsewhere(places: Any, study: str) -> dict[str, dict[str, Any]]:
@@ -57,10 +56,9 @@ class Elsewhere:
         await asyncio.gather(*(run_command(self._command(*one), one[-1].with_suffix(".txt")) for one in missing))
         if failed := [path for _, _, path in missing if not path.exists()]:
             log_path = failed[0].with_suffix(".txt")
-            said = log_path.read_text(errors="replace")[-LOG_TAIL_CHARS:].strip()
             raise BacktalkError(
                 f"{', '.join(path.stem for path in failed)} could not be evaluated in {self.folder.name}; the end of "
-                f"{log_path} is:\n{said}\nStart the study again to repeat only what is missing"
+                f"{log_path} is:\n{log_tail(log_path)}\nStart the study again to repeat only what is missing"
             )
         return {
             key: {0: read_json(paths[key, True]), steps: read_json(paths[key, False])}

@@ -24,7 +24,7 @@ from backtalk.evidence.arms import read_arms
 from backtalk.evidence.budget import spent_by_step
 from backtalk.evidence.compare import Comparison, Evaluations, compare
 from backtalk.evidence.elsewhere import Elsewhere, read_elsewhere
-from backtalk.files import write_bytes
+from backtalk.files import log_tail, write_bytes
 from backtalk.run.config import TrainConfig, config_from_dict, config_to_dict, setting_schemas
 from backtalk.run.log import RunLog, lock_folder
 from backtalk.run.settings_file import parse_overrides, read_settings, read_yaml
@@ -33,7 +33,6 @@ from backtalk.settings import flatten
 
 POLL_S = 0.5
 STOP_WAIT_S = 30.0  # for runs to end by themselves when the study is stopped
-LOG_TAIL_CHARS = 3000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +169,7 @@ async def _run_study(study: Study, folder: Path, parallel: int | None, on_event:
     if failed:
         raise BacktalkError(
             f"{', '.join(job.name for job in failed)} did not finish; the end of {failed[0].log_path} is:\n"
-            f"{failed[0].log_tail()}\nStart the study again to repeat only what is missing"
+            f"{log_tail(failed[0].log_path)}\nStart the study again to repeat only what is missing"
         )
     evaluations = {job.key: job.evaluations() for job in jobs}
     spent = {job.key: spent_by_step(job.log.read_metrics()) for job in jobs}
@@ -236,10 +235,6 @@ class _Job:
             raise ConfigError(
                 f"{self.log.folder} holds a run with other settings; choose a new folder for this study with --out"
             )
-
-    def log_tail(self) -> str:
-        text = self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
-        return text[-LOG_TAIL_CHARS:].strip() or "(it wrote nothing)"
 
     async def run(self, parallel: int, on_event: OnStudyEvent) -> None:
         import yaml
