@@ -12,7 +12,6 @@ from typing import Any
 
 from backtalk.errors import DataError
 
-
 _LOG_TAIL_CHARS = 3000
 
 
