@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +23,15 @@ from transformers import (
     RwkvForCausalLM,
 )
 
+from backtalk.engines.torch.draws import sample_tokens, uniform_numbers
 from backtalk.engines.torch.kv import History, PersistentKVCache, _row_groups
-from backtalk.engines.torch.sampler import TorchSampler, sample_tokens, uniform_numbers
+from backtalk.engines.torch.sampler import TorchSampler
 from backtalk.errors import ConfigError, SamplerError
 from backtalk.rollout.sampler import Completion, SamplingParams
+from sampler_play import SMALL, VOCAB, forced_logprobs, ids_of, play, sharpen, tokens
 from tiny import tiny_model_dir
 
-VOCAB = 96
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 1024,
-    "pad_token_id": 0,
-}
 UNIFORMS = [0.15340020673323762, 0.9534382869615645, 0.20250969742077318]
-Transcripts = dict[str, list[Completion]]
-
-
-def sharpen(model: Any) -> Any:
-    """Enlarge the weights, since those of a new model give nearly the same distribution for every history."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -72,49 +53,6 @@ def sampler_of(model: Any, stop_token_ids: Sequence[int] = tuple(range(9)), **se
         seed=settings.pop("seed", 0),
     )
     return TorchSampler(model, params=params, stop_token_ids=stop_token_ids, pad_token_id=0, **settings)
-
-
-def tokens(rng: random.Random, low: int, high: int) -> list[int]:
-    return [rng.randrange(VOCAB) for _ in range(rng.randint(low, high))]
-
-
-async def play(
-    sampler: TorchSampler,
-    rows: int = 6,
-    turns: Callable[[int], int] = lambda row: 1 + row % 4,
-    delay_s: Callable[[int], float] = lambda row: 0.0,
-    check: Callable[[list[int], Completion], None] | None = None,
-) -> Transcripts:
-    """Run multi-turn rollouts of uneven length that end after different numbers of turns; two rows share a prompt."""
-
-    async def rollout(row: int) -> list[Completion]:
-        history = tokens(random.Random(row // 2), 3, 40)
-        rng = random.Random(100 + row)
-        done = []
-        async with sampler.session(f"row{row}") as session:
-            for turn in range(turns(row)):
-                await asyncio.sleep(delay_s(row))
-                completion = await session.sample(history, max_tokens=None if turn % 2 == 0 else 3 + row)
-                history = history + list(completion.token_ids)
-                done.append(completion)
-                if check is not None:
-                    check(history, completion)
-                history += tokens(rng, 0 if turn == 1 else 1, 30)
-        return done
-
-    results = await asyncio.gather(*(rollout(row) for row in range(rows)))
-    return {f"row{row}": done for row, done in enumerate(results)}
-
-
-def forced_logprobs(model: Any, history: list[int], count: int, temperature: float) -> torch.Tensor:
-    """Return log-probabilities of the last ``count`` tokens by one full forward pass without a cache."""
-    with torch.no_grad():
-        logits = model(torch.tensor([history])).logits[0, -count - 1 : -1]
-    return torch.log_softmax(logits / temperature, -1).gather(1, torch.tensor(history[-count:])[:, None])[:, 0]
-
-
-def ids_of(transcripts: Transcripts) -> dict[str, list[tuple[int, ...]]]:
-    return {key: [completion.token_ids for completion in done] for key, done in transcripts.items()}
 
 
 @pytest.mark.parametrize("name", ["qwen", "llama"])

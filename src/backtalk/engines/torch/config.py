@@ -46,6 +46,8 @@ class TorchConfig:
     """Rank of LoRA adapters; 0 trains every weight."""
     sampler: Literal["torch", "vllm"] | ServerConfig = "torch"
     """What samples: this engine itself, a vLLM started here, or a server by its settings (docs/samplers.md)."""
+    batching: Literal["wave", "continuous"] = "wave"
+    """How this engine samples: rollouts in step, which repeats to the bit, or each as soon as its command returns."""
     threads: int | None = None
     """CPU threads of PyTorch; null leaves its default."""
 

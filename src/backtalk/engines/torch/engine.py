@@ -92,6 +92,10 @@ class TorchEngine:
                 f"packing='on', but {type(self.model).__name__} mixes the samples of one row (it carries a state along "
                 "the row, or ignores position ids); use packing='auto', which pads such models"
             )
+        if config.batching == "continuous":
+            from backtalk.engines.torch.continuous import check_continuous
+
+            check_continuous(self.model)
         self._reference: TokenScorer | None = None  # loaded when a KL term first asks for it
         self._tools: set[str] = set()  # seen in samples so far
         self._optimizer = StepOptimizer(self.model.parameters(), config)
@@ -137,6 +141,7 @@ class TorchEngine:
 
     def sampler(self, params: SamplingParams) -> Sampler:
         """Return a sampler of the current weights, which may not be used during or after a train step."""
+        from backtalk.engines.torch.continuous import ContinuousTorchSampler
         from backtalk.engines.torch.sampler import TorchSampler
 
         if self._stop_token_ids is None:  # they depend on the chat template, and not on tools
@@ -147,7 +152,8 @@ class TorchEngine:
             from backtalk.engines.server.sampler import ServerSampler
 
             return ServerSampler(prepare, params=params, stop_token_ids=self._stop_token_ids, policy_version=version)
-        return TorchSampler(
+        kind = ContinuousTorchSampler if self.config.batching == "continuous" else TorchSampler
+        return kind(
             self.model,
             params=params,
             stop_token_ids=self._stop_token_ids,

@@ -167,6 +167,7 @@ class PersistentKVCache(_ModelCache):
         self._owners: list[Hashable] = []  # of each row of the buffer
         self._held: dict[Hashable, tuple[int, ...]] = {}  # ids in each owner's row
         self._next_M = torch.zeros(0, dtype=torch.long, device=self._device)  # column of the next token
+        self._ends: list[int] = []  # the same, known without asking the device
         self._top = 0  # largest of them
 
     def begin(self, histories: Sequence[History]) -> tuple[list[int], Tensor]:
@@ -189,7 +190,8 @@ class PersistentKVCache(_ModelCache):
             for buffer in self._buffers():
                 buffer[unique : len(order)] = buffer[source[unique:]]
             logits_NV = logits_NV[source]
-        self._next_M = torch.tensor([len(histories[i].token_ids) for i in order], device=self._device)
+        self._ends = [len(histories[i].token_ids) for i in order]
+        self._next_M = torch.tensor(self._ends, device=self._device)
         self.stats.prefilled_tokens += sum(new[i] for i in order[:unique])
         self.stats.shared_tokens += sum(new[i] for i in order[unique:])
         self.stats.reused_tokens += sum(starts)
@@ -199,6 +201,7 @@ class PersistentKVCache(_ModelCache):
         self._grow(self._top + 1)
         logits_MV = self._forward(slice(0, len(ids_M)), ids_M[:, None], self._next_M[:, None], self._top + 1)
         self._next_M = self._next_M + 1
+        self._ends = [end + 1 for end in self._ends]
         self._top += 1
         return logits_MV
 
@@ -209,15 +212,11 @@ class PersistentKVCache(_ModelCache):
         movers = [i for i in range(count, len(alive)) if alive[i]]
         for hole, mover in zip(holes, movers, strict=True):
             order[hole], order[mover] = mover, hole
-            self._owners[hole], self._owners[mover] = self._owners[mover], self._owners[hole]
-        if holes:
-            a, b = torch.tensor(holes, device=self._device), torch.tensor(movers, device=self._device)
-            for buffer in self._buffers():
-                used = buffer[:, :, : self._top]
-                used[a], used[b] = used[b], used[a]
+        self._swap(holes, movers, self._top)
         order = order[:count]
-        self._next_M = self._next_M[torch.tensor(order, device=self._device)]
-        self._top = int(self._next_M.max())
+        self._next_M = self._next_M[torch.tensor(order, dtype=torch.long, device=self._device)]
+        self._ends = [self._ends[row] for row in order]
+        self._top = max(self._ends, default=0)
         return order
 
     def end(self, histories: Sequence[History]) -> None:
@@ -255,16 +254,28 @@ class PersistentKVCache(_ModelCache):
             layer.rebuild(rows, columns, new_rows, old_rows)
         self._columns = columns
 
+    def _swap(self, rows: Sequence[int], others: Sequence[int], columns: int) -> None:
+        """Exchange rows with as many others; no row is named twice, and none holds more than ``columns`` columns."""
+        if not rows:
+            return
+        for row, other in zip(rows, others, strict=True):
+            self._owners[row], self._owners[other] = self._owners[other], self._owners[row]
+        a, b = torch.tensor(rows, device=self._device), torch.tensor(others, device=self._device)
+        for buffer in self._buffers():
+            used = buffer[:, :, :columns]
+            used[a], used[b] = used[b], used[a]
+
     def _buffers(self) -> list[Tensor]:
         """Return the keys and values of all layers, [R, H, C, D] each."""
         return [buffer for layer in self._layers for buffer in layer.buffers()]
 
-    def _prefill(self, ids: list[tuple[int, ...]], starts: list[int]) -> Tensor:
-        """Run the new tokens of the first rows, which are sorted by their number, largest first; logits [rows, V]."""
+    def _prefill(self, ids: list[tuple[int, ...]], starts: list[int], first_row: int = 0) -> Tensor:
+        """Run the new tokens of rows from ``first_row`` on, sorted by their number, largest first; logits [rows, V]."""
         logits: list[Tensor] = []
         new = [len(row) - start for row, start in zip(ids, starts, strict=True)]
         for rows in _row_groups(new, self._max_tokens, self._max_padding):
-            logits.append(self._prefill_group(rows, ids[rows], starts[rows], new[rows]))
+            places = slice(first_row + rows.start, first_row + rows.stop)
+            logits.append(self._prefill_group(places, ids[rows], starts[rows], new[rows]))
         return torch.cat(logits)
 
     def _prefill_group(self, rows: slice, ids: list[tuple[int, ...]], starts: list[int], new: list[int]) -> Tensor:
