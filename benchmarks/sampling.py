@@ -1,6 +1,7 @@
 """Measure action tokens per second in multi-turn rollouts: TorchSampler, against `generate` over the whole history.
 
     python benchmarks/sampling.py --rows 32 --threads 1
+    python benchmarks/sampling.py --commands 0.1 1 10   # waves beside continuous batching, where commands take seconds
 
 A random model, random observations of uneven length, and a stop token about once in twelve; each method plays
 whole sets of rollouts in alternation, and the median over the rounds is shown. CPU seconds are those of the
@@ -18,6 +19,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from gpu_check.machine import Device
+from gpu_check.sampling import Policy
+from gpu_check.shapes import TINY
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from backtalk.engines.torch.sampler import TorchSampler
@@ -115,8 +119,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--commands", type=float, nargs="+", help="seconds of a command, one of these each")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
+    if args.commands:
+        policy = Policy(Device(torch.device(args.device)), TINY)
+        row = policy.turns(args.rows, args.turns, args.max_tokens, args.commands, args.rounds)
+        print(f"{TINY.name}, {args.rows} rollouts of {args.turns} turns of {args.max_tokens} tokens, {args.device}")
+        for name, value in row.items():
+            print(f"{name:40}", " ".join(f"{x:.3g}" for x in (value if isinstance(value, list) else [value])))
+        return
     model = build_model(args)
     methods: dict[str, Callable[[], int]] = {
         "generate, history re-read": lambda: play_generate(model, args),

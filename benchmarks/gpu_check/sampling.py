@@ -5,17 +5,24 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import statistics
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from backtalk.engines.torch.sampler import TorchSampler, sample_tokens
+from backtalk.engines.torch.continuous import ContinuousTorchSampler
+from backtalk.engines.torch.draws import sample_tokens
+from backtalk.engines.torch.sampler import TorchSampler
 from backtalk.rollout.sampler import SamplingParams
 from gpu_check.machine import Device
 from gpu_check.results import Part, Row
 from gpu_check.shapes import SMALL, TINY, Shape
+from objective import ratio_interval
 
 PROMPT_TOKENS = 512
+AnySampler = TorchSampler | ContinuousTorchSampler
 
 
 def run(part: Part, device: Device) -> None:
@@ -29,12 +36,12 @@ def run(part: Part, device: Device) -> None:
             lambda count=count: policy.one_turn(count, tokens, bandwidth),
             expected_s=40 if device.is_gpu else 5,
         )
-    commands_s = (0.1, 10.0) if device.is_gpu else (0.01, 0.3)
+    commands_s, rounds = ((0.1, 1.0, 10.0), 3) if device.is_gpu else ((0.01, 0.1, 0.3), 2)
     for count in counts[-2:]:
         part.measure(
-            f"{shape.name}, {count} rollouts of 4 turns, commands of {commands_s[0]:g} to {commands_s[1]:g} s",
-            lambda count=count: policy.turns(count, 4, tokens // 2, commands_s),
-            expected_s=90 if device.is_gpu else 8,
+            f"{shape.name}, {count} rollouts of 4 turns, commands of {', '.join(f'{s:g}' for s in commands_s)} s",
+            lambda count=count: policy.turns(count, 4, tokens // 2, commands_s, rounds),
+            expected_s=2 * rounds * (45 if device.is_gpu else 5),
         )
 
 
@@ -84,16 +91,48 @@ class Policy:
             "memory GiB": self.device.peak_gib(),
         }
 
-    def turns(self, count: int, turns: int, tokens: int, commands_s: tuple[float, float]) -> Row:
-        """Return tokens a second of rollouts whose commands take seconds, drawn evenly in their logarithm.
+    def turns(self, count: int, turns: int, tokens: int, commands_s: Sequence[float], rounds: int) -> Row:
+        """Compare waves with continuous batching over the same rollouts, whose commands take one of these times each.
 
-        ``slowest rollout's commands s`` is a bound that no sampler beats.
+        The modes take turns; the ratio is of wave's seconds to continuous batching's, summed over the rounds, with a
+        bootstrap interval. ``slowest rollout's commands s`` is a bound that no sampler beats.
         """
-        low, high = map(math.log, commands_s)
-        waits = [[math.exp(random.Random(f"{i}/{t}").uniform(low, high)) for t in range(turns)] for i in range(count)]
+        waits = [random.Random(i).choices(commands_s, k=turns) for i in range(count)]
+        played: dict[str, list[_Played]] = {"wave": [], "continuous": []}
+
+        def play(mode: str, kind: type[AnySampler]) -> float:
+            played[mode].append(self._play(kind, waits, tokens))
+            return played[mode][-1].seconds
+
+        self._play(ContinuousTorchSampler, [[0.0]] * count, 2)  # warms up
+        pairs = []
+        for number in range(rounds):
+            both = {"wave": TorchSampler, "continuous": ContinuousTorchSampler}
+            order = sorted(both, reverse=number % 2 == 0)
+            seconds = {mode: play(mode, both[mode]) for mode in order}
+            pairs.append((seconds["wave"], seconds["continuous"]))
+        row: Row = {}
+        for mode, runs in played.items():
+            seconds = sum(run.seconds for run in runs)
+            row |= {
+                f"{mode}: tokens/s": rounds * count * turns * tokens / seconds,
+                f"{mode}: rollouts/s": rounds * count / seconds,
+                f"{mode}: processor s": statistics.mean(run.processor_s for run in runs),
+                f"{mode}: wait at the sampler s": statistics.mean(run.wait_s for run in runs),
+                f"{mode}: rows of a decode step": statistics.mean(run.rows for run in runs),
+            }
+        return row | {
+            "wave over continuous, in seconds": list(ratio_interval(pairs)),
+            "slowest rollout's commands s": max(map(sum, waits)),
+            "mean commands of a rollout s": sum(map(sum, waits)) / count,
+        }
+
+    def _play(self, kind: type[AnySampler], waits: Sequence[Sequence[float]], tokens: int) -> _Played:
+        """Run one rollout for each list of its commands' seconds, all at once."""
+        sampler = kind(self.model, params=SamplingParams(max_tokens=tokens), stop_token_ids=(), pad_token_id=0)
         sampling_s = 0.0
 
-        async def rollout(index: int, sampler: TorchSampler) -> None:
+        async def rollout(index: int) -> None:
             nonlocal sampling_s
             noise = random.Random(index)
             history = self.prompt(noise)
@@ -105,16 +144,24 @@ class Policy:
                     await asyncio.sleep(wait_s)
                     history += [noise.randrange(3, self.shape.vocab) for _ in range(100)]
 
-        async def rollouts(sampler: TorchSampler) -> None:
-            await asyncio.gather(*(rollout(i, sampler) for i in range(count)))
+        async def rollouts() -> None:
+            await asyncio.gather(*(rollout(i) for i in range(len(waits))))
 
-        sampler = self.sampler(tokens)
-        seconds = self.device.seconds(lambda: asyncio.run(rollouts(sampler)))
-        return {
-            "tokens/s": count * turns * tokens / seconds,
-            "in all s": seconds,
-            "slowest rollout's commands s": max(map(sum, waits)),
-            "mean commands of a rollout s": sum(map(sum, waits)) / count,
-            "mean wait at the sampler s": sampling_s / count,
-            "waves": sampler.stats.waves,
-        }
+        processor_s = time.process_time()
+        seconds = self.device.seconds(lambda: asyncio.run(rollouts()))
+        return _Played(
+            seconds=seconds,
+            processor_s=time.process_time() - processor_s,
+            wait_s=sampling_s / len(waits),
+            rows=sampler.stats.decode_rows / max(sampler.stats.decode_steps, 1),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Played:
+    """What one set of rollouts took."""
+
+    seconds: float
+    processor_s: float
+    wait_s: float  # of a rollout, from asking to its answer, over all turns
+    rows: float  # of a decode step

@@ -91,12 +91,17 @@ class Shape:
         return norms + attention + 4 * weight_bytes * self.mlp
 
     def step_bytes(self, weight_bytes: int, tokens: int, *, checkpointing: bool) -> int:
-        """Return the largest memory of a step in micro-batches of ``tokens`` tokens, buffers of the head included."""
+        """Return the largest memory of a step in micro-batches of ``tokens`` tokens, buffers of the head included.
+
+        Two moments compete: the head's, and the backward pass of the last block's MLP, which holds two gradients of
+        its width. A block that is computed again is there in the second alone.
+        """
         block = self.activation_bytes(weight_bytes)
-        kept = self.layers * weight_bytes * self.hidden + block if checkpointing else self.layers * block
+        kept = self.layers * (weight_bytes * self.hidden if checkpointing else block)
         logits = 4 * min(2**26, tokens * self.vocab)  # of a buffer, of which there are two
         head = 2 * logits + (0 if self.lora_rank else 4 * self.head)  # the weights' gradient
-        return self.state_bytes(weight_bytes) + kept * tokens + head
+        mlp = tokens * (2 * weight_bytes * self.mlp + (block if checkpointing else 0))
+        return self.state_bytes(weight_bytes) + kept * tokens + max(head, mlp)
 
     def config(self) -> Any:
         """Return the configuration of transformers."""
