@@ -119,3 +119,6 @@ def test_what_it_takes_to_reach_the_best_of_the_control_with_censoring() -> None
     assert echo.speedup == Interval(1.5, 0.0, 3.0)
     assert reached("pass@1", curves, costs, "seconds")[1].amounts == (1000, None, 2000)
     assert reached("pass@1", {"grpo": [{0: by_task(1.0)}]}, {"grpo": [spent(0)]}, "steps") == []
+    untold = {arm: [spent(0, 0, 0, 0)] * 3 for arm in curves}  # metrics without tokens_per_second
+    assert reached("pass@1", curves, untold, "tokens") == []
+    assert reached("pass@1", curves, untold, "steps") == [grpo, echo]

@@ -98,9 +98,13 @@ def _between(curve: Mapping[int, Parts], spent: Spent, unit: Unit, amount: float
 def reached(
     metric: str, curves: Mapping[str, Sequence[Mapping[int, Parts]]], spent: Mapping[str, Sequence[Spent]], unit: Unit
 ) -> list[Reached]:
-    """Return what each arm spent to reach the first arm's best; none where a run was not evaluated after its start."""
+    """Return what each arm spent to reach the first arm's best.
+
+    None where a run was not evaluated after its start, or its metrics do not say what it had spent by then.
+    """
     values = {arm: [_means(curve) for curve in curves[arm]] for arm in curves}
-    if not all(known for runs in values.values() for known in runs):
+    runs = [pair for arm in curves for pair in zip(values[arm], spent[arm], strict=True)]
+    if not all(known and run[min(known)][unit] > 0 for known, run in runs):
         return []
     first = next(iter(curves))
     best = [max(known.values()) for known in values[first]]
