@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +21,7 @@ from backtalk.rollout import admission as admission_module
 from backtalk.rollout.admission import Admission
 from backtalk.rollout.groups import EnvFactory, run_groups
 from backtalk.rollout.limits import Deadline, RolloutLimits
-from backtalk.rollout.sampler import SamplingParams
+from backtalk.rollout.sampler import ContinuousSampler, SamplingParams
 from backtalk.sandboxes import SandboxLimits
 from backtalk.sandboxes import pool as pool_module
 from backtalk.sandboxes.base import arrival
@@ -94,6 +95,26 @@ async def test_memory_that_is_short_all_the_time(engine: TorchEngine, monkeypatc
     pool = PooledBackend(backend, live=8)
     group, _ = await play(engine, in_sandboxes_of(pool))
     assert all_played(group) and backend.most_live == 1
+
+
+@pytest.mark.parametrize("places", [1, 3])
+async def test_a_continuous_sampler_waits_for_none_of_them(tmp_path: Path, places: int) -> None:
+    engine = TorchEngine(TorchConfig(model=str(tiny_model_dir(tmp_path)), device="cpu", batching="continuous"))
+    sampler = engine.sampler(SamplingParams(max_tokens=4))
+    assert isinstance(sampler, ContinuousSampler)
+    renderer, task = Renderer(engine.tokenizer, ()), Task(id="t", instruction="")
+    open_env = in_sandboxes_of(PooledBackend(CountingBackend(), live=places))
+    async with asyncio.timeout(120):
+        (group,) = await run_groups([task], open_env, sampler, renderer, LIMITS, group_size=8, key="k")
+    assert all_played(group)
+    scores = await engine.score(group.trajectories)
+    for trajectory, logprobs in zip(group, scores, strict=True):
+        position = 0
+        for segment in trajectory.segments:
+            if segment.logprobs is not None:
+                own = logprobs[position : position + len(segment.token_ids)]
+                assert own == pytest.approx(segment.logprobs, abs=1e-4)
+            position += len(segment.token_ids)
 
 
 @dataclass

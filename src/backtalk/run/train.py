@@ -48,7 +48,7 @@ from backtalk.trajectory import TrajectoryGroup
 
 T = TypeVar("T")
 
-RESUME_MAY_CHANGE = ("steps", "checkpoint_every", "evaluation.every", "engine.sampler")
+RESUME_MAY_CHANGE = ("steps", "checkpoint_every", "evaluation.every", "engine.sampler", "engine.batching")
 
 
 async def train(
