@@ -159,7 +159,11 @@ def test_lora_in_bfloat16(model_dir: Path, device: str, bounded: Bounded) -> Non
 
 @pytest.mark.parametrize(
     ("settings", "bound"),
-    [({"dtype": "float32"}, 1e-4), ({"dtype": "bfloat16"}, 0.03)],
+    [
+        ({"dtype": dtype, "batching": batching}, bound)
+        for dtype, bound in (("float32", 1e-4), ("bfloat16", 0.03))
+        for batching in ("wave", "continuous")
+    ],
     ids=str,
 )
 def test_sampler_and_trainer_agree_over_turns(
