@@ -43,30 +43,33 @@ SHAPES = (
     Shape(name="25M", hidden=512, layers=6, heads=8, kv_heads=4, head_size=64, mlp=1792, vocab=8192),
 )
 PROMPT_TOKENS = 100  # of each rollout; all others are scored
+OBJECTIVE = ObjectiveConfig(world_model_coeff=0.05)
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 T = TypeVar("T")
 Point = dict[str, float]  # MiB as predicted, of tensors and with holes; seconds of processor as predicted and measured
 
 
 def measure(shape: Shape, length: int, tokens: int, checkpointing: bool, own_pages: bool) -> tuple[float, float]:
-    """Return MiB and seconds of processor of the second step, which AdamW's state is there for."""
+    """Return MiB and seconds of processor of a step, after a small one that AdamW's state is there from."""
     torch.set_num_threads(1)
     if own_pages and not ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**20):
         raise OSError("this C library has no M_MMAP_THRESHOLD; it takes glibc")
-    step_of(shape, 256, 512, checkpointing)()  # loads libraries
+    small = rollouts(2, 256, shape.vocab)
+    train_step(engine_of(shape, tokens, checkpointing), small, OBJECTIVE)()  # loads libraries
     gc.collect()
     release_memory()
     rest = memory("VmRSS")
-    step = step_of(shape, length, tokens, checkpointing)
-    step()
+    engine = engine_of(shape, tokens, checkpointing)
+    train_step(engine, small, OBJECTIVE)()
+    step = train_step(engine, rollouts(tokens // length, length, shape.vocab), OBJECTIVE)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     began = time.process_time()
     step()
     return memory("VmHWM") - rest, time.process_time() - began
 
 
-def step_of(shape: Shape, length: int, tokens: int, checkpointing: bool) -> Callable[[], object]:
-    """Return a function that takes a training step of a new engine."""
+def engine_of(shape: Shape, tokens: int, checkpointing: bool) -> TorchEngine:
+    """Return an engine with random weights."""
     config = TorchConfig(
         device="cpu",
         learning_rate=1e-7,
@@ -74,9 +77,7 @@ def step_of(shape: Shape, length: int, tokens: int, checkpointing: bool) -> Call
         gradient_checkpointing=checkpointing,
         measure_gradients_every=0,
     )
-    engine = TorchEngine(config, model=shape.random_model(torch.device("cpu"), torch.float32))
-    samples = rollouts(tokens // length, length, shape.vocab)
-    return train_step(engine, samples, ObjectiveConfig(world_model_coeff=0.05))
+    return TorchEngine(config, model=shape.random_model(torch.device("cpu"), torch.float32))
 
 
 def operations(shape: Shape, length: int, tokens: int, checkpointing: bool) -> float:
@@ -104,7 +105,7 @@ def in_process(context: BaseContext, function: Callable[..., T], *arguments: obj
         return pool.submit(function, *arguments).result()
 
 
-def draw(points: dict[str, Point], lengths: list[int], tokens: int, picture: Path) -> None:
+def draw(points: dict[str, Point], all_lengths: list[int], tokens: int, picture: Path) -> None:
     """Draw memory and time by length: solid lines as measured, dashed ones as predicted."""
     import matplotlib
 
@@ -114,7 +115,9 @@ def draw(points: dict[str, Point], lengths: list[int], tokens: int, picture: Pat
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     for number, shape in enumerate(SHAPES):
         for checkpointing, marker in ((False, "o"), (True, "s")):
-            found = [points[key_of(shape, length, tokens, checkpointing)] for length in lengths]
+            keys = {length: key_of(shape, length, tokens, checkpointing) for length in all_lengths}
+            lengths = [length for length in all_lengths if keys[length] in points]
+            found = [points[keys[length]] for length in lengths]
             style = {"color": f"C{number}", "alpha": 0.5 if checkpointing else 1.0}
             label = shape.name + " recomputing" * checkpointing
             for axis, measured, predicted in ((axes[0], "tensors", "predicted"), (axes[1], "s", "predicted_s")):
@@ -144,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--shapes", nargs="+", default=[shape.name for shape in SHAPES])
     parser.add_argument("--picture", type=Path, default=Path("memory.png"))
     args = parser.parse_args()
     kept = args.picture.with_suffix(".json")
@@ -153,7 +157,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gpu_check.speed", "transformers.models.qwen3.modeling_qwen3"])
-    for shape in SHAPES:
+    for shape in [shape for shape in SHAPES if shape.name in args.shapes]:
         for checkpointing in (False, True):
             for length in args.lengths:
                 key, step = key_of(shape, length, args.tokens, checkpointing), (length, args.tokens, checkpointing)
