@@ -79,3 +79,11 @@ def test_an_interrupted_check_goes_on_where_it_stopped(tmp_path: Path, cache: Pa
 def test_what_is_no_folder_of_tasks_is_an_error(tmp_path: Path, cache: Path) -> None:
     result = CliRunner().invoke(app, ["tasks", "check", str(tmp_path / "nothing")])
     assert result.exit_code != 0 and "is no folder and no .txt list" in str(result.exception)
+
+
+def test_tasks_that_we_write_are_sound(tmp_path: Path, cache: Path) -> None:
+    """Solutions of triage leave an answer where `submit` does, as Harbor runs them."""
+    written = CliRunner().invoke(app, ["tasks", "write", str(tmp_path / "own"), "--count", "2", "--level", "1"])
+    assert written.exit_code == 0
+    checked = CliRunner().invoke(app, ["tasks", "check", str(tmp_path / "own")])
+    assert checked.exit_code == 0 and "2 of 2 tasks are sound" in checked.output

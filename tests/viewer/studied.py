@@ -8,12 +8,13 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from recorded import BASE, A, B, write_step
+from recorded import BASE, A, B, encode, write_step
 
 from backtalk.evidence.arms import read_arms
 from backtalk.evidence.study import Study, run_study
 from backtalk.exchange.write.atif import to_atif
 from backtalk.exchange.write.inspect_ai import to_inspect
+from backtalk.exchange.write.openenv import to_episode_record, to_training_trace
 from backtalk.run.config import config_to_dict
 from backtalk.run.estimates import Interval
 from backtalk.run.evaluate import Evaluation, RecordedResult, TaskResult
@@ -86,7 +87,7 @@ def knowledge(knows: bool) -> dict[str, object]:
 
 
 def write_foreign(folder: Path) -> Path:
-    """Write what other libraries write: Harbor's ATIF, a log of Inspect, rows of TRL, and chats."""
+    """Write what Harbor, Inspect, TRL, verifiers and OpenEnv write, and a chat."""
     folder.mkdir(parents=True)
     rollouts = [*A, *B]
     (folder / "harbor.jsonl").write_text("".join(json.dumps(to_atif(t, model_name="base")) + "\n" for t in rollouts))
@@ -96,4 +97,31 @@ def write_foreign(folder: Path) -> Path:
     said = A.trajectories[0].messages
     chat = [{**m, "role": "user" if m["role"] == "tool" else m["role"]} for m in said]
     (folder / "chat.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    write_verifiers(folder)
+    (folder / "episode.json").write_text(json.dumps(to_episode_record(A.trajectories[0])))
+    (folder / "training_trace.json").write_text(json.dumps(to_training_trace(A.trajectories[0])))
     return folder
+
+
+def write_verifiers(folder: Path) -> None:
+    """Write a trace of token ids, and a row of results with messages, as verifiers does."""
+    asked, action, output = map(encode, ("count the lines", "<bash>ls</bash>", "total 12\n"))
+
+    def node(parent: int | None, role: str, ids: tuple[int, ...], **fields: object) -> dict[str, object]:
+        return {"parent": parent, "message": {"role": role, "content": ""}, "token_ids": ids, **fields}
+
+    nodes = [
+        node(None, "user", asked, mask=[False] * len(asked), is_content=[True] * len(asked)),
+        node(0, "assistant", action, sampled=True, mask=[True] * len(action), logprobs=[-0.5] * len(action)),
+        node(1, "tool", output, mask=[False] * len(output), is_content=[True] * len(output)),
+    ]
+    trace = {"nodes": nodes, "rewards": {"a": {"score": 1.0}}, "ok": True}
+    (folder / "traces.jsonl").write_text(json.dumps(trace) + "\n")
+    call = {"id": "c", "type": "function", "function": {"name": "bash", "arguments": json.dumps({"command": "ls"})}}
+    said = [
+        {"role": "assistant", "content": "", "tool_calls": [json.dumps(call)]},
+        {"role": "tool", "content": "total 12\n"},
+        {"role": "assistant", "content": "12", "tool_calls": None},
+    ]
+    row = {"example_id": 3, "task": "files", "prompt": [{"role": "user", "content": "count the lines"}]}
+    (folder / "results.jsonl").write_text(json.dumps({**row, "completion": said, "reward": 1.0}) + "\n")

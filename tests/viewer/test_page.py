@@ -272,13 +272,18 @@ def test_a_study_of_five_arms_and_five_seeds_shows_its_arms_together(page: Any, 
         page.goto("about:blank")  # before the server ends
 
 
+VERIFIERS = ("traces.jsonl", "results.jsonl")  # token ids, and messages
+OPENENV = ("episode.json", "training_trace.json")
+
+
 def test_a_folder_of_others_trajectories_opens_as_it_is(page: Any, tmp_path: Path) -> None:
     with served(write_foreign(tmp_path / "theirs"), "--model", "base") as address:
         links = rows_of(page, address, "", "task", "asc")
         runs = {link.partition("run=")[2].partition("&")[0] for link in links}
-        assert runs == {"harbor.jsonl", "inspect.json", "trl.json", "chat.jsonl"} and len(links) == 9
+        theirs = {"harbor.jsonl", "inspect.json", "chat.jsonl", *VERIFIERS, *OPENENV}
+        assert runs == theirs | {"trl.json"} and len(links) == 13
         assert text_of(page, ".notice summary") == "1 record could not be read"  # its two turns follow no chat template
-        for name in ("harbor.jsonl", "inspect.json", "chat.jsonl"):
+        for name in sorted(theirs):
             page.goto(f"{address}#/rollout?run={name}&part=file&row=0")
             sync_api.expect(page.locator(".crumbs")).to_contain_text(name, timeout=WAIT_MS)
             assert "count the lines" in text_of(page, ".block-context")

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
-from backtalk.envs.terminal import TerminalConfig, TerminalEnv
+from backtalk.envs.terminal import ANSWER, TerminalConfig, TerminalEnv
 from backtalk.errors import BacktalkError, TaskError, VerifierError
+from backtalk.messages import ToolCall
 from backtalk.sandboxes.base import SandboxBackend
 from backtalk.sandboxes.root import Root
 from backtalk.tasks.folder import read_harbor_task
@@ -148,6 +149,8 @@ async def _play(
             solved = await sandbox.exec("bash /solution/solve.sh", timeout_s=solve_timeout_s)
             if solved.timed_out or solved.exit_code:
                 printed = f"solve.sh ended with exit code {solved.exit_code}: {solved.output[-_TAIL:]}\n"
+            if (answer := await sandbox.get(ANSWER)) is not None:  # a file there does not outlast the scoring
+                await env.step(ToolCall("submit", {"answer": answer.decode("utf-8", "replace")}))
         reward = await env.score()
         return reward, printed + env.test_output
 

@@ -2,7 +2,7 @@
 
 import type { Source } from "./answers";
 import { ask } from "./api";
-import { announce, byId, type Child, h, number, replace } from "./dom";
+import { announce, byId, type Child, colour, h, number, replace } from "./dom";
 import { isFrozen, written } from "./frozen";
 import { group } from "./group";
 import { onKeys, showKeys } from "./keys";
@@ -100,7 +100,6 @@ function going(): Child {
 
 // An arm has one colour, and its seeds differ by their dashes; all else has a colour of its own.
 function paint(): void {
-  const style = getComputedStyle(document.documentElement);
   const kindOf = ({ arm, name }: Source) => arm || name;
   const kinds = [...new Set(context.sources.map(kindOf))];
   const seeds = new Map<string, number>();
@@ -109,8 +108,7 @@ function paint(): void {
     const kind = kindOf(source);
     const nth = seeds.get(kind) || 0;
     seeds.set(kind, nth + 1);
-    const colour = style.getPropertyValue(`--line-${kinds.indexOf(kind) % PALETTE}`).trim();
-    context.colours.set(source.name, colour);
+    context.colours.set(source.name, colour(`--line-${kinds.indexOf(kind) % PALETTE}`));
     context.dashes.set(source.name, DASHES[nth % DASHES.length]);
   }
 }

@@ -1,7 +1,7 @@
 // How often the likeliest token came, by how likely the model thought it: on the diagonal it knows how much it knows.
 
 import type { Checkpoint } from "./answers";
-import { type Child, h, number, percent, svg, table } from "./dom";
+import { type Child, colour, h, number, percent, svg, table } from "./dom";
 
 const SIZE = 220; // of the picture, with the margins
 const MARGIN = 12;
@@ -13,17 +13,15 @@ const up = (share: number) => (SIZE - MARGIN - share * INSIDE).toFixed(1);
 export function calibration(checkpoints: Checkpoint[]): Child {
   const known = checkpoints.filter(({ bins }) => bins.length);
   if (!known.length) return null;
-  const style = getComputedStyle(document.documentElement);
-  const css = (name: string) => style.getPropertyValue(name).trim();
-  const colours = known.map((_, index) => css(`--line-${index % 8}`));
+  const colours = known.map((_, index) => colour(`--line-${index % 8}`));
   const lines = known.flatMap(({ bins }, index) => line(bins, colours[index]));
-  const frame = { x: MARGIN, y: MARGIN, width: INSIDE, height: INSIDE, fill: "none", stroke: css("--line") };
+  const frame = { x: MARGIN, y: MARGIN, width: INSIDE, height: INSIDE, fill: "none", stroke: colour("--line") };
   const diagonal = {
     x1: across(0),
     y1: up(0),
     x2: across(1),
     y2: up(1),
-    stroke: css("--faint"),
+    stroke: colour("--faint"),
     "stroke-dasharray": "4 4",
   };
   const about = "Calibration; the table beside it has the numbers";

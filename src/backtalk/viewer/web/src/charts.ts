@@ -2,7 +2,7 @@
 
 import uPlot from "uplot";
 import type { Maybe } from "./answers";
-import { type Child, h, number, replace } from "./dom";
+import { type Child, colour, h, number, replace } from "./dom";
 
 export interface Series {
   name: string;
@@ -34,18 +34,17 @@ interface Drawn {
 const FEW = 8; // points that are drawn as such, because a line alone may not be seen
 const EDGE: uPlot.Series = { label: "", stroke: "transparent", width: 0, points: { show: false }, spanGaps: true };
 
-const css = (name: string) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const translucent = (colour: string) => `color-mix(in srgb, ${colour} 11%, transparent)`;
 export const isKnown = (value: Maybe | undefined): value is number => value !== null && value !== undefined;
 
 export function chart(place: HTMLElement, drawn: Drawn): uPlot {
   const { title, series, marks, log, height, group } = drawn;
-  const grid = { stroke: css("--grid"), width: 1 };
+  const grid = { stroke: colour("--grid"), width: 1 };
   const axis: uPlot.Axis = {
-    stroke: css("--muted"),
+    stroke: colour("--muted"),
     grid,
     ticks: { ...grid, size: 4 },
-    font: `11px ${css("--ui")}`,
+    font: `11px ${getComputedStyle(document.documentElement).getPropertyValue("--ui")}`,
     size: 30,
   };
   const readings = h("div", { class: "readings" });
@@ -184,7 +183,7 @@ function drawMarks(u: uPlot, marks: Mark[]): void {
   const { ctx, bbox } = u;
   const ratio = devicePixelRatio;
   ctx.save();
-  ctx.strokeStyle = ctx.fillStyle = css("--warn-line");
+  ctx.strokeStyle = ctx.fillStyle = colour("--warn-line");
   ctx.lineWidth = ratio;
   ctx.setLineDash([3 * ratio, 3 * ratio]);
   for (const mark of marks) {

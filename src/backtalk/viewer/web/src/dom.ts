@@ -53,6 +53,15 @@ function flat(children: Child[]): (Node | string)[] {
 // The element of the page's own HTML that has an id.
 export const byId = (id: string): HTMLElement => document.getElementById(id)!;
 
+const probe = h("i", { hidden: true });
+
+// A colour of the style sheet as it is now, dark or light: light-dark() is resolved only where something has the colour.
+export function colour(name: string): string {
+  if (!probe.isConnected) document.body.append(probe);
+  probe.style.color = `var(${name})`;
+  return getComputedStyle(probe).color;
+}
+
 // What was typed or chosen.
 export const entered = (event: Event): string => (event.target as HTMLInputElement | HTMLSelectElement).value;
 

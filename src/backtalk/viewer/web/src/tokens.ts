@@ -12,16 +12,17 @@ const COLOURINGS = {
 };
 const SURPRISING = 5; // nats of the strongest colour
 const CHANGED = 3; // nats that a token got better or worse, of the strongest colour
-const CHUNK = 400; // tokens that are made at a time; a chunk ends with a line, where one ends soon
-const MOST = 2000; // tokens of a chunk
+const CHUNK = 150; // tokens that are made at a time; a chunk ends with a line, where one ends soon
+const MOST = 300; // tokens of a chunk; in longer lines it ends within one, and the next begins a line without a ↵
+const A_FRAME = 300; // tokens that are made in one frame
+const PLAIN = /^[\x20-\x7e\u00a0-\u02ff]+$/; // text in which nothing is hidden
 
 type Side = string | null; // the checkpoint that a column is of
-type Span = HTMLSpanElement & { position: number; side: Side };
 type Chunk = HTMLPreElement & { start: number; end: number; side: Side };
 
 export class TokenView {
-  private spans = new Map<number, Span[]>(); // by position, one a side
   private chunks: Chunk[] = [];
+  private readonly waiting = new Set<Chunk>(); // near the window, and without tokens
   private colouring: string;
   private pinned: number | null = null;
   private sides = false;
@@ -30,11 +31,8 @@ export class TokenView {
   private readonly strongest: Record<string, number>;
   private readonly numbers = h("div", { class: "token-numbers" });
 
-  // A chunk gets its tokens when it comes near the window, or when one of them is selected.
-  private readonly near = new IntersectionObserver(
-    (entries) => entries.forEach((entry) => entry.isIntersecting && this.fill(entry.target as Chunk)),
-    { rootMargin: "1200px" },
-  );
+  // A chunk has its tokens while it is near the window, or while one of them is selected.
+  private readonly near = new IntersectionObserver((entries) => this.look(entries), { rootMargin: "1200px" });
 
   constructor(
     private readonly tokens: Tokens,
@@ -71,7 +69,9 @@ export class TokenView {
   private recolour(colouring: string): void {
     this.colouring = colouring;
     change({ colour: colouring === "role" ? null : colouring });
-    for (const made of this.spans.values()) made.forEach((span) => this.paint(span));
+    for (const chunk of this.chunks) {
+      spansOf(chunk).forEach((span, index) => this.paint(span, chunk.start + index, chunk.side));
+    }
   }
 
   // How strong a token's colour is, from -1 to 1; null where the number is not known.
@@ -90,11 +90,11 @@ export class TokenView {
     return column && column[position] ? column[position] / this.strongest[how] : null;
   }
 
-  private paint(span: Span): void {
-    const how = span.side ? `ce ${span.side}` : this.colouring;
+  private paint(span: HTMLElement, position: number, side: Side): void {
+    const how = side ? `ce ${side}` : this.colouring;
     span.classList.toggle("shaded", how !== "role");
     if (how === "role") return;
-    const value = this.strength(span.position, how);
+    const value = this.strength(position, how);
     span.style.setProperty("--strength", String(Math.round(Math.abs(value ?? 0) * 100)));
     span.classList.toggle("negative", value !== null && (how.startsWith("ce ") ? value > 0 : value < 0));
   }
@@ -159,16 +159,11 @@ export class TokenView {
   }
 
   select(position: number | null, scroll = false): void {
-    if (this.pinned !== null) this.spans.get(this.pinned)?.forEach((span) => span.classList.remove("pinned"));
-    if (position !== null) {
-      this.chunks
-        .filter((chunk) => chunk.start <= position && position < chunk.end)
-        .forEach((chunk) => this.fill(chunk));
-    }
-    const spans = position === null ? undefined : this.spans.get(position);
-    this.pinned = spans ? position : null;
+    if (this.pinned !== null) this.spansAt(this.pinned).forEach((span) => span.classList.remove("pinned"));
+    const spans = position === null ? [] : this.spansAt(position);
+    this.pinned = spans.length ? position : null;
     change({ pos: this.pinned });
-    if (position === null || !spans) return this.hint();
+    if (position === null || !spans.length) return this.hint();
     spans.forEach((span) => span.classList.add("pinned"));
     replace(this.numbers, this.describe(position));
     // Blocks that come into the window get their height only then, so the place is looked for again.
@@ -181,8 +176,8 @@ export class TokenView {
   setSides(on: boolean): void {
     this.sides = on && this.checkpoints.length > 1;
     this.near.disconnect();
+    this.waiting.clear();
     this.chunks = [];
-    this.spans.clear();
   }
 
   // The tokens of segments that follow each other; twice, beside each other, before and after.
@@ -209,50 +204,108 @@ export class TokenView {
 
   private chunk(start: number, end: number, side: Side): Chunk {
     const chunk: Chunk = Object.assign(h("pre", { class: "tokens" }), { start, end, side });
-    chunk.style.minHeight = `${Math.ceil((end - start) / (side ? 7 : 14)) * 23}px`;
+    chunk.style.height = `${Math.ceil((end - start) / (side ? 7 : 14)) * 23}px`; // until it has its tokens
     this.chunks.push(chunk);
     this.near.observe(chunk);
-    const spanOf = (event: Event) => (event.target as Element).closest<Span>(".token");
-    chunk.addEventListener("mouseover", (event) => {
-      const span = spanOf(event);
-      if (span && this.pinned === null) replace(this.numbers, this.describe(span.position));
-    });
-    chunk.addEventListener("mouseleave", () => {
-      if (this.pinned === null) this.hint();
-    });
-    chunk.addEventListener("click", (event) => {
-      const span = spanOf(event);
-      if (span) this.select(span.position === this.pinned ? null : span.position);
-    });
+    chunk.addEventListener("mouseover", this.point);
+    chunk.addEventListener("mouseleave", this.leave);
+    chunk.addEventListener("click", this.click);
     return chunk;
   }
 
+  private readonly point = (event: Event): void => {
+    const position = positionOf(event);
+    if (position !== null && this.pinned === null) replace(this.numbers, this.describe(position));
+  };
+
+  private readonly leave = (): void => {
+    if (this.pinned === null) this.hint();
+  };
+
+  private readonly click = (event: Event): void => {
+    const position = positionOf(event);
+    if (position !== null) this.select(position === this.pinned ? null : position);
+  };
+
+  // ---------------------------------------------------------------- what is near the window
+
+  // A frame makes a few chunks, those in the window first; what is far away is let go.
+  private look(entries: IntersectionObserverEntry[]): void {
+    const before = this.waiting.size;
+    for (const { target, isIntersecting, boundingClientRect: at } of entries) {
+      if (isIntersecting) this.waiting.add(target as Chunk);
+      else this.empty(target as Chunk, at.height);
+    }
+    if (this.waiting.size && !before) requestAnimationFrame(this.goOn);
+  }
+
+  private readonly goOn = (): void => {
+    const away = (chunk: Chunk) => {
+      const { top, bottom } = chunk.getBoundingClientRect();
+      return Math.max(0, top - window.innerHeight, -bottom);
+    };
+    const nearest = [...this.waiting].map((chunk) => ({ chunk, away: away(chunk) })).sort((a, b) => a.away - b.away);
+    let made = 0;
+    for (const { chunk } of nearest) {
+      made += chunk.end - chunk.start;
+      if (made > A_FRAME) break;
+      this.fill(chunk);
+    }
+    if (this.waiting.size) requestAnimationFrame(this.goOn);
+  };
+
   private fill(chunk: Chunk): void {
-    this.near.unobserve(chunk);
+    this.waiting.delete(chunk);
     if (chunk.hasChildNodes()) return;
     let segment = this.segmentAt(chunk.start);
-    const made: Span[] = [];
+    const made: HTMLElement[] = [];
     for (let position = chunk.start; position < chunk.end; position++) {
       if (position >= segment.end) segment = this.segmentAt(position);
       made.push(this.token(position, segment, chunk.side));
     }
     chunk.append(...made);
-    chunk.style.minHeight = "";
+    chunk.style.height = "";
   }
 
-  private token(position: number, segment: Segment, side: Side): Span {
+  // What is selected stays: a token, or text to copy.
+  private empty(chunk: Chunk, height: number): void {
+    this.waiting.delete(chunk);
+    const isPinned = this.pinned !== null && chunk.start <= this.pinned && this.pinned < chunk.end;
+    const marked = getSelection();
+    const isMarked = marked !== null && !marked.isCollapsed && marked.containsNode(chunk, true);
+    if (!chunk.hasChildNodes() || isPinned || isMarked) return;
+    chunk.style.height = `${height}px`;
+    chunk.replaceChildren();
+  }
+
+  // The elements of a token, one a side.
+  private spansAt(position: number): HTMLElement[] {
+    const chunks = this.chunks.filter((chunk) => chunk.start <= position && position < chunk.end);
+    for (const chunk of chunks) this.fill(chunk);
+    return chunks.map((chunk) => spansOf(chunk)[position - chunk.start]);
+  }
+
+  private token(position: number, segment: Segment, side: Side): HTMLElement {
     const policy = this.tokens.policy?.[position] || 0;
     const world = this.tokens.world?.[position] || 0;
     const trained = policy ? (policy > 0 ? "up" : "down") : world ? "learned" : "";
     const text = this.tokens.texts[position];
-    const shown = text === "" ? h("span", { class: "hidden-char" }, "·") : withNewlines(text);
-    const made = h("span", { class: `token role-${segment.role} ${trained}` }, shown);
-    const span: Span = Object.assign(made, { position, side });
-    this.spans.set(position, [...(this.spans.get(position) || []), span]);
+    const span = document.createElement("span");
+    span.className = `token role-${segment.role} ${trained}`;
+    if (PLAIN.test(text)) span.textContent = text;
+    else replace(span, text === "" ? h("span", { class: "hidden-char" }, "·") : withNewlines(text));
     if (position === this.pinned) span.classList.add("pinned");
-    this.paint(span);
+    this.paint(span, position, side);
     return span;
   }
+}
+
+const spansOf = (chunk: Chunk) => [...chunk.children] as HTMLElement[]; // one a token, in their order
+
+// The position of the token that an event is on.
+function positionOf(event: Event): number | null {
+  const span = (event.target as Element).closest(".token");
+  return span && (event.currentTarget as Chunk).start + [...span.parentElement!.children].indexOf(span);
 }
 
 const fact = (name: string, value: Child) => {
