@@ -3,13 +3,14 @@
     scripts/viewer && .venv-viewer/bin/python scripts/viewer_pictures.py --study STUDY --run RUN --row 3 --out docs
 
 STUDY is a folder of runs; RUN is a run that `backtalk score` has scored at two checkpoints, of whose last step one row
-is shown. Pictures have a palette of 128 colours, so that they are small. Look at them before they are committed.
+is shown. Pictures have a palette of 256 colours, so that they are small. Look at them before they are committed.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -22,23 +23,24 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 DESKTOP, PHONE = (1280, 800), (390, 800)
-COLOURS = 128
+COLOURS = 256
 PORT = 7992
-# A file, the page it is of (study or run), its address, what it waits for, its size, the scheme, keys to press.
-PICTURES: list[tuple[str, str, str, str, tuple[int, int], str, str]] = [
-    ("viewer_overview", "study", "overview?arms=1&smooth=5&find={find}", "canvas", DESKTOP, "light", ""),
-    ("viewer_overview_phone", "study", "overview?arms=1&smooth=5&find={find}", "canvas", PHONE, "dark", ""),
-    ("viewer_table", "study", "rollouts?q=&sort=reward&order=desc", ".space .row a", DESKTOP, "light", ""),
-    ("viewer_tokens", "run", "rollout?{place}&tokens=1&pos={pos}", ".token.pinned", DESKTOP, "light", ""),
-    ("viewer_before_after", "run", "rollout?{place}&sides=1&pos={pos}", ".sides .token.pinned", DESKTOP, "light", ""),
-    ("viewer_world_model", "run", "world", ".kinds", DESKTOP, "dark", ""),
-    ("viewer_phone", "run", "rollout?{place}", ".talk .block", PHONE, "dark", "j"),
+# A file, the page it is of (study or run), its address, what is brought into the window, its size, the scheme.
+PICTURES: list[tuple[str, str, str, str, tuple[int, int], str]] = [
+    ("viewer_overview", "study", "overview?arms=1&smooth={smooth}&find={find}", "canvas", DESKTOP, "light"),
+    ("viewer_overview_phone", "study", "overview?arms=1&smooth={smooth}&find={find}", "[data-name]", PHONE, "dark"),
+    ("viewer_table", "study", "rollouts?q=&sort=reward&order=desc", ".space .row a", DESKTOP, "light"),
+    ("viewer_tokens", "run", "rollout?{place}&tokens=1&pos={pos}", ".token.pinned", DESKTOP, "light"),
+    ("viewer_before_after", "run", "rollout?{place}&sides=1&pos={pos}", ".sides .token.pinned", DESKTOP, "light"),
+    ("viewer_world_model", "run", "world", ".kinds", DESKTOP, "dark"),
+    ("viewer_phone", "run", "rollout?{place}", ".talk .block", PHONE, "dark"),
 ]
 
 
 def served(path: Path, port: int) -> subprocess.Popen[bytes]:
     """Serve the page over a path, and return its server once it answers."""
-    server = subprocess.Popen([sys.executable, "-m", "backtalk.cli", "view", str(path), "--port", str(port)])
+    command = [sys.executable, "-m", "backtalk.cli", "view", str(path), "--port", str(port)]
+    server = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")})
     for _ in range(600):
         try:
             urlopen(f"http://127.0.0.1:{port}/", timeout=30).close()
@@ -50,7 +52,7 @@ def served(path: Path, port: int) -> subprocess.Popen[bytes]:
 
 def take(page: Any, file: Path) -> None:
     image = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    image.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(file, optimize=True)
+    image.quantize(COLOURS, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(file, optimize=True)
     print(f"{file}: {file.stat().st_size / 1000:.0f} kB", flush=True)
 
 
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--row", type=int, default=0)
     parser.add_argument("--pos", type=int, default=0, help="the token that is selected")
     parser.add_argument("--find", default="", help="which curves the overview shows")
+    parser.add_argument("--smooth", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=None)
     parser.add_argument("--out", type=Path, default=Path("docs"))
     given = parser.parse_args()
@@ -73,19 +76,20 @@ def main() -> None:
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-            for name, of, address, wait, (width, height), scheme, keys in PICTURES:
+            for name, of, address, wait, (width, height), scheme in PICTURES:
                 if given.only and name not in given.only:
                     continue
                 context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
                 page = context.new_page()
                 page.set_default_timeout(180_000)
                 port = PORT + list(servers).index(of)
-                page.goto(f"http://127.0.0.1:{port}/#/{address.format(place=place, pos=given.pos, find=given.find)}")
+                filled = address.format(place=place, pos=given.pos, find=given.find, smooth=given.smooth)
+                page.goto(f"http://127.0.0.1:{port}/#/{filled}")
                 page.wait_for_selector(wait)
-                page.wait_for_timeout(1500)
-                for key in keys:
-                    page.keyboard.press(key)
-                page.wait_for_timeout(1500)
+                page.wait_for_timeout(2000)
+                if name.endswith("phone"):
+                    page.locator(wait).first.evaluate("(part) => part.scrollIntoView()")
+                page.wait_for_timeout(2000)
                 take(page, given.out / f"{name}.png")
                 context.close()
             browser.close()

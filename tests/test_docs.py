@@ -85,7 +85,6 @@ RUN = {  # commands that are run, by pattern: what is put behind them, and what 
 READ = {  # commands that are only read, with their settings: why they are not run
     "backtalk * --format trackio *": "needs Trackio; tests/exchange writes its traces",
     "backtalk * --endpoint *": "asks a server; tests/capture has one",
-    "backtalk capture *": "an example of a pattern, with nobody to play",
     "backtalk score * --step 40": "needs a run of 41 steps; a step is scored below",
     "backtalk dream * --step *": "needs a run of 21 steps; tests/cli/test_dream.py has a rollout on record",
     "backtalk serve *": "serves until it is interrupted; tests/run/test_serve.py",
@@ -317,6 +316,12 @@ def row_of(command: str, table: dict[str, Any]) -> str | None:
     return next((pattern for pattern in table if fnmatch.fnmatchcase(text, pattern.replace("[", "[[]"))), None)
 
 
+def folder_of(page: str) -> Path:
+    """Return the folder that a page's commands are typed in."""
+    moved = re.search(r"^cd (recipes/\w+)", (ROOT / page).read_text(), flags=re.MULTILINE)
+    return ROOT / moved[1] if moved else ROOT
+
+
 def is_ours(command: str) -> bool:
     return words_of(command)[0] == "backtalk"
 
@@ -362,7 +367,7 @@ def test_every_script_is_bash(block: Block) -> None:
 def test_every_command_of_ours_is_one_with_settings_that_a_run_takes(
     page: str, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(ROOT / "recipes/prediction_pays" if "prediction_pays" in page else ROOT)
+    monkeypatch.chdir(folder_of(page))
     name, given = parsed(words_of(command)[1:])
     settings = list(given.get("settings") or [])
     if name == "train":
@@ -430,7 +435,7 @@ def test_every_program_of_ours_is_there_with_its_options(page: str, command: str
     program, *given = [w for w in words if not w.startswith("python") and w not in ("-I", "-")] or ["demo"]
     if "$" in program or program.startswith("/"):
         return
-    folder = ROOT / "recipes/prediction_pays" if "prediction_pays" in page else ROOT
+    folder = folder_of(page)
     path = next((p for p in (folder / program, ROOT / "examples" / program) if p.is_file()), None)
     assert path is not None, f"there is no {program}"
     if program == "./demo":
@@ -650,7 +655,7 @@ def supposed(place: Path, call: Call) -> Callable[[list[str]], None]:
 
                 row = {"prompt_ids": [1, 2], "completion_ids": [3, 4], "logprobs": [-0.5, -1.0], "reward": 0.5}
                 pq.write_table(pa.Table.from_pylist([row]), place / word)
-            elif word == "my_tasks":
+            elif word == "my_tasks" and not (place / word).exists():
                 call("tasks", "write", word, "--count", "2", "--level", "1")
 
     return make

@@ -278,6 +278,7 @@ OPENENV = ("episode.json", "training_trace.json")
 
 def test_a_folder_of_others_trajectories_opens_as_it_is(page: Any, tmp_path: Path) -> None:
     with served(write_foreign(tmp_path / "theirs"), "--model", "base") as address:
+        urlopen(f"{address}api/rollouts", timeout=600).close()  # loads what reads them, which takes its time
         links = rows_of(page, address, "", "task", "asc")
         runs = {link.partition("run=")[2].partition("&")[0] for link in links}
         theirs = {"harbor.jsonl", "inspect.json", "chat.jsonl", *VERIFIERS, *OPENENV}

@@ -44,10 +44,16 @@ def describe(source: Source) -> dict[str, Any]:
             "steps": planned,
             "state": "finished" if done >= planned else _state(source.log),
             "model": str(config["engine"].get("model")),
-            "tasks": str((config.get("tasks") or {}).get("source")),
+            "tasks": _task_names((config.get("tasks") or {}).get("source")),
         }
     except (DataError, AttributeError) as error:
         return row | {"problem": str(error), "done": 0, "steps": 0, "state": "unreadable"}
+
+
+def _task_names(source: Any) -> str:
+    """Return the names of one source of tasks or of several; their options stand among the settings."""
+    sources = source if isinstance(source, list) else [source]
+    return ", ".join(str(each.get("name") if isinstance(each, dict) else each) for each in sources)
 
 
 def _state(log: RunLog) -> str:
