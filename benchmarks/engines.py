@@ -44,7 +44,7 @@ from trl_alone import make_trainer
 
 from backtalk.envs.terminal import TerminalWorld
 from backtalk.hosts.trl import EchoGRPOTrainer, WorldRollouts
-from backtalk.hosts.trl.conformance import PlainTrainer
+from backtalk.hosts.trl.conformance import PlainTrainer, cpu_config
 from backtalk.hosts.trl.rows import ROLLOUTS, WEIGHTS
 from backtalk.language.tokenizer import model_location
 from backtalk.objective.config import ObjectiveConfig
@@ -129,10 +129,9 @@ def measure(trainer: Any) -> Clock:
 
 def grpo_config(folder: str, steps: int, rows: int, **changes: Any) -> GRPOConfig:
     """Return TRL's settings for steps of ``rows`` rollouts, with the loss of Backtalk's defaults."""
-    settings: dict[str, Any] = dict(output_dir=folder, report_to="none", save_strategy="no", disable_tqdm=True)
-    settings |= dict(use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=1 + steps, logging_steps=1)
-    settings |= dict(per_device_train_batch_size=rows, num_generations=min(GROUP, rows), learning_rate=1e-7)
-    return GRPOConfig(**settings | dict(temperature=1.0, beta=0.0, loss_type="grpo", shuffle_dataset=False) | changes)
+    settings: dict[str, Any] = dict(max_steps=1 + steps, learning_rate=1e-7, loss_type="grpo", shuffle_dataset=False)
+    settings |= dict(per_device_train_batch_size=rows, num_generations=min(GROUP, rows))
+    return cpu_config(folder, **settings | changes)
 
 
 # One training step on a recorded batch.

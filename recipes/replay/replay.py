@@ -111,9 +111,9 @@ def replay_trl(recording: Recording, out: Path) -> Iterator[Losses]:
     """Replay through TRL's trainer, with its own loop and optimizer, in four micro-batches a step."""
     from datasets import Dataset
     from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
-    from trl import GRPOConfig
 
     from backtalk.hosts.trl import EchoGRPOTrainer
+    from backtalk.hosts.trl.conformance import cpu_config
 
     parts, logged, left = 4, list[Losses](), list(recording.steps)
     rows = -(-len(left[0]) // parts)
@@ -125,15 +125,8 @@ def replay_trl(recording: Recording, out: Path) -> Iterator[Losses]:
 
     model = add_lora(load_model(recording.model, torch.device("cpu"), torch.float32), RANK, 0)
     begin_with(model, starting_adapters(recording, out))
-    args = GRPOConfig(
-        output_dir=str(out / "trl"),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
+    args = cpu_config(
+        out / "trl",
         max_steps=len(left),
         learning_rate=RATE,
         adam_beta1=BETAS[0],
@@ -143,8 +136,6 @@ def replay_trl(recording: Recording, out: Path) -> Iterator[Losses]:
         per_device_train_batch_size=rows,
         gradient_accumulation_steps=parts,
         num_generations=recording.group_size,
-        temperature=1.0,
-        beta=0.0,
         loss_type="grpo",
         epsilon=OBJECTIVE.clip[0],
         epsilon_high=OBJECTIVE.clip[1],

@@ -18,7 +18,7 @@ from backtalk.engines.conformance import Outcome, conformance, token_gradients, 
 from backtalk.engines.conformance.table import logprob
 from backtalk.errors import ConfigError
 from backtalk.hosts.trl import EchoGRPOTrainer
-from backtalk.hosts.trl.conformance import TrlUnderTest
+from backtalk.hosts.trl.conformance import TrlUnderTest, cpu_config
 from backtalk.hosts.trl.roles import ToolRoles, rollout_trajectory
 from backtalk.hosts.trl.support import refuse_compiled
 from backtalk.objective.coefficient import Schedule, Share
@@ -39,23 +39,14 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(tmp_path: Path, **changes: Any) -> GRPOConfig:
     settings: dict[str, Any] = {
-        "output_dir": str(tmp_path / "out"),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "logging_steps": 1,
         "max_steps": 1,
         "learning_rate": 0.1,
         "max_grad_norm": 0.0,
         "per_device_train_batch_size": 4,
         "num_generations": 4,
-        "temperature": 1.0,
         "max_completion_length": 40,
     }
-    return GRPOConfig(**settings | changes)
+    return cpu_config(tmp_path / "out", **settings | changes)
 
 
 # Four completions of one prompt over tokens that occur once; "." begins the letters of each token's role.

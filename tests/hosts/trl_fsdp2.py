@@ -17,10 +17,10 @@ from datasets import Dataset
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-from trl import GRPOConfig
 
 from backtalk.engines.torch.sampler import TorchSampler
 from backtalk.hosts.trl import EchoGRPOTrainer
+from backtalk.hosts.trl.conformance import cpu_config
 from backtalk.hosts.trl.worlds import whole_weights
 from backtalk.objective.config import ObjectiveConfig
 from backtalk.objective.samples import Sample, build_samples
@@ -51,20 +51,12 @@ def samples() -> list[Sample]:
 def train(model_folder: Path, output: Path, *, processes: int = 1, rank: int = 0) -> dict[str, Any]:
     """Sample, then take a step on this process's share of the rollouts; return the actions, gradients and log."""
     sharded: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if processes > 1 else {}
-    args = GRPOConfig(
-        output_dir=str(output),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
+    args = cpu_config(
+        output,
         max_steps=1,
         learning_rate=0.0,
         per_device_train_batch_size=4 // processes,
         num_generations=4,
-        temperature=1.0,
         **sharded,
     )
     if processes > 1:

@@ -131,6 +131,23 @@ class _Reader(TrainerCallback):
             self.metrics |= logs
 
 
+def cpu_config(folder: Path | str, **settings: Any) -> GRPOConfig:
+    """Return TRL's settings of a run on the CPU in float32 that saves nothing and logs every step."""
+    fixed: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "temperature": 1.0,
+        "beta": 0.0,
+    }
+    return GRPOConfig(**fixed | settings)
+
+
 def _arguments(folder: str, step: Step, count: int) -> GRPOConfig:
     """Return TRL's settings for one step of ``count`` samples a process."""
     parts = step.microbatches
@@ -139,15 +156,8 @@ def _arguments(folder: str, step: Step, count: int) -> GRPOConfig:
     batch = rows * parts * step.processes
     if batch < 2:
         raise ConfigError("TRL takes at least two rows a step")
-    return GRPOConfig(
-        output_dir=folder,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
+    return cpu_config(
+        folder,
         max_steps=1,
         learning_rate=0.0,
         max_grad_norm=0.0,
@@ -155,8 +165,6 @@ def _arguments(folder: str, step: Step, count: int) -> GRPOConfig:
         gradient_accumulation_steps=parts,
         generation_batch_size=batch,
         num_generations=batch,
-        temperature=1.0,
-        beta=0.0,
         loss_type=LOSS_TYPES[config.policy_normalizer],
         epsilon=config.clip[0],
         epsilon_high=config.clip[1],

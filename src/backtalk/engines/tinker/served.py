@@ -1,0 +1,138 @@
+"""A server of the Tinker API under test: it serves the table model, and the gradient is read off the adapters.
+
+A step of plain descent from B = 0 moves the head's adapter to B = -scale G A^T, where G is the gradient of the head and
+scale is alpha / rank. A of twice the head's width is as good as never singular, so it gives G back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import tarfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+from backtalk.engines.conformance import Step, StepResult, token_gradients
+from backtalk.engines.conformance.suite import without_observations
+from backtalk.engines.conformance.table import VOCABULARY
+from backtalk.engines.remote.engine import RemoteEngine
+from backtalk.engines.remote.service import AdamStep, Datum, LossName, RemoteModel, SamplingWeights, ServiceError
+from backtalk.engines.tinker.config import TinkerConfig
+from backtalk.engines.tinker.sdk import SdkModel, connect, httpx, served_models, tinker
+from backtalk.errors import ConfigError
+
+RANK = 2 * VOCABULARY
+_EPS = 1e8  # so far above any gradient that AdamW takes the step lr / eps * gradient, to the last bit of float32
+_HEAD = "lm_head.lora_"
+
+
+class ServedUnderTest:
+    """The engine against a server that serves the table model with adapters of rank ``RANK``."""
+
+    tolerance = 1e-4
+    noise = 1e-6  # of a gradient; those of the batch are of 1e-4 to 1
+
+    def __init__(self, model_folder: Path, base_url: str) -> None:
+        names = served_models(base_url)
+        config = TinkerConfig(
+            model=names[0], base_url=base_url, tokenizer=str(model_folder), lora_rank=RANK, learning_rate=1.0
+        )
+        self._models: list[_Descent] = []
+        self._engine = RemoteEngine(config, lambda: _Service(config, self._models))
+
+    def train_step(self, step: Step) -> StepResult:
+        if step.processes > 1:
+            raise ConfigError("the engine is one process, and the service shards the model by itself")
+        if step.microbatches > 1:
+            raise ConfigError("the service splits a step into micro-batches by itself, and cannot be asked how")
+        metrics = asyncio.run(self._engine.train_step(step.samples, step.objective))
+        gradient, moved = self._models[0].gradient, self._models[0].moved
+        rows = token_gradients(gradient, step.samples)
+        rows = [[x if abs(x) > self.noise else 0.0 for x in row] for row in rows]
+        return StepResult(gradients=rows, metrics=[metrics], raw=[moved])
+
+    def own_grpo(self, step: Step) -> StepResult:
+        """Take the step on samples that know of no observation."""
+        bare = [replace(without_observations(sample), world_scale=None) for sample in step.samples]
+        return self.train_step(replace(step, samples=bare, objective=replace(step.objective, world_model_coeff=0.0)))
+
+
+class _Service:
+    """A session whose models are in ``models``; the first is the engine's, and another measures the reduction."""
+
+    def __init__(self, config: TinkerConfig, models: list[_Descent]) -> None:
+        self._service, self._url, self._models = connect(config), config.base_url, models
+
+    def open_model(self, state: str | None = None) -> RemoteModel:
+        model = self._service.open_model(state)
+        if self._models:
+            return model
+        self._models.append(_Descent(model, str(self._url)))
+        return self._models[0]
+
+    def close(self) -> None:
+        self._service.close()
+
+
+class _Descent:
+    """A model that takes each step from its first weights, by plain descent, and reads the gradient off it."""
+
+    gradient: Tensor  # of the head's weight, in the last step
+    moved: Tensor  # B after it, as the server wrote it
+
+    def __init__(self, model: SdkModel, url: str) -> None:
+        self._model, self._url = model, url
+        self._start = model.save("table")
+
+    def run(self, data: Sequence[Datum], loss: LossName, *, backward: bool) -> list[list[float]]:
+        return self._model.run(data, loss, backward=backward)
+
+    def step(self, adam: AdamStep) -> dict[str, float]:
+        metrics = self._model.step(AdamStep(learning_rate=_EPS, betas=(0.0, 0.0), eps=_EPS))
+        config, tensors = self._adapters()
+        found = {name: [value for key, value in tensors.items() if _HEAD + name in key] for name in "AB"}
+        if not all(len(values) == 1 for values in found.values()):
+            raise ConfigError(
+                f"the server trains no adapter of the head (it wrote {', '.join(tensors)}), from which the gradients "
+                "of the table model are read"
+            )
+        a_RH, self.moved = found["A"][0].double(), found["B"][0]
+        scale = config["lora_alpha"] / config["r"]
+        self.gradient = -(self.moved.double() @ torch.linalg.pinv(a_RH).T) / scale
+        self._model.restore(self._start)
+        return metrics
+
+    def save(self, name: str) -> str:
+        return self._model.save(name)
+
+    def sampling_weights(self) -> SamplingWeights:
+        return self._model.sampling_weights()
+
+    def _adapters(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the settings and the weights of the adapters, as the server hands them out."""
+        return read_adapters(self._model, self._url, f"read-{time.monotonic_ns()}")
+
+
+def read_adapters(model: SdkModel, url: str, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return adapter_config.json and the weights of a model's adapters, which the server keeps under ``name``."""
+    path = model.write_adapters(name)
+    rest = tinker.ServiceClient(base_url=url, api_key="tml-none").create_rest_client()
+    archive = rest.get_checkpoint_archive_url(path.removeprefix("tinker://").split("/")[0], name).result().url
+    answer = httpx.get(archive, follow_redirects=True, timeout=60)
+    if answer.is_error:
+        raise ServiceError(f"{url} does not hand out the adapters that it saved: {answer.status_code} {answer.text}")
+    found: dict[str, Any] = {}
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as files:
+        for member in files:
+            file = files.extractfile(member)
+            if file is not None:
+                found[member.name.rsplit("/", 1)[-1]] = file.read()
+    return json.loads(found["adapter_config.json"]), load_safetensors(found["adapter_model.safetensors"])
