@@ -34,8 +34,8 @@ def main() -> None:
     if options.model == "table":
         from backtalk.engines.conformance import write_table_model
 
-        # Gradients are read off an adapter of the head, which takes twice its width.
-        options.model, options.rank = str(write_table_model(folder / "table")), 512
+        # Gradients are read off an adapter of this rank.
+        options.model, options.rank = str(write_table_model(folder / "table", with_layer=True)), 512
     api._build_uv_run_cmd_engine = lambda parent, config: [
         *(sys.executable, "-m", "skyrl.tinker.engine"),
         *config_to_argv(config),

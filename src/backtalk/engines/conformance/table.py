@@ -59,8 +59,12 @@ def token_gradients(head_gradient_VD: Tensor, samples: Sequence[Sample]) -> list
     return rows
 
 
-def write_table_model(folder: Path) -> Path:
-    """Write the table as a model of transformers with a tokenizer of one word a token, and return its folder."""
+def write_table_model(folder: Path, *, with_layer: bool = False) -> Path:
+    """Write the table as a model of transformers with a tokenizer of one word a token, and return its folder.
+
+    ``with_layer`` is for trainers of adapters that leave the head alone: it adds one layer that adds nothing. Its MLP
+    has the one-hot vector of the last token before a down projection of zeros.
+    """
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -77,8 +81,8 @@ def write_table_model(folder: Path) -> Path:
     config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=VOCABULARY,
-        intermediate_size=8,
-        num_hidden_layers=0,
+        intermediate_size=VOCABULARY if with_layer else 8,
+        num_hidden_layers=int(with_layer),
         num_attention_heads=1,
         num_key_value_heads=1,
         head_dim=8,
@@ -96,6 +100,12 @@ def write_table_model(folder: Path) -> Path:
         model.model.embed_tokens.weight.copy_(root * torch.eye(VOCABULARY))
         model.model.norm.weight.fill_(1 / root)
         model.lm_head.weight.copy_(torch.tensor(table))
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight.fill_(1 / root)
+            layer.mlp.gate_proj.weight.copy_(8 * torch.eye(VOCABULARY))
+            layer.mlp.up_proj.weight.copy_(torch.eye(VOCABULARY) / torch.nn.functional.silu(torch.tensor(8.0)))
+            layer.mlp.down_proj.weight.zero_()
+            layer.self_attn.o_proj.weight.zero_()
     with quiet_transformers():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

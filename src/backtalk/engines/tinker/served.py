@@ -1,7 +1,9 @@
 """A server of the Tinker API under test: it serves the table model, and the gradient is read off the adapters.
 
-A step of plain descent from B = 0 moves the head's adapter to B = -scale G A^T, where G is the gradient of the head and
-scale is alpha / rank. A of twice the head's width is as good as never singular, so it gives G back.
+The model has a layer whose down projection gets the one-hot vector of the last token (``write_table_model``). A step of
+plain descent moves the projection's adapter from B = 0 to B = -scale G A^T, where G is the gradient of its weight and
+scale is alpha / rank; A of twice its width is as good as never singular, so it gives G back. A column of G is
+d(loss)/d(hidden state) at one token: a known vector times d(loss)/d(logprob) of the token after it.
 """
 
 from __future__ import annotations
@@ -9,10 +11,13 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
 import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +25,9 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from backtalk.engines.conformance import Step, StepResult, token_gradients
+from backtalk.engines.conformance import Step, StepResult
 from backtalk.engines.conformance.suite import without_observations
-from backtalk.engines.conformance.table import VOCABULARY
+from backtalk.engines.conformance.table import VOCABULARY, logit
 from backtalk.engines.remote.engine import RemoteEngine
 from backtalk.engines.remote.service import AdamStep, Datum, LossName, RemoteModel, SamplingWeights, ServiceError
 from backtalk.engines.tinker.config import TinkerConfig
@@ -31,7 +36,7 @@ from backtalk.errors import ConfigError
 
 RANK = 2 * VOCABULARY
 _EPS = 1e8  # so far above any gradient that AdamW takes the step lr / eps * gradient, to the last bit of float32
-_HEAD = "lm_head.lora_"
+_PROJECTION = "down_proj.lora_"
 
 
 class ServedUnderTest:
@@ -54,15 +59,37 @@ class ServedUnderTest:
         if step.microbatches > 1:
             raise ConfigError("the service splits a step into micro-batches by itself, and cannot be asked how")
         metrics = asyncio.run(self._engine.train_step(step.samples, step.objective))
-        gradient, moved = self._models[0].gradient, self._models[0].moved
-        rows = token_gradients(gradient, step.samples)
-        rows = [[x if abs(x) > self.noise else 0.0 for x in row] for row in rows]
-        return StepResult(gradients=rows, metrics=[metrics], raw=[moved])
+        model = self._models[0]
+        rows = [
+            [self._gradient(model.gradient, *pair) for pair in pairwise(s.token_ids.tolist())] for s in step.samples
+        ]
+        rows = [[0.0, *row] if len(sample) else [] for row, sample in zip(rows, step.samples, strict=True)]
+        return StepResult(gradients=rows, metrics=[metrics], raw=[model.moved])
+
+    def _gradient(self, gradient_HV: Tensor, before: int, token: int) -> float:
+        """Return d(loss)/d(logprob) of a token from d(loss)/d(hidden state) at the one before it."""
+        along = _hidden_gradient(before, token)
+        found = float(gradient_HV[:, before] @ along / (along @ along))
+        return found if abs(found) > self.noise else 0.0
 
     def own_grpo(self, step: Step) -> StepResult:
         """Take the step on samples that know of no observation."""
         bare = [replace(without_observations(sample), world_scale=None) for sample in step.samples]
         return self.train_step(replace(step, samples=bare, objective=replace(step.objective, world_model_coeff=0.0)))
+
+
+@cache
+def _table() -> Tensor:
+    rows = [[logit(before, token) for before in range(VOCABULARY)] for token in range(VOCABULARY)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _hidden_gradient(before: int, token: int) -> Tensor:
+    """Return d(log p(token | before))/d(hidden state): by the head, then the norm, of a vector of length root(V)."""
+    table_VH = _table()
+    gradient_H = table_VH[token] - table_VH[:, before].softmax(0) @ table_VH
+    gradient_H[before] = 0.0  # the norm takes out what is along the vector
+    return gradient_H / math.sqrt(VOCABULARY)
 
 
 class _Service:
@@ -85,7 +112,7 @@ class _Service:
 class _Descent:
     """A model that takes each step from its first weights, by plain descent, and reads the gradient off it."""
 
-    gradient: Tensor  # of the head's weight, in the last step
+    gradient: Tensor  # of the projection's weight, in the last step
     moved: Tensor  # B after it, as the server wrote it
 
     def __init__(self, model: SdkModel, url: str) -> None:
@@ -98,11 +125,11 @@ class _Descent:
     def step(self, adam: AdamStep) -> dict[str, float]:
         metrics = self._model.step(AdamStep(learning_rate=_EPS, betas=(0.0, 0.0), eps=_EPS))
         config, tensors = self._adapters()
-        found = {name: [value for key, value in tensors.items() if _HEAD + name in key] for name in "AB"}
+        found = {name: [value for key, value in tensors.items() if _PROJECTION + name in key] for name in "AB"}
         if not all(len(values) == 1 for values in found.values()):
             raise ConfigError(
-                f"the server trains no adapter of the head (it wrote {', '.join(tensors)}), from which the gradients "
-                "of the table model are read"
+                f"the server wrote {', '.join(tensors)}, and no adapter of the layer's down projection, from which the "
+                "gradients of the suite's model are read; start it on that model, as docs/engines.md says"
             )
         a_RH, self.moved = found["A"][0].double(), found["B"][0]
         scale = config["lora_alpha"] / config["r"]

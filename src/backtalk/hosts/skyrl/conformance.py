@@ -37,6 +37,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from backtalk.engines.conformance import Step, StepResult, token_gradients
+from backtalk.errors import InfrastructureError
 from backtalk.hosts.skyrl.loss import PREFIX, register_losses
 from backtalk.hosts.skyrl.rows import SAMPLES, policy_factors, row
 from backtalk.hosts.skyrl.support import algorithm_settings
@@ -282,17 +283,24 @@ def start_ray() -> None:
 
     Ray gives its agent 15 seconds to start and its node 30, whatever its settings say. On a busy machine the first try
     may take longer, as it reads Ray's packages from the disk, and is repeated.
+
+    Raises:
+        InfrastructureError: it did not start in time.
     """
     if ray.is_initialized():
         return
     os.environ.update(PATIENCE | os.environ)
     atexit.register(ray.shutdown)
     settings = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR", "namespace": "backtalk"}
-    for left in reversed(range(START_TRIES)):
+    for _ in range(START_TRIES):
         try:
             ray.init(num_cpus=2, **settings)
             return
         except Exception as error:  # Ray's own are plain ones
             ray.shutdown()
-            if left == 0 or "timed out during startup" not in str(error):
+            if "timed out during startup" not in str(error):
                 raise
+    raise InfrastructureError(
+        f"Ray did not start here in {START_TRIES} tries of 30 s, which no setting of Ray changes; "
+        f"the load is {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores: try again when less is running"
+    )
