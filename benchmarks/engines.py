@@ -2,6 +2,7 @@
 
     python benchmarks/engines.py step        # one batch: TRL, ours at 0 and above, two passes; time and memory
     python benchmarks/engines.py rollouts    # rollouts and training: TRL alone, TRL with our rollouts, our engine
+    python benchmarks/engines.py rollouts --turns 12 --tasks 2    # the same, long: an answer ends nothing
     python benchmarks/engines.py sampling    # benchmarks/sampling.py: our sampler against generate
     python benchmarks/engines.py             # all of them
 
@@ -61,8 +62,8 @@ from backtalk.tasks.task import Task
 from backtalk.trajectory import TokenRole
 from objective import memory, ratio_line, small_model
 
-GROUP, TASKS = 8, 8  # rollouts of a task, and tasks, of a step of the preset
-ROLLOUTS_OF_STEP = GROUP * TASKS
+GROUP = 8  # rollouts of a task
+TOKENS_OF_TURN = 96  # at most, on average, where the number of turns is given
 PROMPT_TOKENS = 64  # about; TRL's limit is of the tokens after the prompt, ours of all
 COEFFICIENT = 0.05
 PRELOAD = [
@@ -219,17 +220,27 @@ def step_tasks(config: TrainConfig, steps: int) -> list[Task]:
     return asyncio.run(load())
 
 
-def train_with_trl(steps: int, threads: int, *, our_rollouts: bool) -> Measured:
+def rollout_settings(tasks: int, turns: int | None) -> dict[str, Any]:
+    """Return settings of the preset for steps of so many tasks, whose rollouts have so many turns if they are given."""
+    settings: dict[str, Any] = {"tasks_per_step": tasks, "group_size": GROUP}
+    if turns is not None:
+        settings |= {"rollout.max_turns": turns, "rollout.max_tokens": max(1024, TOKENS_OF_TURN * turns)}
+        settings |= {"terminal.tools": ["bash"], "terminal.system_prompt": "You work in a Linux shell. Run commands."}
+    return settings
+
+
+def train_with_trl(settings: dict[str, Any], steps: int, threads: int, *, our_rollouts: bool) -> Measured:
     """Train with TRL's loop on its own rollouts, or on ours and with the world-model term."""
     quiet(threads)
-    config = load_config("triage")
+    config = load_config("triage", settings)
+    rows = config.tasks_per_step * GROUP
     tasks, limits = step_tasks(config, 1 + steps), config.rollout
     counts: list[tuple[int, int]] = []
     with tempfile.TemporaryDirectory() as folder:
         args = grpo_config(
             folder,
             steps,
-            ROLLOUTS_OF_STEP,
+            rows,
             max_completion_length=limits.max_tokens - PROMPT_TOKENS,
             max_tool_calling_iterations=limits.max_turns - 1,
             generation_kwargs={"max_new_tokens": limits.max_tokens_per_turn},
@@ -239,7 +250,7 @@ def train_with_trl(steps: int, threads: int, *, our_rollouts: bool) -> Measured:
         else:
             clock = measure(make_trainer(tasks, config.terminal, args, counts))
     tokens, actions = (sum(column[1:]) for column in zip(*counts, strict=True))
-    return clock.read(rollouts=ROLLOUTS_OF_STEP * steps, tokens=tokens, actions=actions)
+    return clock.read(rollouts=rows * steps, tokens=tokens, actions=actions)
 
 
 def echo_trainer(
@@ -264,10 +275,10 @@ def echo_trainer(
     )
 
 
-def train_with_ours(steps: int, threads: int) -> Measured:
+def train_with_ours(settings: dict[str, Any], steps: int, threads: int) -> Measured:
     """Train with Backtalk's own engine and loop, world-model term, run folder and metrics included."""
     quiet(threads)
-    overrides = {"steps": 1 + steps, "evaluation.tasks": 0, "engine.learning_rate": 1e-7}
+    overrides = settings | {"steps": 1 + steps, "evaluation.tasks": 0, "engine.learning_rate": 1e-7}
     with tempfile.TemporaryDirectory() as folder:
         clock = Clock()
 
@@ -283,11 +294,13 @@ def train_with_ours(steps: int, threads: int) -> Measured:
 
 def rollouts(args: argparse.Namespace) -> None:
     """Print rollouts and tokens a second of whole training steps, and their memory."""
-    print(f"\nrollouts: preset triage, embedded base model, {TASKS} tasks of {GROUP} rollouts a step")
+    turns = "" if args.turns is None else f", {args.turns} turns: an answer ends nothing"
+    print(f"\nrollouts: preset triage, embedded base model, {args.tasks} tasks of {GROUP} rollouts a step{turns}")
+    settings = rollout_settings(args.tasks, args.turns)
     arms: Arms = {
-        "TRL alone": partial(train_with_trl, args.steps, args.threads, our_rollouts=False),
-        "TRL, our rollouts": partial(train_with_trl, args.steps, args.threads, our_rollouts=True),
-        "our engine": partial(train_with_ours, args.steps, args.threads),
+        "TRL alone": partial(train_with_trl, settings, args.steps, args.threads, our_rollouts=False),
+        "TRL, our rollouts": partial(train_with_trl, settings, args.steps, args.threads, our_rollouts=True),
+        "our engine": partial(train_with_ours, settings, args.steps, args.threads),
     }
     found = in_turns(arms, args)
     print(
@@ -343,6 +356,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=3, help="measured in each process")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tasks", type=int, default=8, help="of a step of rollouts")
+    parser.add_argument("--turns", type=int, help="of each rollout, which then goes on after an answer")
     parser.add_argument(
         "--together", action="store_true", help="the arms of a round at once, on a machine that is busy"
     )

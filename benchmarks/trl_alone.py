@@ -33,10 +33,16 @@ RESPONSES = {
             "close_pattern": r"</bash>\s*",
             "repeats": True,
             "content": "text",
-            "transform": {"type": "function", "function": {"name": "bash", "arguments": {"command": "{content}"}}},
+            "transform": {"type": "function", "function": {"name": "bash", "arguments": {"text": "{content}"}}},
         },
         "content": {"close_pattern": r"<\|im_end\|>\s*", "content": "text"},
     },
+}
+# The same where an answer is a call too: one that ends nothing, for rollouts of many turns.
+ANSWERS_ARE_CALLS = {
+    "open_pattern": r"<(?P<name>bash|submit)>",
+    "close_pattern": r"</(?:bash|submit)>\s*",
+    "transform": {"type": "function", "function": {"name": "{name}", "arguments": {"text": "{content}"}}},
 }
 # TRL takes templates alone that render calls. Its tool loop appends to sampled tokens and never renders one.
 CALLS = "{% for call in message['tool_calls'] or [] %}{{ call['function'] | tojson }}{% endfor %}<|im_end|>"
@@ -60,7 +66,7 @@ def make_trainer(
     """Return TRL's trainer of the embedded base model on these tasks."""
     folder = model_location("base")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.response_template = RESPONSES
+    tokenizer.response_template = response_template(terminal)
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", CALLS)
     rows = [
         {
@@ -85,6 +91,14 @@ def make_trainer(
     return trainer
 
 
+def response_template(terminal: TerminalConfig) -> dict[str, Any]:
+    """Return how calls are read; without the tool submit an answer is a call that is answered."""
+    if "submit" in terminal.tools:
+        return RESPONSES
+    calls = {key: value for key, value in RESPONSES["fields"]["tool_calls"].items() if key != "open"}
+    return RESPONSES | {"fields": RESPONSES["fields"] | {"tool_calls": calls | ANSWERS_ARE_CALLS}}
+
+
 class Shells:
     """Terminals for the rollouts of a trainer, whose tools are ordinary functions; their event loop is a thread."""
 
@@ -98,7 +112,7 @@ class Shells:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def environment(self) -> Terminal:
-        return Terminal(self)
+        return Terminal(self) if "submit" in self.world.config.tools else EndlessTerminal(self)
 
     def reward(self, completions: Sequence[Any], environments: Sequence[Terminal], **kwargs: Any) -> list[float]:
         """Score all rollouts of a batch at once, by the answers that their last messages submit."""
@@ -120,15 +134,18 @@ class Terminal:
     def reset(self, task_id: str, **row: Any) -> None:
         self._shells.run(self._open(self._shells.tasks[task_id]))
 
-    def bash(self, command: str) -> str:
+    def bash(self, text: str) -> str:
         """
         Run a bash command.
 
         Args:
-            command: The command.
+            text: The command.
         """
+        return self._step(ToolCall("bash", {"command": text}))
+
+    def _step(self, call: ToolCall) -> str:
         assert self._env is not None
-        step = self._shells.run(self._env.step(ToolCall("bash", {"command": command})))
+        step = self._shells.run(self._env.step(call))
         return "".join(part.text for message in step.messages for part in message.parts)
 
     async def _open(self, task: Task) -> None:
@@ -144,3 +161,16 @@ class Terminal:
             return float(await self._env.score() or 0.0)
         finally:
             await self._stack.aclose()
+
+
+class EndlessTerminal(Terminal):
+    """One in which an answer is told that there is no such tool, so that only a budget ends a rollout."""
+
+    def submit(self, text: str) -> str:
+        """
+        Give an answer.
+
+        Args:
+            text: The answer.
+        """
+        return self._step(ToolCall("submit", {"answer": text}))

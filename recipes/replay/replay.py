@@ -11,17 +11,15 @@ which they were sampled, so the longer a replay is, the further it is from the p
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import os
 import sys
-import tarfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from adapters import adapters_of, begin_with
@@ -77,6 +75,7 @@ def replay_tinker(recording: Recording, out: Path) -> Iterator[Losses]:
         learning_rate=RATE,
         betas=BETAS,
         grad_clip_norm=float("inf"),
+        max_logprob_gap=float("inf"),  # the rollouts are another policy's
     )
     engine = RemoteEngine(config, lambda: connect(config))
     save_file(_served_adapters(engine), out / "start.safetensors")
@@ -163,18 +162,10 @@ def _losses(total: float, world: float, ce: float, norm: float) -> Losses:
 
 def _served_adapters(engine: Any) -> dict[str, Tensor]:
     """Return the adapters of the engine's model as its service hands them out, in PEFT's names."""
-    import httpx
-    import tinker
+    from backtalk.engines.tinker.served import read_adapters
 
-    client = engine._current_model()._client
     name = f"replay-{engine.policy_version}"
-    path = client.save_weights_for_sampler(name).result().path
-    rest = tinker.ServiceClient(base_url=engine.config.base_url, api_key="tml-none").create_rest_client()
-    model = path.removeprefix("tinker://").split("/")[0]
-    url = rest.get_checkpoint_archive_url(model, name).result().url
-    with tarfile.open(fileobj=io.BytesIO(httpx.get(url, follow_redirects=True).content)) as files:
-        member = next(one for one in files if one.name.endswith("adapter_model.safetensors"))
-        return load(files.extractfile(member).read())  # type: ignore[union-attr]
+    return read_adapters(engine._current_model(), engine.config.base_url, name)[1]
 
 
 def main(engine: str, run: str, out: str) -> None:
