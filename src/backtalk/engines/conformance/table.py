@@ -59,6 +59,27 @@ def token_gradients(head_gradient_VD: Tensor, samples: Sequence[Sample]) -> list
     return rows
 
 
+def projection_gradients(gradient_HV: Tensor, samples: Sequence[Sample]) -> list[list[float]]:
+    """Return the same from the gradient of the down projection of a model with a layer.
+
+    Its column of the token before is d(loss)/d(hidden state): d(loss)/d(logprob) times a known vector, which the head
+    and then the norm, at a vector of length root(V), make of d(logprob)/d(logits).
+    """
+    import torch
+
+    gradient_HV = gradient_HV.detach().double().cpu()
+    table = [[logit(before, token) for before in range(VOCABULARY)] for token in range(VOCABULARY)]
+    table_VH = torch.tensor(table, dtype=torch.float64)
+
+    def of_token(before: int, token: int) -> float:
+        along_H = (table_VH[token] - table_VH[:, before].softmax(0) @ table_VH) / math.sqrt(VOCABULARY)
+        along_H[before] = 0.0  # the norm takes out what is along its input
+        return float(gradient_HV[:, before] @ along_H / (along_H @ along_H))
+
+    rows = [[of_token(*pair) for pair in pairwise(sample.token_ids.tolist())] for sample in samples]
+    return [[0.0, *row] if len(sample) else [] for row, sample in zip(rows, samples, strict=True)]
+
+
 def write_table_model(folder: Path, *, with_layer: bool = False) -> Path:
     """Write the table as a model of transformers with a tokenizer of one word a token, and return its folder.
 

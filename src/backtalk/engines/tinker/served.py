@@ -2,8 +2,7 @@
 
 The model has a layer whose down projection gets the one-hot vector of the last token (``write_table_model``). A step of
 plain descent moves the projection's adapter from B = 0 to B = -scale G A^T, where G is the gradient of its weight and
-scale is alpha / rank; A of twice its width is as good as never singular, so it gives G back. A column of G is
-d(loss)/d(hidden state) at one token: a known vector times d(loss)/d(logprob) of the token after it.
+scale is alpha / rank; A of twice its width is as good as never singular, so it gives G back.
 """
 
 from __future__ import annotations
@@ -11,13 +10,10 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import math
 import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +23,9 @@ from torch import Tensor
 
 from backtalk.engines.conformance import Step, StepResult
 from backtalk.engines.conformance.suite import without_observations
-from backtalk.engines.conformance.table import VOCABULARY, logit
+from backtalk.engines.conformance.table import VOCABULARY, projection_gradients
 from backtalk.engines.remote.engine import RemoteEngine
+from backtalk.engines.remote.reduction import probe
 from backtalk.engines.remote.service import AdamStep, Datum, LossName, RemoteModel, SamplingWeights, ServiceError
 from backtalk.engines.tinker.config import TinkerConfig
 from backtalk.engines.tinker.sdk import SdkModel, connect, httpx, served_models, tinker
@@ -36,6 +33,7 @@ from backtalk.errors import ConfigError
 
 RANK = 2 * VOCABULARY
 _EPS = 1e8  # so far above any gradient that AdamW takes the step lr / eps * gradient, to the last bit of float32
+_PROBE = tuple(range(100, 148, 3))
 _PROJECTION = "down_proj.lora_"
 
 
@@ -50,6 +48,10 @@ class ServedUnderTest:
         config = TinkerConfig(
             model=names[0], base_url=base_url, tokenizer=str(model_folder), lora_rank=RANK, learning_rate=1.0
         )
+        service = connect(config)
+        # The engine would take a row of words, which are all one token of the table's.
+        config = replace(config, reduction=probe(service.open_model(), _PROBE))
+        service.close()
         self._models: list[_Descent] = []
         self._engine = RemoteEngine(config, lambda: _Service(config, self._models))
 
@@ -60,17 +62,9 @@ class ServedUnderTest:
             raise ConfigError("the service splits a step into micro-batches by itself, and cannot be asked how")
         metrics = asyncio.run(self._engine.train_step(step.samples, step.objective))
         model = self._models[0]
-        rows = [
-            [self._gradient(model.gradient, *pair) for pair in pairwise(s.token_ids.tolist())] for s in step.samples
-        ]
-        rows = [[0.0, *row] if len(sample) else [] for row, sample in zip(rows, step.samples, strict=True)]
+        rows = projection_gradients(model.gradient, step.samples)
+        rows = [[x if abs(x) > self.noise else 0.0 for x in row] for row in rows]
         return StepResult(gradients=rows, metrics=[metrics], raw=[model.moved])
-
-    def _gradient(self, gradient_HV: Tensor, before: int, token: int) -> float:
-        """Return d(loss)/d(logprob) of a token from d(loss)/d(hidden state) at the one before it."""
-        along = _hidden_gradient(before, token)
-        found = float(gradient_HV[:, before] @ along / (along @ along))
-        return found if abs(found) > self.noise else 0.0
 
     def own_grpo(self, step: Step) -> StepResult:
         """Take the step on samples that know of no observation."""
@@ -78,32 +72,15 @@ class ServedUnderTest:
         return self.train_step(replace(step, samples=bare, objective=replace(step.objective, world_model_coeff=0.0)))
 
 
-@cache
-def _table() -> Tensor:
-    rows = [[logit(before, token) for before in range(VOCABULARY)] for token in range(VOCABULARY)]
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def _hidden_gradient(before: int, token: int) -> Tensor:
-    """Return d(log p(token | before))/d(hidden state): by the head, then the norm, of a vector of length root(V)."""
-    table_VH = _table()
-    gradient_H = table_VH[token] - table_VH[:, before].softmax(0) @ table_VH
-    gradient_H[before] = 0.0  # the norm takes out what is along the vector
-    return gradient_H / math.sqrt(VOCABULARY)
-
-
 class _Service:
-    """A session whose models are in ``models``; the first is the engine's, and another measures the reduction."""
+    """A session whose models are put into ``models``."""
 
     def __init__(self, config: TinkerConfig, models: list[_Descent]) -> None:
         self._service, self._url, self._models = connect(config), config.base_url, models
 
     def open_model(self, state: str | None = None) -> RemoteModel:
-        model = self._service.open_model(state)
-        if self._models:
-            return model
-        self._models.append(_Descent(model, str(self._url)))
-        return self._models[0]
+        self._models.append(_Descent(self._service.open_model(state), str(self._url)))
+        return self._models[-1]
 
     def close(self) -> None:
         self._service.close()
