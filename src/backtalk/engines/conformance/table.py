@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,7 +121,8 @@ def write_table_model(folder: Path, *, with_layer: bool = False) -> Path:
         model.model.embed_tokens.weight.copy_(root * torch.eye(VOCABULARY))
         model.model.norm.weight.fill_(1 / root)
         model.lm_head.weight.copy_(torch.tensor(table))
-        for layer in model.model.layers:
+        layers: Any = model.model.layers
+        for layer in layers:
             layer.post_attention_layernorm.weight.fill_(1 / root)
             layer.mlp.gate_proj.weight.copy_(8 * torch.eye(VOCABULARY))
             layer.mlp.up_proj.weight.copy_(torch.eye(VOCABULARY) / torch.nn.functional.silu(torch.tensor(8.0)))

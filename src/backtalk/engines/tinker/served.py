@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import math
 import tarfile
 import time
 from collections.abc import Sequence
@@ -24,16 +25,16 @@ from torch import Tensor
 from backtalk.engines.conformance import Step, StepResult
 from backtalk.engines.conformance.suite import without_observations
 from backtalk.engines.conformance.table import VOCABULARY, projection_gradients
+from backtalk.engines.remote.config import Reduction
 from backtalk.engines.remote.engine import RemoteEngine
-from backtalk.engines.remote.reduction import probe
-from backtalk.engines.remote.service import AdamStep, Datum, LossName, RemoteModel, SamplingWeights, ServiceError
+from backtalk.engines.remote.service import AdamStep, Datum, LossName, SamplingWeights, ServiceError
 from backtalk.engines.tinker.config import TinkerConfig
 from backtalk.engines.tinker.sdk import SdkModel, connect, httpx, served_models, tinker
 from backtalk.errors import ConfigError
 
 RANK = 2 * VOCABULARY
 _EPS = 1e8  # so far above any gradient that AdamW takes the step lr / eps * gradient, to the last bit of float32
-_PROBE = tuple(range(100, 148, 3))
+_ROW = tuple(range(100, 148, 3))
 _PROJECTION = "down_proj.lora_"
 
 
@@ -48,11 +49,9 @@ class ServedUnderTest:
         config = TinkerConfig(
             model=names[0], base_url=base_url, tokenizer=str(model_folder), lora_rank=RANK, learning_rate=1.0
         )
-        service = connect(config)
-        # The engine would take a row of words, which are all one token of the table's.
-        config = replace(config, reduction=probe(service.open_model(), _PROBE))
-        service.close()
         self._models: list[_Descent] = []
+        # The engine measures it by small steps, in which the table is far from linear.
+        config = replace(config, reduction=_measured_reduction(_Service(config, self._models).open_model()))
         self._engine = RemoteEngine(config, lambda: _Service(config, self._models))
 
     def train_step(self, step: Step) -> StepResult:
@@ -61,7 +60,7 @@ class ServedUnderTest:
         if step.microbatches > 1:
             raise ConfigError("the service splits a step into micro-batches by itself, and cannot be asked how")
         metrics = asyncio.run(self._engine.train_step(step.samples, step.objective))
-        model = self._models[0]
+        model = self._models[-1]
         rows = projection_gradients(model.gradient, step.samples)
         rows = [[x if abs(x) > self.noise else 0.0 for x in row] for row in rows]
         return StepResult(gradients=rows, metrics=[metrics], raw=[model.moved])
@@ -72,13 +71,32 @@ class ServedUnderTest:
         return self.train_step(replace(step, samples=bare, objective=replace(step.objective, world_model_coeff=0.0)))
 
 
+def _measured_reduction(model: _Descent) -> Reduction:
+    """Return how the server reduces losses: by what a quarter of the weight makes of the gradient."""
+    norms = []
+    for weight in (1.0, 0.25):
+        row = Datum(token_ids=_ROW, inputs={"weights": [weight] * (len(_ROW) - 1)})
+        model.run([row], "cross_entropy", backward=True)
+        model.step(AdamStep(learning_rate=1.0, betas=(0.0, 0.0)))
+        norms.append(float(model.moved.norm()))
+    ratio = norms[1] / norms[0]
+    known: dict[Reduction, float] = {"sum": 0.25, "row_mean": 1.0}
+    for name, expected in known.items():
+        if math.isclose(ratio, expected, rel_tol=1e-3):
+            return name
+    raise ConfigError(
+        f"the server reduces losses in a way that is not known: a quarter of the weight makes {ratio:.3g} of the "
+        "gradient, where a sum makes 0.25 of it and a mean by weights 1"
+    )
+
+
 class _Service:
     """A session whose models are put into ``models``."""
 
     def __init__(self, config: TinkerConfig, models: list[_Descent]) -> None:
         self._service, self._url, self._models = connect(config), config.base_url, models
 
-    def open_model(self, state: str | None = None) -> RemoteModel:
+    def open_model(self, state: str | None = None) -> _Descent:
         self._models.append(_Descent(self._service.open_model(state), str(self._url)))
         return self._models[-1]
 
