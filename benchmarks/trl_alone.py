@@ -104,6 +104,7 @@ class Shells:
 
     def __init__(self, tasks: Sequence[Task], terminal: TerminalConfig) -> None:
         self.tasks = {task.id: task for task in tasks}
+        self.tools = terminal.tools
         self.world = TerminalWorld(PooledBackend(local_sandbox()), terminal)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
@@ -112,7 +113,7 @@ class Shells:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
     def environment(self) -> Terminal:
-        return Terminal(self) if "submit" in self.world.config.tools else EndlessTerminal(self)
+        return Terminal(self) if "submit" in self.tools else EndlessTerminal(self)
 
     def reward(self, completions: Sequence[Any], environments: Sequence[Terminal], **kwargs: Any) -> list[float]:
         """Score all rollouts of a batch at once, by the answers that their last messages submit."""

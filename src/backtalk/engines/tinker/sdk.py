@@ -202,9 +202,10 @@ class SdkModel:
         """Save adapters and optimizer on the service, and return their path."""
         return self._ask("a saved state", lambda: self._client.save_state(name)).path
 
-    def restore(self, path: str) -> None:
-        """Take the adapters back to a saved state, and leave the optimizer as it is."""
-        self._ask(f"the adapters saved at {path}", lambda: self._client.load_state(path))
+    def unload(self, url: str) -> None:
+        """Tell a server of one's own that the model is not needed any more, for which the SDK has no call."""
+        body = {"model_id": self._client.model_id}
+        self._ask("up the model", lambda: httpx.post(f"{url.rstrip('/')}/api/v1/unload_model", json=body, timeout=60))
 
     def write_adapters(self, name: str) -> str:
         """Write the adapters on the service in PEFT's format, and return their path."""

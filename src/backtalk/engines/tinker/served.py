@@ -13,7 +13,7 @@ import json
 import math
 import tarfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ class _Service:
         self._service, self._url, self._models = connect(config), config.base_url, models
 
     def open_model(self, state: str | None = None) -> _Descent:
-        self._models.append(_Descent(self._service.open_model(state), str(self._url)))
+        self._models.append(_Descent(self._service.open_model, str(self._url)))
         return self._models[-1]
 
     def close(self) -> None:
@@ -110,9 +110,10 @@ class _Descent:
     gradient: Tensor  # of the projection's weight, in the last step
     moved: Tensor  # B after it, as the server wrote it
 
-    def __init__(self, model: SdkModel, url: str) -> None:
-        self._model, self._url = model, url
-        self._start = model.save("table")
+    def __init__(self, open_model: Callable[[str | None], SdkModel], url: str) -> None:
+        self._open, self._url = open_model, url
+        self._model = open_model(None)
+        self._start = self._model.save("table")
 
     def run(self, data: Sequence[Datum], loss: LossName, *, backward: bool) -> list[list[float]]:
         return self._model.run(data, loss, backward=backward)
@@ -129,7 +130,8 @@ class _Descent:
         a_RH, self.moved = found["A"][0].double(), found["B"][0]
         scale = config["lora_alpha"] / config["r"]
         self.gradient = -(self.moved.double() @ torch.linalg.pinv(a_RH).T) / scale
-        self._model.restore(self._start)
+        self._model.unload(self._url)  # a server has room for some models alone
+        self._model = self._open(self._start)  # SkyRL's loads weights into no model that has been used
         return metrics
 
     def save(self, name: str) -> str:
