@@ -5,9 +5,6 @@ scripts/skyrl                                                          # .venv-s
 backtalk train --preset triage --set engine.kind=tinker --set engine.model=MODEL_FOLDER \
     --set engine.base_url=http://127.0.0.1:8000 --set engine.lora_rank=8 --out runs/tinker
 
-.venv-skyrl/bin/python examples/skyrl_server.py table served           # or the model of the conformance suite
-backtalk check --engine tinker --base-url http://127.0.0.1:8000
-
 The server's own command starts its engine with `uv run` in a checkout of SkyRL; here both are this Python's.
 """
 
@@ -23,7 +20,7 @@ from skyrl.tinker.config import EngineConfig, config_to_argv
 def main() -> None:
     """Serve until interrupted; checkpoints and the list of requests are kept in a folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="model folder, a name on the Hugging Face hub, or table: the one of `check`")
+    parser.add_argument("model", help="model folder, or a name on the Hugging Face hub")
     parser.add_argument("folder", type=Path, help="folder for checkpoints, made if absent")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--rank", type=int, default=32, help="largest rank of adapters")
@@ -31,11 +28,6 @@ def main() -> None:
     options = parser.parse_args()
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    if options.model == "table":
-        from backtalk.engines.conformance import write_table_model
-
-        # Gradients are read off an adapter of this rank.
-        options.model, options.rank = str(write_table_model(folder / "table", with_layer=True)), 512
     api._build_uv_run_cmd_engine = lambda parent, config: [
         *(sys.executable, "-m", "skyrl.tinker.engine"),
         *config_to_argv(config),

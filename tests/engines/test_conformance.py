@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from backtalk.engines.conformance import CHECKS, CheckResult, Outcome, Step, Ste
 from backtalk.engines.conformance.batch import groups
 from backtalk.engines.conformance.oracle import Expected
 from backtalk.engines.conformance.suite import Suite
-from backtalk.engines.conformance.table import logprob, projection_gradients, write_table_model
+from backtalk.engines.conformance.table import logprob
 from backtalk.engines.conformance.torch_engine import TorchUnderTest
 from backtalk.errors import ConfigError
 from backtalk.objective import objective
@@ -216,25 +215,6 @@ class SelectedMeanAlone(LossUnderTest):
         if step.objective.world_normalizer != "token_mean":
             raise ConfigError("this trainer has one count of tokens; use world_normalizer=token_mean")
         return super().train_step(step)
-
-
-def test_gradients_are_read_off_the_projection_of_a_table_with_a_layer(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(write_table_model(tmp_path / "model", with_layer=True))
-    config = ObjectiveConfig()
-    samples = Suite(LossUnderTest()).samples(config)
-    for sample in samples:
-        ids = sample.token_ids[None]
-        logprobs = model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
-        expected = [logprob(*pair) for pair in pairwise(ids[0].tolist())]
-        assert logprobs.tolist() == pytest.approx(expected, abs=1e-5)
-        (
-            logprobs * torch.arange(-1.0, len(ids[0]) - 2)
-        ).sum().backward()  # -1, 0, 1, ... for the tokens after the first
-    found = projection_gradients(model.model.layers[0].mlp.down_proj.weight.grad, samples)
-    for row in found:
-        assert row == pytest.approx([0.0, *range(-1, len(row) - 2)], rel=1e-5, abs=1e-7)
 
 
 def test_a_refused_normaliser_is_no_failure_and_its_reason_is_shown() -> None:

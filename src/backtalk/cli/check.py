@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,14 +26,6 @@ def check(
             help="torch, trl, skyrl, tinker, foundry, or my_module:MyTrainer for your own (docs/engines.md).",
         ),
     ] = "torch",
-    base_url: Annotated[
-        str | None,
-        typer.Option(
-            "--base-url",
-            help="With tinker: check a server that serves the suite's model (docs/engines.md), and not the "
-            "loss functions as the API documents them.",
-        ),
-    ] = None,
 ) -> None:
     """Compare the gradient of every token of a fixed batch with the formula. Exits with 1 where a check fails."""
     from rich.text import Text
@@ -43,7 +34,7 @@ def check(
 
     console = new_console()
     counts = dict.fromkeys(Outcome, 0)
-    for result in conformance(open_trainer(engine, base_url)):
+    for result in conformance(open_trainer(engine)):
         counts[result.outcome] += 1
         line = Text(f"{result.outcome.value:<16}", style=STYLES[result.outcome.value])
         line += Text(f"{result.check.name:<44}{result.check.claim}", style="default")
@@ -56,20 +47,12 @@ def check(
         fail(f"{engine} fails {counts[Outcome.FAILED]} checks; docs/engines.md says what each means", exit_code=1)
 
 
-def open_trainer(engine: str, base_url: str | None = None) -> Callable[[Path], TrainerUnderTest]:
+def open_trainer(engine: str) -> Callable[[Path], TrainerUnderTest]:
     """Return what opens a trainer for the suite, by its name or import path.
 
     Raises:
         ConfigError: an unknown name, a path to something else, or a host whose packages are not installed.
     """
-    if base_url is not None:
-        if engine != "tinker":
-            raise ConfigError(
-                f"--base-url is the address of a Tinker server; use it with --engine tinker, not {engine}"
-            )
-        from backtalk.engines.tinker.served import ServedUnderTest
-
-        return partial(ServedUnderTest, base_url=base_url)
     if engine == "torch":
         from backtalk.engines.conformance.torch_engine import TorchUnderTest
 

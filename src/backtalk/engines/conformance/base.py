@@ -44,9 +44,6 @@ class StepResult:
 class TrainerUnderTest(Protocol):
     """A trainer that takes a step on the table model in a folder and shows its gradient.
 
-    One whose gradients cannot be read exactly may have attributes: ``tolerance``, relative (1e-6 by default), and
-    ``noise``, up to which two gradients are one and the same (0); it returns 0 for what is smaller.
-
     Both methods raise ConfigError for what the trainer cannot do, with the reason: that is a refusal, not a failure.
     """
 

@@ -11,7 +11,7 @@ import torch
 
 from backtalk.engines.conformance.base import Failure
 from backtalk.engines.conformance.oracle import Expected
-from backtalk.engines.conformance.suite import COEFFICIENT, Check, Suite
+from backtalk.engines.conformance.suite import COEFFICIENT, TOLERANCE, Check, Suite
 from backtalk.objective.config import PolicyNormalizer, WorldNormalizer, WorldOptions
 from backtalk.objective.roles import WorldLossTarget
 
@@ -35,11 +35,11 @@ def doubled_coefficient_doubles_the_world_part(suite: Suite) -> str:
         return [x for row in rows for x in row]
 
     zero, one, two = (gradients(k * COEFFICIENT) for k in (0, 1, 2))
-    parts = [(b - a, c - a) for a, b, c in zip(zero, one, two, strict=True) if abs(b - a) > suite.noise]
+    parts = [(b - a, c - a) for a, b, c in zip(zero, one, two, strict=True) if b != a]
     if not parts:
         raise Failure("the coefficient changes no token's gradient")
     worst = max(abs(c / (2 * b) - 1) for b, c in parts)
-    if not worst <= suite.tolerance:
+    if not worst <= TOLERANCE:
         raise Failure(f"twice the coefficient is not twice the world-model part: off by {worst:.3g} of it")
     return f"{len(parts)} tokens, largest relative error {worst:.1e}"
 

@@ -24,8 +24,6 @@ class Suite:
 
     def __init__(self, trainer: TrainerUnderTest) -> None:
         self.trainer = trainer
-        self.tolerance = getattr(trainer, "tolerance", TOLERANCE)
-        self.noise = getattr(trainer, "noise", 0.0)
         self.rows = groups()
         self._accepted: dict[str, Any] | None = None
 
@@ -92,7 +90,7 @@ class Suite:
         worst = 0.0
         for where, a, b in zip(self._places(), _flat(got), _flat(wanted), strict=True):
             error = abs(a - b) / abs(b) if b else abs(a) * 1e6  # what has no gradient has none, up to 1e-12
-            if not error <= self.tolerance:
+            if not error <= TOLERANCE:
                 raise Failure(f"{where}: d(loss)/d(logprob) is {a:.7g}, not {b:.7g}")
             worst = max(worst, error)
         return f"largest relative error {worst:.1e}"

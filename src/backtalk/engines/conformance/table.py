@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,33 +59,8 @@ def token_gradients(head_gradient_VD: Tensor, samples: Sequence[Sample]) -> list
     return rows
 
 
-def projection_gradients(gradient_HV: Tensor, samples: Sequence[Sample]) -> list[list[float]]:
-    """Return the same from the gradient of the down projection of a model with a layer.
-
-    Its column of the token before is d(loss)/d(hidden state): d(loss)/d(logprob) times a known vector, which the head
-    and then the norm, at a vector of length root(V), make of d(logprob)/d(logits).
-    """
-    import torch
-
-    gradient_HV = gradient_HV.detach().double().cpu()
-    table = [[logit(before, token) for before in range(VOCABULARY)] for token in range(VOCABULARY)]
-    table_VH = torch.tensor(table, dtype=torch.float64)
-
-    def of_token(before: int, token: int) -> float:
-        along_H = (table_VH[token] - table_VH[:, before].softmax(0) @ table_VH) / math.sqrt(VOCABULARY)
-        along_H[before] = 0.0  # the norm takes out what is along its input
-        return float(gradient_HV[:, before] @ along_H / (along_H @ along_H))
-
-    rows = [[of_token(*pair) for pair in pairwise(sample.token_ids.tolist())] for sample in samples]
-    return [[0.0, *row] if len(sample) else [] for row, sample in zip(rows, samples, strict=True)]
-
-
-def write_table_model(folder: Path, *, with_layer: bool = False) -> Path:
-    """Write the table as a model of transformers with a tokenizer of one word a token, and return its folder.
-
-    ``with_layer`` is for trainers of adapters that leave the head alone: it adds one layer that adds nothing. Its MLP
-    has the one-hot vector of the last token before a down projection of zeros.
-    """
+def write_table_model(folder: Path) -> Path:
+    """Write the table as a model of transformers with a tokenizer of one word a token, and return its folder."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -102,8 +77,8 @@ def write_table_model(folder: Path, *, with_layer: bool = False) -> Path:
     config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=VOCABULARY,
-        intermediate_size=VOCABULARY if with_layer else 8,
-        num_hidden_layers=int(with_layer),
+        intermediate_size=8,
+        num_hidden_layers=0,
         num_attention_heads=1,
         num_key_value_heads=1,
         head_dim=8,
@@ -121,13 +96,6 @@ def write_table_model(folder: Path, *, with_layer: bool = False) -> Path:
         model.model.embed_tokens.weight.copy_(root * torch.eye(VOCABULARY))
         model.model.norm.weight.fill_(1 / root)
         model.lm_head.weight.copy_(torch.tensor(table))
-        layers: Any = model.model.layers
-        for layer in layers:
-            layer.post_attention_layernorm.weight.fill_(1 / root)
-            layer.mlp.gate_proj.weight.copy_(8 * torch.eye(VOCABULARY))
-            layer.mlp.up_proj.weight.copy_(torch.eye(VOCABULARY) / torch.nn.functional.silu(torch.tensor(8.0)))
-            layer.mlp.down_proj.weight.zero_()
-            layer.self_attn.o_proj.weight.zero_()
     with quiet_transformers():
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -53,28 +53,6 @@ def connect(config: TinkerConfig, *, seed: int = 0) -> TinkerService:
     return TinkerService(config, url, key, seed)
 
 
-def served_models(url: str) -> list[str]:
-    """Return the names of the base models of a server of one's own.
-
-    Raises:
-        ServiceError: no service answers, or it has none.
-    """
-    _check_answer(url)
-    try:
-        names = _model_names(tinker.ServiceClient(base_url=url, api_key=os.environ.get("TINKER_API_KEY", _NO_KEY)))
-    except Exception as error:  # the SDK raises its own, httpx's and plain ones
-        raise ServiceError(f"{url} did not give its models: {_explain(error)}") from error
-    if not names:
-        raise ServiceError(f"the server at {url} has no base model")
-    return names
-
-
-def _model_names(client: Any) -> list[str]:
-    with warnings.catch_warnings():  # newer SDKs have another client for this question, which older ones lack
-        warnings.simplefilter("ignore", FutureWarning)
-        return [str(model.model_name) for model in client.get_server_capabilities().supported_models]
-
-
 def _check_answer(url: str) -> None:
     """Raise ServiceError if nothing answers; the SDK would try again for five minutes."""
     try:
@@ -101,10 +79,13 @@ class TinkerService:
         self._config, self._seed = config, seed
         self._url, self._where = url, url or "hosted Tinker"
         self._client = self._ask("a session", lambda: tinker.ServiceClient(base_url=url, api_key=key))
-        names = self._ask("its models", lambda: _model_names(self._client))
+        with warnings.catch_warnings():  # newer SDKs have another client for this question, which older ones lack
+            warnings.simplefilter("ignore", FutureWarning)
+            capabilities = self._ask("its models", self._client.get_server_capabilities)
+        names = [model.model_name for model in capabilities.supported_models]
         if config.model not in names:
             raise ConfigError(
-                f"{self._where} has no model {config.model!r}; set engine.model to one of {', '.join(names)}"
+                f"{self._where} has no model {config.model!r}; set engine.model to one of {', '.join(map(str, names))}"
             )
 
     def open_model(self, state: str | None = None) -> SdkModel:
@@ -201,11 +182,6 @@ class SdkModel:
     def save(self, name: str) -> str:
         """Save adapters and optimizer on the service, and return their path."""
         return self._ask("a saved state", lambda: self._client.save_state(name)).path
-
-    def unload(self, url: str) -> None:
-        """Tell a server of one's own that the model is not needed any more, for which the SDK has no call."""
-        body = {"model_id": self._client.model_id}
-        self._ask("up the model", lambda: httpx.post(f"{url.rstrip('/')}/api/v1/unload_model", json=body, timeout=60))
 
     def write_adapters(self, name: str) -> str:
         """Write the adapters on the service in PEFT's format, and return their path."""
