@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from backtalk.language.renderer import Renderer
 from backtalk.language.tokenizer import model_location
@@ -32,6 +32,20 @@ TAGS = ["<bash>", "</bash>", "<submit>", "</submit>"]
 TOKENS = 3000  # of a batch
 
 log = logging.getLogger("teach")
+
+
+def add_tags(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Add the tags as tokens of their own, which begin as the mean of the tokens that their text has had.
+
+    transformers begins all new tokens as nearly the same vector: taught so, the model closed `<bash>` with `</submit>`
+    in half of its calls.
+    """
+    pieces = [tokenizer(tag, add_special_tokens=False).input_ids for tag in TAGS]
+    tokenizer.add_special_tokens({"additional_special_tokens": TAGS})
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    embeddings = model.get_input_embeddings().weight.data
+    for token, piece in zip(tokenizer.convert_tokens_to_ids(TAGS), pieces, strict=True):
+        embeddings[token] = embeddings[piece].mean(0)
 
 
 def sessions(tokenizer: PreTrainedTokenizerBase, number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -54,10 +68,9 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    tokenizer.add_special_tokens({"additional_special_tokens": TAGS})
     tokenizer.chat_template = AutoTokenizer.from_pretrained(model_location("base")).chat_template
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-    model.resize_token_embeddings(len(tokenizer))
+    add_tags(model, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.01, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-4, total_steps=arguments.steps, pct_start=0.1)
     data = batches(sessions(tokenizer, 3000), TOKENS, Random(0))
