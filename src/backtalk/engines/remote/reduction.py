@@ -20,7 +20,6 @@ from backtalk.errors import ConfigError
 # one request; two requests.
 _FACTORS: dict[Reduction, tuple[float, float, float]] = {"sum": (0.25, 2.0, 2.0), "row_mean": (1.0, 1.0, 1.0)}
 _TOLERANCE = 0.3  # of each factor, relative; a response is linear in the step only up to some percent
-_SIGN_TOLERANCE = 0.5  # of the response to a negative gradient: in bfloat16 it was 0.66 of what it should be
 _EPS = 1e4  # so far above any gradient that AdamW takes the step lr / eps * gradient
 _RESPONSE = 0.02  # of the row's log-probability: above rounding in bfloat16, and small enough to be linear
 _MAX_RATE = 1e6
@@ -93,18 +92,15 @@ def probe(model: RemoteModel, row: Sequence[int]) -> Reduction:
     )
 
 
-def _one(row: Sequence[int]) -> list[list[Datum]]:
-    return [[Datum(token_ids=row, inputs={"weights": [1.0] * (len(row) - 1)})]]
-
-
 def _check_signs(model: RemoteModel, row: Sequence[int], reduction: Reduction, rate: float, base: float) -> None:
     """Raise ConfigError unless the request of a step makes the row less likely where its gradient says so."""
     size = len(row) - 1
     gradient = [0.5 if reduction == "sum" else 0.5 / size] * size  # half of the opposite of that of weight 1
     data, loss = linear_loss([row], [gradient], forward(model, [row]), reduction)
-    response, after = _response(model, [data], rate, loss), _response(model, _one(row), rate)
+    one = Datum(token_ids=row, inputs={"weights": [1.0] * size})
+    response, after = _response(model, [data], rate, loss), _response(model, [[one]], rate)
     ratio = response / math.sqrt(max(base * after, 1e-30))
-    if abs(ratio / -0.5 - 1) >= _SIGN_TOLERANCE:
+    if abs(ratio / -0.5 - 1) >= _TOLERANCE:
         raise ConfigError(
             f"the service reduces losses by {reduction}, and a gradient of -1/2 made {ratio:.2f} of what one of "
             f"1 makes: its {loss} does not carry numbers of either sign, and another request is not known"
