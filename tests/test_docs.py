@@ -53,12 +53,8 @@ RUN = {  # commands that are run, by pattern: what is put behind them, and what 
     "backtalk train --preset triage --out *": (TINY, ""),
     "backtalk train --preset triage --model *": (TINY, ""),
     "backtalk train --preset triage --profile *": (TINY, ""),
-    "backtalk train --preset triage --set objective.world_model_coeff*": (TINY, ""),
-    "backtalk train my_run.yaml *": (TINY, ""),
-    "backtalk train examples/bigram.yaml": (f"{TINY} --out runs/bigram", ""),
     "backtalk train --out runs/mine --resume": ("", ""),
     "backtalk train --preset shop*": (TINY, ""),
-    "backtalk train --openenv ./my_env*": (TINY, ""),
     "backtalk train --model * --set tasks.source=guess_world:GuessWorld *": (TINY, ""),
     "backtalk view*": ("--export seen.html", ""),
     "backtalk show runs/*": ("", ""),
@@ -79,10 +75,14 @@ RUN = {  # commands that are run, by pattern: what is put behind them, and what 
     "python examples/world_model_loss.py": ("", ""),
 }
 READ = {  # commands that are only read, with their settings: why they are not run
-    "backtalk train --preset triage --set objective.world_model_coeff=0 *": "as the one with a share is",
+    "backtalk train --preset triage --set objective.world_model_coeff*": "as the preset alone is",
+    "backtalk account examples/*": "as the one of two files is",
     "backtalk train --set tasks.source=my_module:MyWorld *": "as guess_world:GuessWorld is",
     "backtalk train examples/guess.yaml *": "as guess_world:GuessWorld is",
-    "backtalk capture openenv:./my_env --human *": "as guess_world:GuessWorld is, and my_env is trained in",
+    "backtalk capture openenv:./my_env --human *": "tests/envs/test_openenv.py plays such a folder",
+    "backtalk train my_run.yaml *": "as a preset is; settings files of the pages are read",
+    "backtalk train examples/bigram.yaml": "tests/engines/test_own_engine.py trains it",
+    "backtalk train --openenv ./my_env*": "tests/envs/test_openenv.py starts and plays such a folder",
     "backtalk check": "tests/engines/test_conformance.py runs the suite",
     "backtalk * --format trackio *": "needs Trackio; tests/exchange writes its traces",
     "backtalk * --endpoint *": "asks a server; tests/capture has one",
@@ -567,20 +567,18 @@ def test_what_a_verifier_of_a_page_writes(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with what the pages suppose: runs, files of others, an environment, a world of one's own."""
+    """Return a folder with what the pages suppose: models, and a world and an engine of one's own."""
     folder = tmp_path_factory.mktemp("pages")
     for name in ("examples", "recipes"):
         (folder / name).symlink_to(ROOT / name)
     (folder / "Qwen").mkdir()
     for name in ("Qwen/Qwen3-0.6B", "my_model", "model"):
         (folder / name).symlink_to(ROOT / "src/backtalk/assets/base_model")
-    shutil.copytree(ROOT / "tests/openenv_servers/echo", folder / "my_env")
     (folder / "guess_world.py").write_text(block_of("docs/worlds.md", "python"))
     (folder / "my_module.py").write_text(
         "from __future__ import annotations\nfrom dataclasses import dataclass\n"
         "from guess_world import GuessWorld as MyWorld\n" + block_of("docs/settings.md", "python")
     )
-    (folder / "my_run.yaml").write_text("base: triage\n")
     return folder
 
 
