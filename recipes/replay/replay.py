@@ -162,7 +162,7 @@ def _losses(total: float, world: float, ce: float, norm: float) -> Losses:
 
 def _served_adapters(engine: Any) -> dict[str, Tensor]:
     """Return the adapters of the engine's model as its service hands them out, in PEFT's names."""
-    from backtalk.engines.tinker.adapters import read_adapters
+    from served import read_adapters
 
     name = f"replay-{engine.policy_version}"
     return read_adapters(engine._current_model(), engine.config.base_url, name)[1]

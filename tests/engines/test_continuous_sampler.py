@@ -7,12 +7,11 @@ import random
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from backtalk.engines.torch.continuous import ContinuousTorchSampler
 from backtalk.engines.torch.kv import History
@@ -21,21 +20,8 @@ from backtalk.engines.torch.sampler import TorchSampler
 from backtalk.errors import ConfigError, SamplerError
 from backtalk.rollout.sampler import Completion, ContinuousSampler, SamplingParams
 from sampler_play import SMALL, VOCAB, forced_logprobs, ids_of, play, sharpen, tokens
-from tiny import tiny_model_dir
 
 PATIENCE_S = 60  # of a test that would otherwise wait for ever
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder: Path = tiny_model_dir(tmp_path_factory.mktemp("models") / "tiny")
-    return sharpen(AutoModelForCausalLM.from_pretrained(folder))
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    torch.manual_seed(0)
-    return sharpen(LlamaForCausalLM(LlamaConfig(**SMALL)))
 
 
 def sampler_of(model: Any, stop_token_ids: Sequence[int] = tuple(range(9)), **settings) -> ContinuousTorchSampler:

@@ -6,13 +6,11 @@ import asyncio
 import logging
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -29,21 +27,8 @@ from backtalk.engines.torch.sampler import TorchSampler
 from backtalk.errors import ConfigError, SamplerError
 from backtalk.rollout.sampler import Completion, SamplingParams
 from sampler_play import SMALL, VOCAB, forced_logprobs, ids_of, play, sharpen, tokens
-from tiny import tiny_model_dir
 
 UNIFORMS = [0.15340020673323762, 0.9534382869615645, 0.20250969742077318]
-
-
-@pytest.fixture(scope="module")
-def qwen(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder: Path = tiny_model_dir(tmp_path_factory.mktemp("models") / "tiny")
-    return sharpen(AutoModelForCausalLM.from_pretrained(folder))
-
-
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    torch.manual_seed(0)
-    return sharpen(LlamaForCausalLM(LlamaConfig(**SMALL)))
 
 
 def sampler_of(model: Any, stop_token_ids: Sequence[int] = tuple(range(9)), **settings) -> TorchSampler:

@@ -183,10 +183,6 @@ class SdkModel:
         """Save adapters and optimizer on the service, and return their path."""
         return self._ask("a saved state", lambda: self._client.save_state(name)).path
 
-    def write_adapters(self, name: str) -> str:
-        """Write the adapters on the service in PEFT's format, and return their path."""
-        return self._ask("its adapters", lambda: self._client.save_weights_for_sampler(name)).path
-
     def sampling_weights(self) -> SdkWeights:
         """Return the current weights for sampling."""
         retry = RetryConfig(enable_stuck_detection=False)  # the wait for each action has an end of its own

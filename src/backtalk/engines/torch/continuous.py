@@ -16,7 +16,6 @@ import asyncio
 import math
 import threading
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from backtalk.engines.torch.draws import cdf_dtype, sample_tokens, start_reading, uniform_numbers
 from backtalk.engines.torch.kv import History, persistence_obstacle
 from backtalk.engines.torch.kv_slots import SlotKVCache
-from backtalk.engines.torch.sampler import SamplerStats
+from backtalk.engines.torch.sampler import SamplerStats, open_worker_thread
 from backtalk.engines.torch.sessions import Request, Session
 from backtalk.errors import ConfigError, SamplerError
 from backtalk.rollout.sampler import Completion, SamplingParams
@@ -66,8 +65,7 @@ class ContinuousTorchSampler:
         self.open_sessions: dict[str, Session] = {}
         cache = SlotKVCache(model, pad_token_id, device)
         self._decoder = _Decoder(model, params, frozenset(stop_token_ids), device, cache)
-        threads = torch.get_num_threads()  # a new thread would start with the default number of its own
-        self._executor = ThreadPoolExecutor(1, "backtalk-sampler", torch.set_num_threads, (threads,))
+        self._executor = open_worker_thread()
         self._run: asyncio.Future[None] | None = None  # of the decoder in its thread
 
     @property

@@ -44,6 +44,12 @@ class SamplerStats:
     decode_rows: int = 0  # rows in those passes, finished ones included
 
 
+def open_worker_thread() -> ThreadPoolExecutor:
+    """Return an executor of one thread, which has as many PyTorch threads as this one."""
+    threads = torch.get_num_threads()  # a new thread would start with the default number of its own
+    return ThreadPoolExecutor(1, "backtalk-sampler", torch.set_num_threads, (threads,))
+
+
 class TorchSampler:
     """A ``Sampler`` of a policy at one version, which samples in waves.
 
@@ -70,8 +76,7 @@ class TorchSampler:
         self.policy_version = policy_version
         self.params = params
         self._worker = _Worker(model, params, frozenset(stop_token_ids), device, cache)
-        threads = torch.get_num_threads()  # a new thread would start with the default number of its own
-        self._executor = ThreadPoolExecutor(1, "backtalk-sampler", torch.set_num_threads, (threads,))
+        self._executor = open_worker_thread()
         self.open_sessions: dict[str, Session] = {}
         self._waiting: dict[str, Request] = {}
         self._wave: list[Request] = []

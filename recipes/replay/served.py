@@ -16,7 +16,7 @@ from backtalk.engines.tinker.sdk import SdkModel, httpx, tinker
 
 def read_adapters(model: SdkModel, url: str, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return adapter_config.json and the weights of a model's adapters, which the server keeps under ``name``."""
-    path = model.write_adapters(name)
+    path = model._ask("its adapters", lambda: model._client.save_weights_for_sampler(name)).path
     rest = tinker.ServiceClient(base_url=url, api_key="tml-none").create_rest_client()
     archive = rest.get_checkpoint_archive_url(path.removeprefix("tinker://").split("/")[0], name).result().url
     answer = httpx.get(archive, follow_redirects=True, timeout=60)
