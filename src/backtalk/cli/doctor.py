@@ -6,7 +6,6 @@ becomes a Finding.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import platform
 import shutil
@@ -190,6 +189,8 @@ def _base_model() -> Finding:
 
 
 def _sandbox() -> Iterator[Finding]:
+    import asyncio  # slow to load, and every command's help loads this file
+
     from backtalk.sandboxes import ELSEWHERE, NEEDS_LINUX, local_sandbox
 
     if sys.platform != "linux":
@@ -271,6 +272,8 @@ def print_conformance(console: Console) -> int:
     Raises:
         SandboxUnavailable: there is no sandbox to try.
     """
+    import asyncio
+
     from rich.text import Text
 
     from backtalk.sandboxes import local_sandbox
