@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -68,6 +69,26 @@ def weigh(trajectory: Trajectory, advantage: float | None) -> TokenWeights:
     roles = trajectory.roles
     policy = tuple(0.5 * (advantage or 0.0) * (role is TokenRole.ACTION) for role in roles)
     return TokenWeights(advantage, policy, tuple(0.125 * (role is TokenRole.ENV_OUTPUT) for role in roles))
+
+
+def leaking() -> tuple[Trajectory, TokenWeights]:
+    """Return a rollout with two template tokens at its end marked as output, and a policy weight on its first token."""
+    whole = A.trajectories[0]
+    output = (*encode("total 12\n"), *encode("\n<|im_start|>"))
+    segments = (*whole.segments[:5], Segment(TokenRole.ENV_OUTPUT, output, None, 0, "bash"))
+    wrong = Trajectory(task_id="a", sample_index=0, segments=segments, messages=whole.messages, reward=1.0)
+    weights = weigh(wrong, 1.0)
+    return wrong, TokenWeights(1.0, (0.5, *weights.policy[1:]), weights.world)
+
+
+def forked() -> Trajectory:
+    """Return its sibling, whose history was rewritten once, so that it has a second branch."""
+    again = (
+        Segment(TokenRole.CONTEXT, encode("count the lines, ls"), branch=1),
+        Segment(TokenRole.ENV_OUTPUT, encode("total 3"), None, 1, "bash", 1),
+    )
+    plain = A.trajectories[0]
+    return replace(plain, sample_index=1, segments=(*plain.segments, *again))
 
 
 def write_step(log: RunLog, step: int, *, trained: bool = True) -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recorded import HEAD, HOSTILE, TAIL, TOKENIZER, TRACEBACK, A, B, encode, weigh, write_run, write_step
+from recorded import HEAD, HOSTILE, TAIL, TOKENIZER, TRACEBACK, A, B, encode, leaking, weigh, write_run, write_step
 from starlette.testclient import TestClient
 
 from backtalk.cli.view import view
 from backtalk.errors import DataError
 from backtalk.run.log import RunLog, read_trajectory, write_trajectories
 from backtalk.run.log.weights import read_weights_row
-from backtalk.trajectory import Segment, TokenRole, TokenWeights, Trajectory, TrajectoryGroup
+from backtalk.trajectory import TokenRole, Trajectory, TrajectoryGroup
 from backtalk.viewer.live.app import Viewer, make_app
 from backtalk.viewer.live.calls import read_action
 from backtalk.viewer.live.query import Condition, parse_query
@@ -251,20 +251,11 @@ def test_a_step_that_has_not_trained_has_no_weights(run: Path, viewer_of: Callab
 
 
 def test_the_audit_finds_tokens_whose_role_and_text_do_not_agree(run: Path, viewer_of: Callable[..., Viewer]) -> None:
-    whole = A.trajectories[0]
-    output = encode("total 12\n")
-    segments = [
-        *whole.segments[:5],
-        Segment(TokenRole.ENV_OUTPUT, (*output, *encode("\n<|im_start|>")), None, 0, "bash"),  # template as output
-    ]
-    wrong = Trajectory(task_id="a", sample_index=0, segments=tuple(segments), messages=whole.messages, reward=1.0)
-    weights = weigh(wrong, 1.0)
-    policy = list(weights.policy)
-    policy[0] = 0.5  # on a template token
+    wrong, weights = leaking()
     log = RunLog(run)
     group = TrajectoryGroup("a", (wrong,))
     log.write_groups(2, [group])
-    log.write_weights(2, [group], [TokenWeights(1.0, tuple(policy), weights.world)])
+    log.write_weights(2, [group], [weights])
     shown = viewer_of(run).rollout({"run": "echo_seed1", "part": "train-2", "row": "0"})
     found = {finding["kind"]: finding["positions"] for finding in shown["findings"]}
     assert found == {

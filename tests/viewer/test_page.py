@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import parse_qs, urlencode
 from urllib.request import urlopen
 
 import pytest
-from recorded import TRACEBACK, A, B, encode, write_run, write_step
+from recorded import TRACEBACK, A, B, encode, forked, leaking, weigh, write_run, write_step
 from studied import ARMS, write_foreign, write_study
 
 from backtalk.run.log import RunLog, read_trajectories
@@ -105,6 +105,34 @@ def test_curves_are_drawn_and_new_steps_appear_by_themselves(page: Any, address:
     log.write_metrics(2, {"reward": 4.5, "world_model_coeff": 0.05})
     sync_api.expect(page.locator("[data-name=reward] .readings")).to_contain_text("4.5", timeout=WAIT_MS)
     assert "3 of 3 steps" in text_of(page, ".source-facts")
+
+
+def test_all_charts_follow_the_pointer_and_a_zoom(page: Any, address: str) -> None:
+    page.set_viewport_size({"width": 1280, "height": 1600})  # charts are drawn when they come near the window
+    page.goto(f"{address}#/overview")
+    charts = [page.locator(f"[data-name={name}]") for name in ("reward", "world_grad_share")]
+    box = charts[0].locator(".u-over").bounding_box()
+    left, right, middle = box["x"] + 2, box["x"] + box["width"] * 0.6, box["y"] + box["height"] / 2
+    page.mouse.move(left, middle)
+    for chart, value in zip(charts, ("0.5", "0.1"), strict=True):  # step 0, by hand in recorded.py
+        sync_api.expect(chart.locator(".at")).to_have_text("step 0", timeout=WAIT_MS)
+        sync_api.expect(chart.locator(".reading b")).to_have_text(value, timeout=WAIT_MS)
+    page.mouse.down()
+    page.mouse.move(right, middle, steps=8)
+    page.mouse.up()
+    whole = page.get_by_role("button", name="all of it")
+    whole.wait_for()
+    low, high = map(float, parse_qs(page.url.partition("?")[2])["zoom"][0].split(","))
+    assert low < 0.1 and 0.5 < high < 1.5
+    whole.click()
+    page.wait_for_function("!location.hash.includes('zoom')")
+    for axis, spent in (("tokens", "32"), ("seconds", "2")):  # in step 0: 10 + 20 + 2 tokens, 1.5 + 0.5 s
+        page.get_by_role("button", name=axis, exact=True).click()
+        charts[0].locator(".u-over").wait_for()
+        page.mouse.move(left + 3, middle)
+        page.mouse.move(left, middle)
+        sync_api.expect(charts[1].locator(".at")).to_have_text(f"{axis} {spent}", timeout=WAIT_MS)
+        assert f"x={axis}" in page.url
 
 
 def test_the_table_filters_searches_sorts_and_opens_by_keys(page: Any, address: str) -> None:
@@ -269,6 +297,31 @@ def test_a_study_of_five_arms_and_five_seeds_shows_its_arms_together(page: Any, 
         links = rows_of(page, address, "reward=1 step:1", "step", "desc")
         assert len(links) >= 20 and "run=action_masked_seed0" in links[0]
         assert "25 rollouts" in text_of(page, ".summary")
+        assert text_of(page, ".space .cell-run") == "action_masked_seed0"
+        page.goto("about:blank")  # before the server ends
+
+
+def test_branches_leaked_tokens_and_dreams_are_shown(page: Any, tmp_path: Path) -> None:
+    log = RunLog(write_run(tmp_path / "odd"))
+    wrong, weights = leaking()
+    group = TrajectoryGroup("a", (wrong, forked()))
+    log.write_groups(2, [group])
+    log.write_weights(2, [group], [weights, weigh(forked(), -1.0)])
+    log.write_dream({"step": 2, "command": "$ ls", "expected": "notes.txt", "actual": "total 12", "ce": 1.5})
+    with served(tmp_path) as address:
+        page.goto(f"{address}#/rollout?run=odd&part=train-2&row=0")
+        page.wait_for_selector(".findings li")
+        found = page.locator(".findings li").all_inner_texts()
+        assert [text.split(" ", 2)[:2] for text in found].count(["2", "tokens"]) == 1 and len(found) == 3
+        page.locator(".findings button").first.click()
+        page.wait_for_selector(".token.pinned")
+        page.goto(f"{address}#/rollout?run=odd&part=train-2&row=1")
+        sync_api.expect(page.locator("[role=separator]")).to_contain_text("branch 1", timeout=WAIT_MS)
+        assert "total 3" in text_of(page, ".talk") and "branches 2" in text_of(page, ".facts, .facts-row")
+        page.goto(f"{address}#/world")
+        dream = page.locator(".probe", has_text="$ ls")
+        sync_api.expect(dream).to_contain_text("1.5 nats a token", timeout=WAIT_MS)
+        assert [part in dream.inner_text() for part in ("notes.txt", "total 12")] == [True, True]
         page.goto("about:blank")  # before the server ends
 
 

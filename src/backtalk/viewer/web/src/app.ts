@@ -2,7 +2,7 @@
 
 import type { Source } from "./answers";
 import { ask } from "./api";
-import { announce, byId, type Child, colour, h, number, replace } from "./dom";
+import { announce, byId, type Child, colour, h, number, replace, swatch } from "./dom";
 import { isFrozen, written } from "./frozen";
 import { group } from "./group";
 import { onKeys, showKeys } from "./keys";
@@ -52,12 +52,16 @@ function sidebar(): void {
   const row = (source: Source) => {
     const { name } = source;
     const props = { type: "checkbox", checked: chosen.has(name), onchange: () => choose(toggled(name)) };
-    const swatch = h("span", { class: "swatch", style: { background: context.colours.get(name)! } });
     const facts = [h("span", { class: "source-name" }, name), h("span", { class: "source-facts" }, factsOf(source))];
     return h(
       "li",
       { class: `source${chosen.has(name) ? "" : " off"}` },
-      h("label", { title: "Show it or not" }, h("input", { ...props, "aria-label": `Show ${name}` }), swatch),
+      h(
+        "label",
+        { title: "Show it or not" },
+        h("input", { ...props, "aria-label": `Show ${name}` }),
+        swatch(context.colours.get(name)!),
+      ),
       h("button", { class: "name", title: `Only ${name}`, onclick: () => choose([name]) }, facts),
     );
   };

@@ -1,7 +1,7 @@
 // How often the likeliest token came, by how likely the model thought it: on the diagonal it knows how much it knows.
 
 import type { Checkpoint } from "./answers";
-import { type Child, colour, h, number, percent, svg, table } from "./dom";
+import { type Child, colour, h, number, percent, svg, swatch, table } from "./dom";
 
 const SIZE = 220; // of the picture, with the margins
 const MARGIN = 12;
@@ -59,6 +59,6 @@ function line(bins: Checkpoint["bins"], colour: string): SVGElement[] {
 function row({ name, bins, calibration_error }: Checkpoint, colour: string): Child[] {
   const total = bins.reduce((sum, { tokens }) => sum + tokens, 0);
   const mean = (column: "sure" | "right") => bins.reduce((sum, bin) => sum + bin[column] * bin.tokens, 0) / total;
-  const title = [h("span", { class: "swatch", style: { background: colour } }), " ", name];
+  const title = [swatch(colour), " ", name];
   return [title, percent(mean("right")), percent(mean("sure")), `${number(100 * (calibration_error ?? 0))} points`];
 }

@@ -2,7 +2,7 @@
 
 import uPlot from "uplot";
 import type { Maybe } from "./answers";
-import { type Child, colour, h, number, replace } from "./dom";
+import { type Child, colour, h, number, replace, swatch } from "./dom";
 
 export interface Series {
   name: string;
@@ -163,7 +163,7 @@ function tell(u: uPlot, readings: Element, at: Element, { series, marks, xLabel 
         h(
           "span",
           { class: "reading" },
-          h("span", { class: "swatch", style: { background: each.colour } }),
+          swatch(each.colour),
           series.length > 1 ? h("span", { class: "reading-name" }, each.name) : null,
           h("b", {}, number(values[where], 4)),
           isKnown(low) ? ` [${number(low)}, ${number(high)}]` : null,

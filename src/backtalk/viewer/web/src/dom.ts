@@ -50,6 +50,9 @@ function flat(children: Child[]): (Node | string)[] {
   return found;
 }
 
+// A square in the colour of a run, an arm or a checkpoint.
+export const swatch = (colour: string): HTMLElement => h("span", { class: "swatch", style: { background: colour } });
+
 // The element of the page's own HTML that has an id.
 export const byId = (id: string): HTMLElement => document.getElementById(id)!;
 

@@ -4,7 +4,7 @@ import type uPlot from "uplot";
 import type { Curves, Interval } from "./answers";
 import { ask } from "./api";
 import { chart, isKnown, widthOf } from "./charts";
-import { type Child, entered, h, number, replace, table, visible } from "./dom";
+import { type Child, entered, h, number, replace, swatch, table, visible } from "./dom";
 import { type Axis, type Drawing, marksOf, metricNames, seriesOf, X } from "./series";
 import { type Context, change, type Page, type Params } from "./state";
 import { studies } from "./studies";
@@ -34,9 +34,6 @@ const MOST_TILES = 6;
 
 const rank = (name: string) => FIRST.indexOf(name) + 1 || FIRST.length + 1;
 const titleOf = (name: string) => TITLES[name] || name;
-const swatch = (run: string, context: Context) => {
-  return h("span", { class: "swatch", style: { background: context.colours.get(run)! } });
-};
 
 interface State extends Drawing {
   log: boolean;
@@ -332,7 +329,7 @@ function tile(run: Curves, context: Context): HTMLElement {
   return h(
     "article",
     { class: "tile" },
-    h("h2", {}, swatch(run.name, context), run.name),
+    h("h2", {}, swatch(context.colours.get(run.name)!), run.name),
     h(
       "p",
       { class: "muted" },
@@ -365,7 +362,7 @@ function settings(curves: Curves[], context: Context): Child {
   const keys = [...new Set(curves.flatMap((run) => Object.keys(run.settings)))];
   const text = (value: unknown) => (value === undefined ? "–" : JSON.stringify(value));
   const differ = keys.filter((key) => new Set(curves.map((run) => text(run.settings[key]))).size > 1);
-  const heads = (): Child[] => ["setting", ...curves.map((run) => [swatch(run.name, context), run.name])];
+  const heads = (): Child[] => ["setting", ...curves.map((run) => [swatch(context.colours.get(run.name)!), run.name])];
   const rows = (names: string[]) => names.map((key) => [key, ...curves.map((run) => visible(text(run.settings[key])))]);
   const compared = differ.length
     ? table("Settings that differ", heads(), rows(differ), "settings")

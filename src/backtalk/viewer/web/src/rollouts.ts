@@ -2,7 +2,7 @@
 
 import type { Maybe, Row, Table } from "./answers";
 import { ask } from "./api";
-import { announce, type Child, h, number, plural, replace, signed, visible } from "./dom";
+import { announce, type Child, h, number, plural, replace, signed, swatch, visible } from "./dom";
 import { type Context, change, go, link, type Page, read } from "./state";
 
 const ROW_PX = 36;
@@ -14,9 +14,9 @@ const WAIT_MS = 50; // before the files left are asked for
 const MOST_PROBLEMS = 50;
 const COLUMNS = {
   step: "step",
+  run: "run", // where there are several
   task: "task",
   group: "group",
-  sample: "sample",
   reward: "reward",
   advantage: "advantage",
   stop: "ended",
@@ -191,13 +191,13 @@ class Rollouts {
     const top = Math.max(0, this.scroller.scrollTop - this.heads.offsetHeight);
     const from = Math.max(0, Math.floor(top / px) - AROUND);
     const to = Math.min(this.answer.total, Math.ceil((top + this.scroller.clientHeight) / px) + AROUND);
-    const several = this.context.selected(read().params).length > 1;
+    const names = this.names();
     const rows: Child[] = [];
     let missing: number | undefined;
     for (let index = from; index < to; index++) {
       const page = Math.floor(index / PAGE);
       if (!this.pages.has(page)) missing ??= page;
-      rows.push(this.drawRow(index, px, several));
+      rows.push(this.drawRow(index, px, names));
     }
     if (missing !== undefined) this.fill(missing);
     this.space.style.height = `${this.answer.total * px}px`;
@@ -205,7 +205,12 @@ class Rollouts {
     replace(this.space, rows);
   }
 
-  private drawRow(index: number, px: number, several: boolean): HTMLElement {
+  private names(): Column[] {
+    const several = this.context.selected(read().params).length > 1;
+    return several ? NAMES : NAMES.filter((name) => name !== "run");
+  }
+
+  private drawRow(index: number, px: number, names: Column[]): HTMLElement {
     const row = this.rowAt(index);
     const classes = ["row", px === FOUND_PX && "tall", index === this.here && "here", !row && "waiting"];
     const props = {
@@ -216,7 +221,7 @@ class Rollouts {
     };
     if (!row) return h("div", props);
     const onclick = (event: MouseEvent) => (event.target as Element).closest("a") || this.open(index);
-    const cells = NAMES.map((name) => cell(row, name, several));
+    const cells = names.map((name) => cell(row, name, this.context));
     const found = row.snippet ? h("span", { class: "snippet", role: "cell" }, this.marked(row.snippet)) : null;
     return h("div", { ...props, onclick }, cells, found);
   }
@@ -256,9 +261,11 @@ class Rollouts {
   // ---------------------------------------------------------------- around the rows
 
   private draw(): void {
+    const names = this.names();
+    this.scroller.classList.toggle("several", names.includes("run"));
     replace(
       this.heads,
-      NAMES.map((name) => this.head(name)),
+      names.map((name) => this.head(name)),
     );
     const { total, means, pending, problems } = this.answer;
     const facts = [plural(total, "rollout")];
@@ -305,15 +312,15 @@ class Rollouts {
   }
 }
 
-function cell(row: Row, name: Column, several: boolean): HTMLElement {
+function cell(row: Row, name: Column, context: Context): HTMLElement {
   const plain = (content: Child, className = "", title: string | null = null) => {
-    return h("span", { class: `cell ${className}`.trim(), role: "cell", title }, content);
+    return h("span", { class: `cell cell-${name} ${className}`.trim(), role: "cell", title }, content);
   };
   switch (name) {
-    case "task": {
-      const task = h("a", { href: addressOf(row), tabindex: "-1" }, visible(row.task));
-      return plain([task, several ? h("span", { class: "of" }, row.run) : null], "cell-task");
-    }
+    case "run":
+      return plain([swatch(context.colours.get(row.run)!), visible(row.run)], "", row.run);
+    case "task":
+      return plain(h("a", { href: addressOf(row), tabindex: "-1", title: row.task }, visible(row.task)));
     case "step":
       return plain([number(row.step), row.kind === "eval" ? h("span", { class: "kind" }, "eval") : null]);
     case "group": {
@@ -322,8 +329,8 @@ function cell(row: Row, name: Column, several: boolean): HTMLElement {
     }
     case "stop": {
       const { failure } = row;
-      if (!failure) return plain(row.stop.replace("_", " "), "stop");
-      return plain(failure.error, "stop bad", `${failure.phase}: ${failure.error}: ${failure.message}`);
+      if (!failure) return plain(row.stop.replace("_", " "));
+      return plain(failure.error, "bad", `${failure.phase}: ${failure.error}: ${failure.message}`);
     }
     case "reward":
       return plain([bar(row.reward), number(row.reward)]);
