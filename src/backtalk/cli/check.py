@@ -48,7 +48,7 @@ def check(
 
 
 def open_trainer(engine: str) -> Callable[[Path], TrainerUnderTest]:
-    """Return what opens a trainer for the suite, by its name or import path.
+    """Return the class or function that opens a trainer for the suite, by its name or import path.
 
     Raises:
         ConfigError: an unknown name, a path to something else, or a host whose packages are not installed.

@@ -125,7 +125,7 @@ def _memory() -> Finding:
 
 
 def _memory_bytes() -> int | None:
-    """Return what this process may use: the machine's memory, or its control group's limit where that is less."""
+    """Return the memory that this process may use: the machine's, or its control group's limit if that is less."""
     found = []
     with suppress(OSError, ValueError):
         found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -34,7 +34,7 @@ class Heartbeat:
             self._thread.join()
 
     def doing(self, doing: str, *, goes_on: bool = False) -> None:
-        """Keep what is being done now; with ``goes_on`` it began with what was being done before."""
+        """Name the current work; with ``goes_on`` it is timed from the beginning of the work named before."""
         self._since = self._since if goes_on else time.monotonic()
         self._doing = doing
 

@@ -49,7 +49,7 @@ OnRefuseChoice = Annotated[
 
 
 def on_refuse_choice(given: str) -> Literal["stop", "skip"]:
-    """Return what --on-refuse says.
+    """Return the value of --on-refuse, checked.
 
     Raises:
         ConfigError: it is neither stop nor skip.

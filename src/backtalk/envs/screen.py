@@ -25,7 +25,7 @@ _TOKEN = re.compile(
 
 
 def shown_text(output: str) -> str:
-    """Return what a terminal shows of an output, lines ended by newlines; without control characters that is itself."""
+    """Return an output as a terminal shows it, lines ended by newlines; unchanged if it has no control characters."""
     output = re.sub(r"\r+\n", "\n", output)
     if not _CONTROL.search(output):
         return output
@@ -51,7 +51,7 @@ class _Screen:
         self.other: _Screen | None = None  # the one below, while a program shows a screen of its own
 
     def text(self) -> str:
-        """Return what is shown, without the empty rows below the cursor."""
+        """Return the text on the screen, without the empty rows below the cursor."""
         self._switch(opens=False)
         lines = ["".join(cells) for cells in self.rows]
         lines = [line.rstrip(" ") if row in self.erased else line for row, line in enumerate(lines)]

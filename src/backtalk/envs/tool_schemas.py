@@ -11,7 +11,7 @@ NOT_SHOWN = ("title", "example", "examples", "$defs", "definitions", "$schema", 
 
 
 def resolve_reference(schema: Mapping[str, Any], document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what a ``$ref`` into the document stands for, with what is written beside it; nothing if it leads nowhere.
+    """Return the schema that a ``$ref`` points to in the document, updated with the keys beside it; {} for no target.
 
     Source: JSON Schema 2020-12, section 8.2.3; JSON Pointer, RFC 6901.
     """

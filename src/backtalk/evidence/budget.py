@@ -47,7 +47,7 @@ class Reached:
 
 
 def spent_by_step(rows: Sequence[Mapping[str, Any]]) -> dict[int, dict[Unit, float]]:
-    """Return what a run's training had spent after each number of steps, from its metrics.
+    """Return the steps, rollouts, tokens and seconds that training had spent after each step, from its metrics.
 
     Tokens are all of its rollouts: prompts, actions and observations. Seconds are of rollouts and updates, without
     evaluations; runs side by side slow each other down.
@@ -98,7 +98,7 @@ def _between(curve: Mapping[int, Parts], spent: Spent, unit: Unit, amount: float
 def reached(
     metric: str, curves: Mapping[str, Sequence[Mapping[int, Parts]]], spent: Mapping[str, Sequence[Spent]], unit: Unit
 ) -> list[Reached]:
-    """Return what each arm spent to reach the first arm's best.
+    """Return the amount of ``unit`` that each arm spent to reach the first arm's best.
 
     None where a run was not evaluated after its start, or its metrics do not say what it had spent by then.
     """

@@ -165,7 +165,7 @@ def _known_tasks(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _mean_spent(
     steps: Mapping[str, Sequence[int]], seeds: Sequence[int], spent: Mapping[tuple[str, int], Spent]
 ) -> dict[tuple[str, int], dict[Unit, float]]:
-    """Return what each arm had spent by each of some steps, mean over seeds."""
+    """Return the amounts that each arm had spent by each evaluated step, mean over seeds."""
     means: dict[tuple[str, int], dict[Unit, float]] = {}
     for key in [(arm, n) for arm in steps if (arm, seeds[0]) in spent for n in steps[arm]]:
         runs = [spent[key[0], seed][key[1]] for seed in seeds]

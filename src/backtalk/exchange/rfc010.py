@@ -56,7 +56,7 @@ def to_rfc010(trajectory: Trajectory, world_loss_target: Rfc010Target = "env_onl
 
 
 def facts(trajectory: Trajectory) -> dict[str, Any]:
-    """Return what formats of others have no field for, apart from segments and the paths of a traceback."""
+    """Return the fields that other formats lack, apart from segments and the paths of a traceback."""
     failure = trajectory.failure
     return {
         "task_id": trajectory.task_id,

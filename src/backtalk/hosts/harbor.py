@@ -81,7 +81,7 @@ class BacktalkEnvironment(BaseEnvironment):
 
     @property
     def capabilities(self) -> EnvironmentCapabilities:
-        """Return what Harbor may ask for: no network, GPU or mounts. Offline, every network policy is the same."""
+        """Return the capabilities for Harbor: no network, GPU or mounts. Offline, all network policies agree."""
         return EnvironmentCapabilities(disable_internet=True, dynamic_network_policy=self._offline)
 
     @classmethod

@@ -138,7 +138,7 @@ def measured_mask(batch: Batch, config: ObjectiveConfig) -> Tensor:
 
 
 def token_temperatures(batch: Batch, config: ObjectiveConfig) -> Tensor:
-    """Return what logits are divided by: the sampling temperature on sampled actions, else 1; [B, T].
+    """Return the temperature of each token: the sampling temperature on sampled actions, else 1; [B, T].
 
     With ``world.temperature="sampling"`` every token gets the sampling temperature.
     """

@@ -180,7 +180,7 @@ class WorldOptions:
                 raise ConfigError(f"world.weights gives {name!r} {weight}; use a finite weight >= 0")
 
     def changed(self, names: Iterable[str]) -> list[str]:
-        """Return those of some options that are not at their defaults."""
+        """Return the names whose options are not at their defaults."""
         default = WorldOptions()
         return [name for name in names if getattr(self, name) != getattr(default, name)]
 

@@ -137,7 +137,7 @@ def sampled_tokens(
 
 
 def _logprobs(found: Any) -> tuple[float, ...] | None:
-    """Return those of the sampled tokens, from /chat/completions (``content``) or /completions (``token_logprobs``)."""
+    """Return sampled tokens' logprobs, from /chat/completions (``content``) or /completions (``token_logprobs``)."""
     if not isinstance(found, Mapping):
         return None
     values: Any = found.get("token_logprobs")

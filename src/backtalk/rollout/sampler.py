@@ -45,7 +45,7 @@ class Completion:
 
     @property
     def sampled_ids(self) -> tuple[int, ...]:
-        """Return all that was sampled, kept or not."""
+        """Return all sampled token ids, kept or not."""
         return self.token_ids + self.dropped
 
 

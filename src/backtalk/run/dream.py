@@ -34,7 +34,7 @@ class Dreamed:
 
 
 def to_record(dreamed: Dreamed, renderer: Renderer, *, step: int) -> dict[str, Any]:
-    """Return what is kept of it: a line of a run's dreams.jsonl; ``step`` is that of the policy."""
+    """Return its line in a run's dreams.jsonl; ``step`` is that of the policy."""
     return {
         "step": step,
         "command": dreamed.command,
@@ -53,7 +53,7 @@ class Dream:
         self._sampler: Sampler = run.engine.sampler(params)
 
     async def answers(self, trajectory: Trajectory, renderer: Renderer, last: int | None = None) -> list[Dreamed]:
-        """Return what the policy expects of a rollout's commands (of the ``last`` ones) and what they were answered."""
+        """Return expected beside actual answers to a rollout's commands, or to the ``last`` of them."""
         logprobs = (await self.run.engine.score([trajectory]))[0]
         answers = find_answers(trajectory, renderer)
         return [await self._compare(answer, logprobs, renderer) for answer in answers[-last if last else 0 :]]

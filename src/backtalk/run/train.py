@@ -298,7 +298,7 @@ class Run:
         self.on_event(EvaluationDone(evaluation))
 
     async def measure_world_model(self, step: int, groups: Sequence[TrajectoryGroup], log: RunLog) -> None:
-        """Measure what the current policy knows of its environment, on recorded and on its own rollouts; write it."""
+        """Measure the policy's knowledge of its environment, on recorded and on its own rollouts, and write it."""
         own = [rollout for group in groups for rollout in group if rollout.num_turns]
         sets = {"recorded": self.recorded, "own": own}
         measured = await measure_world_model(self.engine, self.renderer, sets, step=step)

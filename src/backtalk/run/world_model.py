@@ -315,7 +315,7 @@ async def _add_predictions(known: Knowledge, engine: Engine, renderer: Renderer,
 
 
 async def predict(sampler: Sampler, renderer: Renderer, answer: Answer, room: int) -> str:
-    """Return what the policy writes in place of an answer: at most ``room`` tokens, without the ending of a message."""
+    """Let the policy write the answer itself: at most ``room`` tokens, without the ending of a message."""
     async with sampler.session(f"predict/{answer.key}") as session:
         completion = await session.sample(answer.before, room)
     return written_text(completion.token_ids, completion.stopped, renderer, answer.ending)

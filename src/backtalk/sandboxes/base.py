@@ -96,7 +96,7 @@ class SandboxBackend(Protocol):
 
     @property
     def report(self) -> BackendReport:
-        """Return what the backend isolates and limits."""
+        """Return the backend's isolation and limits."""
         ...
 
     def open(self, limits: SandboxLimits) -> AbstractAsyncContextManager[Sandbox]:

@@ -101,7 +101,7 @@ def read_tasks(
 
 
 def reason_kind(reason: str, folder: Path) -> str:
-    """Return what the reasons of one kind share: without the folder, the line, what is quoted and the advice."""
+    """Return a reason without its folder, line number, quotations and advice, so that like reasons can be counted."""
     reason = reason.replace(f"{folder.absolute()}", "").replace(f"{folder}", "").partition("\n")[0]
     reason = _VARIES.sub("...", re.sub(r", line \d+", "", reason).lstrip("/: "))
     return re.split(r";|(?<!\.)\. |: the reward ", reason)[0]

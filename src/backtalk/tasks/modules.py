@@ -107,7 +107,7 @@ def _imported(sources: Mapping[str, str]) -> set[str]:
 
 
 def _imports_in_script(text: str) -> Iterator[str]:
-    """Yield what Python within a shell script imports: in a heredoc, or after ``python3 -c``."""
+    """Yield the modules imported by Python within a shell script: in a heredoc, or after ``python3 -c``."""
     if "python" in text:
         yield from re.findall(r"^[ \t]*import[ \t]+([A-Za-z_]\w*)[\w.]*[ \t]*(?:$|,|as\b|;)", text, flags=re.MULTILINE)
         yield from re.findall(r"^[ \t]*from[ \t]+([A-Za-z_]\w*)[\w.]*[ \t]+import\b", text, flags=re.MULTILINE)

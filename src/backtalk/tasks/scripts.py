@@ -104,7 +104,7 @@ def _check_form(path: Path, text: str) -> None:
 
 
 def _replacement(command: str, *, alone: bool) -> str | None:
-    """Return what to run instead of a command: None is the command itself, ``:`` nothing, "" that nothing can.
+    """Return the replacement of a command: None keeps it, ``:`` skips it, "" means that it has none.
 
     ``alone`` is a command of a script that installs nothing, or whose installing is not left out.
     """

@@ -207,7 +207,7 @@ class RemoteEngine:
         }
 
     def _take_usage(self) -> dict[str, float]:
-        """Return what the service was asked to do since the last step, with its cost, and begin to count anew."""
+        """Return the tokens billed since the last step and their cost, and reset the counts."""
         used, config = self._usage, self.config
         counts = {
             "prefill_tokens": (used.prefill_tokens, config.prefill_price),

@@ -14,7 +14,7 @@ FORMAT = 1
 
 
 def read_checkpoint(folder: Path, lora_rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what state.json and training.pt of a checkpoint hold.
+    """Return the content of state.json and of training.pt in a checkpoint.
 
     Raises:
         DataError: it is none, is damaged, of another format, or of adapters of another rank.

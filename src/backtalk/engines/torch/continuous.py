@@ -109,7 +109,7 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
 
     def history(self) -> History:
-        """Return what the cache holds of this row: the last token was sampled and not yet run."""
+        """Return the tokens of this row that the cache holds: all but the last, which was sampled and not yet run."""
         return History(self.request.session, self.request.token_ids + tuple(self.ids[:-1]))
 
 

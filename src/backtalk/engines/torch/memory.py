@@ -54,9 +54,9 @@ class TokenBudget:
         return parts
 
     def fit(self, work: Callable[[], T], undo: Callable[[], None]) -> T:
-        """Return what ``work`` does with the current plan; after an error of memory, ``undo`` it and begin anew.
+        """Run ``work`` with the current plan and return its result; out of memory, ``undo`` it and try a smaller plan.
 
-        What the work before it left in a CPU's memory is released first.
+        On a CPU, memory that earlier work has freed is given back to the system first.
 
         Raises:
             ConfigError: the budget is set and does not fit, or not even one row fits.

@@ -138,7 +138,7 @@ def _without_prompt(text: str, begin: int, stop: int, typed: Sequence[str]) -> l
 
 
 def _typed_ahead(text: str, begin: int, stop: int, typed: Sequence[str]) -> list[Span]:
-    """Return what stands without prompts right behind an echo and is echoed again from ``stop`` on, line by line.
+    """Return the spans typed ahead: without prompts right behind an echo, and echoed again from ``stop`` on, by line.
 
     ``typed`` are the lines from that of ``stop`` on. A program may well print one of them, so a single row counts only
     if it is the first; several rows are several lines in order, of which the first may have lost its beginning.

@@ -60,7 +60,7 @@ def _begun(messages: list[ChatMessage]) -> list[ChatMessage]:
 
 
 def _old(event: Mapping[str, Any], number: int) -> Iterator[ChatMessage]:
-    """Yield what an event of the runtime says: an action with its call as the model wrote it, or an observation."""
+    """Yield the message of a runtime event: an action with its call as the model wrote it, or an observation."""
     where, meta = f"event {number}", event.get("tool_call_metadata") or {}
     args = mapping(event.get("args") or {}, f"args of {where}")
     kind = first_of(event, "action", "observation")
@@ -91,7 +91,7 @@ def _written(meta: Mapping[str, Any], where: str) -> ChatMessage | None:
 
 
 def _new(event: Mapping[str, Any], number: int) -> Iterator[ChatMessage]:
-    """Yield what an event of the SDK says."""
+    """Yield the messages of an SDK event."""
     where, kind = f"event {number}", event.get("kind")
     tool = None if event.get("tool_name") is None else str(event["tool_name"])
     if kind == "SystemPromptEvent":

@@ -108,7 +108,7 @@ _ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 
 
 def _read(message: Mapping[str, Any], where: str) -> Iterator[tuple[ChatMessage, list[str]]]:
-    """Yield what a message says, after whom it says so, with ids: of its calls, or of the call that it answers."""
+    """Yield the role and text of a message with ids: of the calls it makes, or of the call it answers."""
     kind = message.get("type") if message.get("role") is None else None
     if kind == "function_call_output":
         text = content_text(_content(message.get("output")), where)

@@ -75,7 +75,7 @@ def response_start(sample: Sample) -> int:
 
 
 def row(sample: Sample, pad_token_id: int) -> dict[str, list[Any]]:
-    """Return what SkyRL's generator output holds of one row."""
+    """Return the fields of one row in SkyRL's generator output."""
     if len(sample) < 2:  # SkyRL needs a prompt and a response; nothing of them is learned
         ids = [*sample.token_ids.tolist(), pad_token_id, pad_token_id]
         return _row(ids[:1], ids[1:2], [0], [0.0])
@@ -137,7 +137,7 @@ def response_weights(
 
 
 def policy_factors(rows: Sequence[Sample | None], boundaries: Boundaries, reduction: str, count: int) -> Tensor:
-    """Return what multiplies the advantage of each row; [B], B being ``count``.
+    """Return the factor on each row's advantage; [B], B being ``count``.
 
     It is 0 for a row without a reward. SkyRL's means are over rows, and here a rollout weighs as one however many rows
     it takes.

@@ -59,7 +59,7 @@ class SmokeTrainer(EchoTrainer):
         return super().train_critic_and_policy(data)
 
     def measure(self, data: Any) -> tuple[Claim, ...]:
-        """Return what holds between the gradient norms of one batch under several coefficients."""
+        """Compare gradient norms of one batch under several coefficients; return each claim and whether it holds."""
         objective, rate = self.objective, self.cfg.trainer.policy.optimizer_config.lr
         coeff = objective.at(self.global_step - 1).world_coeff or 0.05
         alone = replace(objective, policy_coeff=0.0, world_model_coeff=coeff)

@@ -54,7 +54,7 @@ class ToolRoles:
         return Trajectory(task_id="", sample_index=0, segments=tuple(segments))
 
     def _observation(self, ids: tuple[int, ...], answers: Sequence[Message], turn: int) -> Iterator[Segment]:
-        """Yield what follows a call, in order: template, and the bodies of the answers."""
+        """Yield the segments that follow a call, in order: template, and the bodies of the answers."""
         owners = self._owners(ids, answers)
         if owners is None:
             self.unplaced += len(ids)

@@ -110,7 +110,7 @@ def _pad_rows(values: Tensor, count: int) -> Tensor:
 
 
 def row_scales(rows: Sequence[Sample | None], loss_type: str, *, per_rollout: float) -> Tensor:
-    """Return what multiplies the advantage of each row, so that a rollout weighs one row however many it takes; [B].
+    """Return the factor on each row's advantage, so that a rollout of several rows weighs as much as one row; [B].
 
     TRL's means are over rows. ``per_rollout`` is the number of rows for each rollout, branches and padding included.
     """

@@ -188,7 +188,7 @@ def call_problem(call: ToolCall, tools: Sequence[ToolSpec]) -> str | None:
 
 
 def _mismatch(value: Any, schema: Any, depth: int = 0) -> str | None:
-    """Return what is wrong with a value, by the keywords that tools use; the tool checks all others."""
+    """Return the first violation of a schema in words, or None; keywords that tools rarely use are not checked."""
     if not isinstance(schema, Mapping) or depth > MAX_DEPTH:
         return None
     kinds = json_types(schema)

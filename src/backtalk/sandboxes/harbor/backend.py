@@ -46,7 +46,7 @@ class HarborBackend:
 
     @property
     def report(self) -> BackendReport:
-        """Return what Harbor's provider is asked for; whether it is enforced depends on the provider."""
+        """Return the isolation and limits asked of Harbor's provider; whether it enforces them depends on it."""
         return BackendReport(
             name=f"harbor:{self._environment}",
             isolation={

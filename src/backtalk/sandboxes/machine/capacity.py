@@ -77,7 +77,7 @@ def memory_is_short(limits: SandboxLimits) -> bool:
 
 
 def available_resources() -> Resources:
-    """Measure what the machine, and every control group above this process, has left for this training."""
+    """Measure the resources left for this training, in the machine and in every control group above this process."""
     shared_by = max(1, int(os.environ.get(SHARED_BY, 1)))
     return Resources(
         cores=cores() / shared_by,

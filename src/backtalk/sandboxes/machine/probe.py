@@ -90,7 +90,7 @@ def run_trial(start: Callable[[], Coroutine[None, None, None]]) -> None:
 
 
 def advice(machine: Machine) -> str:
-    """Return what to do so that bubblewrap works here."""
+    """Return advice, in words, on how to make bubblewrap work here."""
     if not machine.bwrap:
         return "install bubblewrap (apt install bubblewrap, dnf install bubblewrap, or apk add bubblewrap)"
     if machine.bash is None:

@@ -192,7 +192,7 @@ class OutputReader:
         self._loop.add_reader(self._fd, self._read)
 
     def take(self) -> Output:
-        """Return what was printed since the last call."""
+        """Return the output since the last call."""
         waiting = array.array("i", [0])
         fcntl.ioctl(self._fd, termios.FIONREAD, waiting)
         left = waiting[0]  # no more than this: a background job may print without end

@@ -111,7 +111,7 @@ class Session:
         self._output.take()
 
     def take_output(self) -> str:
-        """Return what was printed outside of any command: errors of bubblewrap itself."""
+        """Return the output that no command printed: errors of bubblewrap itself."""
         return self._output.take().text.strip()
 
     async def _start_shell(self) -> None:
@@ -159,7 +159,7 @@ class Session:
         return exit_code
 
     async def _unless_lost(self, wanted: Coroutine[None, None, int]) -> int:
-        """Return what `wanted` does; raise `_LostError` if the session ends before."""
+        """Await `wanted` and return its result; raise `_LostError` if the session ends first."""
         lost = asyncio.ensure_future(self._keeper.lost())
         task = asyncio.ensure_future(wanted)
         try:

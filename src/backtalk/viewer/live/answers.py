@@ -63,12 +63,12 @@ class Viewer:
         }
 
     def world(self, params: Mapping[str, str]) -> Any:
-        """Return what scored rollouts tell of each checkpoint's world model, and where two differ most."""
+        """Return each checkpoint's cross-entropies and calibration on scored rollouts, and where two differ most."""
         found = self.model.describe(self._chosen(params), params.get("before", ""), params.get("after", ""))
         return found | {"studies": read_studies(self._chosen(params))}
 
     def knowledge(self, params: Mapping[str, str]) -> Any:
-        """Return what runs measured of their policies' knowledge of the environment, and their dreams."""
+        """Return the probes of each run's knowledge of its environment, and its dreams."""
         return read_knowledge(self._chosen(params))
 
     def studies(self, params: Mapping[str, str]) -> Any:

@@ -30,7 +30,7 @@ STUDIED = {  # metric of a study: its name in an evaluation
 
 
 def describe(source: Source) -> dict[str, Any]:
-    """Return what the list of runs and files says about one; a problem instead of what cannot be read."""
+    """Return a source's entry in the list of runs and files; a problem in place of facts that cannot be read."""
     row: dict[str, Any] = {"name": source.name, "refused": len(source.refusals)}
     if not isinstance(source, RunSource):
         return row | {"kind": "file", "tokens_of": source.tokens_of}
@@ -87,7 +87,7 @@ def read_curves(source: RunSource) -> dict[str, Any]:
 
 
 def read_warnings(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return what the guard said in each step; all of its state follows from the metrics."""
+    """Return the guard's warnings by step, made again from the metrics, which determine them."""
     try:
         guard = Guard(config_from_dict(config).objective)
     except (BacktalkError, TypeError, AttributeError):  # settings of another version

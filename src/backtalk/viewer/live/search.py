@@ -30,7 +30,7 @@ class Search:
     def find(
         self, sources: Sequence[Source], words: Sequence[str], parts: set[tuple[str, str]], budget_s: float = BUDGET_S
     ) -> tuple[dict[tuple[str, str, int], str], int]:
-        """Return what was said around the words, by run, file and row; and the number of files not searched yet.
+        """Return an excerpt around the words by run, file and row, and the number of files not searched yet.
 
         Only files in ``parts`` are searched, for ``budget_s`` seconds, the newest first and one at least. Case does not
         count.
@@ -57,7 +57,7 @@ class Search:
         return all(each is not None and each[0] == stamp for each in known)
 
     def _rows(self, source: Source, part: Part, word: str) -> Mapping[int, str]:
-        """Return what was said around a word in each row of a file that holds it."""
+        """Return an excerpt around a word for each row of a file that holds it."""
         key, stamp = (source.name, part.key, word.lower()), part.stamp
         known = self._found.get(key)
         if known is None or known[0] != stamp:

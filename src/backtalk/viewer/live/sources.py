@@ -32,7 +32,7 @@ Stamp = tuple[int, ...]
 
 
 def stamp_of(*paths: Path | None) -> Stamp:
-    """Return what changes when one of these files does; -1 for those that are not there."""
+    """Return time of change, size and inode of each file, to compare with later; -1 for a missing file."""
     found: list[int] = []
     for path in paths:
         try:
@@ -56,7 +56,7 @@ class Part:
 
     @property
     def stamp(self) -> Stamp:
-        """Return what changes when the file, its weights or its scores do."""
+        """Return the stamp of the file, its weights and its scores."""
         return stamp_of(self.path, self.weights, self.scores)
 
 
@@ -214,7 +214,7 @@ class Library:
         self._lock = Lock()
 
     def sources(self) -> dict[str, Source]:
-        """Return what there is now, by name."""
+        """Return the runs and files by name, looked for again every few seconds."""
         with self._lock:
             if time.monotonic() - self._looked_at > RESCAN_S:
                 found = {path: name for root in self._paths for name, path in _look(root)}

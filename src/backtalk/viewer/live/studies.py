@@ -10,7 +10,7 @@ from backtalk.viewer.live.sources import RunSource, Source
 
 
 def read_studies(sources: Iterable[Source]) -> list[dict[str, Any]]:
-    """Return what each study's study.json holds, but for its curves, which the charts draw."""
+    """Return the content of each study's study.json without its curves, which the charts draw."""
     folders = dict.fromkeys(source.log.folder.resolve().parent for source in sources if isinstance(source, RunSource))
     found = []
     for folder in folders:
