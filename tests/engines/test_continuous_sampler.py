@@ -155,9 +155,13 @@ async def test_when_the_last_session_has_closed_the_model_is_at_rest_and_may_cha
     started = asyncio.Event()
     loop = asyncio.get_running_loop()
 
+    def says_so(token: int) -> bool:
+        loop.call_soon_threadsafe(started.set)
+        return False
+
     async def rollout(key: str) -> None:
         async with sampler.session(key) as session:
-            await session.sample_watched([1, 2, 3], None, lambda token: bool(loop.call_soon_threadsafe(started.set)))
+            await session.sample_watched([1, 2, 3], None, says_so)
 
     async with asyncio.timeout(PATIENCE_S):
         tasks = [asyncio.create_task(rollout(key)) for key in "abc"]

@@ -316,6 +316,39 @@ async def test_cancelling_in_the_middle_of_a_wave(qwen: Any) -> None:
         assert [len(completion.token_ids) for completion in again] == [5, 5]
 
 
+async def test_when_the_last_session_has_closed_the_model_is_at_rest_and_may_change() -> None:
+    """Rollouts are cancelled amid a wave, which then ends; the sampler has no keys left of the weights before."""
+    torch.manual_seed(1)
+    model = sharpen(LlamaForCausalLM(LlamaConfig(**SMALL))).train()
+    sampler = sampler_of(model, stop_token_ids=[], max_tokens=500)
+    started = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def says_so(token: int) -> bool:
+        loop.call_soon_threadsafe(started.set)
+        return False
+
+    async def rollout(key: str) -> None:
+        async with sampler.session(key) as session:
+            await session.sample_watched([1, 2, 3], None, says_so)
+
+    tasks = [asyncio.create_task(rollout(key)) for key in "abc"]
+    await started.wait()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert model.training  # the worker thread has put it back
+    assert sampler.stats.decode_steps < 499
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.9)
+    async with sampler.session("a") as session:
+        completion = await session.sample([1, 2, 3], 20)
+    model.eval()
+    expected = forced_logprobs(model, [1, 2, 3, *completion.token_ids], 20, 1.0)
+    torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
+
+
 async def test_a_failed_wave_fails_all_its_waiters_and_nothing_else(llama: Any) -> None:
     sampler = sampler_of(llama)
 

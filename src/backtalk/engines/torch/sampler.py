@@ -80,6 +80,7 @@ class TorchSampler:
         self.open_sessions: dict[str, Session] = {}
         self._waiting: dict[str, Request] = {}
         self._wave: list[Request] = []
+        self._run: asyncio.Future[list[Completion]] | None = None  # the last wave in the worker thread
         self._check_scheduled = False
 
     @property
@@ -103,8 +104,10 @@ class TorchSampler:
             self._check_soon()
 
     async def close(self, session: Session) -> None:
-        """Wait for a session no more."""
+        """Wait for a session no more; after the last one, wait for the model to be at rest."""
         self._check_soon()
+        if not self.open_sessions and self._run is not None:
+            await asyncio.wait((self._run,))
 
     def _check_soon(self) -> None:
         """Run ``_check`` after every task that is ready, since some of them may open a session or ask."""
@@ -121,8 +124,8 @@ class TorchSampler:
             self._worker.cache.clear()
         elif len(self._waiting) == len(self.open_sessions):
             self._wave = [self._waiting.pop(key) for key in sorted(self._waiting)]
-            loop = asyncio.get_running_loop()
-            loop.run_in_executor(self._executor, self._worker.run, self._wave).add_done_callback(self._finish)
+            self._run = asyncio.get_running_loop().run_in_executor(self._executor, self._worker.run, self._wave)
+            self._run.add_done_callback(self._finish)
 
     def _finish(self, done: asyncio.Future[list[Completion]]) -> None:
         """Hand the completions of a wave, or its error, to the sessions."""
@@ -196,7 +199,7 @@ class _Worker:
                 logits_MV = self._step(ids_M)
             for row, (i, token) in enumerate(zip(active, read()[0], strict=True)):
                 lengths[i] += alive[row]
-                alive[row] = alive[row] and wave[i].goes_on(t + 1, token, self._stop_ids)
+                alive[row] = alive[row] and not wave[i].is_cancelled and wave[i].goes_on(t + 1, token, self._stop_ids)
             if not any(alive):
                 break
             if sum(alive) < SHRINK_BELOW * len(alive):
