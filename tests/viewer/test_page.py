@@ -276,6 +276,7 @@ def test_a_study_of_five_arms_and_five_seeds_shows_its_arms_together(page: Any, 
         page.wait_for_selector("[data-name='held-out pass_at_1'] canvas")
         readings = page.locator("[data-name='held-out pass_at_1'] .reading").all_inner_texts()
         assert [" ".join(text.split()) for text in readings] == [f"{arm} 0.5 [0.5, 0.5]" for arm in sorted(ARMS)]
+        assert page.locator(".readings").first.evaluate("(all) => all.scrollHeight <= all.clientHeight")
         assert page.locator(".source").count() == 25
         results = page.locator("table.kinds").first.locator("tbody tr")
         assert results.first.inner_text().split("\t")[:4] == [
