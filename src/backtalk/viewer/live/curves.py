@@ -7,7 +7,9 @@ import math
 import re
 import time
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from backtalk.errors import BacktalkError, DataError
@@ -15,8 +17,9 @@ from backtalk.run.config import config_from_dict
 from backtalk.run.guard import Guard
 from backtalk.run.log import RunLog
 from backtalk.settings import flatten
-from backtalk.viewer.live.sources import RunSource, Source
+from backtalk.viewer.live.sources import RunSource, Source, Stamp, stamp_of
 
+REMEMBERED = 128  # runs whose curves are kept until a file of theirs changes
 RUNNING_S = 180.0  # since the last change of the metrics of an unfinished run
 TOKENS = ("action_tokens", "env_output_tokens", "warning_tokens")
 SECONDS = ("rollout_seconds", "train_seconds")
@@ -36,18 +39,24 @@ def describe(source: Source) -> dict[str, Any]:
         return row | {"kind": "file", "tokens_of": source.tokens_of}
     arm = re.fullmatch(r"(.+)_seed(\d+)", source.name)  # as a study names its runs
     row |= {"kind": "run", "arm": arm[1] if arm else None, "seed": int(arm[2]) if arm else None}
+    log = source.log
     try:
-        config = source.log.read_config()
-        done, planned = source.log.last_step() + 1, config.get("steps") or 0
-        return row | {
-            "done": done,
-            "steps": planned,
-            "state": "finished" if done >= planned else _state(source.log),
-            "model": str(config["engine"].get("model")),
-            "tasks": _task_names((config.get("tasks") or {}).get("source")),
-        }
+        progress = _progress(log.folder, stamp_of(log.metrics_path, log.config_path))
+        return row | progress | {"state": "finished" if progress["done"] >= progress["steps"] else _state(log)}
     except (DataError, AttributeError) as error:
         return row | {"problem": str(error), "done": 0, "steps": 0, "state": "unreadable"}
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _progress(folder: Path, stamp: Stamp) -> dict[str, Any]:
+    log = RunLog(folder)
+    config = log.read_config()
+    return {
+        "done": log.last_step() + 1,
+        "steps": config.get("steps") or 0,
+        "model": str(config["engine"].get("model")),
+        "tasks": _task_names((config.get("tasks") or {}).get("source")),
+    }
 
 
 def _task_names(source: Any) -> str:
@@ -71,31 +80,40 @@ def read_curves(source: RunSource) -> dict[str, Any]:
         DataError: the metrics or the settings cannot be read.
     """
     log = source.log
+    evaluations = [log.evaluation_path(step) for step in log.evaluation_steps()]
+    stamp = stamp_of(log.metrics_path, log.config_path, log.folder.parent / "study.json", *evaluations)
+    return {"name": source.name, **_curves(log.folder, stamp)}
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _curves(folder: Path, stamp: Stamp) -> dict[str, Any]:
+    """Return all but the name, which two folders may share. It is read again only when one of its files changes."""
+    log = RunLog(folder)
     config, rows = log.read_config(), log.read_metrics()
-    names = dict.fromkeys(name for row in rows for name, value in row.items() if _is_number(value))
+    numbers = [{name: float(value) for name, value in row.items() if _is_number(value)} for row in rows]
+    names = dict.fromkeys(name for row in numbers for name in row if name != "step")
     return {
-        "name": source.name,
         "steps": [row["step"] for row in rows],
-        "seconds": list(accumulate(_total(row, SECONDS) for row in rows)),
-        "tokens": list(accumulate(_total(row, TOKENS) for row in rows)),
-        "metrics": {name: [_short(row.get(name)) for row in rows] for name in names if name != "step"},
+        "seconds": list(accumulate(_total(row, SECONDS) for row in numbers)),
+        "tokens": list(accumulate(_total(row, TOKENS) for row in numbers)),
+        "metrics": {name: [_short(row.get(name)) for row in numbers] for name in names},
         "evaluations": _evaluations(log),
         "arm_curves": _arm_curves(log),
-        "warnings": read_warnings(config, rows),
+        "warnings": read_warnings(config, numbers),
         "settings": {key: value for key, value in flatten(config).items()},
     }
 
 
-def read_warnings(config: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the guard's warnings by step, made again from the metrics, which determine them."""
+def read_warnings(config: Mapping[str, Any], numbers: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Return the guard's warnings by step, made again from the finite metrics of each step, which determine them."""
     try:
         guard = Guard(config_from_dict(config).objective)
     except (BacktalkError, TypeError, AttributeError):  # settings of another version
         return []
     found = []
-    for row in rows:
-        numbers = {name: float(value) for name, value in row.items() if _is_number(value)}
-        found += [{"step": row["step"], "text": line} for line in guard.read(row["step"], numbers)]
+    for row in numbers:
+        step = int(row["step"])
+        found += [{"step": step, "text": line} for line in guard.read(step, row)]
     return found
 
 
@@ -125,13 +143,13 @@ def _arm_curves(log: RunLog) -> dict[str, Any]:
         return {}
 
 
-def _total(row: Mapping[str, Any], names: Sequence[str]) -> float:
-    return sum(float(row[name]) for name in names if _is_number(row.get(name)))
+def _total(row: Mapping[str, float], names: Sequence[str]) -> float:
+    return sum(row.get(name, 0.0) for name in names)
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _short(value: Any) -> float | None:
-    return float(f"{value:.7g}") if _is_number(value) else None
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.7g}")

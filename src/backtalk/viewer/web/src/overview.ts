@@ -4,7 +4,7 @@ import type uPlot from "uplot";
 import type { Curves, Interval } from "./answers";
 import { ask } from "./api";
 import { chart, isKnown, widthOf } from "./charts";
-import { type Child, entered, h, number, replace, swatch, table, visible } from "./dom";
+import { type Child, entered, h, number, plural, replace, swatch, table, visible } from "./dom";
 import { type Axis, type Drawing, marksOf, metricNames, seriesOf, X } from "./series";
 import { type Context, change, type Page, type Params } from "./state";
 import { studies } from "./studies";
@@ -31,6 +31,8 @@ const TITLES: Record<string, string> = {
 };
 const CHART_PX = 168;
 const MOST_TILES = 6;
+const PATIENCE_MS = 1000; // between drawings of what has come
+const AT_ONCE = 4; // runs that are asked for
 
 const rank = (name: string) => FIRST.indexOf(name) + 1 || FIRST.length + 1;
 const titleOf = (name: string) => TITLES[name] || name;
@@ -44,8 +46,8 @@ interface State extends Drawing {
 export async function overview(main: HTMLElement, params: URLSearchParams, context: Context): Promise<Page> {
   const isRun = (name: string) => context.sources.some((source) => source.name === name && source.kind === "run");
   const runs = context.selected(params).filter(isRun);
-  const made = new Overview(main, params, context, runs, await fetchAll(runs));
-  await made.drawBeside();
+  const made = new Overview(main, params, context, runs);
+  await made.load();
   return made.page();
 }
 
@@ -57,7 +59,10 @@ class Overview {
   private readonly beside = h("div", { class: "beside" });
   private readonly plots = new Map<HTMLElement, uPlot>();
   private readonly group = `sync-${Math.random()}`;
+  private readonly left = h("p", { class: "note", role: "status" });
+  private curves: Curves[] = [];
   private zooming = false;
+  private closed = false;
   private width = 0;
 
   // A chart is drawn when it comes near the window.
@@ -76,7 +81,6 @@ class Overview {
     params: URLSearchParams,
     private readonly context: Context,
     private readonly runs: string[],
-    private curves: Curves[],
   ) {
     const x = params.get("x") ?? "";
     this.hasArms = runs.length > 1 && context.sources.some((source) => source.arm && runs.includes(source.name));
@@ -90,9 +94,9 @@ class Overview {
     };
     this.controls = this.toolbar();
     const title = h("h1", { class: "unseen" }, "Overview");
-    replace(main, h("div", { class: "overview" }, title, this.tiles(), this.controls, this.charts, this.beside));
+    const parts = [title, this.tiles(), this.controls, this.left, this.charts, this.beside];
+    replace(main, h("div", { class: "overview" }, parts));
     this.buttons();
-    this.layout();
     this.width = this.charts.clientWidth;
     this.resized.observe(this.charts);
   }
@@ -106,6 +110,7 @@ class Overview {
       },
       refresh: () => this.refresh(),
       close: () => {
+        this.closed = true;
         this.seen.disconnect();
         this.resized.disconnect();
         this.plots.forEach((plot) => plot.destroy());
@@ -113,13 +118,45 @@ class Overview {
     };
   }
 
+  // Read the runs. It ends when the first of them are drawn: all, or where they take their time, those that have come.
+  load(): Promise<void> {
+    const waiting = [...this.runs];
+    const found = new Map<string, Curves>();
+    return new Promise((drawn) => {
+      let left = this.runs.length;
+      let last = performance.now();
+      const open = () => {
+        this.take(found, left);
+        last = performance.now();
+        drawn();
+      };
+      const read = async () => {
+        for (let run = waiting.shift(); run && !this.closed; run = waiting.shift()) {
+          const curves = await ask("curves", { run }).catch(() => null);
+          if (curves) found.set(run, curves);
+          left -= 1;
+          if (performance.now() - last > PATIENCE_MS) open();
+        }
+      };
+      Promise.all(Array.from({ length: AT_ONCE }, read)).then(open);
+    });
+  }
+
   private async refresh(): Promise<void> {
+    const found = await Promise.allSettled(this.runs.map((run) => ask("curves", { run })));
+    const known = found.flatMap((each) => (each.status === "fulfilled" ? [each.value] : []));
+    this.take(new Map(known.map((curves) => [curves.name, curves])), 0);
+  }
+
+  private take(found: Map<string, Curves>, left: number): void {
+    if (this.closed) return;
     const before = this.names().join();
-    this.curves = await fetchAll(this.runs);
+    this.curves = this.runs.flatMap((run) => found.get(run) ?? []);
+    this.left.textContent = left ? `${plural(left, "run")} still to read` : "";
     this.main.querySelector(".tiles")!.replaceWith(this.tiles());
-    if (this.names().join() !== before) this.layout();
+    if (this.names().join() !== before || !before) this.layout();
     else this.redraw();
-    await this.drawBeside();
+    this.drawBeside();
   }
 
   // ---------------------------------------------------------------- controls
@@ -309,15 +346,10 @@ class Overview {
     );
   }
 
-  async drawBeside(): Promise<void> {
+  private async drawBeside(): Promise<void> {
     const compared = await ask("studies", { runs: this.context.asked() });
     replace(this.beside, studies(compared), warnings(this.curves), settings(this.curves, this.context));
   }
-}
-
-async function fetchAll(runs: string[]): Promise<Curves[]> {
-  const found = await Promise.allSettled(runs.map((run) => ask("curves", { run })));
-  return found.filter((each) => each.status === "fulfilled").map((each) => each.value);
 }
 
 function tile(run: Curves, context: Context): HTMLElement {
