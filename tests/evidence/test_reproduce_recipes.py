@@ -66,7 +66,7 @@ def test_every_number_on_record_stands_on_its_page(path: Path) -> None:
     assert len(found) > 10 and [x for x in found if not any(abs(x - y) < 1e-9 for y in said)] == []
 
 
-@pytest.mark.parametrize(("name", "arms"), [("variants", 10), ("out_of_distribution", 3)])
+@pytest.mark.parametrize(("name", "arms"), [("variants", 10), ("out_of_distribution", 3), ("no_verifier", 2)])
 def test_planned_studies_have_settings_that_a_run_can_have(name: str, arms: int) -> None:
     study = load_study(ROOT / "recipes" / name / "study.yaml")
     assert len(study.arms) == arms and study.seeds == (0, 1, 2, 3, 4)
