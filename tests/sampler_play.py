@@ -38,6 +38,25 @@ def tokens(rng: random.Random, low: int, high: int) -> list[int]:
     return [rng.randrange(VOCAB) for _ in range(rng.randint(low, high))]
 
 
+async def cancel_amid_actions(sampler: Any) -> None:
+    """Start three rollouts, cancel them once a token of theirs is sampled, and wait for their sessions to close."""
+    started, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def note_start(token: int) -> bool:
+        loop.call_soon_threadsafe(started.set)
+        return False  # the action goes on
+
+    async def rollout(key: str) -> None:
+        async with sampler.session(key) as session:
+            await session.sample_watched([1, 2, 3], None, note_start)
+
+    tasks = [asyncio.create_task(rollout(key)) for key in "abc"]
+    await started.wait()
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def play(
     sampler: Sampler,
     rows: int = 6,

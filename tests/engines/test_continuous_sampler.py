@@ -19,7 +19,7 @@ from backtalk.engines.torch.kv_slots import SlotKVCache
 from backtalk.engines.torch.sampler import TorchSampler
 from backtalk.errors import ConfigError, SamplerError
 from backtalk.rollout.sampler import Completion, ContinuousSampler, SamplingParams
-from sampler_play import SMALL, VOCAB, forced_logprobs, ids_of, play, sharpen, tokens
+from sampler_play import SMALL, VOCAB, cancel_amid_actions, forced_logprobs, ids_of, play, sharpen, tokens
 
 PATIENCE_S = 60  # of a test that would otherwise wait for ever
 
@@ -152,23 +152,8 @@ async def test_when_the_last_session_has_closed_the_model_is_at_rest_and_may_cha
     torch.manual_seed(1)
     model = sharpen(LlamaForCausalLM(LlamaConfig(**SMALL))).train()
     sampler = sampler_of(model, stop_token_ids=[], max_tokens=500)
-    started = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def says_so(token: int) -> bool:
-        loop.call_soon_threadsafe(started.set)
-        return False
-
-    async def rollout(key: str) -> None:
-        async with sampler.session(key) as session:
-            await session.sample_watched([1, 2, 3], None, says_so)
-
     async with asyncio.timeout(PATIENCE_S):
-        tasks = [asyncio.create_task(rollout(key)) for key in "abc"]
-        await started.wait()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel_amid_actions(sampler)
     assert sampler._run is not None and sampler._run.done()
     assert model.training
     assert sampler.stats.action_tokens < 3 * 500

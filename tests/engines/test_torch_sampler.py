@@ -26,7 +26,7 @@ from backtalk.engines.torch.kv import History, PersistentKVCache, _row_groups
 from backtalk.engines.torch.sampler import TorchSampler
 from backtalk.errors import ConfigError, SamplerError
 from backtalk.rollout.sampler import Completion, SamplingParams
-from sampler_play import SMALL, VOCAB, forced_logprobs, ids_of, play, sharpen, tokens
+from sampler_play import SMALL, VOCAB, cancel_amid_actions, forced_logprobs, ids_of, play, sharpen, tokens
 
 UNIFORMS = [0.15340020673323762, 0.9534382869615645, 0.20250969742077318]
 
@@ -321,22 +321,7 @@ async def test_when_the_last_session_has_closed_the_model_is_at_rest_and_may_cha
     torch.manual_seed(1)
     model = sharpen(LlamaForCausalLM(LlamaConfig(**SMALL))).train()
     sampler = sampler_of(model, stop_token_ids=[], max_tokens=500)
-    started = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def says_so(token: int) -> bool:
-        loop.call_soon_threadsafe(started.set)
-        return False
-
-    async def rollout(key: str) -> None:
-        async with sampler.session(key) as session:
-            await session.sample_watched([1, 2, 3], None, says_so)
-
-    tasks = [asyncio.create_task(rollout(key)) for key in "abc"]
-    await started.wait()
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await cancel_amid_actions(sampler)
     assert model.training  # the worker thread has put it back
     assert sampler.stats.decode_steps < 499
     with torch.no_grad():

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from backtalk.cli.interrupts import run
 from backtalk.cli.options import fail, new_console
 from backtalk.errors import BacktalkError, SandboxError
 from backtalk.sandboxes.base import SandboxBackend, SandboxLimits
@@ -189,8 +190,6 @@ def _base_model() -> Finding:
 
 
 def _sandbox() -> Iterator[Finding]:
-    import asyncio  # slow to load, and every command's help loads this file
-
     from backtalk.sandboxes import ELSEWHERE, NEEDS_LINUX, local_sandbox
 
     if sys.platform != "linux":
@@ -198,7 +197,7 @@ def _sandbox() -> Iterator[Finding]:
         return
     try:
         backend = local_sandbox("auto")
-        asyncio.run(_try_sandbox(backend))
+        run(_try_sandbox(backend))
     except BacktalkError as error:
         yield Finding("Sandbox", State.MISSING, "none that is safe works here", str(error))
         return
@@ -272,15 +271,13 @@ def print_conformance(console: Console) -> int:
     Raises:
         SandboxUnavailable: there is no sandbox to try.
     """
-    import asyncio
-
     from rich.text import Text
 
     from backtalk.sandboxes import local_sandbox
     from backtalk.sandboxes.conformance import Outcome, conformance
 
     backend = local_sandbox()
-    results = asyncio.run(conformance(backend))
+    results = run(conformance(backend))
     styles = {Outcome.PASSED: "green", Outcome.FAILED: "bold red", Outcome.CANNOT: "yellow"}
     styles |= {Outcome.NOT_APPLICABLE: "dim"}
     for result in results:

@@ -156,7 +156,7 @@ class Overview {
     this.main.querySelector(".tiles")!.replaceWith(this.tiles());
     if (this.names().join() !== before || !before) this.layout();
     else this.redraw();
-    this.drawBeside();
+    if (!left) this.drawBeside();
   }
 
   // ---------------------------------------------------------------- controls
