@@ -111,9 +111,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
-        # Compiling takes minutes on a CPU; a seeded prompt that is split over two steps ends vLLM 0.32 there.
-        config = ServerConfig(python=args.python, arguments=("--enforce-eager", "--no-enable-chunked-prefill"))
-        server = VllmProcess(config, model_location("base"), "float32", Path(folder) / "vllm.log")
+        config = ServerConfig(python=args.python, arguments=("--enforce-eager",))  # compiling takes minutes on a CPU
+        server = VllmProcess(config, model_location("base"), "float32", "cpu", Path(folder) / "vllm.log")
         server.wait(900)
         embedded = TorchEngine(TorchConfig(dtype="float32", device="cpu"))
         sampler = ServerConfig(base_url=server.base_url)

@@ -60,7 +60,7 @@ def running(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         return
     log = tmp_path_factory.mktemp("vllm") / "log"
     config = ServerConfig(python=os.environ["BACKTALK_VLLM"], arguments=("--enforce-eager",))
-    process = VllmProcess(config, str(model_dir), "float32", log)
+    process = VllmProcess(config, str(model_dir), "float32", "cpu", log)
     process.wait(1800)
     proxy = Proxy(upstream=process.base_url)
     with listening(proxy):
@@ -305,12 +305,21 @@ async def test_a_server_that_is_gone_ends_the_step(server: Breakable, model_dir:
 
 def test_a_vllm_that_cannot_start_says_why(tmp_path: Path) -> None:
     with pytest.raises(SamplerFault, match=r"vLLM ended with status 1.*pip install vllm.*engine\.sampler\.python"):
-        VllmProcess(ServerConfig(python="/bin/false"), "model", "float32", tmp_path / "log").wait(30)
+        VllmProcess(ServerConfig(python="/bin/false"), "model", "float32", "cpu", tmp_path / "log").wait(30)
     with pytest.raises(ConfigError, match="python='/nowhere/python' cannot be run"):
-        VllmProcess(ServerConfig(python="/nowhere/python"), "model", "float32", tmp_path / "log")
+        VllmProcess(ServerConfig(python="/nowhere/python"), "model", "float32", "cpu", tmp_path / "log")
 
 
 # ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize(("device", "added"), [("cpu", ["--no-enable-chunked-prefill"]), ("cuda", [])])
+def test_prompts_are_not_chunked_on_a_cpu_unless_asked(tmp_path: Path, device: str, added: list[str]) -> None:
+    config = ServerConfig(python="/bin/echo", arguments=("--enable-chunked-prefill",))
+    process = VllmProcess(config, "model", "float32", device, tmp_path / "log").process
+    assert process.wait(30) == 0
+    words = (tmp_path / "log").read_text().split()
+    assert [word for word in words if "chunked" in word] == [*added, "--enable-chunked-prefill"]
 
 
 def test_settings_name_a_sampler_or_describe_a_server() -> None:

@@ -95,16 +95,24 @@ def text_of(page: Any, selector: str) -> str:
     return " ".join(page.locator(selector).first.inner_text().split()).replace("\u2212", "-")
 
 
+def wait_for_text(page: Any, selector: str, *parts: str) -> None:
+    """Wait until all of the parts are seen; what has just been put in has no text before the next frame is laid out."""
+    end = time.monotonic() + WAIT_MS / 1000
+    while any(part not in text_of(page, selector) for part in parts):
+        assert time.monotonic() < end, f"{selector} says {text_of(page, selector)!r}, not all of {parts}"
+        page.wait_for_timeout(20)
+
+
 def test_curves_are_drawn_and_new_steps_appear_by_themselves(page: Any, address: str, run: Path) -> None:
     page.goto(f"{address}#/overview?find=reward")
     page.wait_for_selector("[data-name=reward] canvas")
-    assert "1.5" in text_of(page, "[data-name=reward] .readings")
-    assert "world_grad_share=0.7" in text_of(page, ".warnings")
+    wait_for_text(page, "[data-name=reward] .readings", "1.5")
+    wait_for_text(page, ".warnings", "world_grad_share=0.7")
     log = RunLog(run)
     write_step(log, 2)
     log.write_metrics(2, {"reward": 4.5, "world_model_coeff": 0.05})
     sync_api.expect(page.locator("[data-name=reward] .readings")).to_contain_text("4.5", timeout=WAIT_MS)
-    assert "3 of 3 steps" in text_of(page, ".source-facts")
+    wait_for_text(page, ".source-facts", "3 of 3 steps")
 
 
 def test_all_charts_follow_the_pointer_and_a_zoom(page: Any, address: str) -> None:
@@ -122,7 +130,7 @@ def test_all_charts_follow_the_pointer_and_a_zoom(page: Any, address: str) -> No
     page.mouse.up()
     whole = page.get_by_role("button", name="all of it")
     whole.wait_for()
-    low, high = map(float, parse_qs(page.url.partition("?")[2])["zoom"][0].split(","))
+    low, high = map(float, parse_qs(page.evaluate("location.hash.split('?')[1]"))["zoom"][0].split(","))
     assert low < 0.1 and 0.5 < high < 1.5
     whole.click()
     page.wait_for_function("!location.hash.includes('zoom')")
@@ -132,7 +140,7 @@ def test_all_charts_follow_the_pointer_and_a_zoom(page: Any, address: str) -> No
         page.mouse.move(left + 3, middle)
         page.mouse.move(left, middle)
         sync_api.expect(charts[1].locator(".at")).to_have_text(f"{axis} {spent}", timeout=WAIT_MS)
-        assert f"x={axis}" in page.url
+        page.wait_for_url(f"**x={axis}*")
 
 
 def test_the_table_filters_searches_sorts_and_opens_by_keys(page: Any, address: str) -> None:
@@ -142,7 +150,8 @@ def test_the_table_filters_searches_sorts_and_opens_by_keys(page: Any, address: 
     page.keyboard.press("/")
     page.keyboard.type(" notes")
     sync_api.expect(page.locator(".space .row")).to_have_count(1, timeout=WAIT_MS)
-    assert text_of(page, ".snippet mark") == "Notes" and "q=part%3Dtrain-1+notes" in page.url
+    sync_api.expect(page.locator(".snippet mark").first).to_have_text("Notes", timeout=WAIT_MS)
+    page.wait_for_url("**q=part%3Dtrain-1+notes*")
     page.goto(f"{address}#/rollouts?q=part%3Dtrain-1&sort=reward&order=desc")
     sync_api.expect(page.locator(".heads [aria-sort=descending]")).to_contain_text("reward", timeout=WAIT_MS)
     sync_api.expect(page.locator(".space .row")).to_have_count(4, timeout=WAIT_MS)
@@ -150,7 +159,8 @@ def test_the_table_filters_searches_sorts_and_opens_by_keys(page: Any, address: 
     page.keyboard.press("j")
     page.keyboard.press("Enter")
     page.wait_for_selector(".talk .block")
-    assert "row=2" in page.url and text_of(page, "h1") == "b"  # reward 0.5 is the second
+    page.wait_for_url("**row=2*")  # reward 0.5 is the second
+    sync_api.expect(page.locator("h1")).to_have_text("b", timeout=WAIT_MS)
     page.keyboard.press("]")
     page.wait_for_url("**row=1*")
     sync_api.expect(page.locator("h1")).to_have_text("a", timeout=WAIT_MS)
@@ -162,8 +172,9 @@ def test_the_table_filters_searches_sorts_and_opens_by_keys(page: Any, address: 
 def test_tokens_carry_the_numbers_that_are_on_record(page: Any, address: str) -> None:
     page.goto(f"{address}#/rollout?run=echo_seed1&part=train-1&row=1")
     page.wait_for_selector(".talk .block")
-    assert "advantage -1.5" in text_of(page, ".facts-row")
-    assert text_of(page, ".call-tool") == "bash" and text_of(page, ".call pre") == "ls"
+    wait_for_text(page, ".facts-row", "advantage -1.5")
+    sync_api.expect(page.locator(".call-tool").first).to_have_text("bash", timeout=WAIT_MS)
+    sync_api.expect(page.locator(".call pre").first).to_have_text("ls", timeout=WAIT_MS)
     page.keyboard.press("t")
     page.wait_for_selector(".token")
     whole = A.trajectories[1]
@@ -171,12 +182,11 @@ def test_tokens_carry_the_numbers_that_are_on_record(page: Any, address: str) ->
     sync_api.expect(page.locator(".token")).to_have_count(len(whole), timeout=WAIT_MS)
     action = next(start for start, _, segment in whole.spans() if segment.role.name == "ACTION")
     page.locator(".token").nth(action + 2).click()
-    told = text_of(page, ".token-numbers")
-    assert f"id {encode('<bash>ls</bash><|im_end|>')[2]} " in told and "ACTION" in told
-    assert "logprob -0.5 " in told and "policy weight -0.75" in told and "world weight 0" in told
-    assert f"pos={action + 2}" in page.url
+    which = f"id {encode('<bash>ls</bash><|im_end|>')[2]} "
+    wait_for_text(page, ".token-numbers", which, "ACTION", "logprob -0.5 ", "policy weight -0.75", "world weight 0")
+    page.wait_for_url(f"**pos={action + 2}*")
     page.keyboard.press("ArrowLeft")
-    assert "logprob -0.25 " in text_of(page, ".token-numbers")
+    wait_for_text(page, ".token-numbers", "logprob -0.25 ")
     output = next(start for start, _, segment in whole.spans() if segment.role.name == "ENV_OUTPUT")
     page.goto(f"{address}#/rollout?run=echo_seed1&part=train-1&row=1&tokens=1&pos={output}")
     sync_api.expect(page.locator(".token-numbers")).to_contain_text("world weight +0.125", timeout=WAIT_MS)
@@ -186,12 +196,11 @@ def test_a_token_tells_what_each_checkpoint_made_of_it(page: Any, address: str) 
     first = A.trajectories[1].roles.index(TokenRole.ENV_OUTPUT)
     page.goto(f"{address}#/rollout?run=echo_seed1&part=train-1&row=1")
     page.wait_for_selector(".surprises li")
-    assert "6 nats; before 2" in text_of(page, ".surprises li") and "expected" in text_of(page, ".surprises li")
+    wait_for_text(page, ".surprises li", "6 nats; before 2", "expected")
     page.locator(".surprises button").first.click()
     sync_api.expect(page.locator(".token-numbers")).to_contain_text("cross-entropy 6 nats (0.248 %)", timeout=WAIT_MS)
-    told = text_of(page, ".token-numbers")
-    assert "before cross-entropy 2 nats (13.5 %)" in told and '77.9 %, "x" 1.83 %' in told
-    assert f"pos={first}" in page.url
+    wait_for_text(page, ".token-numbers", "before cross-entropy 2 nats (13.5 %)", '77.9 %, "x" 1.83 %')
+    page.wait_for_url(f"**pos={first}*")
     page.keyboard.press("b")
     page.wait_for_selector(".sides .token.pinned")
     assert page.locator(".token.pinned").count() == 2
@@ -202,7 +211,7 @@ def test_a_token_tells_what_each_checkpoint_made_of_it(page: Any, address: str) 
 def test_the_world_model_page_compares_checkpoints_and_leads_to_the_token(page: Any, address: str) -> None:
     page.goto(f"{address}#/world")
     page.wait_for_selector(".kinds")
-    assert "bash new" in text_of(page, ".kinds tbody tr") and "2" in text_of(page, ".kinds tbody tr")
+    wait_for_text(page, ".kinds tbody tr", "bash new", "2")
     worse = page.locator(".pair section").nth(1).locator("li")
     assert worse.count() == 4 and "-4 nats: cross-entropy 2, then 6" in worse.first.inner_text().replace("\u2212", "-")
     worse.first.locator("a").click()
@@ -258,14 +267,14 @@ def test_one_file_holds_the_page_and_answers_as_the_server_does(
 def test_hostile_text_is_shown_and_runs_nothing(page: Any, address: str) -> None:
     page.goto(f"{address}#/rollout?run=echo_seed1&part=train-0&row=1")
     page.wait_for_selector(".talk .block")
-    assert "red <script>alert(1)</script> U+202EevilU+202C" in text_of(page, ".screen")
+    wait_for_text(page, ".screen", "red <script>alert(1)</script> U+202EevilU+202C")
     assert page.locator(".screen .fg1").first.inner_text() == "red"
     assert page.locator("main script").count() == 0
     page.keyboard.press("r")
-    assert "^[[31mred^[[0m" in text_of(page, ".screen")
+    wait_for_text(page, ".screen", "^[[31mred^[[0m")
     page.goto(f"{address}#/rollout?run=echo_seed1&part=train-0&row=3")
     page.wait_for_selector(".failure")
-    assert "bwrap <b>died</b>" in text_of(page, ".failure")
+    wait_for_text(page, ".failure", "bwrap <b>died</b>")
     page.locator(".failure summary").click()
     sync_api.expect(page.locator(".failure details pre")).to_have_text(TRACEBACK, timeout=WAIT_MS)
 
@@ -274,11 +283,14 @@ def test_a_study_of_five_arms_and_five_seeds_shows_its_arms_together(page: Any, 
     with served(write_study(tmp_path / "five")) as address:
         page.goto(f"{address}#/overview?arms=1&find=pass_at_1")
         page.wait_for_selector("[data-name='held-out pass_at_1'] canvas")
-        readings = page.locator("[data-name='held-out pass_at_1'] .reading").all_inner_texts()
-        assert [" ".join(text.split()) for text in readings] == [f"{arm} 0.5 [0.5, 0.5]" for arm in sorted(ARMS)]
+        readings = page.locator("[data-name='held-out pass_at_1'] .reading")
+        sync_api.expect(readings).to_have_count(len(ARMS), timeout=WAIT_MS)  # arms are drawn as their runs are read
+        said = [" ".join(text.split()) for text in readings.all_inner_texts()]
+        assert said == [f"{arm} 0.5 [0.5, 0.5]" for arm in sorted(ARMS)]
         assert page.locator(".readings").first.evaluate("(all) => all.scrollHeight <= all.clientHeight")
         assert page.locator(".source").count() == 25
         results = page.locator("table.kinds").first.locator("tbody tr")
+        results.first.wait_for()
         assert results.first.inner_text().split("\t")[:4] == [
             "pass@1",
             "grpo",
@@ -297,7 +309,7 @@ def test_a_study_of_five_arms_and_five_seeds_shows_its_arms_together(page: Any, 
         assert "0 % → 100 %" in (page.locator("table.kinds tr", has_text="echo_seed0").first.text_content() or "")
         links = rows_of(page, address, "reward=1 step:1", "step", "desc")
         assert len(links) >= 20 and "run=action_masked_seed0" in links[0]
-        assert "25 rollouts" in text_of(page, ".summary")
+        wait_for_text(page, ".summary", "25 rollouts")
         assert text_of(page, ".space .cell-run") == "action_masked_seed0"
         page.goto("about:blank")  # before the server ends
 
@@ -318,7 +330,8 @@ def test_branches_leaked_tokens_and_dreams_are_shown(page: Any, tmp_path: Path) 
         page.wait_for_selector(".token.pinned")
         page.goto(f"{address}#/rollout?run=odd&part=train-2&row=1")
         sync_api.expect(page.locator("[role=separator]")).to_contain_text("branch 1", timeout=WAIT_MS)
-        assert "total 3" in text_of(page, ".talk") and "branches 2" in text_of(page, ".facts, .facts-row")
+        wait_for_text(page, ".talk", "total 3")
+        wait_for_text(page, ".facts, .facts-row", "branches 2")
         page.goto(f"{address}#/world")
         dream = page.locator(".probe", has_text="$ ls")
         sync_api.expect(dream).to_contain_text("1.5 nats a token", timeout=WAIT_MS)
@@ -341,8 +354,8 @@ def test_a_folder_of_others_trajectories_opens_as_it_is(page: Any, tmp_path: Pat
         for name in sorted(theirs):
             page.goto(f"{address}#/rollout?run={name}&part=file&row=0")
             sync_api.expect(page.locator(".crumbs")).to_contain_text(name, timeout=WAIT_MS)
-            assert "count the lines" in text_of(page, ".block-context")
-            assert "total 12" in text_of(page, ".talk")
+            wait_for_text(page, ".block-context", "count the lines")
+            wait_for_text(page, ".talk", "total 12")
         page.goto("about:blank")  # before the server ends
 
 
@@ -394,7 +407,8 @@ def test_a_task_called_like_a_path_and_a_line_of_five_megabytes_do_no_harm(page:
     page.goto(f"{address}#/rollouts?q=failure:sandboxerror+task:..%2F..%2Fx")
     page.locator(".space .row a").first.click()
     sync_api.expect(page.locator(".failure pre")).to_contain_text("<img src=x onerror=alert(1)>AAAA", timeout=WAIT_MS)
-    assert "U+D800" in text_of(page, ".failure pre") and "more characters" in text_of(page, ".failure .more")
+    wait_for_text(page, ".failure pre", "U+D800")
+    wait_for_text(page, ".failure .more", "more characters")
     with page.expect_download() as saved:
         page.keyboard.press("x")
     assert saved.value.suggested_filename == "_.._x-train-0-1.jsonl"

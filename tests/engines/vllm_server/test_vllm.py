@@ -40,9 +40,10 @@ SMALL = {
 
 def started(folder: Path) -> VllmProcess:
     folder.mkdir(exist_ok=True)
-    dtype = str(resolve_dtype("auto", resolve_device("auto"))).removeprefix("torch.")
+    device = resolve_device("auto")
+    dtype = str(resolve_dtype("auto", device)).removeprefix("torch.")
     config = ServerConfig(python=PYTHON, arguments=EAGER)
-    process = VllmProcess(config, model_location("base"), dtype, folder / "vllm.log")
+    process = VllmProcess(config, model_location("base"), dtype, device.type, folder / "vllm.log")
     process.wait(START_S)
     return process
 

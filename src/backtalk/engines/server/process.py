@@ -25,7 +25,7 @@ END_S = 10.0  # to end by itself
 class VllmProcess:
     """vLLM, which serves one model at a free port of this machine."""
 
-    def __init__(self, config: ServerConfig, location: str, dtype: str, log: Path) -> None:
+    def __init__(self, config: ServerConfig, location: str, dtype: str, device: str, log: Path) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -34,7 +34,7 @@ class VllmProcess:
         try:
             with log.open("wb") as file:
                 self.process = subprocess.Popen(
-                    vllm_command(python, location, dtype, port, config.arguments),
+                    vllm_command(python, location, dtype, device, port, config.arguments),
                     stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=subprocess.STDOUT,
@@ -81,15 +81,18 @@ class VllmProcess:
         return self._log.read_text(errors="replace")[-TAIL:].strip()
 
 
-def vllm_command(python: str, location: str, dtype: str, port: int, arguments: Sequence[str]) -> list[str]:
+def vllm_command(python: str, location: str, dtype: str, device: str, port: int, arguments: Sequence[str]) -> list[str]:
     """Return the command that serves a model: of log-probabilities at the sampling temperature, at this machine alone.
 
-    The model's own generation_config.json is left aside, since it would change the distribution.
+    The model's own generation_config.json is left aside, since it would change the distribution. On a CPU prompts are
+    not chunked: vLLM 0.32 ends there at a seeded request whose prompt is split over two steps, and all ours have seeds.
+    ``arguments`` come last, so that they can turn it on again.
     """
+    unchunked = ("--no-enable-chunked-prefill",) if device == "cpu" else ()
     return [
         *(python, "-m", "vllm.entrypoints.openai.api_server", f"--model={location}", f"--dtype={dtype}"),
         *("--host=127.0.0.1", f"--port={port}", "--served-model-name=policy", "--generation-config=vllm"),
-        *("--logprobs-mode=processed_logprobs", *arguments),
+        *("--logprobs-mode=processed_logprobs", *unchunked, *arguments),
     ]
 
 

@@ -34,6 +34,7 @@ class Trainer:
 
     location: str  # of the model that it began with
     dtype: str  # of PyTorch's
+    device: str  # cpu or cuda
     tokenizer: Any
     write: Callable[[Path], None]
     score: Callable[[Sequence[Trajectory], float], list[list[float]]]  # 0.0 for the first token
@@ -73,7 +74,7 @@ class SyncedServer:
             url = config.base_url
             if url is None:
                 log = self._folder / "vllm.log"
-                self._process = VllmProcess(config, self._trainer.location, self._dtype, log)
+                self._process = VllmProcess(config, self._trainer.location, self._dtype, self._trainer.device, log)
                 self._process.wait(config.start_timeout_s)
                 url = self._process.base_url
             self._server = Server(

@@ -112,6 +112,7 @@ class TorchEngine:
             trainer = synced.Trainer(
                 self.location,
                 str(self._dtype),
+                self.device.type,
                 self.tokenizer,
                 write=write,
                 score=lambda rows, temperature: self._fit(lambda: self._score(rows, temperature)),
