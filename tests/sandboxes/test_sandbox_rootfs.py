@@ -332,12 +332,18 @@ END
 RUN cat >/opt/x <<A && echo done >/opt/y
 body $HOME
 A
+VOLUME /opt/v
 USER worker
 RUN ["bash", "-c", "id -u >>who"]
 CMD ["bash"]
 """
-SHOW = "pwd; tool; cat who greeting script /opt/{inline.txt,x,y} /etc/renamed.conf /opt/two/a.txt /opt/unpacked/sub/b"
-SHOWN = "/srv/app\nran\n0\n1000\nhello there\n/.stage/script\napp is /srv/app\nbody /root\ndone\nhello\nhello\nb\n"
+SHOW = (
+    "pwd; tool; ls -d /opt/v; "
+    "cat who greeting script /opt/{inline.txt,x,y} /etc/renamed.conf /opt/two/a.txt /opt/unpacked/sub/b"
+)
+SHOWN = (
+    "/srv/app\nran\n/opt/v\n0\n1000\nhello there\n/.stage/script\napp is /srv/app\nbody /root\ndone\nhello\nhello\nb\n"
+)
 
 
 @pytest.fixture
@@ -383,7 +389,7 @@ def test_its_variables_do_not_choose_the_verifiers_programs(context: Path, tree:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("VOLUME /data", "line 2: VOLUME: '/data' cannot be carried out: a sandbox is one private tree"),
+        ("HEALTHCHECK CMD x", "line 2: HEALTHCHECK: 'CMD x' cannot be carried out: nothing watches a sandbox"),
         ("ENTRYPOINT x", "nothing is started in a sandbox"),
         ("FROM other AS", "is not IMAGE or IMAGE AS NAME"),
         ("COPY --from=0 a b", "--from=0 cannot be carried out: no stage above"),

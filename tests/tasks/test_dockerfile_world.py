@@ -75,6 +75,24 @@ KINDS = {
         "whoami; pwd; touch x && ls",
         "node\n/home/node\nx\n",
     ),
+    "a user by its number": (
+        "FROM ubuntu:22.04\nRUN useradd -m -u 1001 dev\nUSER 1001:1001\nWORKDIR /home/dev\n",
+        "whoami; cd ~ && pwd; echo $USER",
+        "dev\n/home/dev\ndev\n",
+    ),
+    "commands as another user": (
+        "FROM ubuntu:22.04\nRUN useradd -m dev && apt() { :; } && su - dev -c 'pwd >a; echo $USER >>a'\n"
+        "WORKDIR /srv\nRUN su dev -c 'pwd >~/b; cd && pwd >>~/b'; runuser -u dev -- sh -c 'pwd >~/c'\n"
+        "RUN if true; then sudo -u dev -H touch /home/dev/d && sudo mkdir -p e; fi; gosu dev ls -d e >>/home/dev/a\n"
+        "RUN su -c false dev || sudo -E chown dev e && runuser -l dev -c 'ls ~' >/srv/f\n",
+        "cat /home/dev/[abc] f",
+        "/home/dev\ndev\ne\n/srv\n/home/dev\n/srv\na\nb\nc\nd\n",
+    ),
+    "volumes, and what only keeps a container alive": (
+        'FROM x\nVOLUME ["/data", "/more data"]\nVOLUME /v\nHEALTHCHECK none\nENTRYPOINT ["tini", "--", "/bin/bash"]\n',
+        "touch /data/a && ls -d /data '/more data' /v",
+        "/data\n/more data\n/v\n",
+    ),
     "alternatives": (
         "FROM ubuntu:22.04\nRUN update-alternatives --install /usr/bin/python3 python3 /usr/bin/python3.11 1\n",
         "echo fine",
@@ -162,6 +180,9 @@ async def test_a_world_starts_as_docker_would_start_it(tmp_path: Path, kind: str
         ("FROM x\nENV A-B=1\n", r"line 2: ENV: 'A-B' is no name that bash can set"),
         ("RUN true\n", r"line 1: RUN: the first instruction must be FROM"),
         ("# nothing\n", r"has no FROM"),
+        ("FROM x\nENTRYPOINT /start.sh\n", r"line 2: ENTRYPOINT: '/start.sh' cannot be carried out"),
+        ('FROM x\nENTRYPOINT ["bash", "-c", "serve &"]\n', r"line 2: ENTRYPOINT: .* cannot be carried out"),
+        ("FROM x\nHEALTHCHECK CMD true\n", r"line 2: HEALTHCHECK: 'CMD true' cannot be carried out"),
     ],
 )
 def test_what_a_world_cannot_have_is_refused_by_line(tmp_path: Path, dockerfile: str, reason: str) -> None:
@@ -186,12 +207,13 @@ def test_what_only_reads_programs_is_no_write_among_them(command: str) -> None:
 
 
 def test_what_one_user_cannot_have_is_noted(tmp_path: Path) -> None:
-    folder_of(tmp_path, "FROM x\nCOPY --chown=a:b a.txt /opt/\nRUN useradd a; chown a /opt\n")
+    folder_of(tmp_path, "FROM x\nCOPY --chown=a:b a.txt /opt/\nRUN useradd a; chown a /opt; su a -c true\n")
     task = read_harbor_task(tmp_path)
     assert task.metadata["world_notes"] == [
         "a sandbox's one user owns every file: --chown does nothing",
         "users share the one uid of a sandbox: useradd only names it",
         "a sandbox's one user owns every file: chown does nothing",
+        "users share the one uid of a sandbox: su just runs the command",
     ]
     assert task.files["/etc/passwd"].content.startswith(b"root:x:0:0:root:/root:/bin/bash\na:x:1000:1000:a:/home/a:")
     write_harbor_task(task, tmp_path / "written")

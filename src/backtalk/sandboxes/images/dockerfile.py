@@ -11,12 +11,15 @@ from backtalk.sandboxes.images.shellwords import read_word, split_words, unquote
 
 HEREDOC_MARK = re.compile(r"\d*<<(-?)[ \t]*(['\"]?)([A-Za-z_][\w.]*)\2")
 SCRIPT = re.compile(r"<<-?\s*(['\"]?)[A-Za-z_][\w.]*\1")  # the whole text of a RUN line whose heredoc is the script
+_WAITS = re.compile(
+    r"(?:(?:\S*/)?(?:tini|dumb-init)(?: -\S+)*)?(?:^| |$)(?:exec )?"
+    r"(?:(?:\S*/)?(?:(?:ba|da)?sh(?: -\w+)*|sleep \w+|tail -f /dev/null))?"
+)
 NO_EFFECT = ("LABEL", "MAINTAINER", "EXPOSE", "CMD", "STOPSIGNAL")  # on files and commands
 WHY_NOT = {
     "ENTRYPOINT": "nothing is started in a sandbox but the agent's shell; start what the agent is to find in a RUN "
     "line with '&', and in tests/test.sh what the tests are to find: every process ends before them",
     "HEALTHCHECK": "nothing watches a sandbox",
-    "VOLUME": "a sandbox is one private tree, gone after the rollout",
     "ONBUILD": "no image is built from this one",
 }
 
@@ -99,6 +102,12 @@ def is_json(text: str) -> bool:
         return isinstance(json.loads(text), list)
     except ValueError:
         return False
+
+
+def only_waits(text: str) -> bool:
+    """Return whether an ENTRYPOINT only keeps a container alive: a bare shell, sleep, or tail -f /dev/null."""
+    words = json.loads(text) if is_json(text) else text.split()
+    return bool(_WAITS.fullmatch(" ".join(map(str, words))))
 
 
 def assignments(text: str, variables: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from backtalk.sandboxes.images.dockerfile import (
     Instruction,
     assignments,
     is_json,
+    only_waits,
     parse_dockerfile,
     split_flags,
 )
@@ -228,6 +230,14 @@ def _read(plan: Plan, instruction: Instruction) -> None:
             stage.steps.append(_read_copy(plan, instruction))
         case "RUN":
             stage.steps.append(_read_run(stage, instruction))
+        case "VOLUME":
+            folders = json.loads(text) if is_json(text) else split_words(text)
+            made = shlex.join(["mkdir", "-p", *(stage.absolute(expand(folder, stage.variables)) for folder in folders)])
+            stage.steps.append(_read_run(stage, replace(instruction, keyword="RUN", text=made, shell=made)))
+        case "ENTRYPOINT" if only_waits(text):
+            pass
+        case "HEALTHCHECK" if text.upper() == "NONE":
+            pass
         case keyword if keyword in NO_EFFECT:
             pass
         case keyword:

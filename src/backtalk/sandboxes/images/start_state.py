@@ -105,8 +105,8 @@ def _settle_users(state: StartState, steps: Sequence[Step]) -> None:
         return
     state.files |= {path: SandboxFile(text.encode()) for path, text in state.users.tables().items()}
     last = next((step for step in reversed(steps) if isinstance(step, User)), None)
-    if last is not None and not last.is_root and state.users.homes and not last.name[0].isdigit():
-        name, home = next(iter(state.users.homes.items()))
+    if last is not None and not last.is_root and (name := state.users.entered):
+        home = state.users.homes[name]
         state.env = {"HOME": home, "USER": name, "LOGNAME": name} | state.env
 
 

@@ -2,7 +2,7 @@
 
 A sandbox has one uid. So every user that a Dockerfile makes has that uid, in ``/etc/passwd`` and ``/etc/group`` that
 the task brings: ``id user`` and ``chown user FILE`` work, and USER is what ``whoami`` says. Programs that would change
-users, owners and alternatives are shell functions that do nothing.
+users, owners and alternatives are shell functions that do nothing, and ``su`` and ``sudo`` just run the command.
 """
 
 from __future__ import annotations
@@ -22,6 +22,28 @@ _PROGRAMS = (
     *_OWNERS, "useradd", "adduser", "usermod", "userdel", "deluser", "groupadd", "addgroup", "groupmod", "groupdel",
     "delgroup", "gpasswd", "chpasswd", "passwd", _ALTERNATIVES,
 )  # fmt: skip
+_AS_ANOTHER = ("su", "runuser", "sudo", "gosu")  # run a command as another user
+_AS_ANOTHER_CALL = re.compile(rf"(?:^|[;&|({{]|\b(?:then|do|else)\b)\s*({'|'.join(_AS_ANOTHER)})(?=\s|$)", re.MULTILINE)
+# What they become: the command in a subshell, in that user's home where one is asked for and there is one.
+_RUN_AS = """\
+_run_as() {
+  local user=$1 login= script= home; shift
+  while [ $# -gt 0 ]; do
+    case $1 in
+      -c) script=$2; shift 2 ;;
+      -u) user=$2; shift 2 ;;
+      -s | -g) shift 2 ;;
+      - | -l | -i | --login) login=1; shift ;;
+      --) shift; break ;;
+      -*) shift ;;
+      *) [ -z "$user" ] || break; user=$1; shift ;;
+    esac
+  done
+  home=$(eval "echo ~${user:=root}")
+  ( export USER=$user LOGNAME=$user; [ ! -d "$home" ] || export HOME=$home; [ -z "$login" ] || cd
+    if [ -n "$script" ]; then eval "$script"; else "$@"; fi )
+}
+"""
 _CALL = re.compile(rf"(?<![\w./$-])((?:/usr)?(?:/s?bin/)?({'|'.join(_PROGRAMS)}))(?=[\s;]|$)([^\n;&|()<>]*)")
 _SYSTEM_USERS = (
     "backup", "bin", "daemon", "games", "irc", "list", "lp", "mail", "man", "news", "nobody", "proxy", "sync", "sys",
@@ -41,6 +63,8 @@ class Users:
     """The users and groups that a Dockerfile makes. Grows while its RUN lines are read."""
 
     homes: dict[str, str] = field(default_factory=dict)  # by name
+    names: dict[str, str] = field(default_factory=dict)  # by the uid that was asked for
+    entered: str | None = None  # the user of the last USER line that named one, root aside
     to_make: list[str] = field(default_factory=list)  # homes that are made, as useradd -m does
     groups: list[str] = field(default_factory=list)
     commands: list[str] = field(default_factory=list)  # that the links of update-alternatives are for
@@ -56,7 +80,10 @@ class Users:
             self._note(program, _words(arguments, variables))
         reads = ("chpasswd", "passwd")  # from a pipe, which must not break
         lines = [f"{n}() {{ {'cat >/dev/null' if n.endswith(reads) else ':'}; }}" for n in dict.fromkeys(names)]
-        return "; ".join(lines) + "\n" if lines else "", [_effect(program) for program in effects]
+        others = [n for n in dict.fromkeys(_AS_ANOTHER_CALL.findall(command)) if f"{n}() {{" not in command]
+        lines += [f"""{n}() {{ _run_as '{"root" if n == "sudo" else ""}' "$@"; }}""" for n in others]
+        before = (_RUN_AS if others else "") + ("; ".join(lines) + "\n" if lines else "")
+        return before, [_effect(program) for program in (*effects, *others)]
 
     def _note(self, program: str, words: list[str]) -> None:
         if program == _ALTERNATIVES:
@@ -72,12 +99,14 @@ class Users:
             home = options.get("d") or options.get("--home-dir") or options.get("--home")
             home = home or (options.get("h") if program == "adduser" else None) or f"/home/{names[0]}"
             self.homes.setdefault(names[0], home)
+            if uid := options.get("u") or options.get("--uid"):
+                self.names.setdefault(uid, names[0])
             is_made = not {"H", "M", "--no-create-home"} & options.keys()
             if is_made and (program == "adduser" or {"m", "--create-home"} & options.keys()):
                 self.to_make.append(home)
 
     def enter(self, user: str, image: str, *, installs: bool) -> None:
-        """Make ``user`` of a USER line the one that commands run as; a bare number changes nothing.
+        """Make ``user`` of a USER line the one that commands run as; the number of no user above changes nothing.
 
         ``installs`` says that packages are installed, which may make any user.
 
@@ -85,6 +114,7 @@ class Users:
             ValueError: nothing makes that user, and the image has none of that name.
         """
         name = user.partition(":")[0]
+        name = self.names.get(name, name)
         if name.isdigit():
             return
         known = name in self.homes or name in _SYSTEM_USERS or installs
@@ -96,6 +126,7 @@ class Users:
             )
         home = self.homes.pop(name, f"/home/{name}")
         self.homes = {name: home, **self.homes}
+        self.entered = name
         self.to_make.append(home)
 
     def tables(self) -> dict[str, str]:
@@ -145,4 +176,6 @@ def _effect(program: str) -> str:
         return f"a sandbox's one user owns every file: {program} does nothing"
     if program == _ALTERNATIVES:
         return f"this machine's own programs are used: {program} does nothing"
+    if program in _AS_ANOTHER:
+        return f"users share the one uid of a sandbox: {program} just runs the command"
     return f"users share the one uid of a sandbox: {program} only names it"
