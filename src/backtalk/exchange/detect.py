@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from backtalk.errors import DataError
+from backtalk.exchange.logged import LISTS, are_steps, request_of
 
 Format = Literal[
     "chat",
@@ -61,6 +62,9 @@ def _signs(record: Mapping[str, Any], fields: set[str]) -> dict[Format, bool]:
     step, told = _first(steps), _first(inner)
     events = next((record[name] for name in ("history", "events", "trajectory") if record.get(name)), None)
     has_source = "source" in step
+    asked = request_of(record)
+    is_api = asked is not record or any(isinstance(record.get(name), (list, tuple)) for name in ("input", "output"))
+    is_told = are_steps(steps) or are_steps(inner)
     return {
         "rfc010": {"action_mask", "obs_mask"} <= fields,
         "harbor": {"trial_name", "trajectory"} <= fields,
@@ -74,10 +78,12 @@ def _signs(record: Mapping[str, Any], fields: set[str]) -> dict[Format, bool]:
         "verifiers": "nodes" in fields or {"prompt", "completion"} <= fields,
         "trl": {"prompt_ids", "completion_ids"} <= fields,
         "atif": has_source or str(record.get("schema_version")).startswith("ATIF"),
-        "openenv": {"episode_id", "tool_trace"} <= fields or "steps" in fields or {"schema_version", "turns"} <= fields,
+        "openenv": {"episode_id", "tool_trace"} <= fields or {"schema_version", "turns"} <= fields
+        or ("steps" in fields and not is_told),
         "turns": bool({"turns", "rollout_details", "prompt_token_ids"} & fields)
-        or (isinstance(inner, (list, tuple)) and "role" not in told),
-        "chat": bool({"messages", "conversations", "conversation", "trajectory", "chat_completions"} & fields),
+        or (isinstance(inner, (list, tuple)) and "role" not in told and not is_told),
+        "chat": is_told or any(asked.get(name) is not None for name in LISTS if name not in ("input", "steps"))
+        or (asked.get("input") is not None and is_api),
     }  # fmt: skip
 
 

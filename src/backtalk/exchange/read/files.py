@@ -11,6 +11,7 @@ from typing import Any, TypeVar, get_args
 
 from backtalk.errors import BacktalkError, ConfigError, DataError
 from backtalk.exchange.detect import Format, guess_format
+from backtalk.exchange.logged import messages_in
 from backtalk.exchange.plain import first_of, mapping, parsed, plain, unpacked
 from backtalk.exchange.read.atif import trajectory_from_atif
 from backtalk.exchange.read.batches import rllm_trajectories, skyrl_rows
@@ -33,8 +34,6 @@ from backtalk.exchange.rfc010 import from_rfc010
 from backtalk.language.renderer import Renderer
 from backtalk.messages import ToolSpec
 from backtalk.trajectory import Segment, StopReason, Trajectory
-
-_MESSAGES = ("messages", "conversations", "conversation", "chat_completions", "trajectory")
 
 T = TypeVar("T")
 RendererOf = Callable[[Sequence[ToolSpec]], Renderer]  # the same tokenizer with the tools that a record lists
@@ -214,9 +213,7 @@ def conversation_of(record: Any, source: Format, name: str) -> Conversation | No
     fields: Mapping[str, Any] = record if isinstance(record, Mapping) else {}
     match source:
         case "chat":
-            raw = first_of(fields, *_MESSAGES) if fields else record
-            if raw is None:
-                raise DataError("a chat record is a list of messages, or has them under 'messages'")
+            raw = messages_in(fields) if fields else record
             return Conversation(messages=chat_messages(raw), about=about_of(record, record, name))
         case "rllm" if fields.get("turns") is None:
             return conversation_of(record, "chat", name)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from backtalk.errors import DataError
 from backtalk.exchange.detect import is_event
+from backtalk.exchange.logged import is_session, session_messages
 from backtalk.exchange.read.harbor import read_trials
 from backtalk.exchange.read.inspect_ai import read_eval
 from backtalk.files import reading
 from backtalk.parquet import parquet_rows
 
+_SPEAKERS = ("human", "ai", "system", "tool")  # as LangChain names them
 _ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 
 
@@ -52,16 +54,18 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
     records = ((f"{path}:{number}", _json(line, f"{path}:{number}")) for number, line in lines)
     first = next(records, None)
     if first is not None and is_event(first[1]):  # a line an event: the file is one rollout
-        yield from _events(path, [first, *records])
+        yield from _whole(path, [first, *records], lambda events: events)
+    elif first is not None and is_session(first[1]):
+        yield from _whole(path, [first, *records], lambda lines: {"messages": session_messages(lines)})
     elif first is not None:
         yield first
         yield from records
 
 
-def _events(path: Path, records: list[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Yield a file of events as one record, or the errors of lines that cannot be read."""
-    broken = [(place, event) for place, event in records if isinstance(event, DataError)]
-    yield from broken or [(str(path), [event for _, event in records])]
+def _whole(path: Path, records: list[tuple[str, Any]], join: Callable[[list[Any]], Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the lines of a file as one record, or the errors of lines that cannot be read."""
+    broken = [(place, line) for place, line in records if isinstance(line, DataError)]
+    yield from broken or [(str(path), join([line for _, line in records]))]
 
 
 def _json_records(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
@@ -81,7 +85,8 @@ def _is_part(value: Any) -> bool:
     """Return whether a value is a message or an event, so that the list of them is one record."""
     if not isinstance(value, dict):
         return False
-    return "role" in value or {"from", "value"} <= set(value) or is_event(value) or value.get("type") in _ITEMS
+    is_said = "role" in value or {"from", "value"} <= set(value) or value.get("type") in _ITEMS
+    return is_said or is_event(value) or (value.get("type") in _SPEAKERS and "content" in value) or "lc" in value
 
 
 def _json(content: bytes, place: str) -> Any:

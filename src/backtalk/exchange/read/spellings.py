@@ -98,6 +98,8 @@ def _flat(messages: Sequence[Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
         message = mapping(parsed(entry, where), where)
         if isinstance(message.get("data"), Mapping) and "content" in message["data"]:  # LangChain's older dumps
             message = {**message["data"], "type": message.get("type")}
+        if message.get("lc") and isinstance(message.get("kwargs"), Mapping):  # its newer ones
+            message = message["kwargs"]
         if message.get("object") == "response" and isinstance(message.get("output"), (list, tuple)):
             yield from ((where, {**mapping(item, where), "role": None}) for item in message["output"])
         else:
@@ -121,7 +123,7 @@ def _read(message: Mapping[str, Any], where: str) -> Iterator[tuple[ChatMessage,
     role = _ROLES.get(str(named).lower())
     if role is None:
         raise DataError(f"{where} has role {named!r}; known are system, user, assistant and tool")
-    content = _content(first_of(message, "content", "value", "parts"))
+    content = _content(first_of(message, "content", "value", "parts", "text", "system_prompt"))
     parts = [part for part in content if isinstance(part, Mapping)] if isinstance(content, (list, tuple)) else []
     for part in parts:
         if part.get("type") == "tool_result":
