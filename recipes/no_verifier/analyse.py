@@ -1,6 +1,6 @@
 """Print what README.md asks of pass@1: after the run, and as the mean over it, less that before, for both arms.
 
-    python recipes/no_verifier/analyse.py runs/no_verifier
+python recipes/no_verifier/analyse.py runs/no_verifier
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ class Depots(PythonEnv):
         self.solved = False
         self.files: dict[str, str] = task.metadata["files"]
         self.listings: dict[str, Sequence[str]] = task.metadata["listings"]
+        self.told: dict[str, str] = task.metadata.get("told", {})
 
     def bash(self, command: str) -> str:
         """Run a command in a shell."""
@@ -42,7 +43,9 @@ class Depots(PythonEnv):
             found = self.listings.get(path)
             return f"ls: {path}: No such file or directory" if found is None else "\n".join(found)
         if name == "cat":
-            return self.files.get(path, f"cat: {path}: No such file or directory")
+            told = self.told.get(path.removesuffix("/code").rpartition("/")[2])
+            problem = f"moved to {told}/code" if told else "No such file or directory"
+            return self.files.get(path, f"cat: {path}: {problem}")
         return f"bash: {name}: command not found"
 
     def submit(self, answer: str) -> str:
@@ -59,13 +62,14 @@ class DepotWorld(PythonWorld):
     """``depth`` is the number of folders on the way to a depot, 1 or 2.
 
     With ``redrawn`` every task has a map of its own, so knowing one is of no use. With ``lying`` what `ls` prints is of
-    another folder, always the same other one: as many words, each as often, and no knowledge of the map.
+    another folder, always the same other one: as many words, each as often, and no knowledge of the map. With ``told``
+    a `cat` at a wrong place says where the depot is, as the command that reads it would; lying, another one's folder.
     """
 
     env = Depots
 
-    def __init__(self, depth: int = 1, redrawn: bool = False, lying: bool = False) -> None:
-        self.depth, self.redrawn, self.lying = depth, redrawn, lying
+    def __init__(self, depth: int = 1, redrawn: bool = False, lying: bool = False, told: bool = False) -> None:
+        self.depth, self.redrawn, self.lying, self.told = depth, redrawn, lying, told
 
     def all_tasks(self) -> list[Task]:
         """Return the tasks: each depot as often as any other."""
@@ -78,11 +82,14 @@ class DepotWorld(PythonWorld):
         places = self.places(Random(name if self.redrawn else "map"))
         codes = {other: str(draw.randrange(1000, 10000)) for other in places}
         files = {f"{place}/code": codes[other] for other, place in places.items()}
+        metadata = {"files": files, "listings": self.listed(places), "code": codes[depot]}
+        if self.told:
+            metadata["told"] = self.told_places(places)
         return Task(
             id=name,
             instruction=f"Each depot has a file named code in its folder, somewhere below {ROOT}. "
             f"Submit the code of the depot {depot}.",
-            metadata={"files": files, "listings": self.listed(places), "code": codes[depot]},
+            metadata=metadata,
         )
 
     def places(self, draw: Random) -> dict[str, str]:
@@ -94,6 +101,15 @@ class DepotWorld(PythonWorld):
             f"/{FOLDERS[i % size]}" + (f"/{FOLDERS[i // size % size]}" if self.depth == 2 else "") for i in range(24)
         ]
         return {depot: f"{ROOT}{way}/{depot}" for depot, way in zip(depots, ways, strict=False)}
+
+    def told_places(self, places: dict[str, str]) -> dict[str, str]:
+        """Return where each depot is said to be: at its place, or lying in the folder of the next depot."""
+        if not self.lying:
+            return places
+        following = [*places][1:] + [*places][:1]
+        return {
+            depot: f"{places[other].rpartition('/')[0]}/{depot}" for depot, other in zip(places, following, strict=True)
+        }
 
     def listed(self, places: dict[str, str]) -> dict[str, list[str]]:
         """Return what `ls` prints of each folder."""

@@ -1,6 +1,7 @@
 """Teach the embedded base model the form of the depots: how to look, to read a code and to submit it, and no map.
 
     python recipes/prediction_pays/teach.py --out depots_model          # some minutes on one core
+    python recipes/prediction_pays/teach.py --told --out told_model     # where `cat` says in which folder a depot is
 
 It watches a script in depots whose map is drawn anew for every task, so there is no place to learn: the script guesses
 folders as often wrong as chance says. It learns every token, what is typed and what is answered.
@@ -61,6 +62,16 @@ async def play(task: Task, depth: int, draw: Random) -> tuple[tuple[Message, ...
     return prompt, [*turns, (ToolCall("submit", {"answer": code}), None)]
 
 
+async def play_told(task: Task, depth: int, draw: Random) -> tuple[tuple[Message, ...], list[Turn]]:
+    """Return the prompt and the turns of the script where `cat` says where a depot is: one look, and an answer."""
+    env = Depots(task)
+    prompt = await env.reset()
+    call = ToolCall("bash", {"command": f"cat {draw.choice(folders(depth))}/{task.id.split('/')[1]}/code"})
+    message = (await env.step(call)).messages[0]
+    code = message.text if message.text.isdigit() else str(draw.randrange(1000, 10000))
+    return prompt, [(call, message), (ToolCall("submit", {"answer": code}), None)]
+
+
 def example(prompt: tuple[Message, ...], turns: list[Turn], renderer: Renderer) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the token ids [T] of a session, and their weights in the loss [T]."""
     segments = list(renderer.render_prompt(prompt))
@@ -78,6 +89,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sessions", type=int, default=3000, help="of each depth")
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--told", action="store_true", help="in the depots in which cat says where they are")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     base = model_location("base")
@@ -86,12 +98,13 @@ def main() -> None:
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     pairs, renderer = [], None
     for depth in (1, 2):
-        world = DepotWorld(depth, redrawn=True)
+        world = DepotWorld(depth, redrawn=True, told=arguments.told)
+        script = play_told if arguments.told else play
         for number in range(arguments.sessions):
             draw = Random(f"teach/{depth}/{number}")
             task = world.task(draw.choice(DEPOTS[: 12 * depth]), FIRST + number)
             renderer = renderer or Renderer(tokenizer, Depots(task).tools)
-            pairs.append(example(*asyncio.run(play(task, depth, draw)), renderer))
+            pairs.append(example(*asyncio.run(script(task, depth, draw)), renderer))
     logging.info("%d sessions, %.2f M tokens", len(pairs), sum(len(ids) for ids, _ in pairs) / 1e6)
     data = mixed((3, batches(pairs, 4000, Random(0))), (1, drill_batches(len(tokenizer), 4000, Random(0), first=400)))
     train(model, data, arguments.steps, 3e-3, cool=True)

@@ -50,10 +50,28 @@ def test_a_redrawn_map_differs_by_task_and_a_lie_has_the_same_words_of_other_fol
     assert words[0] == words[1]
 
 
-def test_the_study_can_be_read_and_each_arm_has_its_world(depots: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cat_that_tells_says_the_command_that_would_have_read_it_and_a_lie_another_folder(depots: Any) -> None:
+    true, lie = (depots.DepotWorld(depth=2, told=True, lying=lying) for lying in (False, True))
+    places = true.places(depots.Random("map"))
+    for depot, place in places.items():
+        wrong = next(other.rpartition("/")[0] for other in places.values() if other.rpartition("/")[0] not in place)
+        asked = f"cat {wrong}/{depot}/code"
+        told, lied = (depots.Depots(world.task(depot, 7)).bash(asked) for world in (true, lie))
+        assert told == f"{asked.replace('cat ', 'cat: ')}: moved to {place}/code"
+        assert lied.endswith(f"/{depot}/code") and lied != told and lied.split(": moved")[0] == told.split(": moved")[0]
+        assert depots.Depots(lie.task(depot, 7)).bash(f"cat {place}/code") == true.task(depot, 7).metadata["code"]
+    said = [Counter(p.rpartition("/")[0] for p in world.told_places(places).values()) for world in (true, lie)]
+    assert said[0] == said[1]
+    assert depots.Depots(true.task("anchor", 7)).bash("cat /srv/elm").endswith("/srv/elm: No such file or directory")
+
+
+@pytest.mark.parametrize("name", ["study.yaml", "told.yaml"])
+def test_the_study_can_be_read_and_each_arm_has_its_world(
+    depots: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     from backtalk.evidence.study import load_study
 
-    study = load_study(RECIPE / "study.yaml")
+    study = load_study(RECIPE / name)
     options = {arm: study.config(arm, 0).tasks.sources[0].options for arm in study.arms}
     assert {arm for arm, given in options.items() if given.get("lying")} == {"lying", "grpo_lying"}
     assert study.config("grpo_lying", 0).objective.world_model_coeff == 0
