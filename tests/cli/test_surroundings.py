@@ -45,6 +45,14 @@ def test_a_name_that_is_no_utf8_is_refused_in_one_line(tmp_path: Path) -> None:
         assert b"is not UTF-8 text; rename" in done.stderr and not list(tmp_path.iterdir())
 
 
+def test_a_current_folder_that_was_deleted_is_named(tmp_path: Path) -> None:
+    done = shell(f"mkdir gone && cd gone && rmdir ../gone && {CLI} account /nowhere.json", tmp_path)
+    assert (
+        done.returncode == 2
+        and done.stderr == b"Error: the folder that this shell is in was deleted; cd to another one\n"
+    )
+
+
 def test_a_limit_on_the_size_of_files_is_named(tmp_path: Path) -> None:
     done = shell(f"ulimit -f 0; {CLI} tasks write t --count 1", tmp_path, PYTHONDONTWRITEBYTECODE="1")
     assert done.returncode == 1 and b"Traceback" not in done.stderr

@@ -164,11 +164,11 @@ def test_the_note_and_the_option(tmp_path: Path) -> None:
         assert done.exit_code == 0, done.output
         return " ".join(done.output.split())
 
-    note = "1 user messages after a first action are ENV_OUTPUT"
+    note = "taken for ENV_OUTPUT as they answer actions or read like output: 1"
     assert note in run("import", str(path), "--model", "base", "--out", str(out))
     assert read_trajectories(out)[0].count(ENV) > 0
     assert note in run("account", str(path), "--tokenizer", "characters")
-    kept = "1 user messages after a first turn are CONTEXT"
+    kept = "user messages after a first turn, taken for CONTEXT: 1"
     assert kept in run("import", str(path), "--model", "base", "--out", str(out), "--user-role", "context")
     assert read_trajectories(out)[0].count(ENV) == 0
     assert kept in run("account", str(path), "--tokenizer", "characters", "--user-role", "context")

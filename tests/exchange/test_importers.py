@@ -765,7 +765,7 @@ def test_chat_through_the_command_with_the_embedded_model(tmp_path: Path, suffix
     source.write_text(json.dumps({"id": "c", "messages": CHAT, "reward": 0.5}) + "\n")
     code, said = run_import(source, "--format", "chat", "--model", "base", "--out", out, "--user-role", "env_output")
     assert code == 0
-    assert "2 turns have no logprobs" in said
+    assert "which no policy term trains): 2" in said
     (trajectory,) = read_trajectories(out)
     assert (trajectory.task_id, trajectory.reward, trajectory.messages) == ("c", 0.5, tuple(CHAT))
     assert trajectory.count(ENV) > 0

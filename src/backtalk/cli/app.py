@@ -67,6 +67,10 @@ app.add_typer(tasks_app, name="tasks")
 def main() -> None:
     """Run the `backtalk` command; print mistakes as messages, and bugs, or all errors with --debug, as tracebacks."""
     _speak_any_encoding()
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # libraries of PyTorch end the process where there is no current folder
+        fail("the folder that this shell is in was deleted; cd to another one")
     debug = "--debug" in sys.argv
     sys.argv = [argument for argument in sys.argv if argument != "--debug"]  # it may stand anywhere
     try:

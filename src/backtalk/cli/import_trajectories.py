@@ -192,13 +192,14 @@ def _notes(imported: Imported, user_role: UserRole) -> list[str]:
     unsampled = sum(trajectory.num_unsampled_turns for trajectory in imported.trajectories)
     cut = sum(trajectory.stats.get("cut_tokens", 0) > 0 for trajectory in imported.trajectories)
     counts = {
-        "turns have no logprobs: unsampled actions, which no policy term trains": unsampled,
-        "messages lost their reasoning; --keep-reasoning writes it": total("dropped_reasonings"),
-        "trajectories of subagents were left out; import them as records of their own": total("subagents"),
-        "histories had been rewritten; each began a new branch": total("drifts"),
-        f"tokens of {cut:,} trajectories were cut at a turn's end (--max-tokens)": total("cut_tokens"),
+        "turns without logprobs (unsampled actions, which no policy term trains)": unsampled,
+        "messages that lost their reasoning (--keep-reasoning writes it)": total("dropped_reasonings"),
+        "trajectories of subagents left out (import them as records of their own)": total("subagents"),
+        "rewritten histories (each began a new branch)": total("drifts"),
+        "trajectories cut at a turn's end (--max-tokens)": cut,
+        "tokens that were cut": total("cut_tokens"),
     }
-    return [*user_notes(imported, user_role), *(f"{count:,} {note}" for note, count in counts.items() if count)]
+    return [*user_notes(imported, user_role), *(f"{note}: {count:,}" for note, count in counts.items() if count)]
 
 
 def user_notes(imported: Imported, user_role: UserRole) -> list[str]:
@@ -207,12 +208,12 @@ def user_notes(imported: Imported, user_role: UserRole) -> list[str]:
     notes = []
     if observed:
         notes.append(
-            f"{observed:,} user messages after a first action are ENV_OUTPUT: they answer actions, or read like "
-            "output. If a person wrote them, pass --user-role context"
+            f"user messages after a first action, taken for ENV_OUTPUT as they answer actions or read like output: "
+            f"{observed:,}. If a person wrote them, pass --user-role context"
         )
     if users and user_role in ("auto", "context"):
         notes.append(
-            f"{users:,} user messages after a first turn are CONTEXT; if the environment speaks there, pass "
+            f"user messages after a first turn, taken for CONTEXT: {users:,}. If the environment speaks there, pass "
             "--user-role env_output"
         )
     return notes
