@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -390,9 +391,27 @@ def test_settings_that_cannot_work_are_refused(model_dir: Path, settings: dict[s
         TorchEngine(TorchConfig(**{"model": str(model_dir), **settings}))
 
 
-def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="without a config"):
+@pytest.mark.parametrize(
+    ("file", "instead"),
+    [
+        ("README.md", "pass one that holds a saved model"),
+        ("adapter_config.json", "it holds an adapter: pass the model it was trained on"),
+        ("model-Q4.gguf", "it holds a GGUF file, which cannot be trained"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path, file: str, instead: str) -> None:
+    (tmp_path / file).touch()
+    with pytest.raises(ConfigError, match=f"without a config.*{instead}"):
         TorchEngine(TorchConfig(model=str(tmp_path)))
+
+
+def test_a_model_with_code_of_its_own_is_refused_without_a_question(model_dir: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model_dir, tmp_path / "own"))
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": code}))
+    with pytest.raises(ConfigError, match="is defined by Python code of its own"):
+        make_engine(folder)
 
 
 def test_lora_without_peft_says_what_to_install(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

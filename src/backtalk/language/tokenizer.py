@@ -35,12 +35,21 @@ def model_location(model: str) -> str:
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"model={model!r} is a folder without a config.json; pass one that holds a saved model")
+            raise ConfigError(f"model={model!r} is a folder without a config.json; {_instead(path)}")
         return str(path)
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
         raise ConfigError(f"model={model!r} does not exist; pass an existing folder, a Hugging Face name, or 'base'")
     _check_reach(model)
     return model
+
+
+def _instead(folder: Path) -> str:
+    """Return what to pass in place of a folder that holds no model by itself."""
+    if (folder / "adapter_config.json").is_file():
+        return "it holds an adapter: pass the model it was trained on, or save model.merge_and_unload() and pass that"
+    if any(folder.glob("*.gguf")):
+        return "it holds a GGUF file, which cannot be trained: pass the model in the format of transformers"
+    return "pass one that holds a saved model"
 
 
 def _check_reach(name: str) -> None:
@@ -76,7 +85,9 @@ def load_tokenizer(location: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(location)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            location, trust_remote_code=False
+        )  # None would ask on the terminal
     except Exception as error:  # damaged files may raise anything
         raise ConfigError(
             f"the tokenizer of {str(location)!r} cannot be loaded{_missing(location)}: "
@@ -141,7 +152,7 @@ def _model_config(location: str | Path) -> Any:
     if Path(location).is_dir() and not (Path(location) / "config.json").is_file():
         return None
     try:
-        return AutoConfig.from_pretrained(location).get_text_config()
+        return AutoConfig.from_pretrained(location, trust_remote_code=False).get_text_config()
     except (OSError, ValueError, KeyError):  # loading the model reports what is wrong with it
         return None
 

@@ -50,8 +50,13 @@ def load_model(location: str, device: torch.device, dtype: torch.dtype) -> Any:
 
     with quiet_transformers():
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype)
+            model: Any = AutoModelForCausalLM.from_pretrained(location, dtype=dtype, trust_remote_code=False)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            if "trust_remote_code" in str(error):
+                raise ConfigError(
+                    f"model {location!r} is defined by Python code of its own (auto_map in config.json), which is not "
+                    "run here; pass a model of an architecture that transformers has"
+                ) from error
             raise ConfigError(
                 f"model {location!r} cannot be loaded as a causal language model: {error}; its files may be cut off or "
                 "of another kind, so fetch or save it again, or pass another model"
