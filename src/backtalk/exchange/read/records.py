@@ -51,7 +51,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Any]]:
         yield from _json_records(path, content)
         return
     lines = [(number, line) for number, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
-    records = ((f"{path}:{number}", _json(line, f"{path}:{number}")) for number, line in lines)
+    records = ((f"{path}:{number}", _json(line)) for number, line in lines)
     first = next(records, None)
     if first is not None and is_event(first[1]):  # a line an event: the file is one rollout
         yield from _whole(path, [first, *records], lambda events: events)
@@ -70,7 +70,7 @@ def _whole(path: Path, records: list[tuple[str, Any]], join: Callable[[list[Any]
 
 def _json_records(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
     """Yield the record or the list of records of a file; a list of messages is one record."""
-    data = _json(content, str(path))
+    data = _json(content)
     if isinstance(data, dict) and "trial_name" in data and "trajectory" not in data:  # a trial's result.json
         yield from read_trials(path.parent)
         return
@@ -89,9 +89,9 @@ def _is_part(value: Any) -> bool:
     return is_said or is_event(value) or (value.get("type") in _SPEAKERS and "content" in value) or "lc" in value
 
 
-def _json(content: bytes, place: str) -> Any:
+def _json(content: bytes) -> Any:
     """Return the value, or the error to refuse it with."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        return DataError(f"{place} is not JSON ({error})")
+        return DataError(f"it is not JSON ({error})")
