@@ -56,6 +56,8 @@ def main() -> None:
     found = []
     for cell in cells:
         seeds = sorted({int(path.name.rpartition("seed")[2]) for path in cell.glob("echo_seed*")})
+        if not seeds:
+            sys.exit(f"{cell} holds no runs of echo; name the folders that backtalk study was given as --out")
         found.append([over_run(cell, weights, seeds) for weights in COMPARISONS.values()])
     corrected = holm([gain.p_value for gain, *_ in found])
     for cell, estimates, p in zip(cells, found, corrected, strict=True):
