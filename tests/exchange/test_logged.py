@@ -127,6 +127,21 @@ def test_a_data_set_that_writes_text_for_content_is_read() -> None:
 
 
 @pytest.mark.parametrize(
+    "beside",
+    [
+        {"choices": [{"label": "A", "text": "one"}]},
+        {"output": [{"score": 1}]},
+        {"instructions": "How to grade it."},
+        {"response": {"score": 1}},
+        {"candidates": 3},
+    ],
+)
+def test_fields_of_the_same_names_that_are_no_messages_change_nothing(beside: dict[str, Any]) -> None:
+    told = [USER, CALL, TOLD]
+    assert imported({"messages": told, **beside}) == imported({"messages": told})
+
+
+@pytest.mark.parametrize(
     ("record", "reason"),
     [
         ({"messages": "soon"}, "messages is a text that is not JSON"),

@@ -13,9 +13,10 @@ from backtalk.errors import DataError
 from backtalk.exchange.plain import first_of, mapping, parsed, required, unpacked
 
 LISTS = ("messages", "conversations", "conversation", "chat_completions", "trajectory", "contents", "input", "steps")
-_SYSTEM = ("system", "system_prompt", "system_instruction", "systemInstruction", "instructions")
+_SYSTEM = ("system", "system_prompt", "system_instruction", "systemInstruction")
 _TASK = ("task", "instruction", "question", "problem_statement", "goal", "query", "prompt")
 _AGENT = ("assistant", "model", "gpt", "ai", "agent")
+ITEMS = ("message", "function_call", "function_call_output", "reasoning")  # of the Responses API
 _SESSION_LINES = ("session_meta", "summary", "file-history-snapshot", "queue-operation")  # that may be the first
 
 
@@ -35,7 +36,7 @@ def messages_in(record: Mapping[str, Any]) -> list[Any]:
     if not isinstance(found, (list, tuple)):
         raise DataError(f"{name} is a {type(found).__name__}; a conversation is a list of messages")
     found = list(_steps(record, found)) if are_steps(found) else list(found)
-    system = first_of(asked, *_SYSTEM)
+    system = first_of(asked, *_SYSTEM, *(("instructions",) if name == "input" else ()))
     if system is not None and not (found and _role(unpacked(found[0])) in ("system", "developer")):
         said = unpacked(system)
         found.insert(0, {"role": "system", **(said if isinstance(said, Mapping) else {"content": said})})
@@ -84,7 +85,8 @@ def _reply(record: Mapping[str, Any]) -> list[Any]:
     for inner in ("message", "content"):  # OpenAI's and Gemini's
         if isinstance(choice.get(inner), Mapping):
             return [choice[inner]]
-    return list(reply)
+    are_messages = all("role" in part or part.get("type") in ITEMS for part in reply)
+    return list(reply) if are_messages else []
 
 
 # ---------------------------------------------------------------------- sessions

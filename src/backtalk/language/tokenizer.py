@@ -85,9 +85,8 @@ def load_tokenizer(location: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            location, trust_remote_code=False
-        )  # None would ask on the terminal
+        # False, as None would ask on the terminal.
+        tokenizer: Any = AutoTokenizer.from_pretrained(location, trust_remote_code=False)
     except Exception as error:  # damaged files may raise anything
         raise ConfigError(
             f"the tokenizer of {str(location)!r} cannot be loaded{_missing(location)}: "

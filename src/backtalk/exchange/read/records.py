@@ -10,14 +10,13 @@ from typing import Any
 
 from backtalk.errors import DataError
 from backtalk.exchange.detect import is_event
-from backtalk.exchange.logged import is_session, session_messages
+from backtalk.exchange.logged import ITEMS, is_session, session_messages
 from backtalk.exchange.read.harbor import read_trials
 from backtalk.exchange.read.inspect_ai import read_eval
 from backtalk.files import reading
 from backtalk.parquet import parquet_rows
 
 _SPEAKERS = ("human", "ai", "system", "tool")  # as LangChain names them
-_ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Any]]:
@@ -85,7 +84,7 @@ def _is_part(value: Any) -> bool:
     """Return whether a value is a message or an event, so that the list of them is one record."""
     if not isinstance(value, dict):
         return False
-    is_said = "role" in value or {"from", "value"} <= set(value) or value.get("type") in _ITEMS
+    is_said = "role" in value or {"from", "value"} <= set(value) or value.get("type") in ITEMS
     return is_said or is_event(value) or (value.get("type") in _SPEAKERS and "content" in value) or "lc" in value
 
 

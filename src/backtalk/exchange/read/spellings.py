@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from backtalk.errors import DataError
+from backtalk.exchange.logged import ITEMS
 from backtalk.exchange.plain import first_of, mapping, parsed, plain
 from backtalk.language.openai_chat import THOUGHTS, content_text, read_call, reasoning_text
 from backtalk.messages import Part, ToolCall
@@ -77,7 +78,7 @@ def chat_messages(raw: Any, what: str = "messages") -> list[ChatMessage]:
     waiting: list[str] = []  # tools of calls that no message has answered yet
     items = False
     for where, message in _flat(messages):
-        items = items or (message.get("type") in _ITEMS and message.get("role") is None)
+        items = items or (message.get("type") in ITEMS and message.get("role") is None)
         for said, ids in _read(message, where):
             if said.role == "assistant":
                 tools |= {ids[i]: call.tool for i, call in enumerate(said.calls) if ids[i]}
@@ -104,9 +105,6 @@ def _flat(messages: Sequence[Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
             yield from ((where, {**mapping(item, where), "role": None}) for item in message["output"])
         else:
             yield where, message
-
-
-_ITEMS = ("message", "function_call", "function_call_output", "reasoning")
 
 
 def _read(message: Mapping[str, Any], where: str) -> Iterator[tuple[ChatMessage, list[str]]]:
