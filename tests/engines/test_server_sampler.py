@@ -316,8 +316,8 @@ def test_a_vllm_that_cannot_start_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("device", "added"), [("cpu", ["--no-enable-chunked-prefill"]), ("cuda", [])])
 def test_prompts_are_not_chunked_on_a_cpu_unless_asked(tmp_path: Path, device: str, added: list[str]) -> None:
     config = ServerConfig(python="/bin/echo", arguments=("--enable-chunked-prefill",))
-    process = VllmProcess(config, "model", "float32", device, tmp_path / "log").process
-    assert process.wait(30) == 0
+    server = VllmProcess(config, "model", "float32", device, tmp_path / "log")  # ends its process when it goes
+    assert server.process.wait(30) == 0
     words = (tmp_path / "log").read_text().split()
     assert [word for word in words if "chunked" in word] == [*added, "--enable-chunked-prefill"]
 
