@@ -206,6 +206,13 @@ def test_what_only_reads_programs_is_no_write_among_them(command: str) -> None:
     assert [path for _, part in split_list(command) if (path := program_written_to(part))] == []
 
 
+def test_a_number_of_no_user_has_no_home(tmp_path: Path) -> None:
+    lines = "FROM x\nRUN useradd -m -u 1001 dev\nUSER {}\nUSER {}\n"
+    for users, home in ((("7", "dev"), "/home/dev"), (("dev", "1001"), "/home/dev"), (("dev", "7"), None)):
+        folder = folder_of(tmp_path, lines.format(*users)) / "environment"
+        assert read_dockerfile(folder, host_packages=False).env.get("HOME") == home
+
+
 def test_what_one_user_cannot_have_is_noted(tmp_path: Path) -> None:
     folder_of(tmp_path, "FROM x\nCOPY --chown=a:b a.txt /opt/\nRUN useradd a; chown a /opt; su a -c true\n")
     task = read_harbor_task(tmp_path)

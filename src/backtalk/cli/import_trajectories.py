@@ -208,7 +208,7 @@ def user_notes(imported: Imported, user_role: UserRole) -> list[str]:
     notes = []
     if observed:
         notes.append(
-            f"user messages after a first action, taken for ENV_OUTPUT as they answer actions or read like output: "
+            "user messages after a first action, taken for ENV_OUTPUT as they answer actions or read like output: "
             f"{observed:,}. If a person wrote them, pass --user-role context"
         )
     if users and user_role in ("auto", "context"):

@@ -82,7 +82,7 @@ def _signs(record: Mapping[str, Any], fields: set[str]) -> dict[Format, bool]:
         or ("steps" in fields and not is_told),
         "turns": bool({"turns", "rollout_details", "prompt_token_ids"} & fields)
         or (isinstance(inner, (list, tuple)) and "role" not in told and not is_told),
-        "chat": is_told or any(asked.get(name) is not None for name in LISTS if name not in ("input", "steps"))
+        "chat": is_told or any(asked.get(name) is not None for name in LISTS)
         or (asked.get("input") is not None and is_api),
     }  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Any
 from backtalk.errors import DataError
 from backtalk.exchange.plain import first_of, mapping, parsed, required, unpacked
 
-LISTS = ("messages", "conversations", "conversation", "chat_completions", "trajectory", "contents", "input", "steps")
+LISTS = ("messages", "conversations", "conversation", "chat_completions", "trajectory", "contents")
 _SYSTEM = ("system", "system_prompt", "system_instruction", "systemInstruction")
 _TASK = ("task", "instruction", "question", "problem_statement", "goal", "query", "prompt")
 _AGENT = ("assistant", "model", "gpt", "ai", "agent")
@@ -27,7 +27,7 @@ def messages_in(record: Mapping[str, Any]) -> list[Any]:
         DataError: it has none.
     """
     asked = request_of(record)
-    name = next((name for name in LISTS if asked.get(name) is not None), None)
+    name = next((name for name in (*LISTS, "input", "steps") if asked.get(name) is not None), None)
     if name is None:
         raise DataError("a chat record is a list of messages, or has them under 'messages'")
     found = unpacked(asked[name]) if name == "input" else parsed(asked[name], name)

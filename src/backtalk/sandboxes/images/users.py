@@ -116,6 +116,7 @@ class Users:
         name = user.partition(":")[0]
         name = self.names.get(name, name)
         if name.isdigit():
+            self.entered = None
             return
         known = name in self.homes or name in _SYSTEM_USERS or installs
         bare = image.removeprefix("docker.io/").removeprefix("library/").partition(":")[0].partition("@")[0]
