@@ -145,17 +145,15 @@ def _wrappers(harness: Harness, warnings: Sequence[str]) -> Wrappers | None:
 @lru_cache
 def _model(model: str, tool_format: str | None, on_drift: Drift) -> tuple[RendererOf, int | None]:
     """Return the renderers of a model's tokenizer, by tools, and the length of its context where it is known."""
-    from transformers import AutoConfig
-
     from backtalk.language.renderer import Renderer, RendererConfig
-    from backtalk.language.tokenizer import load_tokenizer, model_location
+    from backtalk.language.tokenizer import load_tokenizer, model_config, model_location
     from backtalk.language.tool_formats import ToolFormat
 
     config = RendererConfig(tool_format=None if tool_format is None else ToolFormat(tool_format), on_drift=on_drift)
     location = model_location(model)
     tokenizer = load_tokenizer(location)
     for_tools = lru_cache(64)(lambda tools: Renderer(tokenizer, tools, config))
-    longest = getattr(AutoConfig.from_pretrained(location), "max_position_embeddings", None)
+    longest = getattr(model_config(location), "max_position_embeddings", None)
     return lambda tools: for_tools(tuple(tools)), longest if isinstance(longest, int) else None
 
 

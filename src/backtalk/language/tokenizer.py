@@ -99,7 +99,7 @@ def load_tokenizer(location: str | Path) -> Any:
             f"{_missing(location, tokenizer.vocab_files_names.values())}; save the tokenizer that the model was "
             "trained with beside it, or pass another model"
         )
-    config, needed = _model_config(location), max(ids.values()) + 1
+    config, needed = model_config(location), max(ids.values()) + 1
     rows = getattr(config, "vocab_size", None)
     beside = "or save the tokenizer that it was trained with beside it"
     if isinstance(rows, int) and needed > rows:
@@ -123,7 +123,7 @@ def longest_history(location: str | Path) -> int | None:
 
     Positions that are scaled (YaRN and the like) reach as far as the scaling says.
     """
-    config = _model_config(location)
+    config = model_config(location)
     longest = getattr(config, "max_position_embeddings", None)
     if not isinstance(longest, int) or longest < 1:
         return None
@@ -144,7 +144,7 @@ def _missing(location: str | Path, names: Iterable[str] = ()) -> str:
     return f" (the folder lacks {', '.join(sorted(lacking))})"
 
 
-def _model_config(location: str | Path) -> Any:
+def model_config(location: str | Path) -> Any:
     """Return the config of a model, of its text part; None where there is none that can be read."""
     from transformers import AutoConfig
 
